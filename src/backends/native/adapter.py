@@ -1,0 +1,44 @@
+"""What the native backend asks of a model: hidden states, and the head that turns them into logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Head", "ModelAdapter"]
+
+
+class Head(NamedTuple):
+    """The output projection: ``logits = softcap * tanh((scale * h @ W^T + bias) / softcap)``.
+
+    Attributes:
+        weight: [V, H].
+        bias: [V], or None.
+        softcap: bound on the logits, or None.
+        scale: factor on the product.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@runtime_checkable
+class ModelAdapter(Protocol):
+    """An ``nn.Module`` with these two methods can be trained. Rows are sequences, or several packed end to end."""
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states before the head, [R, L, H].
+
+        Args:
+            tokens: int64 [R, L].
+            positions: int64 [R, L]; position of each token in its own sequence. Where it restarts at 0 within a row a
+                new sequence begins, which must not see the one before.
+        """
+        ...
+
+    def head(self) -> Head:
+        """Return the output projection, its parameters live (not copies)."""
+        ...

@@ -1,0 +1,228 @@
+"""What goes into and comes out of a backend's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor
+
+from ..datums.types import TensorData
+from ..errors import ConfigError
+
+__all__ = [
+    "AdamParams",
+    "ForwardBackwardOutput",
+    "LedgerEntry",
+    "OptimStepOutput",
+    "Plan",
+    "Rollout",
+    "SamplingParams",
+    "SaveStateOutput",
+]
+
+
+@final
+@dataclass(frozen=True)
+class AdamParams:
+    """Hyperparameters of one AdamW step, with the Tinker fields and defaults.
+
+    Args:
+        learning_rate: step size.
+        beta1, beta2: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay.
+        grad_clip_norm: largest gradient norm, after normalisation; 0 = no clipping.
+
+    Raises:
+        ConfigError: a field is out of range.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+
+
+@final
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample.
+
+    Args:
+        max_tokens: longest completion, tokens.
+        temperature: 0 = greedy.
+        top_k: keep the k likeliest tokens; -1 = all.
+        top_p: keep the smallest set of tokens with this mass; 1.0 = all.
+        stop: token ids that end a completion (they are part of it); None = the model's own end-of-text tokens.
+        seed: makes the samples repeatable; None = the backend's running generator.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop: Sequence[int] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ConfigError(f"top_k must be positive, or -1 for all, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@final
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        prompt_index: which prompt it belongs to.
+        tokens: the completion, the stop token included.
+        logprobs: log-prob of each token under the untempered policy (what ``forward`` would say).
+        stop_reason: ``stop`` or ``length``.
+        weights_version: optimizer steps the sampler had seen.
+        temperature, top_p, top_k: how it was drawn.
+    """
+
+    prompt_index: int
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: str
+    weights_version: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@final
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """Result of ``forward``, ``forward_backward`` and ``forward_backward_custom``.
+
+    Attributes:
+        loss_fn_outputs: one dict per datum, in the order of the data: ``logprobs`` (shape of the targets) and, where
+            positions were skipped, ``scored`` (1 where the log-prob was computed, 0 where it reads 0.0).
+        metrics: ``{"name:reduction": value}``; a custom function's own names as it gave them.
+        loss_fn_output_type: the protocol's name of the form.
+    """
+
+    loss_fn_outputs: Sequence[Mapping[str, TensorData]]
+    metrics: Mapping[str, float]
+    loss_fn_output_type: str = "ArrayRecord"
+
+
+@final
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One gradient operation of a window.
+
+    Attributes:
+        operation: number of the operation, from 1.
+        loss: name of the loss or function.
+        datums: how many.
+        tokens: tokens with a non-zero cotangent.
+        sequences: sequences with such a token.
+        denominator: what the gradient waits to be divided by (``none`` if nothing).
+        count: this call's share of that denominator.
+    """
+
+    operation: int
+    loss: str
+    datums: int
+    tokens: int
+    sequences: int
+    denominator: str
+    count: float
+
+
+@final
+@dataclass(frozen=True)
+class OptimStepOutput:
+    """Result of ``optim_step``.
+
+    Attributes:
+        metrics: ``grad_norm`` (after normalisation, before clipping), ``divided_by``, ``learning_rate``.
+        stepped: False if the window held no gradient; then nothing changed.
+        divided_by: the one number the summed gradient was divided by.
+        normalization: in words, e.g. ``token_mean over 7 calls``.
+        ledger: what the window held.
+    """
+
+    metrics: Mapping[str, float]
+    stepped: bool
+    divided_by: float
+    normalization: str
+    ledger: Sequence[LedgerEntry] = field(default_factory=tuple)
+
+
+@final
+@dataclass(frozen=True)
+class SaveStateOutput:
+    """Where a checkpoint was written."""
+
+    path: str
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """What a backend would do with a loss and data; nothing has run.
+
+    Attributes:
+        route: ``native`` (registered loss, streamed), ``single_pass`` (function of all log-probs, one forward) or
+            ``refuse``.
+        reason: why.
+        micro_batches: datum indices of each forward.
+        layout: ``packed``, ``padded`` or ``single``.
+        tokens: tokens that go through the trunk, padding included.
+        scored: positions that go through the head.
+        forward_flops, backward_flops: estimate, from the matrix products of the linear layers.
+        peak_bytes: estimate of the logits and gradients held at once, beside the weights.
+    """
+
+    route: str
+    reason: str
+    micro_batches: Sequence[Sequence[int]] = ()
+    layout: str = "padded"
+    tokens: int = 0
+    scored: int = 0
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    peak_bytes: float = 0.0
+
+
+def as_mapping(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a loss config as a dict, refusing tensors: per-token inputs belong into the datums.
+
+    Raises:
+        ConfigError: it is no mapping, or a value is a tensor or list.
+    """
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"loss_fn_config must be a mapping of names to numbers and strings, got {type(config).__name__}"
+        )
+    for key, value in config.items():
+        if isinstance(value, (Tensor, list, tuple, dict)):
+            raise ConfigError(
+                f"loss_fn_config[{key!r}] is a {type(value).__name__}; per-token inputs belong into the datums"
+            )
+    return dict(config)

@@ -1,0 +1,207 @@
+"""ModelInput, TensorData and Datum: the names and behaviour of the Tinker types, holding torch tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, final
+
+import torch
+from torch import Tensor
+
+from ..errors import DatumError, LengthError
+from ..losses.adapt import as_tensor
+from ..losses.keys import INPUT_KEYS
+
+__all__ = ["Datum", "ModelInput", "TensorData"]
+
+TensorDtype = Literal["int64", "float32"]
+_DTYPES: Final = {"int64": torch.int64, "float32": torch.float32}
+
+
+def _integers(value: Any, what: str) -> Tensor:
+    """Return ``value`` as an int64 tensor; a float would be cut silently, so it is refused."""
+    tensor = as_tensor(value)
+    if tensor.numel() == 0:
+        return tensor.to(torch.int64)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise DatumError(f"{what} must be integers, got {tensor.dtype}")
+    return tensor.to(torch.int64)
+
+
+@final
+class TensorData:
+    """A typed tensor of a datum.
+
+    Args:
+        data: a list, array, tensor or tensor-data object.
+        dtype: ``int64`` or ``float32``; by default what ``data`` is made of.
+        shape: by default the shape of ``data``.
+
+    Raises:
+        DatumError: floats given as int64, or an unknown dtype.
+        LengthError: ``shape`` does not hold the given numbers.
+    """
+
+    def __init__(self, data: Any, dtype: TensorDtype | None = None, shape: Sequence[int] | None = None) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise DatumError(f"TensorData dtype must be 'int64' or 'float32', got {dtype!r}")
+        tensor = _as_numbers(data)
+        if dtype is None:
+            dtype = "float32" if tensor.dtype.is_floating_point else "int64"
+        tensor = _integers(tensor, "TensorData of dtype int64") if dtype == "int64" else tensor.to(torch.float32)
+        if shape is not None:
+            if math.prod(shape) != tensor.numel():
+                raise LengthError(f"TensorData of shape {list(shape)} cannot hold {tensor.numel()} numbers")
+            tensor = tensor.reshape(tuple(shape))
+        self._tensor = tensor
+        self.dtype: TensorDtype = dtype
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape, as a list."""
+        return list(self._tensor.shape)
+
+    @cached_property
+    def data(self) -> list[int] | list[float]:
+        """The numbers, flat, as Python numbers."""
+        return self._tensor.reshape(-1).tolist()
+
+    @classmethod
+    def from_torch(cls, tensor: Tensor) -> TensorData:
+        """Wrap a tensor."""
+        return cls(tensor)
+
+    @classmethod
+    def from_numpy(cls, array: Any) -> TensorData:
+        """Wrap an array."""
+        return cls(torch.as_tensor(array))
+
+    def to_torch(self) -> Tensor:
+        """The tensor itself, without a copy."""
+        return self._tensor
+
+    def to_numpy(self) -> Any:
+        """The numbers as a numpy array, sharing memory."""
+        return self._tensor.numpy()
+
+    def tolist(self) -> Any:
+        """The numbers as nested lists."""
+        return self._tensor.tolist()
+
+    def __len__(self) -> int:
+        return self._tensor.numel()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorData):
+            return NotImplemented
+        same = self.dtype == other.dtype and self.shape == other.shape
+        return same and torch.equal(self._tensor.nan_to_num(nan=0.5), other._tensor.nan_to_num(nan=0.5))
+
+    __hash__ = None  # type: ignore[assignment]  # holds a mutable tensor
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{x:g}" for x in self.data[:6])
+        return f"TensorData([{shown}{', ...' if len(self) > 6 else ''}], {self.dtype!r}, shape={self.shape})"
+
+
+def _as_numbers(data: Any) -> Tensor:
+    try:
+        tensor = as_tensor(data).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DatumError(f"TensorData needs numbers, got {type(data).__name__}: {error}") from error
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.float32)
+    return tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """The tokens that go into the model.
+
+    Args:
+        tokens: int64 [T]; build it with `from_ints`.
+    """
+
+    tokens: Tensor
+
+    @classmethod
+    def from_ints(cls, tokens: Iterable[int] | Tensor) -> ModelInput:
+        """Build from token ids: a list, array or tensor, one-dimensional.
+
+        Raises:
+            DatumError: not integers, or not one-dimensional.
+        """
+        given = list(tokens) if not isinstance(tokens, Tensor) and not hasattr(tokens, "__array__") else tokens
+        ids = _integers(given, "tokens").cpu()
+        if ids.dim() != 1:
+            raise DatumError(f"tokens must be one-dimensional, got shape {tuple(ids.shape)}")
+        return cls(ids)
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        """No tokens."""
+        return cls(torch.empty(0, dtype=torch.int64))
+
+    def to_ints(self) -> list[int]:
+        """The token ids as a list."""
+        return [int(token) for token in self.tokens.tolist()]
+
+    def append_int(self, token: int) -> ModelInput:
+        """Return the input with one more token."""
+        return ModelInput.from_ints([*self.to_ints(), token])
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.tokens.numel()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelInput) and torch.equal(self.tokens, other.tokens)
+
+    __hash__ = None  # type: ignore[assignment]  # holds a mutable tensor
+
+
+@final
+@dataclass(frozen=True)
+class Datum:
+    """One sequence and all that a loss needs beside its log-probs.
+
+    Args:
+        model_input: the tokens that go in, T of them.
+        loss_fn_inputs: inputs by key (see `pullback.losses.keys`); lists, arrays and tensors are wrapped. Entry j of a
+            per-token input belongs to ``target_tokens[j]``, the token after ``model_input[j]``. Keys of your own are for your
+            own functions.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, TensorData]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_input, ModelInput):
+            raise DatumError(
+                f"model_input must be a ModelInput, got {type(self.model_input).__name__}; use ModelInput.from_ints"
+            )
+        object.__setattr__(self, "loss_fn_inputs", {k: _wrap(k, v) for k, v in self.loss_fn_inputs.items()})
+
+    def with_inputs(self, **inputs: Any) -> Datum:
+        """Return a datum with more (or other) inputs, e.g. ``datum.with_inputs(ref_logprobs=...)``."""
+        return Datum(self.model_input, {**self.loss_fn_inputs, **inputs})
+
+
+def _wrap(key: str, value: Any) -> TensorData:
+    known = INPUT_KEYS.get(key)
+    if isinstance(value, TensorData) and (known is None or value.dtype == known.dtype):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
+    try:
+        return TensorData(value, known.dtype if known is not None else None)
+    except DatumError as error:
+        raise type(error)(f"{key!r}: {error}") from error

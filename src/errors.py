@@ -1,0 +1,175 @@
+"""The errors of pullback: one tree, stdlib parents.
+
+PullbackError
+|-- DatumError (ValueError)             a datum is wrong; nothing was computed
+|   |-- MissingFieldError               a loss needs an input that the datum lacks
+|   |-- LengthError                     a per-token input has another length than the targets
+|   |-- IncompleteUnitError             half a pair, a pair of three, a group cut in two
+|   `-- InvalidDatumsError              every problem of every datum of one call, together
+|-- LossError (ValueError)              a loss is used wrongly
+|   |-- UnknownLossError (LookupError)
+|   |-- DuplicateLossError
+|   |-- ConfigError                     a hyperparameter is unknown, misspelt or out of range
+|   |-- BiasedGradientError             a combination known to optimise something else
+|   |-- EmptyUnitError                  a sequence that needs a token has none
+|   |-- MixedDenominatorsError          two denominators cannot be deferred together
+|   `-- CustomLossError                 a user's function broke the contract
+|       |-- LossTypeError (TypeError)   not a (scalar tensor, dict) pair
+|       `-- NotDifferentiableError      no path from the log-probs to the loss
+|-- BackendError (RuntimeError)         a backend refuses or fails
+|   |-- PrecedingOperationFailed        the window is spoiled by an earlier failure
+|   |-- UnreadFailureError              closed while a failure was never read
+|   |-- DoubleNormalizationError        the gradient would be divided twice
+|   |-- NonFiniteError (ArithmeticError) NaN or inf in log-probs, cotangent or gradient
+|   |-- LeakyModelError                 the model mixes sequences, or sees the future
+|   |-- MissingReferenceError           there is no reference model to ask
+|   |-- CheckpointError (OSError)       a checkpoint is missing, damaged or of another model
+|   |-- UnsupportedError                the backend lacks this ability
+|   `-- ClosedError                     used after close()
+`-- MissingExtraError (ImportError)     an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class PullbackError(Exception):
+    """Base of every error that pullback raises on purpose."""
+
+
+class DatumError(PullbackError, ValueError):
+    """A datum is wrong. Nothing was computed, no state changed."""
+
+
+class MissingFieldError(DatumError):
+    """A loss needs an input that a datum does not carry."""
+
+
+class LengthError(DatumError):
+    """A per-token input has another length than the target tokens."""
+
+
+class IncompleteUnitError(DatumError):
+    """A pair or group is not whole within one call."""
+
+
+class InvalidDatumsError(DatumError):
+    """Every problem of every datum of one call.
+
+    Attributes:
+        problems: one line per problem, in the order of the data.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head} in the data; nothing was computed:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class LossError(PullbackError, ValueError):
+    """A loss is used wrongly."""
+
+
+class UnknownLossError(LossError, LookupError):
+    """No loss of that name is registered."""
+
+
+class DuplicateLossError(LossError):
+    """The name is taken by another loss."""
+
+
+class ConfigError(LossError):
+    """A hyperparameter is unknown, misspelt or out of range."""
+
+
+class BiasedGradientError(LossError):
+    """A combination whose gradient is known to optimise something else."""
+
+
+class EmptyUnitError(LossError):
+    """A sequence that must have a trained token has none."""
+
+
+class MixedDenominatorsError(LossError):
+    """Terms with different denominators cannot share one deferred division."""
+
+
+class CustomLossError(LossError):
+    """A user's loss function broke the contract ``(data, logprobs) -> (loss, metrics)``."""
+
+
+class LossTypeError(CustomLossError, TypeError):
+    """The function did not return a scalar tensor and a dict."""
+
+
+class NotDifferentiableError(CustomLossError):
+    """The returned loss does not depend on any log-prob."""
+
+
+class BackendError(PullbackError, RuntimeError):
+    """A backend refuses or fails."""
+
+
+class PrecedingOperationFailed(BackendError):
+    """An earlier gradient operation failed, so the window is not what you think it is."""
+
+
+class UnreadFailureError(BackendError):
+    """The backend was closed while a failed operation had never been read."""
+
+
+class DoubleNormalizationError(BackendError):
+    """The gradient would be divided twice."""
+
+
+class NonFiniteError(BackendError, ArithmeticError):
+    """NaN or inf where a finite number is needed."""
+
+
+class LeakyModelError(BackendError):
+    """The model lets one sequence, or the future, change another token's log-prob."""
+
+
+class MissingReferenceError(BackendError):
+    """There is no frozen reference model to score with."""
+
+
+class CheckpointError(BackendError, OSError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class UnsupportedError(BackendError):
+    """The backend lacks this ability."""
+
+
+class ClosedError(BackendError):
+    """The backend was used after ``close()``."""
+
+
+class MissingExtraError(PullbackError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional module, or say which ``pip install`` brings it.
+
+    Raises:
+        MissingExtraError: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(f"{purpose} needs {module!r}: pip install 'pullback[{extra}]'", name=module) from error
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for a close spelling, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,107 @@
+"""From anything datum-like (ours, tinker's, Fireworks') to a TokenBatch, by duck typing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DatumError, LengthError, MissingFieldError
+from .batch import TokenBatch
+from .keys import INPUT_KEYS
+
+__all__ = ["as_tensor", "batch_from_datums"]
+
+
+def batch_from_datums(
+    data: Sequence[Any], logprobs: Sequence[Tensor], required: Sequence[str] = (), optional: Sequence[str] = ()
+) -> TokenBatch:
+    """Pack datums and their log-probs.
+
+    Args:
+        data: objects with a ``loss_fn_inputs`` mapping of lists, arrays, tensors or tensor-data objects.
+        logprobs: one tensor per datum, [T] or [T, K], aligned to its target tokens.
+        required: keys that every datum must have.
+        optional: keys that are read where every datum has them.
+
+    Raises:
+        MissingFieldError: a required key is missing, or an optional one is in some datums only.
+        LengthError: an input's shape is not that of the log-probs.
+    """
+    if len(data) != len(logprobs):
+        raise LengthError(f"got {len(data)} datums but {len(logprobs)} log-prob tensors")
+    if not data:
+        raise DatumError("data is empty: a loss needs at least one datum")
+    inputs = [_inputs(datum, i) for i, datum in enumerate(data)]
+    packed = {_field(key): _pack(key, inputs, logprobs) for key in _keys(inputs, required, optional)}
+    lengths = [lp.shape[0] for lp in logprobs]
+    return TokenBatch.from_packed(_concat(logprobs), lengths, **packed)
+
+
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a list, array, tensor or tensor-data object (``to_torch`` or ``data`` and ``shape``) as a tensor."""
+    if isinstance(value, Tensor):
+        return value.detach() if dtype is None else value.detach().to(dtype)
+    if hasattr(value, "to_torch"):
+        return as_tensor(value.to_torch(), dtype)
+    if hasattr(value, "data") and hasattr(value, "shape") and not hasattr(value, "__array__"):
+        flat = torch.as_tensor(value.data, dtype=dtype)
+        return flat if value.shape is None else flat.reshape(tuple(value.shape))
+    return torch.as_tensor(value, dtype=dtype)
+
+
+def _field(key: str) -> str:
+    # The datum key `logprobs` is the sampler's; the batch's `logprobs` are the current policy's.
+    return "behaviour_logprobs" if key == "logprobs" else key
+
+
+def _inputs(datum: Any, index: int) -> Mapping[str, Any]:
+    inputs = getattr(datum, "loss_fn_inputs", None)
+    if not isinstance(inputs, Mapping):
+        raise DatumError(f"datum {index}: {type(datum).__name__} has no loss_fn_inputs mapping")
+    return inputs
+
+
+def _keys(inputs: list[Mapping[str, Any]], required: Sequence[str], optional: Sequence[str]) -> list[str]:
+    for key in required:
+        for i, given in enumerate(inputs):
+            if key not in given:
+                raise MissingFieldError(
+                    f"datum {i}: missing required field {key!r} (has: {', '.join(given) or 'none'})"
+                )
+    used = [key for key in optional if any(key in given for given in inputs)]
+    for key in used:
+        without = [i for i, given in enumerate(inputs) if key not in given]
+        if without:
+            raise MissingFieldError(f"{key!r} is given for some datums but not for {without}; give it for all or none")
+    return [*required, *used]
+
+
+def _pack(key: str, inputs: list[Mapping[str, Any]], logprobs: Sequence[Tensor]) -> Tensor:
+    spec = INPUT_KEYS[key]
+    found = []
+    for i, (given, lp) in enumerate(zip(inputs, logprobs, strict=True)):
+        tensor = as_tensor(given[key], torch.int64 if spec.dtype == "int64" else None)
+        wanted = tuple(lp.shape) if spec.per_token else (1,)
+        if tuple(tensor.shape) != wanted:
+            raise LengthError(
+                f"datum {i}: {key!r} has shape {tuple(tensor.shape)}, expected {wanted}"
+                + (
+                    ", the shape of its log-probs (one per target token; nothing is truncated)"
+                    if spec.per_token
+                    else ""
+                )
+            )
+        found.append(tensor)
+    return torch.cat(found)
+
+
+def _concat(logprobs: Sequence[Tensor]) -> Tensor:
+    shapes = {tuple(lp.shape[1:]) for lp in logprobs}
+    if len(shapes) > 1:
+        raise LengthError(
+            f"log-probs of one call must all be [T] or all [T, K] with one K, got trailing shapes {shapes}"
+        )
+    return torch.cat(list(logprobs))

@@ -1,0 +1,222 @@
+"""TokenBatch: what a loss sees. Tensors only, packed, aligned to the target tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Final, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from ..errors import IncompleteUnitError, LengthError
+from .keys import ROLE_CHOSEN, ROLE_REJECTED
+
+__all__ = ["Groups", "Pairs", "TokenBatch"]
+
+_TOKEN_FIELDS: Final = ("weights", "advantages", "behaviour_logprobs", "old_logprobs", "ref_logprobs")
+_SEQUENCE_FIELDS: Final = ("pair_id", "role", "group_id", "label")
+
+
+class Pairs(NamedTuple):
+    """Sequence indices of the preference pairs: ``chosen[p]`` is preferred to ``rejected[p]``. Both int64 [P]."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """``index[b]`` is the group of sequence b, numbered 0 .. count-1. int64 [B]."""
+
+    index: Tensor
+    count: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """B sequences of N tokens in all, packed end to end.
+
+    Args:
+        logprobs: current policy's log-prob of each target token, nats; [N], or [N, K] for soft targets.
+        offsets: int64 [B + 1]; sequence b is ``logprobs[offsets[b]:offsets[b + 1]]``.
+        weights: shape of ``logprobs``; 0 = not trained. Absent: every token has weight 1.
+        advantages: [N]; positive = more of this token.
+        behaviour_logprobs: [N]; the sampler's log-probs (the datum key ``logprobs``).
+        old_logprobs: [N]; the proximal anchor, where it differs from the sampler.
+        ref_logprobs: [N]; the frozen reference's log-probs.
+        pair_id, role, group_id, label: int64 [B]; see `pullback.losses.keys`.
+
+    Raises:
+        LengthError: a tensor has another shape than its place demands.
+    """
+
+    logprobs: Tensor
+    offsets: Tensor
+    weights: Tensor | None = None
+    advantages: Tensor | None = None
+    behaviour_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    pair_id: Tensor | None = None
+    role: Tensor | None = None
+    group_id: Tensor | None = None
+    label: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.logprobs.shape)
+        if len(shape) not in (1, 2):
+            raise LengthError(f"logprobs must be [N] or [N, K], got shape {shape}")
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != shape[0] or bool((self.offsets.diff() < 0).any()):
+            raise LengthError(f"offsets must rise from 0 to {shape[0]}, got {self.offsets.tolist()}")
+        for name in _TOKEN_FIELDS:
+            _check_shape(name, getattr(self, name), shape, "the shape of logprobs")
+        for name in _SEQUENCE_FIELDS:
+            _check_shape(name, getattr(self, name), (self.num_sequences,), "one number per sequence")
+
+    @classmethod
+    def from_packed(cls, logprobs: Tensor, lengths: Tensor | list[int], **inputs: Tensor | None) -> TokenBatch:
+        """Build from packed tensors and the length of each sequence (int64 [B])."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return cls(logprobs, offsets, **_to_device(logprobs, inputs))
+
+    @classmethod
+    def from_padded(cls, logprobs: Tensor, weights: Tensor, **inputs: Tensor | None) -> TokenBatch:
+        """Build from right- or left-padded [B, T] tensors; padding is a position of weight 0.
+
+        Args:
+            logprobs: [B, T], target-aligned: ``logprobs[b, j]`` scores the token that ``weights[b, j]`` weighs.
+            weights: [B, T], float or bool; 0 on padding and on prompts.
+            inputs: the other fields of `TokenBatch`, [B, T]; ``advantages`` may be [B] (one per sequence);
+                ``pair_id``, ``role``, ``group_id`` and ``label`` are [B].
+        """
+        if logprobs.dim() != 2:
+            raise LengthError(f"logprobs must be [B, T], got shape {tuple(logprobs.shape)}")
+        rows, width = logprobs.shape
+        flat: dict[str, Tensor | None] = {}
+        for name, value in {"weights": weights, **inputs}.items():
+            if value is not None and name in _TOKEN_FIELDS:
+                if name == "advantages" and value.dim() == 1:
+                    value = value[:, None].expand(-1, width)
+                _check_shape(name, value, (rows, width), "the shape of logprobs")
+                value = value.reshape(-1)
+            flat[name] = value
+        offsets = torch.arange(rows + 1, device=logprobs.device) * width
+        return cls(logprobs.reshape(-1), offsets, **_to_device(logprobs, flat))
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def sequence_index(self) -> Tensor:
+        """Which sequence each token belongs to; int64 [N]."""
+        order = torch.arange(self.num_sequences, device=self.offsets.device)
+        return order.repeat_interleave(self.offsets.diff())
+
+    @cached_property
+    def trained(self) -> Tensor:
+        """True where the weight is not 0; bool, shape of ``logprobs``."""
+        if self.weights is None:
+            return torch.ones_like(self.logprobs, dtype=torch.bool)
+        return self.weights != 0
+
+    @cached_property
+    def trained_positions(self) -> Tensor:
+        """True where any target of the position is trained; bool [N]."""
+        return self.trained if self.trained.dim() == 1 else self.trained.any(-1)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The weights, 1 where none were given; float, shape of ``logprobs``."""
+        if self.weights is None:
+            return torch.ones_like(self.policy)
+        return self.weights.to(self.policy.dtype)
+
+    @property
+    def policy(self) -> Tensor:
+        """``logprobs`` in fp32 or better, 0 where untrained: safe to compute with, connected to every leaf."""
+        return self.select(self.logprobs)
+
+    @cached_property
+    def tokens_per_sequence(self) -> Tensor:
+        """Trained positions of each sequence; int64 [B]."""
+        return self.sum_by_sequence(self.trained_positions.to(torch.int64))
+
+    @cached_property
+    def weight_per_sequence(self) -> Tensor:
+        """Sum of the weights of each sequence; float64 [B]."""
+        return self.sum_by_sequence(self.weight.double())
+
+    def select(self, values: Tensor) -> Tensor:
+        """Return ``values`` in fp32 or better, exactly 0 (and with zero gradient) where untrained, even from NaN."""
+        wide = values if values.dtype == torch.float64 else values.float()
+        return torch.where(self.trained, wide, torch.zeros((), dtype=wide.dtype, device=wide.device))
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """Sum packed ``values`` ([N] or [N, K]) within each sequence; [B], dtype of ``values``."""
+        flat = values if values.dim() == 1 else values.sum(-1)
+        return flat.new_zeros(self.num_sequences).index_add(0, self.sequence_index, flat)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The preference pairs: by ``pair_id`` and ``role``, else neighbours (2i chosen, 2i + 1 rejected).
+
+        Raises:
+            IncompleteUnitError: a pair lacks a side, or has one twice.
+        """
+        if self.pair_id is None:
+            return _neighbour_pairs(self.num_sequences, self.offsets.device)
+        if self.role is None:
+            raise IncompleteUnitError(
+                "pair_id is given without role; give role 1 to chosen and 0 to rejected sequences"
+            )
+        return _pairs_by_id(self.pair_id, self.role)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The prompt groups, by ``group_id``; without it all sequences are one group."""
+        if self.group_id is None:
+            return Groups(torch.zeros_like(self.offsets[1:]), min(1, self.num_sequences))
+        ids, index = torch.unique(self.group_id, return_inverse=True)
+        return Groups(index, ids.numel())
+
+
+def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], wanted: str) -> None:
+    if value is not None and tuple(value.shape) != shape:
+        raise LengthError(f"{name} has shape {tuple(value.shape)}, expected {shape} ({wanted})")
+
+
+def _to_device(logprobs: Tensor, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    known = {field.name for field in fields(TokenBatch)} - {"logprobs", "offsets"}
+    for name in inputs:
+        if name not in known:
+            raise TypeError(f"TokenBatch has no input {name!r}; it has {sorted(known)}")
+    return {name: value.detach().to(logprobs.device) for name, value in inputs.items() if value is not None}
+
+
+def _neighbour_pairs(sequences: int, device: torch.device) -> Pairs:
+    if sequences % 2:
+        raise IncompleteUnitError(
+            f"{sequences} sequences do not make whole pairs (2i chosen, 2i + 1 rejected): sequence {sequences - 1} "
+            "has no partner; add it, or give pair_id and role"
+        )
+    chosen = torch.arange(0, sequences, 2, device=device)
+    return Pairs(chosen, chosen + 1)
+
+
+def _pairs_by_id(pair_id: Tensor, role: Tensor) -> Pairs:
+    ids, index = torch.unique(pair_id, return_inverse=True)
+    found = []
+    for wanted, word in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
+        count = torch.zeros_like(ids).index_add(0, index, (role == wanted).to(ids.dtype))
+        if bool((count != 1).any()):
+            bad = {int(i): int(c) for i, c in zip(ids[count != 1], count[count != 1], strict=True)}
+            raise IncompleteUnitError(f"each pair needs exactly one {word} sequence in a call; pair_id: found {bad}")
+        members = (role == wanted).nonzero().squeeze(1)
+        found.append(members[index[members].argsort()])
+    return Pairs(found[0], found[1])

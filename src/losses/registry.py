@@ -1,0 +1,102 @@
+"""Losses by name: a small registry object and one default instance."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Final, TypeVar, final
+
+from ..errors import ConfigError, DuplicateLossError, UnknownLossError, suggestion
+from .base import Loss
+
+__all__ = ["ENTRY_POINT_GROUP", "Registry", "get_loss", "loss_names", "register", "registry"]
+
+ENTRY_POINT_GROUP: Final = "pullback.losses"
+LossClass = TypeVar("LossClass", bound=type[Loss])
+
+
+@final
+class Registry:
+    """Loss classes by name. A miss looks once for installed plug-ins (entry-point group ``pullback.losses``)."""
+
+    def __init__(self, group: str | None = None) -> None:
+        self._classes: dict[str, type[Loss]] = {}
+        self._group = group
+
+    def register(self, loss: LossClass) -> LossClass:
+        """Add a loss class under its ``name`` and return it unchanged, so it serves as a decorator too.
+
+        Raises:
+            DuplicateLossError: another class has that name.
+        """
+        known = self._classes.get(loss.name)
+        if known is not None and known is not loss:
+            raise DuplicateLossError(
+                f"the name {loss.name!r} belongs to {known.__module__}.{known.__qualname__}; choose another"
+            )
+        self._classes[loss.name] = loss
+        return loss
+
+    def get(self, name: str) -> type[Loss]:
+        """Return the class of that name.
+
+        Raises:
+            UnknownLossError: none is registered; the message lists those that are.
+        """
+        if name not in self._classes:
+            self._load_plugins()
+        if name not in self._classes:
+            raise UnknownLossError(
+                f"unknown loss {name!r}{suggestion(name, self._classes)}; known: {', '.join(self.names())}"
+            )
+        return self._classes[name]
+
+    def build(self, name: str, config: Mapping[str, Any] | None = None) -> Loss:
+        """Return the loss of that name with ``config`` as its hyperparameters.
+
+        Raises:
+            UnknownLossError: the name is unknown.
+            ConfigError: a key is unknown (close spellings are suggested) or a value is out of range.
+        """
+        loss = self.get(name)
+        keys = config_keys(loss)
+        for key in config or {}:
+            if key not in keys:
+                known = ", ".join(keys) or "none"
+                raise ConfigError(f"loss {name!r} has no config key {key!r}{suggestion(key, keys)}; it has: {known}")
+        return loss.from_config(**dict(config or {}))
+
+    def names(self) -> tuple[str, ...]:
+        """The registered names, sorted."""
+        return tuple(sorted(self._classes))
+
+    def _load_plugins(self) -> None:
+        if self._group is None:
+            return
+        group, self._group = self._group, None
+        for entry in entry_points(group=group):
+            self.register(entry.load())
+
+
+def config_keys(loss: type[Loss]) -> dict[str, Any]:
+    """Return the config keys of a loss with their defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(loss.from_config).parameters.items()}
+
+
+registry: Final = Registry(ENTRY_POINT_GROUP)
+
+
+def register(loss: LossClass) -> LossClass:
+    """Add a loss class to the default registry; see `Registry.register`."""
+    return registry.register(loss)
+
+
+def get_loss(name: str, config: Mapping[str, Any] | None = None) -> Loss:
+    """Build a loss of the default registry; see `Registry.build`."""
+    return registry.build(name, config)
+
+
+def loss_names() -> tuple[str, ...]:
+    """The names in the default registry, sorted."""
+    return registry.names()
