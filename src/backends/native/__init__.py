@@ -1,0 +1,11 @@
+"""The native backend: PyTorch models in this process."""
+
+from __future__ import annotations
+
+from .adapter import Head, ModelAdapter
+from .backend import TorchBackend
+from .head import selected_logprobs
+from .hf import HFModel
+from .reference import ReferenceView, with_reference
+
+__all__ = ["HFModel", "Head", "ModelAdapter", "ReferenceView", "TorchBackend", "selected_logprobs", "with_reference"]

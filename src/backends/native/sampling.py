@@ -1,0 +1,210 @@
+"""Sampling: prompts once, then one token a step for every unfinished completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from ...datums.types import ModelInput
+from ...errors import DatumError, InvalidDatumsError, require_extra
+from ..types import Rollout, SamplingParams
+from .adapter import ModelAdapter
+from .head import head_logits
+from .hf import HFModel
+from .scoring import model_device
+
+__all__ = ["draw"]
+
+_MAX_ROWS = 128
+
+
+class Decoder(Protocol):
+    """Keeps the state of a set of rows; every method returns or concerns the unfinished rows in order."""
+
+    def start(self, prompts: Sequence[Tensor], n: int) -> Tensor:
+        """Read the prompts, copy each n times, and return the next-token logits, [P * n, V]."""
+        ...
+
+    def step(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """Drop all rows but ``keep`` (int64 indices), append ``tokens`` to these, and return their logits."""
+        ...
+
+
+def draw(
+    model: ModelAdapter,
+    prompts: Sequence[ModelInput],
+    n: int,
+    params: SamplingParams,
+    generator: torch.Generator,
+    version: int,
+) -> list[Rollout]:
+    """Draw ``n`` completions of each prompt, prompt-major.
+
+    Raises:
+        InvalidDatumsError: a prompt is empty or has tokens outside the vocabulary.
+    """
+    _check(model, prompts, n)
+    if params.seed is not None:
+        generator = torch.Generator(generator.device).manual_seed(params.seed)
+    stop = params.stop if params.stop is not None else getattr(model, "eos_token_ids", ())
+    found: list[_Row] = []
+    step = max(1, _MAX_ROWS // n)
+    with torch.no_grad():
+        for first in range(0, len(prompts), step):
+            chunk = [p.tokens for p in prompts[first : first + step]]
+            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), generator)
+    how = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+    return [
+        Rollout(i // n, row.tokens, row.logprobs, row.stop_reason, version, **how)  # type: ignore[arg-type]  # by name
+        for i, row in enumerate(found)
+    ]
+
+
+@dataclass
+class _Row:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+
+
+def _complete(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    n: int,
+    params: SamplingParams,
+    stop: frozenset[int],
+    generator: torch.Generator,
+) -> list[_Row]:
+    rows = [_Row() for _ in range(len(prompts) * n)]
+    alive = list(range(len(rows)))
+    logits = decoder.start(prompts, n)
+    for length in range(1, params.max_tokens + 1):
+        chosen = _choose(logits, params, generator)
+        logprobs = torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0]
+        for row, token, logprob in zip(alive, chosen.tolist(), logprobs.tolist(), strict=True):
+            rows[row].tokens.append(token)
+            rows[row].logprobs.append(logprob)
+            if token in stop:
+                rows[row].stop_reason = "stop"
+        going = [i for i, row in enumerate(alive) if rows[row].stop_reason == "length"]
+        alive = [alive[i] for i in going]
+        if not alive or length == params.max_tokens:
+            break
+        keep = torch.tensor(going, device=chosen.device)
+        logits = decoder.step(chosen[keep], keep)
+    return rows
+
+
+def _choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
+    """Draw one token per row from the tempered, cut distribution, [R]."""
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    tempered = logits / params.temperature
+    if params.top_k != -1:
+        smallest = tempered.topk(min(params.top_k, tempered.shape[-1]), -1).values[:, -1:]
+        tempered = tempered.masked_fill(tempered < smallest, -torch.inf)
+    if params.top_p < 1.0:
+        tempered = _nucleus(tempered, params.top_p)
+    return torch.multinomial(tempered.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of tokens whose probability reaches ``top_p``; at least one."""
+    ordered, order = logits.sort(-1, descending=True)
+    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
+    return logits.masked_fill(cut, -torch.inf)
+
+
+def _check(model: ModelAdapter, prompts: Sequence[ModelInput], n: int) -> None:
+    if n < 1:
+        raise DatumError(f"n must be at least 1 completion per prompt, got {n}")
+    if not prompts:
+        raise DatumError("prompts is empty: give at least one ModelInput")
+    vocab = model.head().weight.shape[0]
+    problems = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, ModelInput):
+            problems.append(f"prompt {i}: expected a ModelInput, got {type(prompt).__name__}; use ModelInput.from_ints")
+        elif len(prompt) == 0:
+            problems.append(f"prompt {i}: is empty; give at least one token")
+        elif int(prompt.tokens.min()) < 0 or int(prompt.tokens.max()) >= vocab:
+            problems.append(f"prompt {i}: has token ids outside the vocabulary of {vocab}")
+    if problems:
+        raise InvalidDatumsError(problems)
+
+
+def _decoder(model: ModelAdapter) -> Decoder:
+    return CachedDecoder(model) if isinstance(model, HFModel) else PlainDecoder(model)
+
+
+@final
+class PlainDecoder:
+    """Runs the whole rows again at every step: for any model, at quadratic cost."""
+
+    def __init__(self, model: ModelAdapter) -> None:
+        self._model = model
+        self._rows: list[Tensor] = []
+
+    def start(self, prompts: Sequence[Tensor], n: int) -> Tensor:
+        device = model_device(self._model)
+        self._rows = [prompt.to(device) for prompt in prompts for _ in range(n)]
+        return self._logits()
+
+    def step(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        kept = [self._rows[i] for i in keep.tolist()]
+        self._rows = [torch.cat([row, token[None]]) for row, token in zip(kept, tokens, strict=True)]
+        return self._logits()
+
+    def _logits(self) -> Tensor:
+        last = []
+        for row in self._rows:
+            positions = torch.arange(row.numel(), device=row.device)[None]
+            last.append(self._model.hidden_states(row[None], positions)[0, -1])
+        return head_logits(torch.stack(last), self._model.head())
+
+
+@final
+class CachedDecoder:
+    """transformers models: each prompt is read once, its cache is copied for its completions, finished rows leave."""
+
+    def __init__(self, model: HFModel) -> None:
+        self._model = model
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+
+    def start(self, prompts: Sequence[Tensor], n: int) -> Tensor:
+        transformers = require_extra("transformers", "hf", "sampling")
+        device, width = model_device(self._model), max(p.numel() for p in prompts)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
+        self._mask = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - prompt.numel() :] = prompt
+            self._mask[row, width - prompt.numel() :] = 1
+        self._cache = transformers.DynamicCache(config=self._model.config)
+        logits = self._logits(tokens.to(device))
+        self._cache.batch_repeat_interleave(n)
+        self._mask = self._mask.repeat_interleave(n, 0)
+        return logits.repeat_interleave(n, 0)
+
+    def step(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        if keep.numel() < self._mask.shape[0]:
+            self._cache.batch_select_indices(keep)
+            self._mask = self._mask[keep]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(self._mask.shape[0], 1)], 1)
+        return self._logits(tokens[:, None])
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        hidden = self._model.trunk(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )[0]
+        return head_logits(hidden[:, -1], self._model.head())

@@ -1,0 +1,230 @@
+"""Checkpoints: safetensors and a JSON manifest in one folder, written atomically, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import BackendError, CheckpointError
+from .hf import HFModel
+
+if TYPE_CHECKING:
+    from .backend import TorchBackend
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+FORMAT: Final = 1
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MANIFEST: Final = "manifest.json"
+_WEIGHTS: Final = "weights.safetensors"
+_ADAPTER: Final = "adapter_model.safetensors"
+
+
+def save_checkpoint(backend: TorchBackend, name: str, overwrite: bool) -> Path:
+    """Write everything that the next step depends on.
+
+    Raises:
+        CheckpointError: the name leaves the folder, or is taken.
+    """
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"checkpoint name {name!r} must be letters, digits, '.', '_' and '-' (no folders)")
+    root = backend._directory
+    final = root / name
+    if final.exists() and not overwrite:
+        raise CheckpointError(f"checkpoint {final} exists; choose another name or pass overwrite=True")
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+    try:
+        _write(backend, folder)
+        _replace(folder, final)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(backend: TorchBackend, folder: Path, *, everything: bool) -> None:
+    """Load weights, or everything. All files are read and checked before anything changes.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+        BackendError: the window holds gradients of the present weights.
+    """
+    if backend._window.ledger:
+        raise BackendError(
+            "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
+        )
+    manifest = _manifest(folder)
+    weights = _read(folder, _weights_file(backend), manifest)
+    current = _weights(backend)
+    _require_same(folder, "weights", weights, current)
+    if manifest["frozen"] != frozen_fingerprint(backend._module):
+        raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
+    extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in ("optimizer", "window", "random")}
+    if everything:
+        _require_known(folder, extras["window"], backend._parameters)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            current[name].copy_(tensor)
+    backend._window.clear()
+    backend._optimizer.state.clear()
+    backend.weights_version = int(manifest["weights_version"])
+    if everything:
+        _restore_optimizer(backend, extras["optimizer"])
+        backend._window.restore(manifest["window"], extras["window"])
+        backend._operations = int(manifest["operations"])
+        _restore_random(backend, extras["random"])
+
+
+def frozen_fingerprint(module: nn.Module) -> str:
+    """Return a digest of the frozen parameters: names, shapes, and a sample of each one's numbers."""
+    digest = hashlib.sha256()
+    for name, p in sorted(module.named_parameters()):
+        if not p.requires_grad:
+            sample = p.detach().reshape(-1)[:: max(1, p.numel() // 64)][:64].double().cpu()
+            digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(backend: TorchBackend, folder: Path) -> None:
+    window = {n: p.grad for n, p in backend._parameters.items() if p.grad is not None}
+    files = {
+        _weights_file(backend): _weights(backend),
+        "optimizer.safetensors": _optimizer_tensors(backend),
+        "window.safetensors": window,
+        "random.safetensors": _random_tensors(backend),
+    }
+    for file, tensors in files.items():
+        copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        save_file(copied, folder / file)
+    if isinstance(backend.model, HFModel) and backend.model.is_lora:
+        backend.model.model.peft_config["default"].save_pretrained(str(folder))
+    manifest = {
+        "format": FORMAT,
+        "weights_version": backend.weights_version,
+        "operations": backend._operations,
+        "window": backend._window.to_json(),
+        "frozen": frozen_fingerprint(backend._module),
+        "files": {file: _digest(folder / file) for file in files},
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in folder.iterdir():
+        _sync(path)
+
+
+def _replace(folder: Path, final: Path) -> None:
+    """Move the finished folder into place; an old one is moved aside first, so a crash leaves one or the other."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(folder, final)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {_MANIFEST}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+    return manifest
+
+
+def _read(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    expected = manifest["files"].get(file)
+    if expected is None or not (folder / file).exists():
+        raise CheckpointError(f"{folder} lacks {file}: it belongs to another kind of model, or is incomplete")
+    if _digest(folder / file) != expected:
+        raise CheckpointError(f"{folder / file} is damaged: its digest is not the one in {_MANIFEST}")
+    return dict(load_file(folder / file))
+
+
+def _require_same(folder: Path, what: str, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    differing = sorted(set(saved) ^ set(current)) or [
+        f"{n} {tuple(saved[n].shape)} {saved[n].dtype}, here {tuple(current[n].shape)} {current[n].dtype}"
+        for n in saved
+        if saved[n].shape != current[n].shape or saved[n].dtype != current[n].dtype
+    ]
+    if differing:
+        raise CheckpointError(f"the {what} of {folder} are not those of this model; they differ in: {differing[:5]}")
+
+
+def _require_known(folder: Path, window: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    unknown = sorted(set(window) - set(parameters))
+    if unknown:
+        raise CheckpointError(f"the window of {folder} holds gradients of parameters that are not trained here: {unknown[:5]}")
+
+
+def _weights_file(backend: TorchBackend) -> str:
+    return _ADAPTER if isinstance(backend.model, HFModel) and backend.model.is_lora else _WEIGHTS
+
+
+def _weights(backend: TorchBackend) -> dict[str, Tensor]:
+    """The live trained weights: in PEFT's naming for an adapter, else every parameter and buffer once."""
+    if isinstance(backend.model, HFModel) and backend.model.is_lora:
+        from peft import get_peft_model_state_dict
+
+        return dict(get_peft_model_state_dict(backend.model.model, save_embedding_layers=False))
+    module = backend._module
+    persistent = set(module.state_dict())
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: t.detach() for name, t in tensors if name in persistent}
+
+
+def _optimizer_tensors(backend: TorchBackend) -> dict[str, Tensor]:
+    state = backend._optimizer.state
+    return {
+        f"{key}:{name}": torch.as_tensor(value)
+        for name, p in backend._parameters.items()
+        for key, value in state.get(p, {}).items()
+    }
+
+
+def _restore_optimizer(backend: TorchBackend, saved: Mapping[str, Tensor]) -> None:
+    for name, p in backend._parameters.items():
+        found = {k.split(":", 1)[0]: v for k, v in saved.items() if k.split(":", 1)[1] == name}
+        if found:
+            # AdamW keeps its step count on the CPU and its moments beside the parameter.
+            backend._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+
+
+def _random_tensors(backend: TorchBackend) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state(), "sampling": backend._generator.get_state()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return states | {f"cuda{i}": state for i, state in enumerate(cuda)}
+
+
+def _restore_random(backend: TorchBackend, saved: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(saved["cpu"])
+    backend._generator.set_state(saved["sampling"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"cuda{i}"], i)
