@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, final
+from typing import Any, Literal, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from ...datums.types import Datum, ModelInput, TensorData
-from ...datums.validation import validate
-from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, MissingReferenceError, UnreadFailureError
+from ...datums.types import Datum, ModelInput
+from ...errors import MissingReferenceError
 from ...losses.base import Counts, Loss
-from ...losses.metrics import wire_metrics
-from ...losses.registry import get_loss
 from ..futures import FinishedFuture
 from ..protocol import CustomLoss, NormalizationMode
-from ..types import (
-    AdamParams,
-    ForwardBackwardOutput,
-    LedgerEntry,
-    OptimStepOutput,
-    Plan,
-    Rollout,
-    SamplingParams,
-    SaveStateOutput,
-    as_mapping,
-)
-from .adapter import ModelAdapter
-from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
-from .gradient import Gradient, custom_gradient, custom_name, registered_gradient
-from .optimizer import adam_step, new_optimizer
-from .planning import choose_layout, describe_model, make_plan
-from .probe import isolated_layouts, require_causal
+from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
+from .batching import Layout, loss_units
+from .engine import Engine, Positions, as_adapter, as_loss
+from .operations import Operations
+from .planning import make_plan
 from .reference import ReferenceView
 from .sampling import draw
-from .scoring import model_device, score, trainable
 from .state import load_checkpoint, save_checkpoint
-from .window import Window
 
 __all__ = ["TorchBackend"]
-
-T = TypeVar("T")
-Positions = Literal["all", "trained"]
 
 
 @final
@@ -82,29 +62,33 @@ class TorchBackend:
         checkpoint_dir: str | Path = "checkpoints",
         seed: int = 0,
     ) -> None:
-        self.model = _adapter(model)
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.weights_version = 0
-        self._parameters = trainable(model)
-        if not self._parameters:
-            raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
-        if token_budget < 1:
-            raise ConfigError(f"token_budget must be at least 1 token, got {token_budget}")
-        model.eval()  # no dropout: policy and reference must be the same function
-        self._module, self._budget, self._directory = model, token_budget, Path(checkpoint_dir)
-        self._reference = None if reference is None else _adapter(reference.eval().requires_grad_(False))
-        self.vocab_size = int(self.model.head().weight.shape[0])
-        require_causal(self.model, self.vocab_size)
-        self._layouts = _layouts(layout, isolated_layouts(self.model, self.vocab_size))
-        flops = float(getattr(model, "attention_flops_per_pair", 0.0))
-        self._sizes = describe_model(model, self.model.head(), flops)
-        self._window = Window(self._parameters)
-        self._optimizer = new_optimizer(self._parameters)
-        self._generator = torch.Generator(model_device(self.model)).manual_seed(seed)
-        self._unread: list[BaseException] = []
-        self._operations = 0
-        self._closed = False
+        self._engine = Engine(model, token_budget, layout, max_length, seed)
+        self._operations = Operations(self._engine.window)
+        self._run = self._operations.run
+        self._directory = Path(checkpoint_dir)
+        self._reference = None if reference is None else as_adapter(reference.eval().requires_grad_(False))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as it was given."""
+        return self._engine.module
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of the head."""
+        return self._engine.vocab_size
+
+    @property
+    def weights_version(self) -> int:
+        """Optimizer steps so far."""
+        return self._engine.weights_version
+
+    def gradients(self, grad_accumulation_normalization: NormalizationMode = None) -> dict[str, Tensor]:
+        """Return the window's gradient by parameter name, divided as ``optim_step`` would divide it (copies)."""
+        divisor = self._engine.window.divisor(grad_accumulation_normalization).value or 1.0
+        found = {name: p.grad for name, p in self._engine.parameters.items()}
+        return {name: gradient / divisor for name, gradient in found.items() if gradient is not None}
 
     @classmethod
     def from_pretrained(
@@ -145,10 +129,13 @@ class TorchBackend:
         return cls(model, **{"tokenizer": tokenizer, **options})
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str | Loss = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | Loss = "cross_entropy",
+        loss_fn_config: Mapping[str, Any] | None = None,
     ) -> FinishedFuture[ForwardBackwardOutput]:
         """Score all target tokens and evaluate a registered loss; no gradient."""
-        return self._run("forward", lambda: self._forward(self.model, data, loss_fn, loss_fn_config))
+        return self._run("forward", lambda: self._engine.forward(self._engine.model, data, loss_fn, loss_fn_config))
 
     def forward_backward(
         self,
@@ -171,7 +158,9 @@ class TorchBackend:
             Log-probs (0.0 with a ``scored`` mask where untrained positions were skipped) and metrics.
         """
         return self._run(
-            "forward_backward", lambda: self._registered(data, _loss(loss_fn, loss_fn_config), counts, "trained"), True
+            "forward_backward",
+            lambda: self._engine.registered(data, as_loss(loss_fn, loss_fn_config), counts, "trained"),
+            True,
         )
 
     def forward_backward_custom(
@@ -186,8 +175,11 @@ class TorchBackend:
             positions: ``trained`` skips positions of weight 0; they read 0.0.
         """
         if isinstance(loss_fn, Loss):
-            return self._run("forward_backward_custom", lambda: self._registered(data, loss_fn, None, positions), True)
-        return self._run("forward_backward_custom", lambda: self._custom(data, loss_fn, positions), True)
+            registered = loss_fn
+            return self._run(
+                "forward_backward_custom", lambda: self._engine.registered(data, registered, None, positions), True
+            )
+        return self._run("forward_backward_custom", lambda: self._engine.custom(data, loss_fn, positions), True)
 
     def optim_step(
         self, params: AdamParams, grad_accumulation_normalization: NormalizationMode = None
@@ -205,13 +197,13 @@ class TorchBackend:
             DoubleNormalizationError: a normalising mode on top of a mean loss.
             NonFiniteError: the gradient is NaN or inf; nothing changed.
         """
-        return self._run("optim_step", lambda: self._step(params, grad_accumulation_normalization))
+        return self._run("optim_step", lambda: self._engine.step(params, grad_accumulation_normalization))
 
     def discard_gradients(self) -> None:
         """Empty the window, spoiled or not. Its failures count as read."""
-        for failure in self._window.failures:
-            self._read(failure)
-        self._window.clear()
+        for failure in list(self._engine.window.failures):
+            self._operations.read(failure)
+        self._engine.window.clear()
 
     def plan(self, loss_fn: str | Loss | CustomLoss, data: Sequence[Datum]) -> Plan:
         """Say what ``forward_backward`` (or ``_custom``, for a function) would do, before any work.
@@ -220,18 +212,20 @@ class TorchBackend:
             DatumError: the data is wrong in itself. What is missing for this loss is refused in the plan instead.
         """
         if not isinstance(loss_fn, (str, Loss)):
-            requests = self._check(data)
-            layout, batches = self._batches(requests, [[i] for i in range(len(data))])
+            requests = self._engine.check(data)
+            layout, batches = self._engine.split(requests, [[i] for i in range(len(data))])
             reason = f"a function of all log-probs: one forward, its graphs kept; {self._layout_words()}"
-            return make_plan(self._sizes, "single_pass", reason, layout, requests, batches)
-        loss = _loss(loss_fn, None)
+            return make_plan(self._engine.sizes, "single_pass", reason, layout, requests, batches)
+        loss = as_loss(loss_fn, None)
         missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
         if missing:
-            return make_plan(self._sizes, "refuse", self._missing_words(loss, missing), "single", [], [])
-        requests = self._check(data, loss)
-        layout, batches = self._batches(requests, loss_units(loss, data))
-        reason = f"{loss.name} is registered ({loss.gradient_kind} kind): streamed by micro-batch; {self._layout_words()}"
-        return make_plan(self._sizes, "native", reason, layout, requests, batches)
+            return make_plan(self._engine.sizes, "refuse", self._missing_words(loss, missing), "single", [], [])
+        requests = self._engine.check(data, loss)
+        layout, batches = self._engine.split(requests, loss_units(loss, data))
+        reason = (
+            f"{loss.name} is registered ({loss.gradient_kind} kind): streamed by micro-batch; {self._layout_words()}"
+        )
+        return make_plan(self._engine.sizes, "native", reason, layout, requests, batches)
 
     def reference(self) -> ReferenceView:
         """Return a forward-only view of the frozen reference.
@@ -241,9 +235,11 @@ class TorchBackend:
         """
         frozen = self._reference
         if frozen is not None:
-            return ReferenceView(lambda *call: self._run("reference forward", lambda: self._forward(frozen, *call)))
+            return ReferenceView(
+                lambda *call: self._run("reference forward", lambda: self._engine.forward(frozen, *call))
+            )
         base_only = getattr(self.model, "base_only", None)
-        if base_only is None or not self.model.is_lora:  # type: ignore[attr-defined]  # HFModel, known by base_only
+        if base_only is None or not getattr(self.model, "is_lora", False):
             raise MissingReferenceError(
                 "this backend trains all weights and was given no reference; pass reference=<a frozen copy of the model> to "
                 "TorchBackend, or train with LoRA, whose base is the reference"
@@ -251,25 +247,27 @@ class TorchBackend:
 
         def forward(*call: Any) -> ForwardBackwardOutput:
             with base_only():
-                return self._forward(self.model, *call)
+                return self._engine.forward(self._engine.model, *call)
 
-        return ReferenceView(lambda *call: self._run("reference forward", lambda: forward(*call)))
+        return ReferenceView(lambda *call: self._run("reference", lambda: forward(*call)))
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> FinishedFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt, prompt-major; log-probs are those of the untempered policy."""
-        return self._run("sample", lambda: draw(self.model, prompts, n, params, self._generator, self.weights_version))
+        return self._run("sample", lambda: self._sample(prompts, n, params))
 
     def save_state(self, name: str, *, overwrite: bool = False) -> FinishedFuture[SaveStateOutput]:
         """Write weights, optimizer, window, counters and random state to ``checkpoint_dir / name``, atomically."""
-        return self._run("save_state", lambda: SaveStateOutput(str(save_checkpoint(self, name, overwrite))))
+        return self._run("save_state", lambda: save_checkpoint(self._engine, self._directory, name, overwrite))
 
     def load_state(self, path: str | Path) -> FinishedFuture[None]:
         """Load weights only; the optimizer starts cold. Refused while the window holds gradients."""
-        return self._run("load_state", lambda: load_checkpoint(self, Path(path), everything=False))
+        return self._run("load_state", lambda: load_checkpoint(self._engine, Path(path), everything=False))
 
     def load_state_with_optimizer(self, path: str | Path) -> FinishedFuture[None]:
         """Load everything: the next step is what it would have been without the interruption."""
-        return self._run("load_state_with_optimizer", lambda: load_checkpoint(self, Path(path), everything=True))
+        return self._run(
+            "load_state_with_optimizer", lambda: load_checkpoint(self._engine, Path(path), everything=True)
+        )
 
     def close(self) -> None:
         """Release the optimizer and gradients.
@@ -277,17 +275,11 @@ class TorchBackend:
         Raises:
             UnreadFailureError: an operation failed and nobody read its error.
         """
-        if self._closed:
+        if self._operations.closed:
             return
-        self._closed = True
-        unread, self._unread = self._unread, []
-        self._window.clear()
-        self._optimizer.state.clear()
-        if unread:
-            raise UnreadFailureError(
-                f"{len(unread)} operation(s) failed and their futures were never read; the first: "
-                f"{type(unread[0]).__name__}: {unread[0]}"
-            ) from unread[0]
+        self._engine.window.clear()
+        self._engine.optimizer.state.clear()
+        self._operations.close()
 
     def __enter__(self) -> Self:
         return self
@@ -296,141 +288,15 @@ class TorchBackend:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._unread = []  # the error on its way out matters more
+            self._operations.forgive()  # the error on its way out matters more
         self.close()
 
-    def _run(self, operation: str, work: Callable[[], T], gradient: bool = False) -> FinishedFuture[T]:
-        if self._closed:
-            raise ClosedError(f"{operation} on a backend that has been closed")
-        try:
-            return FinishedFuture(work(), operation=operation)
-        except Exception as error:
-            failure = error
-        except BaseException as error:
-            if gradient:
-                self._window.failures.append(error)
-            raise
-        self._unread.append(failure)
-        if gradient:
-            self._window.failures.append(failure)
-        return FinishedFuture(error=failure, on_read=lambda: self._read(failure), operation=operation)
-
-    def _read(self, failure: BaseException) -> None:
-        self._unread = [f for f in self._unread if f is not failure]
-        self._window.failures = [f for f in self._window.failures if f is not failure]
-
-    def _check(self, data: Sequence[Datum], loss: Loss | None = None, positions: Positions = "all") -> list[ScoreRequest]:
-        required = () if loss is None else ("target_tokens", *loss.required_inputs)
-        validate(
-            data,
-            required=required,
-            optional=() if loss is None else loss.optional_inputs,
-            vocab_size=self.vocab_size,
-            max_length=self.max_length,
-            known_keys=loss is not None,
-            pairs=loss is not None and loss.gradient_kind == "pair",
-        )
-        return [request(datum, positions == "trained") for datum in data]
-
-    def _batches(
-        self, requests: Sequence[ScoreRequest], units: Sequence[Sequence[int]]
-    ) -> tuple[Layout, list[list[int]]]:
-        lengths = [r.length for r in requests]
-        layout = choose_layout(self._sizes, self._layouts, lengths, self._budget)
-        return layout, micro_batches(units, lengths, self._budget, layout)
-
-    @torch.no_grad()
-    def _forward(
-        self,
-        model: ModelAdapter,
-        data: Sequence[Datum],
-        loss_fn: str | Loss = "cross_entropy",
-        config: Mapping[str, Any] | None = None,
-    ) -> ForwardBackwardOutput:
-        loss = _loss(loss_fn, config)
-        requests = self._check(data, loss)
-        layout, batches = self._batches(requests, [[i] for i in range(len(data))])
-        found: dict[int, Tensor] = {}
-        for batch in batches:
-            packed = score(model, [requests[i] for i in batch], layout).cpu()
-            found |= dict(zip(batch, packed.split([requests[i].length for i in batch]), strict=True))
-        logprobs = [found[i] for i in range(len(data))]
-        output = loss.evaluate(loss.batch(data, logprobs))
-        return _output(requests, logprobs, wire_metrics(output.metrics))
-
-    def _registered(
-        self, data: Sequence[Datum], loss: Loss, counts: Counts | None, positions: Positions
-    ) -> ForwardBackwardOutput:
-        requests = self._check(data, loss, positions)
-        self._window.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
-        layout, batches = self._batches(requests, loss_units(loss, data))
-        with self._window.adding(), torch.enable_grad():
-            gradient = registered_gradient(self.model, loss, data, requests, batches, layout, counts)
-            self._window.require_finite(lambda: self._blame(requests, layout))
-        self._record(loss.name, gradient, loss.normalization)
-        return _output(requests, gradient.logprobs, gradient.metrics)
-
-    def _custom(self, data: Sequence[Datum], function: CustomLoss, positions: Positions) -> ForwardBackwardOutput:
-        if not callable(function):
-            raise LossTypeError(f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {function!r}")
-        requests = self._check(data, None, positions)
-        self._window.admit(custom_name(function), "none")
-        layout, batches = self._batches(requests, [[i] for i in range(len(data))])
-        with self._window.adding(), torch.enable_grad():
-            gradient = custom_gradient(self.model, function, data, requests, batches, layout)
-            self._window.require_finite(lambda: self._blame(requests, layout))
-        self._record(custom_name(function), gradient, "function")
-        return _output(requests, gradient.logprobs, gradient.metrics)
-
-    def _record(self, name: str, gradient: Gradient, fitting: str | None) -> None:
-        self._operations += 1
-        self._window.record(
-            LedgerEntry(
-                operation=self._operations,
-                loss=name,
-                datums=len(gradient.logprobs),
-                tokens=gradient.tokens,
-                sequences=gradient.sequences,
-                denominator=gradient.denominator,
-                count=gradient.count,
-            ),
-            fitting,
-        )
-
-    def _blame(self, requests: Sequence[ScoreRequest], layout: Layout) -> str:
-        """Name the first datum whose own gradient is not finite."""
-        parameters = list(self._parameters.values())
-        for i, one in enumerate(requests):
-            logprobs = score(self.model, [one], layout)
-            found = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
-            if any(g is not None and not bool(torch.isfinite(g).all()) for g in found):
-                return f"datum {i}"
-        return "no single datum (their sum overflows)"
-
-    def _step(self, params: AdamParams, mode: NormalizationMode) -> OptimStepOutput:
-        if not isinstance(params, AdamParams):
-            raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
-        self._window.require_unspoiled()
-        divisor = self._window.divisor(mode)
-        ledger = tuple(self._window.ledger)
-        if self._window.tokens == 0 or divisor.value == 0:
-            self._window.clear()
-            words = "empty window: no token has a gradient, so no step was made"
-            return OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
-        norm = adam_step(self._optimizer, self._parameters, params, divisor.value)
-        self._window.clear()
-        self.weights_version += 1
-        metrics = {
-            "grad_norm": norm,
-            "divided_by": divisor.value,
-            "learning_rate": params.learning_rate,
-            "tokens": float(sum(e.tokens for e in ledger)),
-            "sequences": float(sum(e.sequences for e in ledger)),
-        }
-        return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
+    def _sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
+        engine = self._engine
+        return draw(engine.model, prompts, n, params, engine.generator, engine.weights_version)
 
     def _layout_words(self) -> str:
-        if "packed" in self._layouts:
+        if "packed" in self._engine.layouts:
             return "sequences may be packed"
         return "packing is off (not allowed, or the model lets packed sequences see each other)"
 
@@ -443,51 +309,3 @@ class TorchBackend:
         except MissingReferenceError as error:
             return f"{words}; {error}"
         return f"{words}; fill them in by with_reference(data, backend.reference())"
-
-
-def _adapter(model: Any) -> ModelAdapter:
-    if not isinstance(model, nn.Module) or not isinstance(model, ModelAdapter):
-        raise BackendError(
-            f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
-            "a transformers model is wrapped by HFModel(model), or loaded by TorchBackend.from_pretrained"
-        )
-    return model
-
-
-def _layouts(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Sequence[Layout]:
-    from ...errors import LeakyModelError
-
-    if asked == "auto":
-        return isolated
-    if asked not in ("packed", "padded", "single"):
-        raise ConfigError(f"layout must be auto, packed, padded or single, got {asked!r}")
-    if asked not in isolated:
-        raise LeakyModelError(
-            f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "
-            f"{', '.join(isolated)}; use one of these, or layout='auto'"
-        )
-    return (asked,)
-
-
-def _loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
-    if isinstance(given, str):
-        return get_loss(given, as_mapping(config))
-    if isinstance(given, Loss):
-        if config:
-            raise ConfigError(f"{given.name} was given as an object and carries its own hyperparameters; drop {dict(config)}")
-        return given
-    raise LossTypeError(
-        f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
-    )
-
-
-def _output(
-    requests: Sequence[ScoreRequest], logprobs: Sequence[Tensor], metrics: Mapping[str, float]
-) -> ForwardBackwardOutput:
-    outputs = []
-    for one, values in zip(requests, logprobs, strict=True):
-        output = {"logprobs": TensorData(values.detach())}
-        if not bool(one.needed.all()):
-            output["scored"] = TensorData(one.needed.to(torch.float32))
-        outputs.append(output)
-    return ForwardBackwardOutput(outputs, metrics)

@@ -104,9 +104,7 @@ def custom_gradient(
     value = float(loss.detach())
     part = Part("loss", loss.detach(), "none", 1.0)
     summary = _summary([_Done(cotangents, part, {"loss": total(value)})], [x.detach() for x in leaves])
-    return Gradient(
-        summary.logprobs, {**summary.metrics, **metrics}, summary.tokens, summary.sequences, "none", 1.0
-    )
+    return Gradient(summary.logprobs, {**summary.metrics, **metrics}, summary.tokens, summary.sequences, "none", 1.0)
 
 
 def call_custom(function: CustomLoss, data: Sequence[Any], leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -120,7 +118,9 @@ def call_custom(function: CustomLoss, data: Sequence[Any], leaves: list[Tensor])
     name = custom_name(function)
     returned = function(data, leaves)
     if not isinstance(returned, tuple) or len(returned) != 2:
-        got = f"{type(returned).__name__} of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        got = (
+            f"{type(returned).__name__} of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        )
         raise LossTypeError(f"{name} must return (loss, metrics), a scalar tensor and a dict, got {got}")
     loss, metrics = returned
     if not isinstance(loss, Tensor):
@@ -160,18 +160,16 @@ def _as_float(name: str, value: object) -> float:
         return math.nan
 
 
-def _evaluate(
-    loss: Loss, data: Sequence[Datum], leaf: Tensor, leaves: list[Tensor], counts: Counts | None
-) -> _Done:
+def _evaluate(loss: Loss, data: Sequence[Datum], leaf: Tensor, leaves: list[Tensor], counts: Counts | None) -> _Done:
     output = loss.evaluate(loss.batch(data, leaves), counts)
     part = output.deferred() if counts is None else Part("loss", output.loss, "none", 1.0)
     (cotangent,) = torch.autograd.grad(part.numerator, leaf)
     sizes = [x.shape[0] for x in leaves]
-    return _Done(list(cotangent.split(sizes)), part, output.metrics)
+    return _Done(list(torch.split(cotangent, sizes)), part, output.metrics)
 
 
 def _split(packed: Tensor, requests: Sequence[ScoreRequest]) -> list[Tensor]:
-    return list(packed.split([r.length for r in requests]))
+    return list(torch.split(packed, [r.length for r in requests]))
 
 
 def _summary(done: Sequence[_Done], logprobs: list[Tensor]) -> Gradient:
@@ -190,9 +188,7 @@ def _summary(done: Sequence[_Done], logprobs: list[Tensor]) -> Gradient:
     )
 
 
-def _require_finite_logprobs(
-    leaves: Sequence[Tensor], batch: Sequence[int], requests: Sequence[ScoreRequest]
-) -> None:
+def _require_finite_logprobs(leaves: Sequence[Tensor], batch: Sequence[int], requests: Sequence[ScoreRequest]) -> None:
     for i, leaf in zip(batch, leaves, strict=True):
         bad = ~torch.isfinite(leaf.detach())
         if bool(bad.any()):

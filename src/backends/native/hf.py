@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,11 @@ class HFModel(nn.Module):
 
     def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.is_lora = hasattr(model, "peft_config")
         causal = self._causal
         self.config: Any = causal.config.get_text_config()
-        if self.is_lora and any(c.is_prompt_learning for c in self.model.peft_config.values()):
+        if self.is_lora and any(c.is_prompt_learning for c in cast(Any, model).peft_config.values()):
             raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
         if getattr(self.config, "output_router_logits", False):
             raise UnsupportedError(
@@ -57,7 +57,7 @@ class HFModel(nn.Module):
 
     @property
     def _causal(self) -> Any:
-        return self.model.get_base_model() if self.is_lora else self.model
+        return cast(Any, self.model).get_base_model() if self.is_lora else self.model
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -79,7 +79,8 @@ class HFModel(nn.Module):
         """Return the last hidden states, [R, L, H]."""
         packed = tokens.shape[0] == 1 and bool((positions[0, 1:] == 0).any())
         # transformers keeps packed sequences apart by their positions, but only without a cache.
-        return self.trunk(input_ids=tokens, position_ids=positions if packed else None, use_cache=False)[0]
+        hidden: Tensor = self.trunk(input_ids=tokens, position_ids=positions if packed else None, use_cache=False)[0]
+        return hidden
 
     def trunk(self, **inputs: Any) -> Any:
         """Call the model below its head."""
@@ -95,11 +96,20 @@ class HFModel(nn.Module):
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """Switch the adapter off: the model is its own frozen reference."""
-        with self.model.disable_adapter():
+        with cast(Any, self.model).disable_adapter():
             yield
 
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """Return the adapter's live weights under PEFT's names."""
+        peft = require_extra("peft", "hf", "an adapter checkpoint")
+        return dict(peft.get_peft_model_state_dict(self.model, save_embedding_layers=False))
+
+    def write_adapter_config(self, folder: Path) -> None:
+        """Write ``adapter_config.json``, so that peft can load the checkpoint's folder."""
+        cast(Any, self.model).peft_config["default"].save_pretrained(str(folder))
+
     def _checkpoint_layers(self) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in self.modules():
             # Layers recompute only in training mode; dropout below them stays in evaluation mode.
             if getattr(module, "gradient_checkpointing", False):
@@ -135,7 +145,9 @@ def load_pretrained(
         from .gguf import convert_gguf
 
         path = convert_gguf(Path(path), gguf_file)
-    device = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
     if lora is not None:
         model = add_lora(model, lora)
@@ -157,7 +169,9 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """Return ``"bfloat16"`` and its like as a torch dtype."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype must name a floating-point torch dtype such as 'float32' or 'bfloat16', got {dtype!r}")
+        raise ConfigError(
+            f"dtype must name a floating-point torch dtype such as 'float32' or 'bfloat16', got {dtype!r}"
+        )
     return found
 
 

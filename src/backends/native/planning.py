@@ -9,7 +9,7 @@ from typing import final
 from torch import nn
 
 from ..types import Plan
-from .adapter import Head, ModelAdapter
+from .adapter import Head
 from .batching import Layout, ScoreRequest, micro_batches, padded_tokens
 
 __all__ = ["Model", "choose_layout", "describe_model", "make_plan"]
@@ -57,7 +57,7 @@ def describe_model(module: nn.Module, head: Head, pair_flops: float) -> Model:
 
 def choose_layout(model: Model, allowed: Sequence[Layout], lengths: Sequence[int], budget: int) -> Layout:
     """Return the allowed layout with the fewest FLOPs: padding wastes tokens, packing wastes attention."""
-    ranked = [layout for layout in ("packed", "padded", "single") if layout in allowed and layout != "single"]
+    ranked = [layout for layout in allowed if layout != "single"]
     if not ranked:
         return "single"
     units = [[i] for i in range(len(lengths))]
@@ -107,8 +107,3 @@ def _forward_flops(model: Model, lengths: Sequence[int], layout: Layout, scored:
         case "single":
             pairs = float(sum(n * n for n in lengths))
     return 2.0 * model.trunk * tokens + model.pair_flops * pairs + 2.0 * model.hidden * model.vocab * scored
-
-
-def attention_flops_per_pair(adapter: ModelAdapter) -> float:
-    """FLOPs of all attention layers per pair of tokens, as the adapter declares them (0 where it does not)."""
-    return float(getattr(adapter, "attention_flops_per_pair", 0.0))

@@ -22,7 +22,7 @@ def require_causal(model: ModelAdapter, vocab_size: int) -> None:
     Raises:
         LeakyModelError: it does: log-probs of such a model say nothing about generation.
     """
-    first, second = _sequences(vocab_size)
+    first, _ = _sequences(vocab_size)
     changed = first.tokens.clone()
     changed[-1] = (changed[-1] + 1) % vocab_size
     other = ScoreRequest(changed, first.targets, first.needed)

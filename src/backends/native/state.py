@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...errors import BackendError, CheckpointError
+from ..types import SaveStateOutput
 from .hf import HFModel
 
 if TYPE_CHECKING:
-    from .backend import TorchBackend
+    from .engine import Engine
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -31,7 +32,7 @@ _WEIGHTS: Final = "weights.safetensors"
 _ADAPTER: Final = "adapter_model.safetensors"
 
 
-def save_checkpoint(backend: TorchBackend, name: str, overwrite: bool) -> Path:
+def save_checkpoint(engine: Engine, root: Path, name: str, overwrite: bool) -> SaveStateOutput:
     """Write everything that the next step depends on.
 
     Raises:
@@ -39,52 +40,51 @@ def save_checkpoint(backend: TorchBackend, name: str, overwrite: bool) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise CheckpointError(f"checkpoint name {name!r} must be letters, digits, '.', '_' and '-' (no folders)")
-    root = backend._directory
     final = root / name
     if final.exists() and not overwrite:
         raise CheckpointError(f"checkpoint {final} exists; choose another name or pass overwrite=True")
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
     try:
-        _write(backend, folder)
+        _write(engine, folder)
         _replace(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return final
+    return SaveStateOutput(str(final))
 
 
-def load_checkpoint(backend: TorchBackend, folder: Path, *, everything: bool) -> None:
+def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
     """Load weights, or everything. All files are read and checked before anything changes.
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
         BackendError: the window holds gradients of the present weights.
     """
-    if backend._window.ledger:
+    if engine.window.ledger:
         raise BackendError(
             "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
         )
     manifest = _manifest(folder)
-    weights = _read(folder, _weights_file(backend), manifest)
-    current = _weights(backend)
+    weights = _read(folder, _weights_file(engine), manifest)
+    current = _weights(engine)
     _require_same(folder, "weights", weights, current)
-    if manifest["frozen"] != frozen_fingerprint(backend._module):
+    if manifest["frozen"] != frozen_fingerprint(engine.module):
         raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
     extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in ("optimizer", "window", "random")}
     if everything:
-        _require_known(folder, extras["window"], backend._parameters)
+        _require_known(folder, extras["window"], engine.parameters)
     with torch.no_grad():
         for name, tensor in weights.items():
             current[name].copy_(tensor)
-    backend._window.clear()
-    backend._optimizer.state.clear()
-    backend.weights_version = int(manifest["weights_version"])
+    engine.window.clear()
+    engine.optimizer.state.clear()
+    engine.weights_version = int(manifest["weights_version"])
     if everything:
-        _restore_optimizer(backend, extras["optimizer"])
-        backend._window.restore(manifest["window"], extras["window"])
-        backend._operations = int(manifest["operations"])
-        _restore_random(backend, extras["random"])
+        _restore_optimizer(engine, extras["optimizer"])
+        engine.window.restore(manifest["window"], extras["window"])
+        engine.operations = int(manifest["operations"])
+        _restore_random(engine, extras["random"])
 
 
 def frozen_fingerprint(module: nn.Module) -> str:
@@ -97,25 +97,25 @@ def frozen_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _write(backend: TorchBackend, folder: Path) -> None:
-    window = {n: p.grad for n, p in backend._parameters.items() if p.grad is not None}
+def _write(engine: Engine, folder: Path) -> None:
+    window = {n: p.grad for n, p in engine.parameters.items() if p.grad is not None}
     files = {
-        _weights_file(backend): _weights(backend),
-        "optimizer.safetensors": _optimizer_tensors(backend),
+        _weights_file(engine): _weights(engine),
+        "optimizer.safetensors": _optimizer_tensors(engine),
         "window.safetensors": window,
-        "random.safetensors": _random_tensors(backend),
+        "random.safetensors": _random_tensors(engine),
     }
     for file, tensors in files.items():
         copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         save_file(copied, folder / file)
-    if isinstance(backend.model, HFModel) and backend.model.is_lora:
-        backend.model.model.peft_config["default"].save_pretrained(str(folder))
+    if isinstance(engine.model, HFModel) and engine.model.is_lora:
+        engine.model.write_adapter_config(folder)
     manifest = {
         "format": FORMAT,
-        "weights_version": backend.weights_version,
-        "operations": backend._operations,
-        "window": backend._window.to_json(),
-        "frozen": frozen_fingerprint(backend._module),
+        "weights_version": engine.weights_version,
+        "operations": engine.operations,
+        "window": engine.window.to_json(),
+        "frozen": frozen_fingerprint(engine.module),
         "files": {file: _digest(folder / file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -180,51 +180,51 @@ def _require_same(folder: Path, what: str, saved: Mapping[str, Tensor], current:
 def _require_known(folder: Path, window: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     unknown = sorted(set(window) - set(parameters))
     if unknown:
-        raise CheckpointError(f"the window of {folder} holds gradients of parameters that are not trained here: {unknown[:5]}")
+        raise CheckpointError(
+            f"the window of {folder} holds gradients of parameters that are not trained here: {unknown[:5]}"
+        )
 
 
-def _weights_file(backend: TorchBackend) -> str:
-    return _ADAPTER if isinstance(backend.model, HFModel) and backend.model.is_lora else _WEIGHTS
+def _weights_file(engine: Engine) -> str:
+    return _ADAPTER if isinstance(engine.model, HFModel) and engine.model.is_lora else _WEIGHTS
 
 
-def _weights(backend: TorchBackend) -> dict[str, Tensor]:
+def _weights(engine: Engine) -> dict[str, Tensor]:
     """The live trained weights: in PEFT's naming for an adapter, else every parameter and buffer once."""
-    if isinstance(backend.model, HFModel) and backend.model.is_lora:
-        from peft import get_peft_model_state_dict
-
-        return dict(get_peft_model_state_dict(backend.model.model, save_embedding_layers=False))
-    module = backend._module
+    if isinstance(engine.model, HFModel) and engine.model.is_lora:
+        return engine.model.adapter_weights()
+    module = engine.module
     persistent = set(module.state_dict())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: t.detach() for name, t in tensors if name in persistent}
 
 
-def _optimizer_tensors(backend: TorchBackend) -> dict[str, Tensor]:
-    state = backend._optimizer.state
+def _optimizer_tensors(engine: Engine) -> dict[str, Tensor]:
+    state = engine.optimizer.state
     return {
         f"{key}:{name}": torch.as_tensor(value)
-        for name, p in backend._parameters.items()
+        for name, p in engine.parameters.items()
         for key, value in state.get(p, {}).items()
     }
 
 
-def _restore_optimizer(backend: TorchBackend, saved: Mapping[str, Tensor]) -> None:
-    for name, p in backend._parameters.items():
+def _restore_optimizer(engine: Engine, saved: Mapping[str, Tensor]) -> None:
+    for name, p in engine.parameters.items():
         found = {k.split(":", 1)[0]: v for k, v in saved.items() if k.split(":", 1)[1] == name}
         if found:
             # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            backend._optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+            engine.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
 
 
-def _random_tensors(backend: TorchBackend) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state(), "sampling": backend._generator.get_state()}
+def _random_tensors(engine: Engine) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state(), "sampling": engine.generator.get_state()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return states | {f"cuda{i}": state for i, state in enumerate(cuda)}
 
 
-def _restore_random(backend: TorchBackend, saved: Mapping[str, Tensor]) -> None:
+def _restore_random(engine: Engine, saved: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(saved["cpu"])
-    backend._generator.set_state(saved["sampling"])
+    engine.generator.set_state(saved["sampling"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in saved:
             torch.cuda.set_rng_state(saved[f"cuda{i}"], i)

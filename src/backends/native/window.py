@@ -164,7 +164,9 @@ class Window:
                 "name the mode, or None"
             )
         if len(modes) > 1:
-            raise ConfigError(f"'auto' found losses of different normalisations in one window: {sorted(map(str, modes))}")
+            raise ConfigError(
+                f"'auto' found losses of different normalisations in one window: {sorted(map(str, modes))}"
+            )
         found = modes.pop() if modes else None
         return found  # type: ignore[return-value]  # `function` was refused above
 

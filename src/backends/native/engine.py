@@ -1,0 +1,227 @@
+"""The engine of the native backend: model, window and optimizer, and what each operation does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from ...datums.types import Datum, TensorData
+from ...datums.validation import validate
+from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError
+from ...losses.base import Counts, Loss
+from ...losses.metrics import wire_metrics
+from ...losses.registry import get_loss
+from ..protocol import CustomLoss, NormalizationMode
+from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput, as_mapping
+from .adapter import ModelAdapter
+from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
+from .gradient import Gradient, custom_gradient, custom_name, registered_gradient
+from .optimizer import adam_step, new_optimizer
+from .planning import choose_layout, describe_model
+from .probe import isolated_layouts, require_causal
+from .scoring import model_device, score, trainable
+from .window import Window
+
+__all__ = ["Engine", "Positions", "as_adapter", "as_loss"]
+
+Positions = Literal["all", "trained"]
+
+
+@final
+class Engine:
+    """Everything that operations change, and the operations themselves; they raise, they return plain results.
+
+    Attributes:
+        model, module: the adapter, and the same object as a module.
+        parameters: what is trained, by name.
+        window: the gradients since the last step.
+        optimizer, generator: AdamW and the sampling generator.
+        weights_version, operations: steps and gradient operations so far.
+        layouts: those that keep sequences of one forward apart.
+        sizes: what cost is made of.
+    """
+
+    def __init__(
+        self, model: nn.Module, token_budget: int, layout: Layout | Literal["auto"], max_length: int | None, seed: int
+    ) -> None:
+        self.model, self.module = as_adapter(model), model
+        self.parameters = trainable(model)
+        if not self.parameters:
+            raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
+        if token_budget < 1:
+            raise ConfigError(f"token_budget must be at least 1 token, got {token_budget}")
+        model.eval()  # no dropout: policy and reference must be the same function
+        self.budget, self.max_length = token_budget, max_length
+        head = self.model.head()
+        self.vocab_size = int(head.weight.shape[0])
+        require_causal(self.model, self.vocab_size)
+        self.layouts = _allowed(layout, isolated_layouts(self.model, self.vocab_size))
+        self.sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
+        self.window = Window(self.parameters)
+        self.optimizer = new_optimizer(self.parameters)
+        self.generator = torch.Generator(model_device(self.model)).manual_seed(seed)
+        self.weights_version = 0
+        self.operations = 0
+
+    def check(
+        self, data: Sequence[Datum], loss: Loss | None = None, positions: Positions = "all"
+    ) -> list[ScoreRequest]:
+        required = () if loss is None else ("target_tokens", *loss.required_inputs)
+        validate(
+            data,
+            required=required,
+            optional=() if loss is None else loss.optional_inputs,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            known_keys=loss is not None,
+            pairs=loss is not None and loss.gradient_kind == "pair",
+        )
+        return [request(datum, positions == "trained") for datum in data]
+
+    def split(self, requests: Sequence[ScoreRequest], units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:
+        lengths = [r.length for r in requests]
+        layout = choose_layout(self.sizes, self.layouts, lengths, self.budget)
+        return layout, micro_batches(units, lengths, self.budget, layout)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        model: ModelAdapter,
+        data: Sequence[Datum],
+        loss_fn: str | Loss = "cross_entropy",
+        config: Mapping[str, Any] | None = None,
+    ) -> ForwardBackwardOutput:
+        loss = as_loss(loss_fn, config)
+        requests = self.check(data, loss)
+        layout, batches = self.split(requests, [[i] for i in range(len(data))])
+        found: dict[int, Tensor] = {}
+        for batch in batches:
+            packed = score(model, [requests[i] for i in batch], layout).cpu()
+            found |= dict(zip(batch, torch.split(packed, [requests[i].length for i in batch]), strict=True))
+        logprobs = [found[i] for i in range(len(data))]
+        output = loss.evaluate(loss.batch(data, logprobs))
+        return _output(requests, logprobs, wire_metrics(output.metrics))
+
+    def registered(
+        self, data: Sequence[Datum], loss: Loss, counts: Counts | None, positions: Positions
+    ) -> ForwardBackwardOutput:
+        requests = self.check(data, loss, positions)
+        self.window.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
+        layout, batches = self.split(requests, loss_units(loss, data))
+        with self.window.adding(), torch.enable_grad():
+            gradient = registered_gradient(self.model, loss, data, requests, batches, layout, counts)
+            self.window.require_finite(lambda: self._blame(requests, layout))
+        self._record(loss.name, gradient, loss.normalization)
+        return _output(requests, gradient.logprobs, gradient.metrics)
+
+    def custom(self, data: Sequence[Datum], function: CustomLoss, positions: Positions) -> ForwardBackwardOutput:
+        if not callable(function):
+            raise LossTypeError(
+                f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {function!r}"
+            )
+        requests = self.check(data, None, positions)
+        self.window.admit(custom_name(function), "none")
+        layout, batches = self.split(requests, [[i] for i in range(len(data))])
+        with self.window.adding(), torch.enable_grad():
+            gradient = custom_gradient(self.model, function, data, requests, batches, layout)
+            self.window.require_finite(lambda: self._blame(requests, layout))
+        self._record(custom_name(function), gradient, "function")
+        return _output(requests, gradient.logprobs, gradient.metrics)
+
+    def step(self, params: AdamParams, mode: NormalizationMode) -> OptimStepOutput:
+        if not isinstance(params, AdamParams):
+            raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
+        self.window.require_unspoiled()
+        divisor = self.window.divisor(mode)
+        ledger = tuple(self.window.ledger)
+        if self.window.tokens == 0 or divisor.value == 0:
+            self.window.clear()
+            words = "empty window: no token has a gradient, so no step was made"
+            return OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
+        norm = adam_step(self.optimizer, self.parameters, params, divisor.value)
+        self.window.clear()
+        self.weights_version += 1
+        metrics = {
+            "grad_norm": norm,
+            "divided_by": divisor.value,
+            "learning_rate": params.learning_rate,
+            "tokens": float(sum(e.tokens for e in ledger)),
+            "sequences": float(sum(e.sequences for e in ledger)),
+        }
+        return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
+
+    def _record(self, name: str, gradient: Gradient, fitting: str | None) -> None:
+        self.operations += 1
+        self.window.record(
+            LedgerEntry(
+                operation=self.operations,
+                loss=name,
+                datums=len(gradient.logprobs),
+                tokens=gradient.tokens,
+                sequences=gradient.sequences,
+                denominator=gradient.denominator,
+                count=gradient.count,
+            ),
+            fitting,
+        )
+
+    def _blame(self, requests: Sequence[ScoreRequest], layout: Layout) -> str:
+        """Name the first datum whose own gradient is not finite."""
+        parameters = list(self.parameters.values())
+        for i, one in enumerate(requests):
+            logprobs = score(self.model, [one], layout)
+            found = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
+            if any(g is not None and not bool(torch.isfinite(g).all()) for g in found):
+                return f"datum {i}"
+        return "no single datum (their sum overflows)"
+
+
+def as_adapter(model: Any) -> ModelAdapter:
+    if not isinstance(model, nn.Module) or not isinstance(model, ModelAdapter):
+        raise BackendError(
+            f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
+            "a transformers model is wrapped by HFModel(model), or loaded by TorchBackend.from_pretrained"
+        )
+    return model
+
+
+def _allowed(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Sequence[Layout]:
+    if asked == "auto":
+        return isolated
+    if asked not in ("packed", "padded", "single"):
+        raise ConfigError(f"layout must be auto, packed, padded or single, got {asked!r}")
+    if asked not in isolated:
+        raise LeakyModelError(
+            f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "
+            f"{', '.join(isolated)}; use one of these, or layout='auto'"
+        )
+    return (asked,)
+
+
+def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
+    if isinstance(given, str):
+        return get_loss(given, as_mapping(config))
+    if isinstance(given, Loss):
+        if config:
+            raise ConfigError(
+                f"{given.name} was given as an object and carries its own hyperparameters; drop {dict(config)}"
+            )
+        return given
+    raise LossTypeError(
+        f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
+    )
+
+
+def _output(
+    requests: Sequence[ScoreRequest], logprobs: Sequence[Tensor], metrics: Mapping[str, float]
+) -> ForwardBackwardOutput:
+    outputs = []
+    for one, values in zip(requests, logprobs, strict=True):
+        output = {"logprobs": TensorData(values.detach())}
+        if not bool(one.needed.all()):
+            output["scored"] = TensorData(one.needed.to(torch.float32))
+        outputs.append(output)
+    return ForwardBackwardOutput(outputs, metrics)
