@@ -2,4 +2,29 @@
 
 from __future__ import annotations
 
+from . import backends, datums, errors, losses
+from .backends import AdamParams, SamplingParams, TorchBackend, with_reference
+from .datums import Datum, ModelInput, TensorData
+from .losses import TokenBatch, group_advantages, loss_names, preset, recipe, register
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamParams",
+    "Datum",
+    "ModelInput",
+    "SamplingParams",
+    "TensorData",
+    "TokenBatch",
+    "TorchBackend",
+    "backends",
+    "datums",
+    "errors",
+    "group_advantages",
+    "loss_names",
+    "losses",
+    "preset",
+    "recipe",
+    "register",
+    "with_reference",
+]

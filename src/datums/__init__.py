@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from .builders import (
+    datum_from_messages,
+    datum_from_prompt_completion,
+    datum_from_rollout,
+    datum_from_spans,
+    datum_from_tokens_weights,
+    preference_pair,
+)
+from .convert import from_tinker, to_tinker
+from .explain import explain
 from .types import Datum, ModelInput, TensorData
 from .validation import validate
 
-__all__ = ["Datum", "ModelInput", "TensorData", "validate"]
+__all__ = [
+    "Datum",
+    "ModelInput",
+    "TensorData",
+    "datum_from_messages",
+    "datum_from_prompt_completion",
+    "datum_from_rollout",
+    "datum_from_spans",
+    "datum_from_tokens_weights",
+    "explain",
+    "from_tinker",
+    "preference_pair",
+    "to_tinker",
+    "validate",
+]

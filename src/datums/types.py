@@ -194,6 +194,12 @@ class Datum:
         """Return a datum with more (or other) inputs, e.g. ``datum.with_inputs(ref_logprobs=...)``."""
         return Datum(self.model_input, {**self.loss_fn_inputs, **inputs})
 
+    def explain(self, tokenizer: Any = None) -> str:
+        """Return a table of what is trained on what; see `pullback.datums.explain`."""
+        from .explain import explain
+
+        return explain(self, tokenizer)
+
 
 def _wrap(key: str, value: Any) -> TensorData:
     known = INPUT_KEYS.get(key)

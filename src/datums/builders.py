@@ -1,0 +1,182 @@
+"""Builders: from tokens, text and rollouts to aligned datums. They shift once, and always add ``target_tokens``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import DatumError, LengthError
+from ..losses.adapt import as_tensor
+from ..losses.keys import ROLE_CHOSEN, ROLE_REJECTED
+from .types import Datum, ModelInput
+
+__all__ = [
+    "datum_from_messages",
+    "datum_from_prompt_completion",
+    "datum_from_rollout",
+    "datum_from_spans",
+    "datum_from_tokens_weights",
+    "preference_pair",
+]
+
+Tokens: TypeAlias = Iterable[int] | Tensor
+
+
+def _ids(tokens: Tokens) -> Tensor:
+    return ModelInput.from_ints(tokens).tokens
+
+
+def datum_from_tokens_weights(tokens: Tokens, weights: Any, max_length: int | None = None) -> Datum:
+    """Build from a whole sequence and one weight per token.
+
+    Args:
+        tokens: int [T + 1].
+        weights: [T + 1]; the weight of each token *as a target*. The first one is never a target, its weight is dropped.
+        max_length: longest model input, tokens; what lies beyond is cut off on the right.
+
+    Returns:
+        ``model_input = tokens[:-1]``, ``target_tokens = tokens[1:]``, ``weights = weights[1:]``.
+
+    Raises:
+        LengthError: not one weight per token.
+        DatumError: fewer than two tokens, or no trained token within ``max_length``.
+    """
+    ids, values = _ids(tokens), as_tensor(weights).to(torch.float32)
+    if values.shape != ids.shape:
+        raise LengthError(
+            f"weights has shape {tuple(values.shape)} but there are {ids.numel()} tokens; give one per token"
+        )
+    if ids.numel() < 2:
+        raise DatumError(f"needs at least two tokens (one goes in, one is the target), got {ids.numel()}")
+    if max_length is not None and ids.numel() > max_length + 1:
+        had_trained = bool((values[1:] != 0).any())
+        ids, values = ids[: max_length + 1], values[: max_length + 1]
+        if had_trained and not bool((values[1:] != 0).any()):
+            raise DatumError(f"max_length={max_length} cuts off every trained token; shorten the prompt instead")
+    return Datum(ModelInput(ids[:-1]), {"target_tokens": ids[1:], "weights": values[1:]})
+
+
+def datum_from_spans(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> Datum:
+    """Build from a whole sequence and the half-open spans of tokens to train on, e.g. ``[(17, 42)]``.
+
+    Raises:
+        DatumError: a span is empty, leaves the sequence, or begins at token 0 (which nothing predicts).
+    """
+    ids = _ids(tokens)
+    weights = torch.zeros(ids.numel())
+    for start, stop in spans:
+        if not 1 <= start < stop <= ids.numel():
+            raise DatumError(f"span ({start}, {stop}) must lie within tokens 1 to {ids.numel()} and not be empty")
+        weights[start:stop] = 1.0
+    return datum_from_tokens_weights(ids, weights)
+
+
+def datum_from_prompt_completion(prompt: Tokens, completion: Tokens, max_length: int | None = None) -> Datum:
+    """Build from a prompt (not trained) and its completion (trained, first and last token included).
+
+    Raises:
+        DatumError: either is empty.
+    """
+    before, after = _ids(prompt), _ids(completion)
+    if before.numel() == 0 or after.numel() == 0:
+        raise DatumError(f"prompt ({before.numel()} tokens) and completion ({after.numel()}) must both have a token")
+    weights = torch.cat([torch.zeros(before.numel()), torch.ones(after.numel())])
+    return datum_from_tokens_weights(torch.cat([before, after]), weights, max_length)
+
+
+def datum_from_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], train_on: str = "assistant") -> Datum:
+    """Build from chat messages, training on the turns of one role, their end-of-turn token included.
+
+    Args:
+        tokenizer: has ``apply_chat_template``.
+        messages: dicts with ``role`` and ``content``.
+        train_on: the role whose turns are trained.
+
+    Raises:
+        DatumError: no turn of that role, or the template rewrites earlier turns when later ones follow (then no span of
+            tokens belongs to one turn; use `datum_from_spans`).
+    """
+    if not any(message["role"] == train_on for message in messages):
+        raise DatumError(f"no message has the role {train_on!r}; found {[m['role'] for m in messages]}")
+    whole = _render(tokenizer, messages, False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == train_on:
+            before = _render(tokenizer, messages[:i], True)
+            upto = _render(tokenizer, messages[: i + 1], False)
+            if whole[: len(upto)] != upto or upto[: len(before)] != before:
+                raise DatumError(
+                    f"message {i}: the chat template renders it differently when other turns follow, so its tokens cannot be "
+                    "told apart; render the text yourself and use datum_from_spans"
+                )
+            spans.append((len(before), len(upto)))
+    return datum_from_spans(whole, spans)
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool) -> list[int]:
+    if not messages:
+        raise DatumError("the first message must not be a trained one: nothing would come before it")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def datum_from_rollout(
+    prompt: Tokens,
+    tokens: Tokens,
+    logprobs: Sequence[float] | Tensor,
+    advantage: float | Sequence[float] | Tensor,
+    *,
+    group_id: int | None = None,
+) -> Datum:
+    """Build from a sampled completion.
+
+    Args:
+        prompt: int [P], at least one token.
+        tokens: int [C]; the completion, its stop token included.
+        logprobs: [C]; the sampler's log-prob of each token, *untempered* (what ``forward`` would say).
+        advantage: one number, or [C].
+        group_id: the prompt group.
+
+    Returns:
+        A datum with ``weights`` 1 on the completion and 0 on the prompt, where advantages and log-probs read 0.
+
+    Raises:
+        LengthError: log-probs or advantages are not one per completion token.
+    """
+    datum = datum_from_prompt_completion(prompt, tokens)
+    trained = datum.loss_fn_inputs["weights"].to_torch() != 0
+    count = int(trained.sum())
+    given = torch.as_tensor(advantage, dtype=torch.float32)
+    inputs: dict[str, Any] = {}
+    for name, values in (
+        ("logprobs", torch.as_tensor(logprobs, dtype=torch.float32)),
+        ("advantages", given.expand(count) if given.dim() == 0 else given),
+    ):
+        if values.shape != (count,):
+            raise LengthError(f"{name} has shape {tuple(values.shape)}, but the completion has {count} tokens")
+        inputs[name] = torch.zeros(trained.numel()).masked_scatter(trained, values)
+    if group_id is not None:
+        inputs["group_id"] = [group_id]
+    return datum.with_inputs(**inputs)
+
+
+def preference_pair(
+    prompt: Tokens, chosen: Tokens, rejected: Tokens, *, pair_id: int | None = None
+) -> tuple[Datum, Datum]:
+    """Build the chosen and the rejected datum of a pair; each side is trained from the end of the prompt on.
+
+    Raises:
+        DatumError: a response is empty, or both are the same (their margin is 0 whatever the model does).
+    """
+    if _ids(chosen).tolist() == _ids(rejected).tolist():
+        raise DatumError("chosen and rejected are the same tokens; such a pair has no gradient")
+    pair = datum_from_prompt_completion(prompt, chosen), datum_from_prompt_completion(prompt, rejected)
+    if pair_id is None:
+        return pair
+    good, bad = pair
+    return good.with_inputs(pair_id=[pair_id], role=[ROLE_CHOSEN]), bad.with_inputs(
+        pair_id=[pair_id], role=[ROLE_REJECTED]
+    )
