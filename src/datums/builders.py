@@ -56,7 +56,8 @@ def datum_from_tokens_weights(tokens: Tokens, weights: Any, max_length: int | No
         ids, values = ids[: max_length + 1], values[: max_length + 1]
         if had_trained and not bool((values[1:] != 0).any()):
             raise DatumError(f"max_length={max_length} cuts off every trained token; shorten the prompt instead")
-    return Datum(ModelInput(ids[:-1]), {"target_tokens": ids[1:], "weights": values[1:]})
+    inputs: dict[str, Any] = {"target_tokens": ids[1:], "weights": values[1:]}
+    return Datum(ModelInput(ids[:-1]), inputs)
 
 
 def datum_from_spans(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> Datum:

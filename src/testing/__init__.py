@@ -1,8 +1,24 @@
-"""Tools that prove losses and backends right: tiny exact models, strategies, oracles, properties."""
+"""Tools that prove losses and backends right: tiny exact models, cases, oracles, properties.
+
+`pullback.testing.strategies` needs hypothesis and is imported by name.
+"""
 
 from __future__ import annotations
 
+from . import oracles
+from .cases import Case, CaseSequence
 from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
+from .properties import check_loss, cotangent
 from .tiny import TinyLM
 
-__all__ = ["FutureLeakLM", "PackingLeakLM", "RowLeakLM", "TinyLM"]
+__all__ = [
+    "Case",
+    "CaseSequence",
+    "FutureLeakLM",
+    "PackingLeakLM",
+    "RowLeakLM",
+    "TinyLM",
+    "check_loss",
+    "cotangent",
+    "oracles",
+]

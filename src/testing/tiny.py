@@ -105,5 +105,5 @@ class _Block(nn.Module):
         rows, length, hidden = x.shape
         q, k, v = (x @ self.qkv.T).reshape(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        weights = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1)
-        return (weights @ v).transpose(1, 2).reshape(rows, length, hidden) @ self.out.T
+        mixed: Tensor = scores.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ v
+        return mixed.transpose(1, 2).reshape(rows, length, hidden) @ self.out.T

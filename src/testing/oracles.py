@@ -1,0 +1,126 @@
+"""Closed-form cotangents, dL/dlogprob, as plain loops over sequences and tokens: no autograd, nothing of `losses`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .cases import Case, CaseSequence
+
+__all__ = ["cross_entropy", "dpo", "finite_differences", "grpo", "orpo"]
+
+Cotangent = list[list[float]]
+
+
+def scale(case: Case, aggregation: str, length: float = 1.0) -> Callable[[CaseSequence], float]:
+    """Return the factor c / D of a token, by its sequence."""
+    counts = [len(s.trained()) for s in case.sequences]
+    trained = [s for s in case.sequences if s.trained()]
+    groups = {s.group for s in trained}
+    in_group = {g: sum(len(s.trained()) for s in case.sequences if s.group == g) for g in groups}
+    match aggregation:
+        case "sum":
+            return lambda s: 1.0
+        case "token_mean":
+            return lambda s: 1.0 / sum(counts)
+        case "weighted_mean":
+            return lambda s: 1.0 / sum(w for x in case.sequences for w in x.weights)
+        case "sequence_mean_token_mean":
+            return lambda s: 1.0 / (len(s.trained()) * len(trained))
+        case "sequence_mean_token_sum":
+            return lambda s: 1.0 / len(trained)
+        case "group_mean_token_mean":
+            return lambda s: 1.0 / (in_group[s.group] * len(groups))
+        case "fixed_length":
+            return lambda s: 1.0 / (length * len(trained))
+        case _:
+            raise ValueError(aggregation)
+
+
+def cross_entropy(case: Case, aggregation: str, length: float = 1.0) -> Cotangent:
+    """``-w c / D``."""
+    factor = scale(case, aggregation, length)
+    return [[-w * factor(s) if w else 0.0 for w in s.weights] for s in case.sequences]
+
+
+def grpo(
+    case: Case,
+    aggregation: str = "token_mean",
+    band: tuple[float, float] | None = (0.8, 1.2),
+    beta: float = 0.0,
+    kl: str = "reverse",
+    ratio: bool = True,
+    importance: bool = True,
+) -> Cotangent:
+    """``w c / D (-r A [not clipped] + beta v dK)`` with dK = D (reverse, k2), 1 - exp(-D) (k3 pathwise) or 1 (k1 pathwise).
+
+    v is the ratio, or 1 without ``importance``; without ``ratio`` the policy part is ``-A``.
+    """
+    factor = scale(case, aggregation)
+
+    def token(s: CaseSequence, j: int) -> float:
+        anchor = s.old_logprobs if case.with_old else s.behaviour_logprobs
+        r = math.exp(s.logprobs[j] - anchor[j]) if ratio else 1.0
+        a = s.advantages[j]
+        clipped = band is not None and ((a > 0 and r > band[1]) or (a < 0 and r < band[0]))
+        d = s.logprobs[j] - s.ref_logprobs[j]
+        slope = {"reverse": d, "k2": d, "k3": 1 - math.exp(-d), "k1": 1.0, "none": 0.0}[kl]
+        policy = 0.0 if clipped else -r * a
+        return s.weights[j] * factor(s) * (policy + beta * (r if importance else 1.0) * slope)
+
+    return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def dpo(case: Case, beta: float = 0.1, smoothing: float = 0.0) -> Cotangent:
+    """``-+ beta w [(1 - e) sigmoid(-z) - e sigmoid(z)] / P``."""
+    pairs, found = len(case.sequences) // 2, []
+    for p in range(pairs):
+        chosen, rejected = case.sequences[2 * p], case.sequences[2 * p + 1]
+        z = beta * (_shift(chosen) - _shift(rejected))
+        slope = -(1 - smoothing) * _sigmoid(-z) + smoothing * _sigmoid(z)
+        found.append([beta * slope * w / pairs if w else 0.0 for w in chosen.weights])
+        found.append([-beta * slope * w / pairs if w else 0.0 for w in rejected.weights])
+    return found
+
+
+def orpo(case: Case, lam: float = 0.1, max_prob: float = 1 - 1e-4) -> Cotangent:
+    """``w / sum(w) / P`` times ``-1 - lam sigmoid(-z) / (1 - p)`` (chosen) or ``lam sigmoid(-z) / (1 - p)`` (rejected)."""
+    pairs, found = len(case.sequences) // 2, []
+    for p in range(pairs):
+        chosen, rejected = case.sequences[2 * p], case.sequences[2 * p + 1]
+        a, b = _mean(chosen), _mean(rejected)
+        slope = _sigmoid(-(_log_odds(a, max_prob) - _log_odds(b, max_prob)))
+        da = -1 - lam * slope / (1 - min(math.exp(a), max_prob))
+        db = lam * slope / (1 - min(math.exp(b), max_prob))
+        for s, d in ((chosen, da), (rejected, db)):
+            found.append([d * w / sum(s.weights) / pairs if w else 0.0 for w in s.weights])
+    return found
+
+
+def finite_differences(value: Callable[[list[float]], float], at: list[float], step: float = 1e-6) -> list[float]:
+    """Central differences of ``value`` in every coordinate."""
+    found = []
+    for i in range(len(at)):
+        ahead, behind = list(at), list(at)
+        ahead[i] += step
+        behind[i] -= step
+        found.append((value(ahead) - value(behind)) / (2 * step))
+    return found
+
+
+def _shift(s: CaseSequence) -> float:
+    return math.fsum(s.weights[j] * (s.logprobs[j] - s.ref_logprobs[j]) for j in s.trained())
+
+
+def _mean(s: CaseSequence) -> float:
+    return math.fsum(s.weights[j] * s.logprobs[j] for j in s.trained()) / sum(s.weights)
+
+
+def _log_odds(x: float, max_prob: float) -> float:
+    top = math.log(max_prob)
+    inside = min(x, top)
+    return inside - math.log(-math.expm1(inside)) + max(x - top, 0.0) / (1 - max_prob)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,294 @@
+"""Properties of every registered loss, and of what surrounds them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pullback.errors import (
+    BiasedGradientError,
+    ConfigError,
+    DuplicateLossError,
+    EmptyUnitError,
+    IncompleteUnitError,
+    UnknownLossError,
+)
+from pullback.losses import (
+    DPO,
+    GRPO,
+    KL,
+    ORPO,
+    PPO,
+    CrossEntropy,
+    ImportanceSampling,
+    Loss,
+    RatioBand,
+    Registry,
+    TokenBatch,
+    bounded_exp,
+    combine_metrics,
+    get_loss,
+    group_advantages,
+    kl_value,
+    log1mexp,
+    recipe,
+)
+from pullback.testing import Case, CaseSequence, check_loss, cotangent
+from pullback.testing.strategies import cases
+
+LOSSES: list[Loss] = [
+    CrossEntropy(),
+    CrossEntropy("token_mean"),
+    CrossEntropy("group_mean_token_mean"),
+    ImportanceSampling(),
+    PPO(),
+    GRPO(),
+    GRPO(kl=KL("k2", gradient="pathwise", importance=False)),
+    GRPO(clip=None, anchor="none", aggregation="sequence_mean_token_mean"),
+    DPO(),
+    DPO(0.5, 0.1),
+    ORPO(),
+    ORPO(nll="token_mean"),
+]
+IDS = [f"{i}-{loss.name}" for i, loss in enumerate(LOSSES)]
+
+
+def away_from_kinks(loss: Loss, case: Case) -> bool:
+    """True if no ratio is near an edge of a clip band."""
+    if not isinstance(loss, (PPO, GRPO)) or loss.clip is None:
+        return True
+    edges = (loss.clip.low, loss.clip.high)
+    for s in case.sequences:
+        anchor = s.old_logprobs if case.with_old else s.behaviour_logprobs
+        if any(abs(math.exp(s.logprobs[j] - anchor[j]) - edge) < 1e-3 for j in s.trained() for edge in edges):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@given(case=cases())
+def test_contract(loss: Loss, case: Case) -> None:
+    """Gradient = differences; untrained = zero; padded = packed = list; order does not matter."""
+    check_loss(loss, case, differences=away_from_kinks(loss, case))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@given(case=cases(low=-1e4))
+def test_finite_at_extremes(loss: Loss, case: Case) -> None:
+    """Log-probs down to -1e4, with ratios that overflow exp, give finite values and gradients."""
+    output, found = cotangent(loss, case)
+    assert bool(torch.isfinite(output.loss))
+    assert bool(torch.isfinite(torch.cat(found)).all())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_first_and_last_token_count(loss: Loss) -> None:
+    """Every trained token, the first and the last too, has a gradient."""
+    one = CaseSequence(
+        [-1.0, -0.7, -2.0], [1.0] * 3, [1.0, -0.5, 2.0], [-1.05, -0.72, -1.95], [-1.0] * 3, [-1.2, -0.6, -2.5]
+    )
+    two = CaseSequence([-1.5, -0.4, -1.0], [1.0] * 3, [-1.0, 0.5, 1.0], [-1.45, -0.42, -0.95], [-1.0] * 3, [-1.0] * 3)
+    _, found = cotangent(loss, Case((one, two)))
+    silent = isinstance(loss, ORPO) and loss.lam == 0
+    assert silent or bool((torch.cat(found) != 0).all())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@given(case=cases())
+def test_parts_add_up(loss: Loss, case: Case) -> None:
+    """Numerators and counts of whole units add up to those of the batch: one division at the end is exact."""
+    if "group" in loss.main_aggregation.name:
+        case = Case(
+            tuple(CaseSequence(**{**vars(s), "group": i // 2}) for i, s in enumerate(case.sequences)), case.with_old
+        )
+    whole, _ = cotangent(loss, case)
+    pieces = [cotangent(loss, case.subset([i, i + 1]))[0] for i in range(0, len(case.sequences), 2)]
+    for k, part in enumerate(whole.parts):
+        numerator = sum(piece.parts[k].numerator.item() for piece in pieces)
+        count = sum(piece.parts[k].count for piece in pieces) if part.denominator != "none" else 1.0
+        assert math.isclose(numerator, part.numerator.item(), rel_tol=1e-10, abs_tol=1e-10)
+        assert math.isclose(count, part.count, rel_tol=1e-12)
+    combined = combine_metrics(piece.metrics for piece in pieces)
+    for name in ("loss", "tokens"):
+        assert math.isclose(combined[name].value, whole.metrics[name].value, rel_tol=1e-9, abs_tol=1e-9)
+
+
+class BrokenMask:
+    """A product in place of a selection."""
+
+    def select(self, batch: TokenBatch, values: Tensor) -> Tensor:
+        return values * batch.trained
+
+
+def test_multiplied_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a mask that multiplies lets NaN through, and check_loss says so."""
+    junk = CaseSequence([math.nan, -1.0], [0.0, 1.0], [math.nan, 1.0], [math.nan, -1.0], [-1.0, -1.0], [math.nan, -1.1])
+    check_loss(GRPO(), Case((junk, junk)))
+    monkeypatch.setattr(TokenBatch, "select", lambda self, values: BrokenMask().select(self, values))
+    with pytest.raises(AssertionError):
+        check_loss(GRPO(), Case((junk, junk)))
+
+
+def test_shifted_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a mask that is off by one gives an untrained token a gradient."""
+    one = CaseSequence([-1.0, -2.0, -0.5], [0.0, 1.0, 1.0], [1.0] * 3, [-1.0] * 3, [-1.0] * 3, [-1.0] * 3)
+    rolled = property(lambda self: self.weights.roll(-1))
+    monkeypatch.setattr(TokenBatch, "weight", rolled)
+    monkeypatch.setattr(TokenBatch, "trained", property(lambda self: self.weights.roll(-1) != 0))
+    with pytest.raises(AssertionError, match="untrained"):
+        check_loss(CrossEntropy(), Case((one, one)))
+
+
+def test_kl_gradients_by_enumeration() -> None:
+    """Expected gradients on a softmax policy: reverse is exact on and off policy, k1 is zero, k3 is the forward KL's."""
+    generator = torch.Generator().manual_seed(0)
+    logits, reference, behaviour = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    log_ref, log_behaviour = reference.log_softmax(-1), behaviour.log_softmax(-1)
+
+    def expected(kl: KL, sampler: Tensor) -> Tensor:
+        policy = logits.log_softmax(-1)
+        penalty = kl.penalty(policy, log_ref, (policy - sampler).exp())
+        (gradient,) = torch.autograd.grad((sampler.exp().detach() * penalty).sum(), logits)
+        return gradient
+
+    policy = logits.log_softmax(-1)
+    (reverse,) = torch.autograd.grad((policy.exp() * (policy - log_ref)).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((log_ref.exp() * (log_ref - policy)).sum(), logits)
+    on = logits.detach().log_softmax(-1)
+    for estimator, sampler in itertools.product(("k1", "k2", "k3"), (on, log_behaviour)):
+        assert torch.allclose(expected(KL(estimator, gradient="reverse"), sampler), reverse, atol=1e-14)  # type: ignore[arg-type]
+    assert torch.allclose(expected(KL("k2", gradient="pathwise"), on), reverse, atol=1e-14)
+    assert torch.allclose(expected(KL("k3", gradient="pathwise"), on), forward, atol=1e-14)
+    assert float(expected(KL("k1", gradient="pathwise", acknowledge_biased=True), on).norm()) < 1e-15
+    assert not torch.allclose(expected(KL("k3", importance=False), log_behaviour), reverse, atol=1e-3)
+    assert not torch.allclose(forward, reverse, atol=1e-3)
+
+
+@given(d=st.floats(-50, 50))
+def test_k3_is_not_negative(d: float) -> None:
+    """k3 is at least 0, and 0 only where the log-probs are equal."""
+    value = kl_value("k3", torch.tensor(d, dtype=torch.float64)).item()
+    assert value >= 0
+    assert kl_value("k3", torch.zeros(())).item() == 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs"])
+def test_biased_kl_is_refused(estimator: str) -> None:
+    """k1 and abs in the loss need an acknowledgement."""
+    with pytest.raises(BiasedGradientError, match="acknowledge_biased"):
+        KL(estimator, gradient="pathwise")  # type: ignore[arg-type]
+
+
+@given(x=st.floats(-700, -1e-12))
+def test_log1mexp(x: float) -> None:
+    """log(1 - e^x) is accurate at both ends, and so is its gradient."""
+    at = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    value = log1mexp(at)
+    (gradient,) = torch.autograd.grad(value, at)
+    exact = math.log(-math.expm1(x)) if x > -0.7 else math.log1p(-math.exp(x))
+    assert math.isclose(value.item(), exact, rel_tol=1e-9, abs_tol=1e-300)
+    assert math.isclose(gradient.item(), -math.exp(x) / -math.expm1(x), rel_tol=1e-9, abs_tol=1e-300)
+
+
+@given(x=st.floats(-100, 1e4))
+def test_bounded_exp(x: float) -> None:
+    """exp below the limit; beyond it the tangent, whose slope is never zero."""
+    at = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(bounded_exp(at), at)
+    assert math.isclose(slope.item(), math.exp(min(x, 20.0)), rel_tol=1e-12)
+
+
+def test_orpo_caps_and_counts() -> None:
+    """A response of probability near 1 gets the capped factor, and is counted; an empty one is refused."""
+    sure = CaseSequence([-1e-9], [1.0], [1.0], [-1.0], [-1.0], [-1.0])
+    other = CaseSequence([-1.0], [1.0], [1.0], [-1.0], [-1.0], [-1.0])
+    output, (_, gradient) = cotangent(ORPO(1.0), Case((other, sure)))
+    assert output.metrics["odds_capped"].value == 1
+    assert 0.9e4 < gradient.item() <= 1.0001e4
+    empty = CaseSequence([-1.0], [0.0], [1.0], [-1.0], [-1.0], [-1.0])
+    for loss in (ORPO(), DPO()):
+        with pytest.raises(EmptyUnitError, match="sequences \\[1\\]"):
+            cotangent(loss, Case((other, empty)))
+
+
+@given(
+    rewards=st.lists(st.floats(-3, 3), min_size=1, max_size=9),
+    groups=st.lists(st.integers(0, 3), min_size=9, max_size=9),
+    leave=st.booleans(),
+    std=st.booleans(),
+)
+def test_group_advantages(rewards: list[float], groups: list[int], leave: bool, std: bool) -> None:
+    """Advantages equal plain loops over the groups."""
+    ids = groups[: len(rewards)]
+    found = group_advantages(
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.tensor(ids),
+        baseline="leave_one_out" if leave else "mean",
+        scale="std" if std else "none",
+    ).advantages.tolist()
+    for i, reward in enumerate(rewards):
+        members = [r for r, g in zip(rewards, ids, strict=True) if g == ids[i]]
+        if max(members) == min(members):
+            assert found[i] == 0.0
+            continue
+        mean = math.fsum(members) / len(members)
+        spread = math.sqrt(math.fsum((r - mean) ** 2 for r in members) / (len(members) - 1))
+        want = (reward - mean) / (spread + 1e-6 if std else 1.0)
+        want *= len(members) / (len(members) - 1) if leave else 1.0
+        assert math.isclose(found[i], want, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def test_group_advantages_without_signal() -> None:
+    """Seven equal rewards give exactly 0 (not rounding residue), a single one too, and both are counted."""
+    found = group_advantages(torch.tensor([0.1] * 7 + [5.0]), torch.tensor([0] * 7 + [1]))
+    assert found.advantages.tolist() == [0.0] * 8
+    assert (found.singletons, found.equal) == (1, 1)
+
+
+def test_registry() -> None:
+    """Names are unique, unknown ones list the known, misspelt keys are corrected."""
+    mine = Registry()
+    assert mine.register(DPO) is DPO
+    mine.register(DPO)
+    with pytest.raises(DuplicateLossError, match="dpo"):
+        mine.register(type("Other", (), {"name": "dpo"}))  # type: ignore[type-var]
+    with pytest.raises(UnknownLossError, match="did you mean 'grpo'"):
+        get_loss("gprpo")
+    with pytest.raises(ConfigError, match="did you mean 'kl_beta'"):
+        get_loss("grpo", {"kl_bta": 0.1})
+    assert get_loss("grpo", {"kl_beta": 0.1}) == GRPO(kl=KL(beta=0.1))
+
+
+def test_recipes() -> None:
+    """The recipe table: only GRPO's raw sum is normalised by the optimizer step."""
+    found = {name: recipe(name).normalization for name in ("sft", "grpo", "dpo", "orpo")}
+    assert found == {"sft": None, "grpo": "num_loss_tokens", "dpo": None, "orpo": None}
+    assert all(recipe(name).loss.normalization == mode for name, mode in found.items())
+
+
+def test_pairs_by_id_in_any_order() -> None:
+    """pair_id and role find the pairs wherever they stand; half a pair is refused."""
+    logprobs = torch.arange(4.0)
+    batch = TokenBatch.from_packed(
+        logprobs, [1] * 4, pair_id=torch.tensor([9, 2, 2, 9]), role=torch.tensor([0, 1, 0, 1])
+    )
+    assert (batch.pairs.chosen.tolist(), batch.pairs.rejected.tolist()) == ([1, 3], [2, 0])
+    half = TokenBatch.from_packed(
+        logprobs, [1] * 4, pair_id=torch.tensor([9, 2, 2, 8]), role=torch.tensor([0, 1, 0, 1])
+    )
+    with pytest.raises(IncompleteUnitError, match="pair_id"):
+        _ = half.pairs
+
+
+def test_clip_band_is_absolute() -> None:
+    """Offsets given as bounds are refused, with the constructor that takes them."""
+    with pytest.raises(ConfigError, match="from_offsets"):
+        RatioBand(0.2, 0.28)
+    assert RatioBand.from_offsets(0.2, 0.28) == RatioBand(0.8, 1.28)
