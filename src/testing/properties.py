@@ -90,8 +90,8 @@ def _check_differences(loss: Loss, case: Case, found: Sequence[Tensor]) -> None:
 def _same(
     loss: Loss, form: str, a: Tensor, b: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], tolerance: float = 1e-10
 ) -> None:
-    assert math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=tolerance), (
-        f"{loss.name}, {form}: loss {float(b)} instead of {float(a)}"
+    assert math.isclose(a.item(), b.item(), rel_tol=tolerance, abs_tol=tolerance), (
+        f"{loss.name}, {form}: loss {b.item()} instead of {a.item()}"
     )
     difference = float((torch.cat(list(x)) - torch.cat(list(y))).norm())
     size = float(torch.cat(list(x)).norm())

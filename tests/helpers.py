@@ -1,0 +1,85 @@
+"""What the tests of the native backend share: data, models, and the size of a difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pullback.backends import TorchBackend
+from pullback.backends.native import HFModel
+from pullback.datums import Datum, ModelInput
+from pullback.testing import TinyLM
+
+VOCAB = 17
+
+
+def make_data(lengths: list[int], seed: int = 0, vocab: int = VOCAB, **extra: Any) -> list[Datum]:
+    """Datums with every input that a registered loss may ask for; the first position is not trained."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def near(values: Tensor, spread: float) -> Tensor:
+        return values + spread * torch.randn(values.shape, generator=generator)
+
+    data = []
+    for i, length in enumerate(lengths):
+        tokens = torch.randint(vocab, (length + 1,), generator=generator)
+        base = torch.full((length,), -3.0)
+        inputs: dict[str, Any] = {
+            "target_tokens": tokens[1:],
+            "weights": (torch.arange(length) >= min(1, length - 1)).float(),
+            "advantages": torch.randn(length, generator=generator),
+            "logprobs": near(base, 0.3),
+            "ref_logprobs": near(base, 0.3),
+            "group_id": [i // 2],
+            **extra,
+        }
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
+    return data
+
+
+def tiny_backend(**options: Any) -> TorchBackend:
+    """A backend on the exact fp64 model."""
+    return TorchBackend(TinyLM(), **options)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, **options: Any) -> HFModel:
+    """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
+    import transformers
+
+    from pullback.backends.native.hf import add_lora
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = transformers.LlamaForCausalLM(config).to(dtype)
+        if lora is not None:
+            model = add_lora(model, lora)
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=0.1)
+    return HFModel(model, **options)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative difference of two gradients or weights, ``||a - b|| / ||b||``."""
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.cat([x[k].detach().double().reshape(-1) for k in sorted(a)]) for x in (a, b))
+    return float((flat_a - flat_b).norm() / flat_b.norm().clamp(min=1e-300))
+
+
+def weights_of(backend: TorchBackend) -> dict[str, Tensor]:
+    """Copies of the trained weights."""
+    return {name: p.detach().clone() for name, p in backend.model.named_parameters() if p.requires_grad}

@@ -1,0 +1,157 @@
+"""Any number of calls, any order, any micro-batch, any layout: the same update."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import distance, make_data, tiny_backend, tiny_llama, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native import window as window_module
+from pullback.datums import Datum
+from pullback.errors import LeakyModelError
+from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, Loss
+from pullback.testing import FutureLeakLM, PackingLeakLM, RowLeakLM, TinyLM
+
+LENGTHS = [3, 6, 2, 5, 7, 1, 4, 4, 6, 2, 3, 5, 2, 7]
+LOSSES: list[Loss] = [
+    CrossEntropy(),
+    CrossEntropy("token_mean"),
+    GRPO(kl=KL(beta=0.1)),
+    GRPO(aggregation="sequence_mean_token_mean"),
+    GRPO(aggregation="group_mean_token_mean"),
+    DPO(),
+    ORPO(),
+]
+
+
+def accumulate(backend: TorchBackend, loss: Loss, calls: list[list[Datum]]) -> dict[str, Tensor]:
+    for call in calls:
+        backend.forward_backward(call, loss).result()
+    return backend.gradients()
+
+
+def cut(data: list[Datum], calls: int, order: list[int]) -> list[list[Datum]]:
+    """Split pairs (which are groups too) over calls, in the given order."""
+    pairs = [data[2 * p : 2 * p + 2] for p in order]
+    size = -(-len(pairs) // calls)
+    return [list(itertools.chain(*pairs[i : i + size])) for i in range(0, len(pairs), size)]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.main_aggregation.name}")
+@given(
+    order=st.permutations(range(7)),
+    calls=st.sampled_from([1, 2, 7]),
+    budget=st.integers(1, 80),
+    layout=st.sampled_from(["packed", "padded", "single"]),
+)
+def test_split_invariance(loss: Loss, order: list[int], calls: int, budget: int, layout: Any) -> None:
+    """The gradient is the same to 1e-12, and so is the update to 1e-10."""
+    data = make_data(LENGTHS)
+    one, other = tiny_backend(), tiny_backend(token_budget=budget, layout=layout)
+    expected = accumulate(one, loss, [data])
+    found = accumulate(other, loss, cut(data, calls, order))
+    assert distance(found, expected) < 1e-12
+    params = AdamParams(learning_rate=1e-2, grad_clip_norm=0.5)
+    assert one.optim_step(params).result().stepped
+    assert other.optim_step(params).result().stepped
+    assert distance(weights_of(other), weights_of(one)) < 1e-10
+
+
+def test_each_call_dividing_by_its_own_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: dividing every call by its own count makes the update depend on the split."""
+    data, loss = make_data(LENGTHS), CrossEntropy("token_mean")
+    calls = [data[:4], data[4:]]
+    expected = accumulate(tiny_backend(), loss, [data])
+    record = window_module.Window.record
+
+    def divided_already(self: window_module.Window, entry: Any, fitting: str | None) -> None:
+        for p in self.parameters.values():
+            if p.grad is not None and len(self.ledger) == 0:
+                p.grad.div_(entry.count)
+        record(self, entry, fitting)
+
+    assert distance(accumulate(tiny_backend(), loss, calls), expected) < 1e-12
+    monkeypatch.setattr(window_module.Window, "record", divided_already)
+    assert distance(accumulate(tiny_backend(), loss, calls), expected) > 1e-2
+
+
+HF_CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": 2},
+    "lora, checkpointed": {"lora": 2, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("options", HF_CASES.values(), ids=HF_CASES.keys())
+@pytest.mark.parametrize("loss", [GRPO(kl=KL(beta=0.1)), DPO()], ids=lambda loss: loss.name)
+def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Loss) -> None:
+    """A transformers model as shipped (its norms are fp32): packed, padded and alone agree to 1e-6, in any order."""
+    data = make_data(LENGTHS)
+    expected = accumulate(TorchBackend(tiny_llama(**options), layout="single"), loss, [data])
+    for layout, budget in itertools.product(("packed", "padded"), (12, 4096)):
+        backend = TorchBackend(tiny_llama(**options), layout=layout, token_budget=budget)  # type: ignore[arg-type]
+        found = accumulate(backend, loss, cut(data, 2, [4, 0, 6, 1, 3, 2, 5]))
+        assert distance(found, expected) < 1e-6
+
+
+def test_planted_leak_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: packed positions that are rolled by one merge neighbours, and the gradient is another."""
+    data, loss = make_data([4, 4, 4, 4]), CrossEntropy()
+    expected = accumulate(tiny_backend(layout="single"), loss, [data])
+    backend = tiny_backend(layout="packed")
+    hidden = TinyLM.hidden_states
+    monkeypatch.setattr(TinyLM, "hidden_states", lambda self, t, p: hidden(self, t, p.roll(1, -1)))
+    assert distance(accumulate(backend, loss, [data]), expected) > 1e-2
+
+
+def test_leaky_models_are_detected_at_load() -> None:
+    """A model that mixes packed sequences is not packed, one that mixes rows runs alone, a non-causal one is refused."""
+    data, loss = make_data(LENGTHS), CrossEntropy("token_mean")
+    expected = accumulate(tiny_backend(), loss, [data])
+
+    def unprefixed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("model."): g for name, g in gradients.items()}
+
+    packing = TorchBackend(PackingLeakLM(TinyLM()))
+    plan = packing.plan(loss, data)
+    assert plan.layout == "padded"
+    assert "packing is off" in plan.reason
+    assert distance(unprefixed(accumulate(packing, loss, [data])), expected) < 1e-12
+    assert TorchBackend(RowLeakLM(TinyLM())).plan(loss, data).layout == "single"
+    with pytest.raises(LeakyModelError, match="layout='packed'"):
+        TorchBackend(PackingLeakLM(TinyLM()), layout="packed")
+    with pytest.raises(LeakyModelError, match="not causal"):
+        TorchBackend(FutureLeakLM(TinyLM()))
+
+
+def test_untrained_positions_have_no_influence() -> None:
+    """NaN and nonsense where the weight is 0 change nothing, through the whole model."""
+    data = make_data([4, 5, 3, 6])
+    junk = []
+    for datum in data:
+        trained = datum.loss_fn_inputs["weights"].to_torch() != 0
+        dirty = {
+            key: torch.where(trained, datum.loss_fn_inputs[key].to_torch(), torch.nan)
+            for key in ("advantages", "logprobs", "ref_logprobs")
+        }
+        junk.append(datum.with_inputs(**dirty))
+    for loss in LOSSES:
+        expected = accumulate(tiny_backend(), loss, [data])
+        assert distance(accumulate(tiny_backend(), loss, [junk]), expected) == 0.0
+
+
+def test_trainable_parts_only() -> None:
+    """Frozen parameters get no gradient and are not in the window."""
+    model = TinyLM()
+    model.embedding.requires_grad_(False)
+    backend = TorchBackend(model)
+    found = accumulate(backend, CrossEntropy(), [make_data([3, 4])])
+    assert "embedding" not in found
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())

@@ -1,0 +1,239 @@
+"""The optimizer step: AdamW to the bit, one normalisation, spoiled and empty windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import distance, make_data, tiny_backend, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.utils.flop_counter import FlopCounterMode
+
+from pullback.backends import AdamParams, TorchBackend
+from pullback.errors import (
+    ConfigError,
+    DoubleNormalizationError,
+    MixedDenominatorsError,
+    PrecedingOperationFailed,
+    UnreadFailureError,
+)
+from pullback.losses import DPO, ORPO, CrossEntropy, preset
+from pullback.testing import TinyLM
+
+DATA = make_data([4, 6, 3, 5])
+
+
+def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy as a user would write it, a raw sum."""
+    loss = torch.zeros(())
+    for datum, lp in zip(data, logprobs, strict=True):
+        loss = loss - torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch().to(lp.dtype))
+    return loss, {"nll": loss.item()}
+
+
+def policy(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Importance sampling as a user would write it."""
+    loss = torch.zeros(())
+    for datum, lp in zip(data, logprobs, strict=True):
+        w, a, q = (datum.loss_fn_inputs[k].to_torch().to(lp.dtype) for k in ("weights", "advantages", "logprobs"))
+        loss = loss - (w * a * torch.exp(lp - q)).sum()
+    return loss, {}
+
+
+def preference(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """DPO as a user would write it, a sum over pairs."""
+    h = []
+    for datum, lp in zip(data, logprobs, strict=True):
+        w, ref = (datum.loss_fn_inputs[k].to_torch().to(lp.dtype) for k in ("weights", "ref_logprobs"))
+        h.append(torch.dot(lp - ref, w))
+    terms = [-logsigmoid(0.1 * (h[i] - h[i + 1])) for i in range(0, len(h), 2)]
+    return torch.stack(terms).sum(), {"pairs": len(terms)}
+
+
+@given(
+    lr=st.floats(1e-5, 1e-1),
+    decay=st.sampled_from([0.0, 0.1]),
+    clip=st.sampled_from([0.0, 0.05]),
+    eps=st.sampled_from([1e-12, 1e-8]),
+    mode=st.sampled_from([None, "num_loss_tokens", "num_sequences"]),
+)
+def test_step_is_adamw_to_the_bit(lr: float, decay: float, clip: float, eps: float, mode: Any) -> None:
+    """Three fp32 steps, normalised and clipped, equal torch.optim.AdamW bit for bit."""
+    model, twin = TinyLM(dtype=torch.float32), TinyLM(dtype=torch.float32)
+    backend = TorchBackend(model)
+    params = AdamParams(lr, 0.9, 0.95, eps, decay, clip)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=decay)
+    for _ in range(3):
+        backend.forward_backward(DATA, "cross_entropy").result()
+        raw = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        tokens = sum(int((d.loss_fn_inputs["weights"].to_torch() != 0).sum()) for d in DATA)
+        divisor = {None: 1, "num_loss_tokens": tokens, "num_sequences": len(DATA)}[mode]
+        for name, p in twin.named_parameters():
+            p.grad = raw[name] / divisor
+        norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters() if p.grad is not None])
+        if clip:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
+        optimizer.step()
+        output = backend.optim_step(params, mode).result()
+        assert output.divided_by == divisor
+        assert output.metrics["grad_norm"] == norm.item()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert backend.weights_version == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "function"),
+    [
+        ("cross_entropy", {}, nll),
+        ("importance_sampling", {}, policy),
+        ("dpo", {"aggregation": "sum"}, preference),
+    ],
+)
+@pytest.mark.parametrize("budget", [9, 4096])
+def test_custom_function_costs_and_gives_the_same(
+    name: str, config: dict[str, Any], function: Any, budget: int
+) -> None:
+    """A function with a built-in loss's maths gives its gradient, for exactly its FLOPs (not 1.5 times)."""
+    data = [d.with_inputs(weights=[1.0] * len(d.model_input)) for d in DATA]
+    built_in, custom = tiny_backend(token_budget=budget), tiny_backend(token_budget=budget)
+    flops = []
+    for backend, run in (
+        (built_in, lambda b: b.forward_backward(data, name, config).result()),
+        (custom, lambda b: b.forward_backward_custom(data, function).result()),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run(backend)
+        flops.append(counter.get_total_flops())
+    if budget == 4096 or name != "dpo":  # a pair stays together, so small micro-batches may differ
+        assert flops[0] == flops[1] > 0
+    assert distance(custom.gradients(), built_in.gradients()) < 1e-6 if name == "dpo" else 1e-12
+    with FlopCounterMode(display=False) as two_passes:
+        custom.forward(data).result()
+        custom.forward_backward_custom(data, function).result()
+    assert two_passes.get_total_flops() > 1.2 * flops[1]
+
+
+def test_registered_loss_skips_untrained_positions() -> None:
+    """Positions of weight 0 cost no head, read 0.0, and are marked as not scored."""
+    data = [DATA[0].with_inputs(weights=[0.0, 0.0, 0.0, 1.0])]
+    backend = tiny_backend()
+    output = backend.forward_backward(data, "cross_entropy").result().loss_fn_outputs[0]
+    assert output["scored"].data == [0, 0, 0, 1]
+    assert output["logprobs"].data[:3] == [0, 0, 0]
+    custom = backend.forward_backward_custom(data, nll, positions="trained").result().loss_fn_outputs[0]
+    assert custom["scored"].data == [0, 0, 0, 1]
+    assert "scored" not in backend.forward_backward_custom(data, nll).result().loss_fn_outputs[0]
+
+
+def test_double_normalization_is_refused() -> None:
+    """A mean loss and a normalising step do not go together; a sum is divided by the cotangents that are not zero."""
+    backend = tiny_backend()
+    backend.forward_backward(DATA, CrossEntropy("token_mean")).result()
+    with pytest.raises(DoubleNormalizationError, match="already a mean"):
+        backend.optim_step(AdamParams(), "num_loss_tokens").result()
+    assert backend.optim_step(AdamParams(), "auto").result().normalization == "tokens over 1 call"
+    silent = [d.with_inputs(advantages=[0.0] * len(d.model_input)) for d in DATA[:1]]
+    backend.forward_backward([*DATA[1:], *silent], "importance_sampling").result()
+    trained = sum(int(d.loss_fn_inputs["weights"].to_torch().sum()) for d in DATA[1:])
+    assert backend.gradients("num_sequences").keys() == backend.gradients("num_loss_tokens").keys()
+    assert backend.optim_step(AdamParams(), "num_loss_tokens").result().divided_by == trained
+
+
+def test_auto() -> None:
+    """auto is what the loss declares, and cannot be known of a function."""
+    backend = tiny_backend()
+    backend.forward_backward(DATA, "ppo").result()
+    assert "num_loss_tokens" in backend.optim_step(AdamParams(), "auto").result().normalization
+    backend.forward_backward_custom(DATA, nll).result()
+    with pytest.raises(ConfigError, match="function"):
+        backend.optim_step(AdamParams(), "auto").result()
+
+
+def test_mixed_denominators_need_counts() -> None:
+    """Two denominators in one window raise, until the totals of the step are given."""
+    backend = tiny_backend()
+    backend.forward_backward(DATA, DPO()).result()
+    with pytest.raises(MixedDenominatorsError, match="counts"):
+        backend.forward_backward(DATA, CrossEntropy("token_mean")).result()
+    with pytest.raises(MixedDenominatorsError, match="tokens"):
+        tiny_backend().forward_backward(DATA, ORPO(nll="token_mean")).result()
+    backend.discard_gradients()
+    tokens = sum(float(d.loss_fn_inputs["weights"].to_torch().sum()) for d in DATA)
+    backend.forward_backward(DATA, DPO(), counts={"pairs": 2}).result()
+    backend.forward_backward(DATA, CrossEntropy("token_mean"), counts={"tokens": tokens}).result()
+    parts = tiny_backend(), tiny_backend()
+    parts[0].forward_backward(DATA, DPO()).result()
+    parts[1].forward_backward(DATA, CrossEntropy("token_mean")).result()
+    first, second = (b.gradients() for b in parts)
+    assert distance(backend.gradients(), {k: first[k] + second[k] for k in first}) < 1e-12
+    with pytest.raises(DoubleNormalizationError):
+        backend.optim_step(AdamParams(), "num_sequences").result()
+
+
+def test_failed_call_spoils_the_window_until_read() -> None:
+    """A step after an unread failure is refused; the gradients before it are untouched."""
+    backend, clean = tiny_backend(), tiny_backend()
+    for b in (backend, clean):
+        b.forward_backward(DATA, "dpo").result()
+    failed = backend.forward_backward(DATA[:3], "dpo")
+    with pytest.raises(PrecedingOperationFailed, match="partner"):
+        backend.optim_step(AdamParams()).result()
+    assert failed.exception() is not None
+    assert distance(backend.gradients(), clean.gradients()) == 0.0
+    assert backend.optim_step(AdamParams()).result().stepped
+
+
+def test_failure_in_the_middle_adds_nothing() -> None:
+    """A function that raises after the forward leaves the window as it was."""
+
+    def broken(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        raise KeyError("mine")
+
+    backend = tiny_backend()
+    backend.forward_backward(DATA, "dpo").result()
+    before = backend.gradients()
+    with pytest.raises(KeyError, match="mine"):
+        backend.forward_backward_custom(DATA, broken).result()
+    assert distance(backend.gradients(), before) == 0.0
+
+
+def test_unread_failure_is_raised_by_close() -> None:
+    """Whoever forgets .result() learns of it at the end."""
+    backend = tiny_backend()
+    future = backend.forward_backward(DATA, "nonsense")
+    with pytest.raises(UnreadFailureError, match="nonsense"):
+        backend.close()
+    assert future.exception() is not None
+
+
+def test_empty_window_makes_no_step() -> None:
+    """No gradient, no Adam step: momentum and decay do not move the weights either."""
+    backend = tiny_backend()
+    backend.forward_backward(DATA, "dpo").result()
+    backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    before = weights_of(backend)
+    empty = backend.optim_step(AdamParams(learning_rate=1e-2, weight_decay=0.1)).result()
+    silent = [d.with_inputs(advantages=[0.0] * len(d.model_input)) for d in DATA]
+    backend.forward_backward(silent, "ppo").result()
+    none = backend.optim_step(AdamParams(learning_rate=1e-2), "num_loss_tokens").result()
+    assert not empty.stepped
+    assert not none.stepped
+    assert "empty window" in none.normalization
+    assert distance(weights_of(backend), before) == 0.0
+
+
+def test_loss_object_through_the_custom_door_is_deferred() -> None:
+    """A registered loss given as a function is still divided once, by the total over calls."""
+    backend, whole = tiny_backend(), tiny_backend()
+    loss = preset("seed:cross_entropy")
+    for half in (DATA[:1], DATA[1:]):
+        backend.forward_backward_custom(half, loss).result()
+    whole.forward_backward(DATA, loss).result()
+    assert distance(backend.gradients(), whole.gradients()) < 1e-12
+    assert math.isclose(backend.optim_step(AdamParams()).result().divided_by, 4.0)
