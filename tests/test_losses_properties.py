@@ -258,7 +258,7 @@ def test_registry() -> None:
     assert mine.register(DPO) is DPO
     mine.register(DPO)
     with pytest.raises(DuplicateLossError, match="dpo"):
-        mine.register(type("Other", (), {"name": "dpo"}))  # type: ignore[type-var]
+        mine.register(type("Other", (), {"name": "dpo"}))
     with pytest.raises(UnknownLossError, match="did you mean 'grpo'"):
         get_loss("gprpo")
     with pytest.raises(ConfigError, match="did you mean 'kl_beta'"):

@@ -124,7 +124,9 @@ def test_leaky_models_are_detected_at_load() -> None:
     assert plan.layout == "padded"
     assert "packing is off" in plan.reason
     assert distance(unprefixed(accumulate(packing, loss, [data])), expected) < 1e-12
-    assert TorchBackend(RowLeakLM(TinyLM())).plan(loss, data).layout == "single"
+    assert TorchBackend(RowLeakLM(TinyLM())).plan(loss, data).layout == "packed"  # one row has nothing to mix with
+    with pytest.raises(LeakyModelError, match="layout='padded'"):
+        TorchBackend(RowLeakLM(TinyLM()), layout="padded")
     with pytest.raises(LeakyModelError, match="layout='packed'"):
         TorchBackend(PackingLeakLM(TinyLM()), layout="packed")
     with pytest.raises(LeakyModelError, match="not causal"):

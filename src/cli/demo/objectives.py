@@ -1,0 +1,221 @@
+"""The four objectives: what one step does, and what is measured on the held-out set. Only the protocol is used."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import TypeVar, final
+
+import torch
+
+from ...backends import AdamParams, Rollout, SamplingParams, TorchBackend, with_reference
+from ...datums import Datum, ModelInput, datum_from_prompt_completion, datum_from_rollout, preference_pair
+from ...losses import DPO, GRPO, KL, ORPO, Loss, group_advantages, kl_value, recipe
+from .models import Studio
+from .tasks import Pair, Sum, Text, documentation, preferences, sum_prompts
+
+__all__ = ["Objective", "objectives"]
+
+T = TypeVar("T")
+_WARM_UP = 4
+
+
+class Objective(ABC):
+    """One thing to optimise.
+
+    Attributes:
+        name, title: short and long.
+        measure: the held-out figure that must improve; ``better`` is +1 if it should rise.
+        steps: fewest and most.
+        share: of the time.
+    """
+
+    name: str
+    title: str
+    measure: str
+    unit: str
+    better: int
+    steps: tuple[int, int]
+    share: float
+    learning_rate: float
+
+    @abstractmethod
+    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+        """Take one optimizer step on the next batch."""
+
+    @abstractmethod
+    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+        """Measure the held-out set."""
+
+    def params(self, step: int, steps: int) -> AdamParams:
+        """Warm up, then fall linearly to a tenth."""
+        warm = min(1.0, (step + 1) / _WARM_UP)
+        fall = 1.0 - 0.9 * max(0, step - _WARM_UP) / max(1, steps - _WARM_UP)
+        return AdamParams(self.learning_rate * min(warm, fall), 0.9, 0.99, 1e-8, 0.0, 1.0)
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Go round and round in order."""
+    endless = cycle(items)
+    while True:
+        yield list(islice(endless, size))
+
+
+@final
+class Sft(Objective):
+    """Supervised fine-tuning on documentation."""
+
+    name, title, measure, unit, better = "sft", "SFT: cross-entropy", "nll", "held-out NLL, nats per token", -1
+    steps, share = (8, 30), 0.2
+
+    def __init__(self, studio: Studio, seed: int) -> None:
+        self.learning_rate = 2e-3 * studio.learning_rate
+        self._loss, self._normalization = recipe("sft")
+        split = documentation(seed)
+
+        def datum(item: Text | Pair) -> Datum:
+            assert isinstance(item, Text)
+            tokens = studio.encode(item.completion)[: studio.max_text_tokens]
+            return datum_from_prompt_completion(studio.encode(studio.chat(item.prompt)), tokens)
+
+        self._held = [datum(item) for item in split.held_out]
+        self._batches = batches([datum(item) for item in split.train[:400]], 8)
+
+    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+        result = backend.forward_backward(next(self._batches), self._loss).result()
+        backend.optim_step(params, self._normalization).result()
+        return result.metrics
+
+    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+        return {"nll": backend.forward(self._held).result().metrics["nll:mean"]}
+
+
+@final
+class Preference(Objective):
+    """DPO or ORPO on pairs of answers. The reference scores each pair once, before training."""
+
+    measure, unit, better = "margin", "held-out margin", 1
+
+    def __init__(self, studio: Studio, seed: int, name: str) -> None:
+        self.name = name
+        self.title = {"dpo": "DPO: beta = 0.1", "orpo": "ORPO: lambda = 0.5"}[name]
+        self.steps, self.share = {"dpo": ((8, 24), 0.17), "orpo": ((8, 24), 0.13)}[name]
+        self.learning_rate = {"dpo": 1e-3, "orpo": 2e-3}[name] * studio.learning_rate
+        self._loss: Loss = DPO(0.1) if name == "dpo" else ORPO(0.5)
+        split = preferences(seed)
+        self._held = self._datums(studio, split.held_out)
+        self._train = self._datums(studio, split.train[:200])
+        self._batches: Iterator[list[Datum]] | None = None
+
+    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+        result = backend.forward_backward(next(self._prepared(backend)), self._loss).result()
+        backend.optim_step(params, recipe(self.name).normalization).result()
+        return result.metrics
+
+    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+        self._prepared(backend)
+        metrics = backend.forward(self._held, self._loss).result().metrics
+        return {"margin": metrics["margin:mean"], "accuracy": metrics["accuracy:mean"]}
+
+    def _prepared(self, backend: TorchBackend) -> Iterator[list[Datum]]:
+        if self._batches is None:
+            if "ref_logprobs" in self._loss.required_inputs:
+                scored = with_reference([*self._held, *self._train], backend.reference())
+                self._held, self._train = scored[: len(self._held)], scored[len(self._held) :]
+            self._batches = batches(self._train, 16)
+        return self._batches
+
+    def _datums(self, studio: Studio, items: Sequence[Text | Pair]) -> list[Datum]:
+        found: list[Datum] = []
+        for item in items:
+            assert isinstance(item, Pair)
+            prompt = studio.encode(studio.chat(item.prompt))
+            chosen, rejected = (studio.encode(text + studio.end) for text in (item.chosen, item.rejected))
+            found += preference_pair(prompt, chosen, rejected)
+        return found
+
+
+@final
+class Rl(Objective):
+    """GRPO with a KL penalty on questions whose answers can be verified."""
+
+    name, title, measure, unit, better = "grpo", "GRPO: KL beta = 0.04", "reward", "held-out mean reward", 1
+    steps, share = (8, 30), 0.5
+    prompts_per_step, samples = 4, 8
+
+    def __init__(self, studio: Studio, seed: int) -> None:
+        self.learning_rate = 1e-3 * studio.learning_rate
+        self._studio, self._seed = studio, seed
+        self._loss, self._normalization = GRPO(kl=KL("k3", 0.04), aggregation="sum"), recipe("grpo").normalization
+        train, self._held = sum_prompts(seed)
+        self._batches = batches(train, self.prompts_per_step)
+
+    def params(self, step: int, steps: int) -> AdamParams:
+        """Warm up, then constant."""
+        return AdamParams(self.learning_rate * min(1.0, (step + 1) / 3), 0.9, 0.99, 1e-8, 0.0, 1.0)
+
+    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+        questions = next(self._batches)
+        rollouts, rewards = self._sample(backend, questions, self.samples, None)
+        groups = torch.tensor([r.prompt_index for r in rollouts])
+        advantages = group_advantages(torch.tensor(rewards), groups).advantages
+        data = with_reference(self._datums(questions, rollouts, advantages.tolist()), backend.reference())
+        result = backend.forward_backward(data, self._loss).result()
+        backend.optim_step(params, self._normalization).result()
+        return {**result.metrics, "reward": sum(rewards) / len(rewards)}
+
+    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+        rollouts, rewards = self._sample(backend, self._held, 4, self._seed + 1)
+        data = with_reference(self._datums(self._held, rollouts, [0.0] * len(rollouts)), backend.reference())
+        per_token, per_sequence = [], []
+        for datum in data:
+            inputs = datum.loss_fn_inputs
+            trained = inputs["weights"].to_torch() != 0
+            shift = (inputs["logprobs"].to_torch() - inputs["ref_logprobs"].to_torch())[trained]
+            per_token.append(float(kl_value("k3", shift).mean()))
+            per_sequence.append(float(shift.sum()))
+        count = len(rollouts)
+        return {
+            "reward": sum(rewards) / count,
+            "correct": sum(r == 1.0 for r in rewards) / count,
+            "kl_per_token": sum(per_token) / count,
+            "kl_per_answer": sum(per_sequence) / count,
+        }
+
+    def _sample(
+        self, backend: TorchBackend, questions: Sequence[Sum], samples: int, seed: int | None
+    ) -> tuple[list[Rollout], list[float]]:
+        studio = self._studio
+        prompts = [ModelInput.from_ints(studio.encode(studio.example(q))) for q in questions]
+        params = SamplingParams(studio.max_new_tokens, stop=studio.encode(studio.end), seed=seed)
+        rollouts = backend.sample(prompts, samples, params).result()
+        rewards = []
+        for r in rollouts:
+            ended = r.stop_reason == "stop"
+            text = studio.decode(r.tokens[:-1] if ended else r.tokens)
+            rewards.append(studio.reward(questions[r.prompt_index], text, ended))
+        return rollouts, rewards
+
+    def _datums(
+        self, questions: Sequence[Sum], rollouts: Sequence[Rollout], advantages: Sequence[float]
+    ) -> list[Datum]:
+        prompts = [self._studio.encode(self._studio.example(q)) for q in questions]
+        return [
+            datum_from_rollout(prompts[r.prompt_index], r.tokens, r.logprobs, a, group_id=r.prompt_index)
+            for r, a in zip(rollouts, advantages, strict=True)
+        ]
+
+
+def objectives(studio: Studio, seed: int, names: Sequence[str]) -> list[Objective]:
+    """Return fresh objectives of these names."""
+    made: dict[str, Objective] = {}
+    for name in names:
+        match name:
+            case "sft":
+                made[name] = Sft(studio, seed)
+            case "grpo":
+                made[name] = Rl(studio, seed)
+            case _:
+                made[name] = Preference(studio, seed, name)
+    return list(made.values())

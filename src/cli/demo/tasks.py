@@ -1,0 +1,113 @@
+"""Tasks: real text, pairs of answers, and rewards that can be verified. Fixed splits; nothing held out is trained on."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pydoc_data import topics
+from typing import NamedTuple, final
+
+__all__ = ["Pair", "Split", "Text", "digit_reward", "documentation", "preferences", "sum_prompts", "sum_reward"]
+
+
+class Text(NamedTuple):
+    """A prompt and what should follow."""
+
+    prompt: str
+    completion: str
+
+
+class Pair(NamedTuple):
+    """A prompt, a better and a worse answer."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@final
+@dataclass(frozen=True)
+class Split:
+    """Training items and held-out items."""
+
+    train: Sequence[Text | Pair]
+    held_out: Sequence[Text | Pair]
+
+
+def documentation(seed: int, held_topics: int = 12, held_items: int = 36) -> Split:
+    """Paragraphs of Python's own documentation; whole topics are held out."""
+    rng = random.Random(seed)
+    names = sorted(topics.topics)
+    rng.shuffle(names)
+    train = [text for name in names[held_topics:] for text in _paragraphs(name)]
+    held = [text for name in names[:held_topics] for text in _paragraphs(name)]
+    rng.shuffle(train)
+    rng.shuffle(held)
+    return Split(train, held[:held_items])
+
+
+def _paragraphs(name: str) -> list[Text]:
+    found = (re.sub(r"\s+", " ", p).strip() for p in topics.topics[name].split("\n\n"))
+    return [Text(f"Explain `{name}` in Python.", p) for p in found if len(p) > 120]
+
+
+def preferences(seed: int, held_items: int = 40) -> Split:
+    """Sums of numbers up to 20: the answer in tags is preferred to a wrong number in tags and to a sentence.
+
+    (x, y) and (y, x) are on the same side of the split.
+    """
+    rng = random.Random(seed)
+    sums = [(x, y) for x in range(1, 21) for y in range(x, 21)]
+    rng.shuffle(sums)
+    cut = held_items // 2
+    held = [_pair(rng, *ordered, i) for i, ordered in enumerate(_both_orders(sums[:cut]))]
+    train = [_pair(rng, *ordered, i) for i, ordered in enumerate(_both_orders(sums[cut:]))]
+    rng.shuffle(train)
+    return Split(train, held)
+
+
+def _both_orders(sums: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [pair for x, y in sums for pair in ((x, y), (y, x))]
+
+
+def _pair(rng: random.Random, x: int, y: int, index: int) -> Pair:
+    good = f"<answer>{x + y}</answer>"
+    wrong = x + y + rng.choice([-3, -2, -1, 1, 2, 3])
+    bad = f"{x} + {y} = {x + y}." if index // 2 % 2 else f"<answer>{wrong}</answer>"
+    return Pair(f"What is {x} + {y}?", good, bad)
+
+
+class Sum(NamedTuple):
+    """A question about two numbers."""
+
+    x: int
+    y: int
+
+
+def sum_prompts(seed: int, held_items: int = 24) -> tuple[list[Sum], list[Sum]]:
+    """Return training and held-out sums of one-digit numbers, split by the unordered pair."""
+    rng = random.Random(seed)
+    sums = [(x, y) for x in range(1, 10) for y in range(x, 10)]
+    rng.shuffle(sums)
+    cut = held_items // 2
+    held, train = ([Sum(*s) for s in dict.fromkeys(_both_orders(part))] for part in (sums[:cut], sums[cut:]))
+    rng.shuffle(train)
+    return train, held
+
+
+def sum_reward(question: Sum, completion: str, ended: bool) -> float:
+    """1 for exactly ``<answer>N</answer>`` with the right N and nothing after, 0.3 for the format alone, else 0."""
+    match = re.fullmatch(r"<answer>(\d+)</answer>", completion.strip())
+    if match is None or not ended:
+        return 0.0
+    return 1.0 if int(match.group(1)) == question.x + question.y else 0.3
+
+
+def digit_reward(question: Sum, completion: str, ended: bool) -> float:
+    """Share of digits: a reward that even a random model earns a little of."""
+    return sum(c.isdigit() for c in completion) / max(1, len(completion))
+
+
+Reward = Callable[[Sum, str, bool], float]
