@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
-import torch
 from torch import Tensor
 
 __all__ = ["Metric", "Metrics", "combine_metrics", "maximum", "mean", "minimum", "total", "wire_metrics"]
@@ -58,7 +57,8 @@ def mean(values: Tensor, where: Tensor | None = None) -> Metric:
 
 def total(value: Tensor | float) -> Metric:
     """Sum of ``value``."""
-    return Metric(float(torch.as_tensor(value).detach().double().sum()), 1.0, "sum")
+    number = float(value.detach().double().sum()) if isinstance(value, Tensor) else value
+    return Metric(number, 1.0, "sum")
 
 
 def maximum(values: Tensor, where: Tensor | None = None) -> Metric:

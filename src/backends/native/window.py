@@ -73,8 +73,8 @@ class Window:
         if self.denominator not in (None, denominator):
             raise MixedDenominatorsError(
                 f"{name} is divided by {_words(denominator)}, but the window already holds gradients to be divided by "
-                f"{_words(self.denominator)} (from {self.ledger[0].loss}): one division cannot serve both; call optim_step first, "
-                "or give counts={...} with the totals of the whole step to both calls"
+                f"{_words(self.denominator)} (from {self.ledger[0].loss}): one division cannot serve both; "
+                "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
             )
 
     @contextmanager

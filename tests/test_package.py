@@ -1,0 +1,110 @@
+"""The package as a whole: what it imports, exports, and how its parts depend on each other."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import pullback
+from pullback import errors
+from pullback.backends import TorchBackend, TrainerBackend
+from pullback.losses import loss_names, registry
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(pullback.__file__).parent
+MAY_IMPORT = {
+    "errors": set(),
+    "losses": {"errors"},
+    "datums": {"errors", "losses"},
+    "backends": {"errors", "losses", "datums"},
+    "testing": {"errors", "losses", "datums", "backends"},
+    "cli": {"errors", "losses", "datums", "backends", "testing", "__version__"},
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); {code}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_import_is_light() -> None:
+    """`import pullback` loads none of the optional libraries."""
+    heavy = ("transformers", "peft", "tinker", "hypothesis", "matplotlib", "rich", "gguf")
+    done = run(f"import pullback, pullback.testing; print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["pullback", "pullback.losses", "pullback.datums", "pullback.backends", "pullback.testing"]
+)
+def test_exports(name: str) -> None:
+    """Every name of `__all__` exists, is listed once, and the list is sorted."""
+    module = importlib.import_module(name)
+    assert module.__all__ == sorted(set(module.__all__), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert all(hasattr(module, exported) for exported in module.__all__)
+
+
+def imported_parts(source: str, part: str) -> set[str]:
+    """The parts of the package that a module of ``part`` imports, from its relative imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.add((node.module or "").split(".")[0] if node.module else "")
+    return {name for name in found if name in MAY_IMPORT and name != part}
+
+
+def test_dependencies_point_one_way() -> None:
+    """backends -> datums -> losses -> errors; testing and cli on top; a planted back edge is noticed."""
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part != "__init__":
+            assert imported_parts(path.read_text(), part) <= MAY_IMPORT[part], path
+    assert not imported_parts("from ..backends.types import Plan", "losses") <= MAY_IMPORT["losses"]
+
+
+def test_every_error_is_in_the_tree() -> None:
+    """The docstring of errors.py shows every class; each has a stdlib parent."""
+    found = [c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, errors.PullbackError)]
+    assert len(found) > 20
+    for error in found:
+        assert error.__name__ in (errors.__doc__ or "")
+        assert error.__doc__
+
+
+def test_missing_extra_names_the_install() -> None:
+    """Without an optional library the error says which extra brings it."""
+    code = "sys.modules['tinker'] = None; from pullback.datums import to_tinker; to_tinker([])"
+    assert "pip install 'pullback[remote]'" in run(code).stderr
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_losses_are_documented(name: str) -> None:
+    """Each registered loss states its formula and its source."""
+    loss = registry.get(name)
+    assert "``" in (loss.__doc__ or "")
+    assert loss.sources
+
+
+def test_native_backend_has_the_protocol_verbs() -> None:
+    """TorchBackend has every verb of the protocol, with its arguments in front."""
+    for verb, method in inspect.getmembers(TrainerBackend, inspect.isfunction):
+        if not verb.startswith("_"):
+            wanted = list(inspect.signature(method).parameters)
+            assert list(inspect.signature(getattr(TorchBackend, verb)).parameters)[: len(wanted)] == wanted, verb
+
+
+@pytest.mark.skipif(not (ROOT / "src").is_dir(), reason="needs the source tree")
+def test_packages_are_listed() -> None:
+    """The wheel holds every sub-package: the explicit list equals the folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        ".".join(("pullback", *p.parent.relative_to(ROOT / "src").parts)) for p in (ROOT / "src").rglob("__init__.py")
+    }
+    assert set(listed) == folders
