@@ -29,7 +29,7 @@ def make_data(sequences: int, length: int, vocab: int) -> list[Datum]:
     """Random sequences, every position trained."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (sequences, length + 1), generator=generator)
-    return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]  # type: ignore[dict-item]
+    return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]
 
 
 def seconds(work: Callable[[], object]) -> float:

