@@ -169,26 +169,33 @@ class ModelInput:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Datum:
     """One sequence and all that a loss needs beside its log-probs.
 
     Args:
         model_input: the tokens that go in, T of them.
         loss_fn_inputs: inputs by key (see `pullback.losses.keys`); lists, arrays and tensors are wrapped. Entry j of a
-            per-token input belongs to ``target_tokens[j]``, the token after ``model_input[j]``. Keys of your own are for your
-            own functions.
+            per-token input belongs to ``target_tokens[j]``, the token after ``model_input[j]``. Keys of your own are
+            for your own functions.
+
+    Raises:
+        DatumError: ``model_input`` is no `ModelInput`, or an input is not made of numbers of its key's dtype.
     """
 
     model_input: ModelInput
     loss_fn_inputs: Mapping[str, TensorData]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.model_input, ModelInput):
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]) -> None:
+        if not isinstance(model_input, ModelInput):
+            got = type(model_input).__name__
+            raise DatumError(f"model_input must be a ModelInput, got {got}; use ModelInput.from_ints(tokens)")
+        if not isinstance(loss_fn_inputs, Mapping):
             raise DatumError(
-                f"model_input must be a ModelInput, got {type(self.model_input).__name__}; use ModelInput.from_ints"
+                f"loss_fn_inputs must be a mapping of keys to numbers, got {type(loss_fn_inputs).__name__}"
             )
-        object.__setattr__(self, "loss_fn_inputs", {k: _wrap(k, v) for k, v in self.loss_fn_inputs.items()})
+        object.__setattr__(self, "model_input", model_input)
+        object.__setattr__(self, "loss_fn_inputs", {k: _wrap(k, v) for k, v in loss_fn_inputs.items()})
 
     def with_inputs(self, **inputs: Any) -> Datum:
         """Return a datum with more (or other) inputs, e.g. ``datum.with_inputs(ref_logprobs=...)``."""
