@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import settings
+
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 
 settings.register_profile("dev", max_examples=15, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
