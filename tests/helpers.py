@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
 from pullback.datums import Datum, ModelInput
+from pullback.losses import Loss
 from pullback.testing import TinyLM
 
 VOCAB = 17
@@ -83,3 +85,16 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def weights_of(backend: TorchBackend) -> dict[str, Tensor]:
     """Copies of the trained weights."""
     return {name: p.detach().clone() for name, p in backend.model.named_parameters() if p.requires_grad}
+
+
+def accumulate(backend: TorchBackend, loss: Loss, calls: list[list[Datum]]) -> dict[str, Tensor]:
+    for call in calls:
+        backend.forward_backward(call, loss).result()
+    return backend.gradients()
+
+
+def cut(data: list[Datum], calls: int, order: list[int]) -> list[list[Datum]]:
+    """Split pairs (which are groups too) over calls, in the given order."""
+    pairs = [data[2 * p : 2 * p + 2] for p in order]
+    size = -(-len(pairs) // calls)
+    return [list(itertools.chain(*pairs[i : i + size])) for i in range(0, len(pairs), size)]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from helpers import distance, make_data, tiny_backend, tiny_llama, weights_of
+from helpers import accumulate, cut, distance, make_data, tiny_backend, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import window as window_module
-from pullback.datums import Datum
 from pullback.errors import LeakyModelError
 from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, Loss
 from pullback.testing import FutureLeakLM, PackingLeakLM, RowLeakLM, TinyLM
@@ -29,19 +27,6 @@ LOSSES: list[Loss] = [
     DPO(),
     ORPO(),
 ]
-
-
-def accumulate(backend: TorchBackend, loss: Loss, calls: list[list[Datum]]) -> dict[str, Tensor]:
-    for call in calls:
-        backend.forward_backward(call, loss).result()
-    return backend.gradients()
-
-
-def cut(data: list[Datum], calls: int, order: list[int]) -> list[list[Datum]]:
-    """Split pairs (which are groups too) over calls, in the given order."""
-    pairs = [data[2 * p : 2 * p + 2] for p in order]
-    size = -(-len(pairs) // calls)
-    return [list(itertools.chain(*pairs[i : i + size])) for i in range(0, len(pairs), size)]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.main_aggregation.name}")
@@ -80,25 +65,6 @@ def test_each_call_dividing_by_its_own_count_is_noticed(monkeypatch: pytest.Monk
     assert distance(accumulate(tiny_backend(), loss, calls), expected) < 1e-12
     monkeypatch.setattr(window_module.Window, "record", divided_already)
     assert distance(accumulate(tiny_backend(), loss, calls), expected) > 1e-2
-
-
-HF_CASES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"lora": 2},
-    "lora, checkpointed": {"lora": 2, "gradient_checkpointing": True},
-}
-
-
-@pytest.mark.parametrize("options", HF_CASES.values(), ids=HF_CASES.keys())
-@pytest.mark.parametrize("loss", [GRPO(kl=KL(beta=0.1)), DPO()], ids=lambda loss: loss.name)
-def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Loss) -> None:
-    """A transformers model as shipped (its norms are fp32): packed, padded and alone agree to 1e-6, in any order."""
-    data = make_data(LENGTHS)
-    expected = accumulate(TorchBackend(tiny_llama(**options), layout="single"), loss, [data])
-    for layout, budget in itertools.product(("packed", "padded"), (12, 4096)):
-        backend = TorchBackend(tiny_llama(**options), layout=layout, token_budget=budget)  # type: ignore[arg-type]
-        found = accumulate(backend, loss, cut(data, 2, [4, 0, 6, 1, 3, 2, 5]))
-        assert distance(found, expected) < 1e-6
 
 
 def test_planted_leak_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

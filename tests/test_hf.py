@@ -1,0 +1,133 @@
+"""transformers and peft models: packed as alone, loaded from a folder, their own reference, refused where they do not fit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import VOCAB, accumulate, cut, distance, make_data, tiny_llama
+
+from pullback.backends import AdamParams, TorchBackend, with_reference
+from pullback.backends.native import HFModel
+from pullback.errors import MissingReferenceError, UnsupportedError
+from pullback.losses import DPO, GRPO, KL, Loss
+
+LENGTHS = [3, 6, 2, 5, 7, 1, 4, 4, 6, 2, 3, 5, 2, 7]
+HF_CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": 2},
+    "lora, checkpointed": {"lora": 2, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("options", HF_CASES.values(), ids=HF_CASES.keys())
+@pytest.mark.parametrize("loss", [GRPO(kl=KL(beta=0.1)), DPO()], ids=lambda loss: loss.name)
+def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Loss) -> None:
+    """A transformers model as shipped (its norms are fp32): packed, padded and alone agree to 1e-6, in any order."""
+    data = make_data(LENGTHS)
+    expected = accumulate(TorchBackend(tiny_llama(**options), layout="single"), loss, [data])
+    for layout, budget in itertools.product(("packed", "padded"), (12, 4096)):
+        backend = TorchBackend(tiny_llama(**options), layout=layout, token_budget=budget)  # type: ignore[arg-type]
+        found = accumulate(backend, loss, cut(data, 2, [4, 0, 6, 1, 3, 2, 5]))
+        assert distance(found, expected) < 1e-6
+
+
+def test_running_positions_would_leak() -> None:
+    """Negative control: positions that run on let packed sequences see each other."""
+    model = tiny_llama()
+    tokens = torch.tensor([[1, 5, 6, 7, 1, 9, 3, 4]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    alone = model.hidden_states(tokens[:, 4:], positions[:, 4:])[0]
+    packed = model.hidden_states(tokens, positions)[0, 4:]
+    leaking = model.trunk(input_ids=tokens, position_ids=torch.arange(8)[None], use_cache=False)[0][0, 4:]
+    assert torch.allclose(packed, alone, atol=1e-6)
+    assert not torch.allclose(leaking, alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_from_pretrained(lora: int | None, dtype: str, tmp_path: Path) -> None:
+    """A folder of weights is loaded in the asked dtype, with or without LoRA, and trains; adapters are fp32."""
+    causal: Any = tiny_llama(torch.float32).model
+    causal.save_pretrained(tmp_path)
+    backend = TorchBackend.from_pretrained(tmp_path, lora=lora, dtype=dtype, device="cpu", gradient_checkpointing=True)
+    trained = {p.dtype for p in backend.model.parameters() if p.requires_grad}
+    assert trained == {torch.float32 if lora else getattr(torch, dtype)}
+    assert backend.tokenizer is None
+    losses = []
+    for _ in range(4):
+        losses.append(backend.forward_backward(make_data(LENGTHS), "cross_entropy").result().metrics["loss:sum"])
+        backend.optim_step(AdamParams(learning_rate=2e-2), "num_loss_tokens").result()
+    assert losses[-1] < losses[0]
+
+
+def test_reference_of_lora_is_the_base() -> None:
+    """The adapter off is the base model: its log-probs, and at a fresh adapter DPO's loss is log 2 with ties."""
+    data = make_data([4, 3, 5, 2])
+    adapted = TorchBackend(tiny_llama(torch.float32, lora=2))
+    base = TorchBackend(tiny_llama(torch.float32)).forward(data).result().loss_fn_outputs
+    scored = with_reference(data, adapted.reference())
+    for datum, output in zip(scored, base, strict=True):
+        assert torch.allclose(datum.loss_fn_inputs["ref_logprobs"].to_torch(), output["logprobs"].to_torch(), atol=1e-6)
+    own = adapted.forward(data).result().loss_fn_outputs
+    same = [d.with_inputs(ref_logprobs=o["logprobs"]) for d, o in zip(data, own, strict=True)]
+    metrics = adapted.forward_backward(same, "dpo").result().metrics
+    assert abs(metrics["loss_per_unit:mean"] - 0.6931472) < 1e-6
+    assert abs(metrics["accuracy:mean"] - 0.5) <= 0.5
+    with pytest.raises(MissingReferenceError, match="reference="):
+        TorchBackend(tiny_llama(torch.float32)).reference()
+    missing = [d.with_inputs() for d in make_data([4, 3])]
+    bare = [type(d)(d.model_input, {k: v for k, v in d.loss_fn_inputs.items() if k != "ref_logprobs"}) for d in missing]
+    plan = TorchBackend(tiny_llama(torch.float32)).plan("dpo", bare)
+    assert plan.route == "refuse"
+    assert "missing required field 'ref_logprobs'" in plan.reason
+    assert "reference=" in plan.reason
+
+
+def test_dropout_is_off() -> None:
+    """An adapter's dropout does not make policy and reference different functions."""
+    import peft
+
+    lora = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    data = make_data([5, 4])
+    grads = [accumulate(TorchBackend(tiny_llama(lora=lora, gradient_checkpointing=True)), GRPO(), [data]) for _ in "ab"]
+    assert distance(*grads) == 0.0
+
+
+def test_models_that_do_not_fit_are_refused() -> None:
+    """A head in the adapter, virtual tokens, an auxiliary loss, and logits that are no hidden states times a head."""
+    import peft
+    import transformers
+
+    causal: Any = tiny_llama(torch.float32).model
+    with pytest.raises(UnsupportedError, match="lm_head"):
+        HFModel(peft.get_peft_model(causal, peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")))
+    causal = tiny_llama(torch.float32).model
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedError, match="virtual tokens"):
+        HFModel(peft.get_peft_model(causal, prompts))
+    causal = tiny_llama(torch.float32).model
+    causal.config.output_router_logits = True
+    with pytest.raises(UnsupportedError, match="auxiliary loss"):
+        HFModel(causal)
+    causal = tiny_llama(torch.float32).model
+    causal.config.final_logit_softcapping = 0.01
+    with pytest.raises(UnsupportedError, match="adapter with hidden_states and head"):
+        HFModel(causal)
+    capped = transformers.Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    assert HFModel(transformers.Gemma2ForCausalLM(capped)).head().softcap == 0.5
