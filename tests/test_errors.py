@@ -103,8 +103,8 @@ def mixed(backend: TorchBackend) -> None:
         backend.discard_gradients()
 
 
-def sample(*arguments: Any, **params: Any) -> Action:
-    return lambda backend: backend.sample(*arguments, SamplingParams(**params)).result()
+def sample(prompts: Any, n: int, **params: Any) -> Action:
+    return lambda backend: backend.sample(prompts, n, SamplingParams(**params)).result()
 
 
 def make(builder: Callable[[], object]) -> Action:
