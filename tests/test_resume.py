@@ -54,7 +54,8 @@ def finish(backend: TorchBackend) -> tuple[dict[str, torch.Tensor], list[int]]:
 def test_resume_in_a_new_process(kind: str, tmp_path: Path) -> None:
     """A process saves and is killed; a new one makes the very step the first would have made, and samples the same."""
     here = Path(__file__).parent
-    code = f"import torch; torch.set_num_threads(1); import test_resume as t, os, signal; t.until_saved({kind!r}, t.Path({str(tmp_path)!r})); os.kill(os.getpid(), 9)"
+    saved = f"test_resume.until_saved({kind!r}, test_resume.Path({str(tmp_path)!r}))"
+    code = f"import os, torch, test_resume; torch.set_num_threads(1); {saved}; os.kill(os.getpid(), 9)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / ".alias"), *sys.path])}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=False)
     assert done.returncode == -9
