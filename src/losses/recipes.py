@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import ConfigError, suggestion
+from .aggregation import Aggregation, fixed_length
 from .base import Loss, Normalization
 from .kl import KL
 from .policy import GRPO, PPO, ImportanceSampling, RatioBand
@@ -55,12 +56,40 @@ def _seed_grpo(kl_beta: float = 0.001) -> Loss:
     return GRPO(clip=None, kl=kl, anchor="none", aggregation="sequence_mean_token_sum")
 
 
-def _trl_grpo(aggregation: str) -> Callable[..., Loss]:
-    def build(beta: float = 0.0, epsilon: float = 0.2, epsilon_high: float | None = None) -> Loss:
-        band = RatioBand.from_offsets(epsilon, epsilon if epsilon_high is None else epsilon_high)
-        return GRPO(clip=band, kl=KL("k3", beta) if beta else None, aggregation=aggregation)
+def _trl_grpo(
+    aggregation: str | Aggregation,
+    beta: float,
+    epsilon: float,
+    epsilon_high: float | None,
+    use_bias_correction_kl: bool,
+) -> Loss:
+    band = RatioBand.from_offsets(epsilon, epsilon if epsilon_high is None else epsilon_high)
+    # The corrected k3 has exactly the gradient of the reverse KL; the uncorrected one is k3's own derivative.
+    corrected, plain = KL("k3", beta), KL("k3", beta, "pathwise", importance=False)
+    kl = corrected if use_bias_correction_kl else plain
+    return GRPO(clip=band, kl=kl if beta else None, aggregation=aggregation)
+
+
+def _trl(aggregation: str) -> Callable[..., Loss]:
+    def build(
+        beta: float = 0.0,
+        epsilon: float = 0.2,
+        epsilon_high: float | None = None,
+        use_bias_correction_kl: bool = True,
+    ) -> Loss:
+        return _trl_grpo(aggregation, beta, epsilon, epsilon_high, use_bias_correction_kl)
 
     return build
+
+
+def _trl_dr_grpo(
+    max_completion_length: int = 256,
+    beta: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    use_bias_correction_kl: bool = True,
+) -> Loss:
+    return _trl_grpo(fixed_length(max_completion_length), beta, epsilon, epsilon_high, use_bias_correction_kl)
 
 
 _PRESETS: Final[dict[str, Callable[..., Loss]]] = {
@@ -71,8 +100,10 @@ _PRESETS: Final[dict[str, Callable[..., Loss]]] = {
     "seed:grpo": _seed_grpo,
     "seed:dpo": lambda beta=0.1: DPO(beta),
     "trl:dpo": lambda beta=0.1: DPO(beta),
-    "trl:grpo": _trl_grpo("sequence_mean_token_mean"),
-    "trl:dapo": _trl_grpo("token_mean"),
+    "trl:grpo": _trl("sequence_mean_token_mean"),
+    "trl:dapo": _trl("token_mean"),
+    "trl:bnpo": _trl("token_mean"),
+    "trl:dr_grpo": _trl_dr_grpo,
     "trl:orpo": lambda beta=0.1: ORPO(beta, nll="token_mean"),
 }
 
