@@ -18,7 +18,7 @@ for step in range(20):
     logprobs = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     output = loss.evaluate(TokenBatch.from_padded(logprobs, torch.ones_like(logprobs)))
     optimizer.zero_grad()
-    output.loss.backward()
+    torch.autograd.backward(output.loss)
     optimizer.step()
     if step % 5 == 0:
         print(step, round(output.loss.item(), 3))

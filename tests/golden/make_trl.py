@@ -4,7 +4,8 @@ Run in an environment of its own:  pip install torch==2.13.0, then pip install t
 then:                              python tests/golden/make_trl.py > tests/golden/trl.json
 
 The trainers' methods are called as they are, on a stand-in for the trainer; only the forward pass is replaced, by one that
-returns prepared log-probs, so that the gradient with respect to them is TRL's own. All numbers are fp64 (TRL's ORPO casts to fp32).
+returns prepared log-probs, so that the gradient with respect to them is TRL's own. All numbers are fp64, but TRL's
+ORPO casts to fp32.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def stand_in(**attributes: Any) -> Any:
     trainer.model.training = True
     trainer._metrics = defaultdict(lambda: defaultdict(list))
     trainer.accelerator = SimpleNamespace(
-        num_processes=1, device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+        num_processes=1,
+        device=torch.device("cpu"),
+        gather=lambda x: x,
+        gather_for_metrics=lambda x: x,
+        reduce=lambda x, **_: x,
     )
     trainer.aux_loss_enabled = False
     for name, value in attributes.items():
