@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tinker
 import torch
+from helpers import make_data
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from pullback.datums import (
     validate,
 )
 from pullback.errors import DatumError, InvalidDatumsError, LengthError
+from pullback.losses import get_loss, loss_names
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=6)
 
@@ -130,6 +132,18 @@ def test_tinker_round_trip(tokens: list[int], values: list[float], wide: bool) -
     assert isinstance(there, tinker.Datum)
     assert there.loss_fn_inputs["target_tokens"].shape == shape
     assert from_tinker([there]) == [datum]
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_losses_take_tinker_datums(name: str) -> None:
+    """A loss gives the same for the SDK's datums as for ours."""
+    data = make_data([3, 4, 2, 5])
+    logprobs = [torch.full((len(d.model_input),), -1.5 - i, requires_grad=True) for i, d in enumerate(data)]
+    loss = get_loss(name)
+    ours, metrics = loss(data, logprobs)
+    theirs, same = loss(to_tinker(data), logprobs)
+    assert ours.item() == theirs.item()
+    assert metrics == same
 
 
 def test_sparse_and_chunks() -> None:

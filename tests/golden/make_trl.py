@@ -108,7 +108,8 @@ def dpo(beta: float) -> dict[str, Any]:
     mask = lengths_mask([5, 3, 2, 6], 6)
     leaf, ref = draw(4, 6).requires_grad_(), draw(4, 6)
     sums = (ref * mask).sum(1)
-    outputs = SimpleNamespace(log_probs=leaf * mask, logits=torch.zeros(4, 7, 3), aux_loss=None)
+    nothing = torch.zeros(4, 6)  # for metrics that are not recorded here
+    outputs = SimpleNamespace(log_probs=leaf * mask, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     model = MagicMock(return_value=outputs)
     trainer = stand_in(
         ld_alpha=None,
@@ -119,6 +120,8 @@ def dpo(beta: float) -> dict[str, Any]:
         beta=beta,
         use_weighting=False,
         label_smoothing=0.0,
+        _total_train_tokens=0,
+        _tp_size=1,
     )
     full = torch.cat([torch.zeros(4, 1), mask], 1)
     inputs = {

