@@ -112,6 +112,7 @@ class Loss(abc.ABC):
     name: ClassVar[str]
     gradient_kind: ClassVar[GradientKind]
     sources: ClassVar[tuple[str, ...]]
+    aggregation: Aggregation | str
 
     @property
     @abc.abstractmethod
@@ -123,15 +124,19 @@ class Loss(abc.ABC):
     def optional_inputs(self) -> tuple[str, ...]:
         """Datum keys that the loss uses where they are given."""
 
+    @final
     @property
-    @abc.abstractmethod
     def main_aggregation(self) -> Aggregation:
         """How the loss's first term is put together."""
+        return Aggregation.of(self.aggregation)
 
+    @final
     @property
-    @abc.abstractmethod
     def normalization(self) -> Normalization | None:
         """The normalisation of ``optim_step`` that fits: None for a mean, a count for a raw sum."""
+        if self.main_aggregation.is_mean:
+            return None
+        return "num_sequences" if self.gradient_kind == "pair" else "num_loss_tokens"
 
     @classmethod
     @abc.abstractmethod

@@ -9,105 +9,15 @@ from typing import ClassVar, Literal, Self, final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MissingFieldError
+from ..errors import ConfigError
 from .aggregation import Aggregation
-from .base import GradientKind, Loss, Normalization, Term, number
+from .base import GradientKind, Loss, Term
 from .batch import TokenBatch
 from .kl import KL, KLEstimator, KLGradient, kl_value
-from .metrics import Metric, maximum, mean, total
-from .numerics import EXPONENT_LIMIT, bounded_exp
+from .metrics import Metric, mean
+from .ratio import DEFAULT_BAND, RatioBand, anchor_ratio, clipped_surrogate, given, ratio_metrics
 
-__all__ = ["GRPO", "PPO", "ImportanceSampling", "RatioBand", "clipped_surrogate"]
-
-
-@final
-@dataclass(frozen=True)
-class RatioBand:
-    """A clip band of absolute probability ratios, ``low <= ratio <= high``.
-
-    Raises:
-        ConfigError: not 0 <= low <= 1 <= high.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        number("clip band low", self.low, low=0.0, high=1.0, strict=False)
-        if not (isinstance(self.high, (int, float)) and self.high >= 1.0):
-            raise ConfigError(
-                f"a clip band is in absolute ratios and must contain 1, got high={self.high!r}; for an offset of "
-                "0.2 write RatioBand.from_offsets(0.2, 0.2)"
-            )
-
-    @classmethod
-    def from_offsets(cls, low: float, high: float) -> RatioBand:
-        """The band (1 - low, 1 + high): PPO's epsilons."""
-        return cls(1.0 - low, 1.0 + high)
-
-    @classmethod
-    def from_log(cls, low: float, high: float) -> RatioBand:
-        """The band (exp(-low), exp(high)), for bounds on the log-ratio."""
-        bounds = torch.tensor([-low, high], dtype=torch.float64).exp().tolist()
-        return cls(bounds[0], bounds[1])
-
-    def clips(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """True where the clipped branch is the larger loss; strictly outside the band only."""
-        return ((advantages > 0) & (ratio > self.high)) | ((advantages < 0) & (ratio < self.low))
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, band: RatioBand | None) -> Tensor:
-    r"""Per-token policy loss, ``max(-r A, -clip(r, low, high) A)``; without a band ``-r A``.
-
-    The gradient with respect to the log-prob is ``-r A`` inside the band and on its edge, and 0 where clipped.
-
-    Args:
-        ratio: policy / anchor, differentiable, any shape.
-        advantages: the same shape; detached here.
-        band: absolute bounds, or None.
-
-    Source: PPO, arXiv:1707.06347, equation 7; asymmetric bounds: DAPO, arXiv:2503.14476, equation 10.
-    """
-    advantages = advantages.detach()
-    plain = -ratio * advantages
-    if band is None:
-        return plain
-    clipped = -ratio.detach().clamp(band.low, band.high) * advantages
-    return torch.where(band.clips(ratio, advantages), clipped, plain)
-
-
-def _anchor(batch: TokenBatch) -> Tensor:
-    anchor = batch.old_logprobs if batch.old_logprobs is not None else batch.behaviour_logprobs
-    if anchor is None:
-        raise MissingFieldError("missing required field 'logprobs': the ratio needs the log-probs of the sampler")
-    return anchor
-
-
-def _ratio(logprobs: Tensor, anchor: Tensor) -> Tensor:
-    return bounded_exp(logprobs - anchor.detach())
-
-
-def _policy_metrics(batch: TokenBatch, ratio: Tensor, band: RatioBand | None) -> dict[str, Metric]:
-    """Ratio, clipping and signal over the trained tokens. ESS / N is ``ratio^2 / ratio_squared``."""
-    trained, advantages = batch.trained, batch.select(_given(batch.advantages))
-    log_ratio = batch.policy - batch.select(_anchor(batch))
-    found = {
-        "ratio": mean(ratio, trained),
-        "ratio_largest": maximum(ratio, trained),
-        "ratio_squared": mean(ratio.double().square(), trained),
-        "ratio_saturated": total((log_ratio > EXPONENT_LIMIT)[trained].sum()),
-        "kl_anchor": mean(kl_value("k3", log_ratio), trained),
-        "advantage": mean(advantages, trained),
-        "advantage_abs": mean(advantages.abs(), trained),
-    }
-    if band is not None:
-        found["clip_fraction"] = mean(band.clips(ratio, advantages).double(), trained)
-    return found
-
-
-def _given(value: Tensor | None) -> Tensor:
-    assert value is not None, "checked by Loss.evaluate"
-    return value
+__all__ = ["GRPO", "PPO", "ImportanceSampling"]
 
 
 @final
@@ -139,25 +49,17 @@ class ImportanceSampling(Loss):
     def optional_inputs(self) -> tuple[str, ...]:
         return ("weights", "old_logprobs", "group_id")
 
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_loss_tokens"
-
     @classmethod
     def from_config(cls, *, aggregation: str = "sum") -> Self:
         return cls(aggregation)
 
     def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        ratio = _ratio(batch.policy, batch.select(_anchor(batch)))
-        values = clipped_surrogate(ratio, batch.select(_given(batch.advantages)), None)
+        ratio = anchor_ratio(batch)
+        values = clipped_surrogate(ratio, batch.select(given(batch.advantages)), None)
         return (Term("policy", values, "token", self.main_aggregation),)
 
     def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        return _policy_metrics(batch, _ratio(batch.policy, batch.select(_anchor(batch))), None)
+        return ratio_metrics(batch, anchor_ratio(batch), None)
 
 
 @final
@@ -172,7 +74,7 @@ class PPO(Loss):
     Source: arXiv:1707.06347, equation 7.
     """
 
-    clip: RatioBand = RatioBand(0.8, 1.2)
+    clip: RatioBand = DEFAULT_BAND
     aggregation: Aggregation | str = "sum"
 
     name: ClassVar[str] = "ppo"
@@ -190,14 +92,6 @@ class PPO(Loss):
     def optional_inputs(self) -> tuple[str, ...]:
         return ("weights", "old_logprobs", "group_id")
 
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_loss_tokens"
-
     @classmethod
     def from_config(
         cls, *, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2, aggregation: str = "sum"
@@ -205,12 +99,12 @@ class PPO(Loss):
         return cls(RatioBand(clip_low_threshold, clip_high_threshold), aggregation)
 
     def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        ratio = _ratio(batch.policy, batch.select(_anchor(batch)))
-        values = clipped_surrogate(ratio, batch.select(_given(batch.advantages)), self.clip)
+        ratio = anchor_ratio(batch)
+        values = clipped_surrogate(ratio, batch.select(given(batch.advantages)), self.clip)
         return (Term("policy", values, "token", self.main_aggregation),)
 
     def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        return _policy_metrics(batch, _ratio(batch.policy, batch.select(_anchor(batch))), self.clip)
+        return ratio_metrics(batch, anchor_ratio(batch), self.clip)
 
 
 @final
@@ -234,7 +128,7 @@ class GRPO(Loss):
     Source: DeepSeekMath, arXiv:2402.03300, equation 3.
     """
 
-    clip: RatioBand | None = RatioBand(0.8, 1.2)
+    clip: RatioBand | None = DEFAULT_BAND
     kl: KL | None = None
     anchor: Literal["behaviour", "none"] = "behaviour"
     aggregation: Aggregation | str = "token_mean"
@@ -260,14 +154,6 @@ class GRPO(Loss):
     def optional_inputs(self) -> tuple[str, ...]:
         return ("old_logprobs", "group_id") if self.anchor == "behaviour" else ("group_id",)
 
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_loss_tokens"
-
     @classmethod
     def from_config(
         cls,
@@ -283,7 +169,7 @@ class GRPO(Loss):
         return cls(RatioBand(clip_low_threshold, clip_high_threshold), kl, "behaviour", aggregation)
 
     def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        advantages = batch.select(_given(batch.advantages))
+        advantages = batch.select(given(batch.advantages))
         ratio = self._ratio(batch)
         if self.anchor == "none":
             values = -batch.policy * advantages.detach()
@@ -292,19 +178,19 @@ class GRPO(Loss):
         policy = Term("policy", values, "token", self.main_aggregation)
         if self.kl is None:
             return (policy,)
-        penalty = self.kl.penalty(batch.policy, batch.select(_given(batch.ref_logprobs)), ratio)
+        penalty = self.kl.penalty(batch.policy, batch.select(given(batch.ref_logprobs)), ratio)
         return (policy, Term("kl", penalty, "token", self.main_aggregation, self.kl.beta))
 
     def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
         found: dict[str, Metric] = {}
         if self.anchor == "behaviour":
-            found |= _policy_metrics(batch, self._ratio(batch), self.clip)
+            found |= ratio_metrics(batch, self._ratio(batch), self.clip)
         if self.kl is not None:
-            log_ratio = batch.policy - batch.select(_given(batch.ref_logprobs))
+            log_ratio = batch.policy - batch.select(given(batch.ref_logprobs))
             found["kl_ref"] = mean(kl_value(self.kl.estimator, log_ratio), batch.trained)
         return found
 
     def _ratio(self, batch: TokenBatch) -> Tensor:
         if self.anchor == "none":
             return torch.ones_like(batch.policy)
-        return _ratio(batch.policy, batch.select(_anchor(batch)))
+        return anchor_ratio(batch)

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from ..errors import ConfigError, EmptyUnitError
 from .aggregation import AGGREGATIONS, Aggregation
-from .base import GradientKind, Loss, Normalization, Term, number
+from .base import GradientKind, Loss, Term, number
 from .batch import TokenBatch
 from .metrics import Metric, mean, total
 from .numerics import capped_log_odds
@@ -98,14 +98,6 @@ class DPO(Loss):
     def optional_inputs(self) -> tuple[str, ...]:
         return ("pair_id", "role")
 
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_sequences"
-
     @classmethod
     def from_config(
         cls, *, beta: float = 0.1, label_smoothing: float = 0.0, aggregation: PairAggregation = "pair_mean"
@@ -181,14 +173,6 @@ class ORPO(Loss):
     @property
     def optional_inputs(self) -> tuple[str, ...]:
         return ("pair_id", "role")
-
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_sequences"
 
     @classmethod
     def from_config(

@@ -9,8 +9,9 @@ from ..errors import ConfigError, suggestion
 from .aggregation import Aggregation, fixed_length
 from .base import Loss, Normalization
 from .kl import KL
-from .policy import GRPO, PPO, ImportanceSampling, RatioBand
+from .policy import GRPO, PPO, ImportanceSampling
 from .preference import DPO, ORPO
+from .ratio import RatioBand
 from .supervised import CrossEntropy
 
 __all__ = ["Recipe", "preset", "preset_names", "recipe"]

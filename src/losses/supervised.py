@@ -9,7 +9,7 @@ from typing import ClassVar, Self, final
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation
-from .base import GradientKind, Loss, Normalization, Term
+from .base import GradientKind, Loss, Term
 from .batch import TokenBatch
 from .metrics import Metric
 
@@ -50,14 +50,6 @@ class CrossEntropy(Loss):
     @property
     def optional_inputs(self) -> tuple[str, ...]:
         return ("weights", "group_id")
-
-    @property
-    def main_aggregation(self) -> Aggregation:
-        return Aggregation.of(self.aggregation)
-
-    @property
-    def normalization(self) -> Normalization | None:
-        return None if self.main_aggregation.is_mean else "num_loss_tokens"
 
     @classmethod
     def from_config(cls, *, aggregation: str = AGGREGATIONS["sum"].name) -> Self:
