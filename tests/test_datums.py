@@ -67,6 +67,14 @@ def test_max_length_cuts_on_the_right(tokens: list[int], limit: int) -> None:
             datum_from_tokens_weights(tokens, late, max_length=limit)
 
 
+def test_tempered_logprobs_are_refused() -> None:
+    """Log-probs of a tempered distribution are not the policy's; provenance is kept."""
+    with pytest.raises(DatumError, match="every ratio would be wrong"):
+        datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.7, logprobs_of="sampler")
+    kept = datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.5, top_p=0.9, weights_version=3).loss_fn_inputs
+    assert (kept["temperature"].data, kept["weights_version"].data) == ([0.5], [3])
+
+
 def test_preference_pair() -> None:
     """Each side is trained from the end of the prompt; equal or empty responses are refused."""
     chosen, rejected = preference_pair([1, 2], [3, 4], [3], pair_id=5)

@@ -18,7 +18,7 @@ from pullback.backends import AdamParams, SamplingParams, TorchBackend
 from pullback.backends.native import state
 from pullback.datums import ModelInput
 from pullback.errors import BackendError, CheckpointError
-from pullback.testing import TinyLM
+from pullback.testing import TinyLM, verify_resume
 
 DATA = make_data([4, 6, 3, 5])
 PARAMS = AdamParams(learning_rate=1e-2, weight_decay=0.01)
@@ -71,6 +71,20 @@ def test_resume_in_a_new_process(kind: str, tmp_path: Path) -> None:
     cold.forward_backward(DATA, "dpo").result()
     cold.optim_step(PARAMS).result()
     assert distance(weights_of(cold), expected) > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_resume(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public three-arm check passes, and fails for a backend that forgets its optimizer."""
+
+    def step(backend: TorchBackend) -> None:
+        backend.forward_backward(DATA, "dpo").result()
+        backend.optim_step(PARAMS).result()
+
+    verify_resume(lambda: make(kind, tmp_path), step)
+    monkeypatch.setattr(state, "_restore_optimizer", lambda engine, saved: None)
+    with pytest.raises(AssertionError, match="not the uninterrupted"):
+        verify_resume(lambda: make(kind, tmp_path), step)
 
 
 def test_adapter_is_in_peft_format(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -131,27 +131,43 @@ def datum_from_rollout(
     advantage: float | Sequence[float] | Tensor,
     *,
     group_id: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    weights_version: int | None = None,
+    logprobs_of: Literal["policy", "sampler"] = "policy",
 ) -> Datum:
     """Build from a sampled completion.
 
     Args:
         prompt: int [P], at least one token.
         tokens: int [C]; the completion, its stop token included.
-        logprobs: [C]; the sampler's log-prob of each token, *untempered* (what ``forward`` would say).
+        logprobs: [C]; log-prob of each token when it was drawn.
         advantage: one number, or [C].
         group_id: the prompt group.
+        temperature, top_p: how it was drawn; kept in the datum.
+        weights_version: optimizer steps the sampler's weights had seen; kept in the datum.
+        logprobs_of: ``policy``: untempered and uncut, what ``forward`` would say. ``sampler``: of the distribution that was
+            drawn from, which is the same only at temperature 1 and top_p 1.
 
     Returns:
         A datum with ``weights`` 1 on the completion and 0 on the prompt, where advantages and log-probs read 0.
 
     Raises:
         LengthError: log-probs or advantages are not one per completion token.
+        DatumError: log-probs of a tempered or cut distribution: every ratio to the policy would be wrong.
     """
+    if logprobs_of == "sampler" and (temperature != 1.0 or top_p != 1.0):
+        raise DatumError(
+            f"logprobs_of='sampler' at temperature {temperature:g} and top_p {top_p:g} are not the policy's log-probs, so "
+            "every ratio would be wrong; record untempered ones, or score the tokens again by forward"
+        )
     datum = datum_from_prompt_completion(prompt, tokens)
     trained = datum.loss_fn_inputs["weights"].to_torch() != 0
     count = int(trained.sum())
     given = torch.as_tensor(advantage, dtype=torch.float32)
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = {"temperature": [temperature], "top_p": [top_p]}
+    if weights_version is not None:
+        inputs["weights_version"] = [weights_version]
     for name, values in (
         ("logprobs", torch.as_tensor(logprobs, dtype=torch.float32)),
         ("advantages", given.expand(count) if given.dim() == 0 else given),

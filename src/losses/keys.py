@@ -38,6 +38,9 @@ _KEYS = (
     InputKey("role", "int64", False, "0 rejected, 1 chosen, 2 gold"),
     InputKey("group_id", "int64", False, "which prompt group the sequence belongs to"),
     InputKey("label", "int64", False, "1 desirable, 0 undesirable"),
+    InputKey("weights_version", "int64", False, "optimizer steps that the sampler's weights had seen"),
+    InputKey("temperature", "float32", False, "temperature the completion was drawn at"),
+    InputKey("top_p", "float32", False, "nucleus mass the completion was drawn from"),
 )
 
 INPUT_KEYS: Final = {key.name: key for key in _KEYS}

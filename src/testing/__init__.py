@@ -9,6 +9,7 @@ from . import oracles
 from .cases import Case, CaseSequence
 from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .properties import check_loss, cotangent
+from .resume import verify_resume
 from .tiny import TinyLM
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "check_loss",
     "cotangent",
     "oracles",
+    "verify_resume",
 ]

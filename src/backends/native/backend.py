@@ -16,10 +16,10 @@ from ...losses.base import Counts, Loss
 from ..futures import FinishedFuture
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
-from .batching import Layout, loss_units
+from .batching import Layout
 from .engine import Engine, Positions, as_adapter, as_loss
 from .operations import Operations
-from .planning import make_plan
+from .plans import plan_call
 from .reference import ReferenceView
 from .sampling import draw
 from .state import load_checkpoint, save_checkpoint
@@ -211,21 +211,7 @@ class TorchBackend:
         Raises:
             DatumError: the data is wrong in itself. What is missing for this loss is refused in the plan instead.
         """
-        if not isinstance(loss_fn, (str, Loss)):
-            requests = self._engine.check(data)
-            layout, batches = self._engine.split(requests, [[i] for i in range(len(data))])
-            reason = f"a function of all log-probs: one forward, its graphs kept; {self._layout_words()}"
-            return make_plan(self._engine.sizes, "single_pass", reason, layout, requests, batches)
-        loss = as_loss(loss_fn, None)
-        missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
-        if missing:
-            return make_plan(self._engine.sizes, "refuse", self._missing_words(loss, missing), "single", [], [])
-        requests = self._engine.check(data, loss)
-        layout, batches = self._engine.split(requests, loss_units(loss, data))
-        reason = (
-            f"{loss.name} is registered ({loss.gradient_kind} kind): streamed by micro-batch; {self._layout_words()}"
-        )
-        return make_plan(self._engine.sizes, "native", reason, layout, requests, batches)
+        return plan_call(self._engine, loss_fn, data, self.reference)
 
     def reference(self) -> ReferenceView:
         """Return a forward-only view of the frozen reference.
@@ -294,18 +280,3 @@ class TorchBackend:
     def _sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
         engine = self._engine
         return draw(engine.model, prompts, n, params, engine.generator, engine.weights_version)
-
-    def _layout_words(self) -> str:
-        if "packed" in self._engine.layouts:
-            return "sequences may be packed"
-        return "packing is off (not allowed, or the model lets packed sequences see each other)"
-
-    def _missing_words(self, loss: Loss, missing: Sequence[str]) -> str:
-        words = f"missing required field {missing[0]!r}: {loss.name} needs {', '.join(missing)}"
-        if "ref_logprobs" not in missing:
-            return words
-        try:
-            self.reference()
-        except MissingReferenceError as error:
-            return f"{words}; {error}"
-        return f"{words}; fill them in by with_reference(data, backend.reference())"

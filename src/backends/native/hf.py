@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,7 +162,10 @@ def add_lora(model: nn.Module, lora: Any) -> nn.Module:
         raise ConfigError(f"lora must be a rank of at least 1 or a peft config, got {lora!r}")
     if isinstance(lora, int):
         lora = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted: nn.Module = peft.get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft asks for a name that transformers 5 deprecates; nothing the caller could change
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted: nn.Module = peft.get_peft_model(model, lora)
     return adapted
 
 

@@ -203,7 +203,15 @@ class Rl(Objective):
     ) -> list[Datum]:
         prompts = [self._studio.encode(self._studio.example(q)) for q in questions]
         return [
-            datum_from_rollout(prompts[r.prompt_index], r.tokens, r.logprobs, a, group_id=r.prompt_index)
+            datum_from_rollout(
+                prompts[r.prompt_index],
+                r.tokens,
+                r.logprobs,
+                a,
+                group_id=r.prompt_index,
+                temperature=r.temperature,
+                weights_version=r.weights_version,
+            )
             for r, a in zip(rollouts, advantages, strict=True)
         ]
 
