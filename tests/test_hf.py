@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCAB, accumulate, cut, distance, make_data, tiny_llama
+from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend, with_reference
 from pullback.backends.native import HFModel
@@ -85,6 +86,19 @@ def test_reference_of_lora_is_the_base() -> None:
     assert plan.route == "refuse"
     assert "missing required field 'ref_logprobs'" in plan.reason
     assert "reference=" in plan.reason
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_checkpointing_recomputes(lora: int | None) -> None:
+    """With gradient checkpointing the layers run twice: the option does something, and the gradient is the same."""
+    counts, gradients = [], []
+    for checkpointing in (False, True):
+        backend = TorchBackend(tiny_llama(lora=lora, gradient_checkpointing=checkpointing))
+        with FlopCounterMode(display=False) as counter:
+            gradients.append(accumulate(backend, GRPO(), [make_data([5, 4])]))
+        counts.append(counter.get_total_flops())
+    assert counts[1] > 1.2 * counts[0]
+    assert distance(*gradients) < 1e-12
 
 
 def test_dropout_is_off() -> None:

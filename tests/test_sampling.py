@@ -17,6 +17,7 @@ MAKERS: dict[str, Any] = {
     "plain": tiny_backend,
     "cached": lambda: TorchBackend(tiny_llama()),
     "cached, LoRA": lambda: TorchBackend(tiny_llama(lora=2)),
+    "cached, checkpointed": lambda: TorchBackend(tiny_llama(lora=2, gradient_checkpointing=True)),
 }
 
 

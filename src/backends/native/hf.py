@@ -52,8 +52,7 @@ class HFModel(nn.Module):
                 "the adapter's target_modules"
             )
         self.eval()
-        if gradient_checkpointing:
-            self._checkpoint_layers()
+        self._checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
         self._check_logits()
 
     @property
@@ -85,6 +84,10 @@ class HFModel(nn.Module):
 
     def trunk(self, **inputs: Any) -> Any:
         """Call the model below its head."""
+        for layer in self._checkpointed:
+            # A layer recomputes only in training mode, and then drops its cache: never while sampling. What lies
+            # below it (dropout) stays in evaluation mode.
+            layer.training = torch.is_grad_enabled()
         return getattr(self._causal, self._causal.base_model_prefix)(**inputs)
 
     def head(self) -> Head:
@@ -109,12 +112,14 @@ class HFModel(nn.Module):
         """Write ``adapter_config.json``, so that peft can load the checkpoint's folder."""
         cast(Any, self.model).peft_config["default"].save_pretrained(str(folder))
 
-    def _checkpoint_layers(self) -> None:
-        cast(Any, self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in self.modules():
-            # Layers recompute only in training mode; dropout below them stays in evaluation mode.
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True
+    def _checkpoint_layers(self) -> list[nn.Module]:
+        settings = {"use_reentrant": False}
+        if hasattr(self._causal, "activation_checkpointing_enable"):  # its newer name
+            self._causal.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            self._causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        self._causal.disable_input_require_grads()  # only the reentrant kind needs gradients at the embeddings
+        return [module for module in self.modules() if getattr(module, "gradient_checkpointing", False)]
 
     @torch.no_grad()
     def _check_logits(self) -> None:
