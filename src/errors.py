@@ -6,6 +6,7 @@ PullbackError
 |   |-- LengthError                     a per-token input has another length than the targets
 |   |-- IncompleteUnitError             half a pair, a pair of three, a group cut in two
 |   `-- InvalidDatumsError              every problem of every datum of one call, together
+|-- ShapeError (ValueError)             a tensor has another shape or dtype than asked for
 |-- LossError (ValueError)              a loss is used wrongly
 |   |-- UnknownLossError (LookupError)
 |   |-- DuplicateLossError
@@ -69,6 +70,10 @@ class InvalidDatumsError(DatumError):
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         super().__init__(f"{head} in the data; nothing was computed:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class ShapeError(PullbackError, ValueError):
+    """A tensor has another shape or dtype than asked for."""
 
 
 class LossError(PullbackError, ValueError):

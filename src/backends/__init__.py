@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .futures import FinishedFuture, Future
-from .native import TorchBackend, with_reference
+from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs, with_reference
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
 from .types import (
     AdamParams,
@@ -22,7 +22,9 @@ __all__ = [
     "FinishedFuture",
     "ForwardBackwardOutput",
     "Future",
+    "Head",
     "LedgerEntry",
+    "ModelAdapter",
     "NormalizationMode",
     "OptimStepOutput",
     "Plan",
@@ -33,5 +35,7 @@ __all__ = [
     "SaveStateOutput",
     "TorchBackend",
     "TrainerBackend",
+    "logprob_surrogate",
+    "selected_logprobs",
     "with_reference",
 ]

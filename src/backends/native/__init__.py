@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from .adapter import Head, ModelAdapter
 from .backend import TorchBackend
-from .head import selected_logprobs
+from .head import logprob_surrogate, selected_logprobs
 from .hf import HFModel
 from .reference import ReferenceView, with_reference
 
-__all__ = ["HFModel", "Head", "ModelAdapter", "ReferenceView", "TorchBackend", "selected_logprobs", "with_reference"]
+__all__ = [
+    "HFModel",
+    "Head",
+    "ModelAdapter",
+    "ReferenceView",
+    "TorchBackend",
+    "logprob_surrogate",
+    "selected_logprobs",
+    "with_reference",
+]

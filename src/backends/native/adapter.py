@@ -24,6 +24,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     scale: float = 1.0
 
+    @property
+    def trainable(self) -> bool:
+        """Whether weight or bias has a gradient."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
 
 @runtime_checkable
 class ModelAdapter(Protocol):

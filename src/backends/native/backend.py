@@ -23,6 +23,7 @@ from .plans import plan_call
 from .reference import ReferenceView
 from .sampling import draw
 from .state import load_checkpoint, save_checkpoint
+from .tape import Overflow
 
 __all__ = ["TorchBackend"]
 
@@ -39,6 +40,8 @@ class TorchBackend:
         reference: a second such module, frozen, for full tuning; a LoRA model is its own reference.
         tokenizer: kept as ``backend.tokenizer``; not used.
         token_budget: tokens of one forward, padding included; memory, never the result, depends on it.
+        activation_budget: bytes that the graphs of one call may hold together; default half of what is free.
+        overflow: what happens to graphs beyond it: ``recompute`` (run again) or ``offload`` (to CPU memory).
         layout: ``packed`` (end to end in one row), ``padded`` (one per row), ``single`` or ``auto`` (the cheaper one
             that keeps sequences apart, as probed at load).
         max_length: longest datum, tokens; None = no limit.
@@ -57,13 +60,15 @@ class TorchBackend:
         reference: nn.Module | None = None,
         tokenizer: Any = None,
         token_budget: int = 4096,
+        activation_budget: float | None = None,
+        overflow: Overflow = "recompute",
         layout: Layout | Literal["auto"] = "auto",
         max_length: int | None = None,
         checkpoint_dir: str | Path = "checkpoints",
         seed: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
-        self._engine = Engine(model, token_budget, layout, max_length, seed)
+        self._engine = Engine(model, token_budget, activation_budget, overflow, layout, max_length, seed)
         self._operations = Operations(self._engine.window)
         self._run = self._operations.run
         self._directory = Path(checkpoint_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -84,7 +84,7 @@ def _by_id(key: str, data: Sequence[Any]) -> list[list[int]]:
 
 
 def micro_batches(
-    units: Sequence[Sequence[int]], lengths: Sequence[int], budget: int, layout: Layout
+    units: Sequence[Sequence[int]], lengths: Sequence[int] | Mapping[int, int], budget: int, layout: Layout
 ) -> list[list[int]]:
     """Fill micro-batches of at most ``budget`` tokens with whole units, long ones first.
 
@@ -100,7 +100,7 @@ def micro_batches(
     return batches
 
 
-def _cost(batch: Sequence[int], lengths: Sequence[int], layout: Layout) -> int:
+def _cost(batch: Sequence[int], lengths: Sequence[int] | Mapping[int, int], layout: Layout) -> int:
     return padded_tokens([lengths[i] for i in batch]) if layout == "padded" else sum(lengths[i] for i in batch)
 
 

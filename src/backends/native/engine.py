@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ...datums.types import Datum, TensorData
 from ...datums.validation import validate
-from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError
+from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ...losses.metrics import wire_metrics
 from ...losses.registry import get_loss
@@ -18,16 +19,21 @@ from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput, as_mapping
 from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
-from .gradient import Gradient, custom_gradient, custom_name, registered_gradient
+from .custom import custom_name
+from .gradient import Gradient, custom_gradient, registered_gradient
+from .memory import GraphMeter, available_bytes
 from .optimizer import adam_step, new_optimizer
 from .planning import choose_layout, describe_model
-from .probe import isolated_layouts, require_causal
+from .probe import isolated_layouts, measure_graph, require_causal
 from .scoring import model_device, score, trainable
+from .tape import Overflow, TapeSettings
 from .window import Window
 
 __all__ = ["Engine", "Positions", "as_adapter", "as_loss"]
 
 Positions = Literal["all", "trained"]
+_SHARE_OF_FREE = 0.5  # of free memory, for graphs; the rest is for the backward and for others
+_logger = logging.getLogger(__name__)
 
 
 @final
@@ -42,10 +48,18 @@ class Engine:
         weights_version, operations: steps and gradient operations so far.
         layouts: those that keep sequences of one forward apart.
         sizes: what cost is made of.
+        meter: what graphs hold.
     """
 
     def __init__(
-        self, model: nn.Module, token_budget: int, layout: Layout | Literal["auto"], max_length: int | None, seed: int
+        self,
+        model: nn.Module,
+        token_budget: int,
+        activation_budget: float | None,
+        overflow: Overflow,
+        layout: Layout | Literal["auto"],
+        max_length: int | None,
+        seed: int,
     ) -> None:
         self.model, self.module = as_adapter(model), model
         self.parameters = trainable(model)
@@ -53,13 +67,22 @@ class Engine:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
         if token_budget < 1:
             raise ConfigError(f"token_budget must be at least 1 token, got {token_budget}")
+        if activation_budget is not None and not activation_budget >= 0:
+            raise ConfigError(f"activation_budget must be a number of bytes, got {activation_budget!r}")
+        if overflow not in ("recompute", "offload"):
+            raise ConfigError(f"overflow must be recompute or offload, got {overflow!r}")
+        if overflow == "offload" and model_device(self.model).type == "cpu":
+            raise ConfigError("overflow='offload' moves graphs to CPU memory, where this model's already are; drop it")
         model.eval()  # no dropout: policy and reference must be the same function
         self.budget, self.max_length = token_budget, max_length
+        self.activation_budget, self.overflow = activation_budget, overflow
         head = self.model.head()
         self.vocab_size = int(head.weight.shape[0])
         require_causal(self.model, self.vocab_size)
         self.layouts = _allowed(layout, isolated_layouts(self.model, self.vocab_size))
         self.sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
+        self.meter = GraphMeter.of(model)
+        measure_graph(self.model, self.vocab_size, self.layouts[0], self.meter)
         self.window = Window(self.parameters)
         self.optimizer = new_optimizer(self.parameters)
         self.generator = torch.Generator(model_device(self.model)).manual_seed(seed)
@@ -86,6 +109,12 @@ class Engine:
         layout = choose_layout(self.sizes, self.layouts, lengths, self.budget)
         return layout, micro_batches(units, lengths, self.budget, layout)
 
+    def tape_settings(self, layout: Layout) -> TapeSettings:
+        budget = self.activation_budget
+        if budget is None:
+            budget = _SHARE_OF_FREE * available_bytes(model_device(self.model))
+        return TapeSettings(layout, budget, self.overflow, self.meter)
+
     @torch.no_grad()
     def forward(
         self,
@@ -110,10 +139,14 @@ class Engine:
     ) -> ForwardBackwardOutput:
         requests = self.check(data, loss, positions)
         self.window.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
-        layout, batches = self.split(requests, loss_units(loss, data))
-        with self.window.adding(), torch.enable_grad():
-            gradient = registered_gradient(self.model, loss, data, requests, batches, layout, counts)
-            self.window.require_finite(lambda: self._blame(requests, layout))
+
+        def attempt() -> Gradient:
+            layout, batches = self.split(requests, loss_units(loss, data))
+            forwards = [self.forwards(requests, batch, layout) for batch in batches]
+            settings = self.tape_settings(layout)
+            return registered_gradient(self.model, loss, data, requests, forwards, settings, counts)
+
+        gradient = self._add(attempt, requests)
         self._record(loss.name, gradient, loss.normalization)
         return _output(requests, gradient.logprobs, gradient.metrics)
 
@@ -124,10 +157,12 @@ class Engine:
             )
         requests = self.check(data, None, positions)
         self.window.admit(custom_name(function), "none")
-        layout, batches = self.split(requests, [[i] for i in range(len(data))])
-        with self.window.adding(), torch.enable_grad():
-            gradient = custom_gradient(self.model, function, data, requests, batches, layout)
-            self.window.require_finite(lambda: self._blame(requests, layout))
+
+        def attempt() -> Gradient:
+            layout, batches = self.split(requests, [[i] for i in range(len(data))])
+            return custom_gradient(self.model, function, data, requests, batches, self.tape_settings(layout))
+
+        gradient = self._add(attempt, requests)
         self._record(custom_name(function), gradient, "function")
         return _output(requests, gradient.logprobs, gradient.metrics)
 
@@ -153,6 +188,35 @@ class Engine:
         }
         return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
 
+    def forwards(self, requests: Sequence[ScoreRequest], batch: Sequence[int], layout: Layout) -> list[list[int]]:
+        """Split a batch of whole units further if it is larger than one forward may be."""
+        lengths = {i: requests[i].length for i in batch}
+        return micro_batches([[i] for i in batch], lengths, self.budget, layout)
+
+    def _add(self, attempt: Callable[[], Gradient], requests: Sequence[ScoreRequest]) -> Gradient:
+        """Add a gradient to the window, all of it or nothing; where memory runs out, in smaller forwards.
+
+        Raises:
+            UnsupportedError: one datum alone does not fit.
+        """
+        longest = max(r.length for r in requests)
+        while True:
+            try:
+                with self.window.adding(), torch.enable_grad():
+                    gradient = attempt()
+                    self.window.require_finite(lambda: self._blame(requests))
+                return gradient
+            except torch.OutOfMemoryError as error:
+                if self.budget <= longest and self.activation_budget == 0:
+                    raise UnsupportedError(
+                        f"a datum of {longest} tokens does not fit into memory even alone; use gradient_checkpointing=True, "
+                        "a smaller model or dtype, or shorter sequences"
+                    ) from error
+            self.budget, self.activation_budget = max(longest, self.budget // 2), 0.0
+            _logger.warning("out of memory: token_budget is now %d, and no second graph is kept", self.budget)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def _record(self, name: str, gradient: Gradient, fitting: str | None) -> None:
         self.operations += 1
         self.window.record(
@@ -168,11 +232,11 @@ class Engine:
             fitting,
         )
 
-    def _blame(self, requests: Sequence[ScoreRequest], layout: Layout) -> str:
+    def _blame(self, requests: Sequence[ScoreRequest]) -> str:
         """Name the first datum whose own gradient is not finite."""
         parameters = list(self.parameters.values())
         for i, one in enumerate(requests):
-            logprobs = score(self.model, [one], layout)
+            logprobs = score(self.model, [one], "single")
             found = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
             if any(g is not None and not bool(torch.isfinite(g).all()) for g in found):
                 return f"datum {i}"

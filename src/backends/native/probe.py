@@ -8,9 +8,10 @@ from torch import Tensor
 from ...errors import LeakyModelError
 from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, arrange
-from .scoring import model_device
+from .memory import GraphMeter
+from .scoring import model_device, needed_hidden
 
-__all__ = ["isolated_layouts", "require_causal"]
+__all__ = ["isolated_layouts", "measure_graph", "require_causal"]
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
@@ -46,6 +47,13 @@ def isolated_layouts(model: ModelAdapter, vocab_size: int) -> tuple[Layout, ...]
         if _same(_hidden(model, pair, layout), alone):
             kept.append(layout)
     return (*kept, "single")
+
+
+def measure_graph(model: ModelAdapter, vocab_size: int, layout: Layout, meter: GraphMeter) -> None:
+    """Build one small graph, so that the first real one can be predicted."""
+    pair = list(_sequences(vocab_size))
+    with torch.enable_grad(), meter.measuring(sum(r.length for r in pair)):
+        needed_hidden(model, pair, layout)
 
 
 def _sequences(vocab_size: int) -> tuple[ScoreRequest, ScoreRequest]:

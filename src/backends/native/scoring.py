@@ -1,8 +1,10 @@
-"""The forward pass: log-probs of the target tokens of a micro-batch."""
+"""The forward pass: hidden states of a micro-batch, and log-probs of its target tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,34 @@ from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, arrange
 from .head import selected_logprobs
 
-__all__ = ["model_device", "score"]
+__all__ = ["Wanted", "model_device", "needed_hidden", "score", "trainable"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Which positions of a micro-batch are scored, and on what.
+
+    Attributes:
+        targets: int64 [M] or [M, K], of the needed positions.
+        at: int64 [M]; their places among the N positions of the micro-batch.
+        shape: of all targets, [N] or [N, K].
+    """
+
+    targets: Tensor
+    at: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[ScoreRequest], device: torch.device) -> Wanted:
+        """Collect the needed positions of sequences, end to end."""
+        needed = torch.cat([r.needed for r in requests]).to(device)
+        targets = torch.cat([r.targets for r in requests]).to(device)
+        return cls(targets[needed], needed.nonzero()[:, 0], tuple(targets.shape))
+
+    def spread(self, logprobs: Tensor) -> Tensor:
+        """Put log-probs of the needed positions among zeros, [N] or [N, K]."""
+        return logprobs.new_zeros(self.shape).index_put((self.at,), logprobs)
 
 
 def model_device(model: ModelAdapter) -> torch.device:
@@ -19,21 +48,24 @@ def model_device(model: ModelAdapter) -> torch.device:
     return model.head().weight.device
 
 
+def needed_hidden(model: ModelAdapter, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
+    """Return the hidden states before the head at the needed positions, [M, H]."""
+    if layout == "single":
+        return torch.cat([needed_hidden(model, [r], "padded") for r in requests])
+    rows = arrange(requests, layout, model_device(model))
+    hidden = model.hidden_states(rows.tokens, rows.positions)
+    needed = torch.cat([r.needed for r in requests])
+    return hidden.flatten(0, 1)[rows.place[needed.to(rows.place.device)]]
+
+
 def score(model: ModelAdapter, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
     """Return the log-probs of all target tokens end to end, [N] or [N, K]; 0.0 where not needed.
 
     Differentiable with respect to the model's parameters.
     """
-    if layout == "single":
-        return torch.cat([score(model, [r], "padded") for r in requests])
-    device = model_device(model)
-    needed = torch.cat([r.needed for r in requests]).to(device)
-    targets = torch.cat([r.targets for r in requests]).to(device)
-    rows = arrange(requests, layout, device)
-    hidden = model.hidden_states(rows.tokens, rows.positions)
-    wanted = hidden.flatten(0, 1)[rows.place[needed]]
-    logprobs = selected_logprobs(wanted, model.head(), targets[needed])
-    return logprobs.new_zeros(targets.shape).index_put((needed.nonzero().squeeze(1),), logprobs)
+    wanted = Wanted.of(requests, model_device(model))
+    hidden = needed_hidden(model, requests, layout)
+    return wanted.spread(selected_logprobs(hidden, model.head(), wanted.targets))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
