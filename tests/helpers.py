@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
@@ -41,19 +45,60 @@ def make_data(lengths: list[int], seed: int = 0, vocab: int = VOCAB, **extra: An
     return data
 
 
+class AllocationTracker(TorchDispatchMode):
+    """Follows the storages that operators return, and their largest sum.
+
+    Attributes:
+        peak: bytes that were alive together, those from before left out.
+        largest: bytes of the largest storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.peak = self.largest = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._before: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes())
+        self._alive = {key: pair for key, pair in self._alive.items() if not pair[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return found
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter that knows the CPU's fused attention too: two products forward, five backward."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+        return int(2.5 * sdpa_flop_count(query, key, value))
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={fused: forward, fused_backward: backward})
+
+
 def tiny_backend(**options: Any) -> TorchBackend:
     """A backend on the exact fp64 model."""
     return TorchBackend(TinyLM(), **options)
 
 
-def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, **options: Any) -> HFModel:
+def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: int = VOCAB, **options: Any) -> HFModel:
     """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
     import transformers
 
     from pullback.backends.native.hf import add_lora
 
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,

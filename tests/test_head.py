@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import AllocationTracker
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import Head, logprob_surrogate, selected_logprobs
-from pullback.backends.native import chunks, rows
+from pullback.backends.native import online
 from pullback.errors import ConfigError, ShapeError
 
 
@@ -185,16 +186,33 @@ def test_unit_gradient_of_confident_tokens(rest: float) -> None:
     assert ours_half <= theirs_half + 2**-7
 
 
-def test_subtracting_after_the_product_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_minus_p_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: 1 - p_t taken by subtraction loses the gradient of a confident token."""
+    result = online._State.result
 
-    def careless(p: Tensor, targets: Tensor, others: Tensor) -> Tensor:
-        return p.scatter_add_(-1, targets, torch.full_like(others, -1.0)[:, None])
+    def careless(self: Any, *call: Any) -> Any:
+        self._others = 1 - (self._chosen[:, 0] - self._lse).float().exp()
+        return result(self, *call)
 
-    monkeypatch.setattr(chunks, "nll_gradient_", careless)
+    monkeypatch.setattr(online._State, "result", careless)
     _, ours, _ = relative_errors(*confident_case(1e-6, torch.float32))
     assert ours > 1e-3
-    assert rows.nll_gradient_ is not careless
+
+
+def test_memory_of_the_frozen_path() -> None:
+    """Extra peak memory stays under 5 % of the fp32 logits, and grows with N only by the unit gradients."""
+    width, vocab = 64, 20_000
+    weight, peaks = torch.randn(vocab, width), []
+    for n in (1024, 2048):
+        hidden, targets = torch.randn(n, width, requires_grad=True), torch.randint(vocab, (n,))
+        with AllocationTracker() as tracker:
+            pull(selected_logprobs(hidden, Head(weight), targets, memory_budget=2**20).sum())
+        peaks.append(tracker.peak)
+        assert tracker.peak < 0.05 * n * vocab * 4
+    assert peaks[1] - peaks[0] < 8 * 1024 * width * 4
+    with AllocationTracker() as tracker:  # the tracker sees what the plain way holds
+        pull(torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None]).sum())
+    assert tracker.peak >= 2 * 2048 * vocab * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import VOCAB, accumulate, cut, distance, make_data, tiny_llama
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend, with_reference
-from pullback.backends.native import HFModel
-from pullback.errors import MissingReferenceError, UnsupportedError
+from pullback.backends.native import HFModel, hf
+from pullback.errors import LeakyModelError, MissingReferenceError, UnsupportedError
 from pullback.losses import DPO, GRPO, KL, Loss
 
 LENGTHS = [3, 6, 2, 5, 7, 1, 4, 4, 6, 2, 3, 5, 2, 7]
@@ -46,6 +49,56 @@ def test_running_positions_would_leak() -> None:
     leaking = model.trunk(input_ids=tokens, position_ids=torch.arange(8)[None], use_cache=False)[0][0, 4:]
     assert torch.allclose(packed, alone, atol=1e-6)
     assert not torch.allclose(leaking, alone, atol=1e-3)
+
+
+def test_lengths_rolled_by_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: attention over segments that are off by one token is found when the model is loaded."""
+    packed_inputs = hf.packed_inputs
+
+    @contextmanager
+    def rolled(positions: Tensor) -> Iterator[dict[str, Any]]:
+        with packed_inputs(positions) as extra:
+            first, *others, last = extra["segment_lengths"]
+            yield {"segment_lengths": [first + 1, *others, last - 1]}
+
+    model = tiny_llama()
+    assert TorchBackend(model).plan("cross_entropy", make_data(LENGTHS)).layout == "packed"
+    monkeypatch.setattr(hf, "packed_inputs", rolled)
+    assert TorchBackend(model).plan("cross_entropy", make_data(LENGTHS)).layout == "padded"
+    with pytest.raises(LeakyModelError, match="packed"):
+        TorchBackend(model, layout="packed")
+
+
+@pytest.mark.parametrize("window", [3, 100])
+def test_sliding_window_keeps_its_mask(window: int) -> None:
+    """A window shorter than a sequence is not lost by attending to segments."""
+    import transformers
+
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=window,
+    )
+    torch.manual_seed(0)
+    model = HFModel(transformers.MistralForCausalLM(config).double())
+    data = make_data(LENGTHS)
+    expected = accumulate(TorchBackend(model, layout="single"), DPO(), [data])
+    model.zero_grad()
+    packed = accumulate(TorchBackend(model, layout="packed"), DPO(), [data])
+    assert distance(packed, expected) < 1e-6
+    tokens = torch.arange(12)[None] % VOCAB
+    eager = transformers.MistralForCausalLM(config).double()
+    eager.load_state_dict(model.model.state_dict())
+    eager.set_attn_implementation("eager")
+    theirs = eager.model(input_ids=tokens)[0]
+    positions = torch.tensor([[*range(6), *range(6)]])
+    ours = model.hidden_states(tokens, positions)[:, :6]
+    assert torch.allclose(ours, eager.model(input_ids=tokens[:, :6])[0], atol=1e-6)
+    assert torch.allclose(model.hidden_states(tokens, torch.arange(12)[None]), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("lora", [None, 2])

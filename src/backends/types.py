@@ -186,15 +186,17 @@ class Plan:
     """What a backend would do with a loss and data; nothing has run.
 
     Attributes:
-        route: ``native`` (registered loss, streamed), ``single_pass`` (function of all log-probs, one forward) or
-            ``refuse``.
+        route: ``native`` (registered loss, streamed), ``single_pass`` (function of all log-probs, one forward),
+            ``two_passes`` (the same beyond the activation budget: some trunks run again) or ``refuse``.
         reason: why.
         micro_batches: datum indices of each forward.
         layout: ``packed``, ``padded`` or ``single``.
         tokens: tokens that go through the trunk, padding included.
         scored: positions that go through the head.
-        forward_flops, backward_flops: estimate, from the matrix products of the linear layers.
-        peak_bytes: estimate of the logits and gradients held at once, beside the weights.
+        recomputed: tokens whose trunk runs a second time.
+        forward_flops, backward_flops: estimate, from the matrix products; a second run counts as backward.
+        graph_bytes: estimate of what the graphs hold at most, from the micro-batch last measured.
+        peak_bytes: that, with what the head and the gradients need, beside the weights and the optimizer.
     """
 
     route: str
@@ -203,8 +205,10 @@ class Plan:
     layout: str = "padded"
     tokens: int = 0
     scored: int = 0
+    recomputed: int = 0
     forward_flops: float = 0.0
     backward_flops: float = 0.0
+    graph_bytes: float = 0.0
     peak_bytes: float = 0.0
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .adapter import Head
+from .online import Online, online_pass
 from .rows import Rows, entropy_gradient, nll_gradient_, row_pass_, to_product_
 
 __all__ = ["HeadPass", "LateGradients"]
 
+_ROWS, _NARROWEST = 2048, 64  # positions of one pass over the vocabulary; columns of a tile, at least
 _CACHE_BYTES = 2**21  # a block of rows that stays in a CPU's cache from the maximum to the last write
 Transform = Callable[[Tensor, Rows, slice], object]
 
@@ -39,7 +41,7 @@ class HeadPass:
         targets: int64 [N, K].
         temperature: divides the logits.
         entropy: whether it is computed.
-        rows: positions of one chunk.
+        numbers: logits held at once.
     """
 
     hidden: Tensor
@@ -47,7 +49,12 @@ class HeadPass:
     targets: Tensor
     temperature: float
     entropy: bool
-    rows: int
+    numbers: int
+
+    @property
+    def rows(self) -> int:
+        """Positions of a chunk with the whole vocabulary."""
+        return max(1, self.numbers // len(self.head.weight))
 
     @property
     def factor(self) -> float:
@@ -59,19 +66,23 @@ class HeadPass:
         """Dtype of everything but the matrix products: fp32, or fp64 for an fp64 head."""
         return torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
 
-    def score(self) -> tuple[Tensor, Tensor | None]:
-        """Return log-probs [N, K] and entropies [N]: 2 N H V FLOPs, one chunk of logits."""
-        found = [self._rows(z, at, None) for at, _, z in self._chunks()]
-        return _joined(found)
-
-    def unit(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return also ``d logprob_i / d hidden_i`` [N, H] (K = 1): 4 N H V FLOPs, [N, H] more memory."""
-        gradient = self.hidden.new_empty(self.hidden.shape, dtype=self.head.weight.dtype)
+    def score(self, unit: bool = False) -> Online:
+        """Return log-probs [N, K] and entropies [N]: 2 N H V FLOPs; with ``unit`` (K = 1) also [N, H] for 2 N H V more."""
+        weight, count = self.head.weight, len(self.hidden)
+        area = min(self.numbers, count * len(weight))
+        rows = max(1, min(count, _ROWS, area // _NARROWEST))
+        buffer = weight.new_empty(max(area, rows))
+        units = weight.new_empty(self.hidden.shape) if unit else None
         found = []
-        for at, _, z in self._chunks():
-            found.append(self._rows(z, at, self._nll(at)))
-            torch.mm(z, self.head.weight, out=gradient[at])
-        return *_joined(found), gradient.mul_(-self.factor)
+        for first in range(0, count, rows):
+            at = slice(first, min(first + rows, count))
+            h = self.hidden[at].to(weight.dtype)
+            one = online_pass(h, self.head, self.targets[at], self.temperature, self.entropy, unit, buffer)
+            if units is not None and one.unit is not None:
+                units[at] = one.unit
+            found.append(one._replace(unit=None))
+        entropies = torch.cat([f.entropy for f in found if f.entropy is not None]) if self.entropy else None
+        return Online(torch.cat([f.logprobs for f in found]), entropies, units)
 
     def known(self, cotangent: Callable[[Tensor, slice], Tensor], bias: bool) -> tuple[Tensor, LateGradients]:
         """Score and pull back chunk by chunk (K = 1): 6 N H V FLOPs.

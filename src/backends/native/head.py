@@ -15,7 +15,7 @@ from .head_autograd import KnownCotangent, LateCotangent, UnitGradient
 
 __all__ = ["head_logits", "logprob_surrogate", "selected_logprobs"]
 
-_CPU_BYTES, _GPU_BYTES = 24 * 2**20, 512 * 2**20
+_CPU_BYTES, _GPU_BYTES = 16 * 2**20, 512 * 2**20
 
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -93,7 +93,7 @@ def selected_logprobs(
         needed: bool [...]; positions that are scored. Others cost nothing, read 0.0 and have no gradient.
         temperature: divides the logits.
         entropy: also return the entropy of each position's distribution, nats; differentiable.
-        memory_budget: bytes of logits held at once; default 24 MiB on a CPU, 512 MiB on a GPU.
+        memory_budget: bytes of logits held at once; default 16 MiB on a CPU, 512 MiB on a GPU.
 
     Returns:
         Log-probs in nats, shape of ``targets``, fp32 (fp64 for an fp64 head); with ``entropy`` also [...].
@@ -106,11 +106,11 @@ def selected_logprobs(
     flat, chosen, shape = _flatten(hidden, head, targets, needed)
     head_pass = _prepare(flat, head, chosen, temperature, entropy, memory_budget)
     if torch.is_grad_enabled() and (head.trainable or (flat.requires_grad and chosen.shape[1] > 1)):
-        found = LateCotangent.apply(flat, head.weight, head.bias, head_pass)  # type: ignore[no-untyped-call]  # torch's
+        found = LateCotangent.apply(flat, head.weight, head.bias, head_pass)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and flat.requires_grad:
-        found = UnitGradient.apply(flat, head_pass)  # type: ignore[no-untyped-call]  # torch's
+        found = UnitGradient.apply(flat, head_pass)  # type: ignore[no-untyped-call]
     else:
-        found = head_pass.score()
+        found = head_pass.score()[:2]
     logprobs, entropies = _scatter(found[0], needed, (*shape, chosen.shape[1])), found[1]
     logprobs = logprobs.reshape(targets.shape)
     return (logprobs, _scatter(entropies, needed, shape)) if entropy else logprobs
@@ -150,7 +150,7 @@ def logprob_surrogate(
         raise ShapeError(f"targets must be [N], one per position, got {tuple(targets.shape)}")
     head_pass = _prepare(flat, head, chosen, temperature, False, memory_budget)
     given = cotangent if callable(cotangent) else lambda logprobs, at: cotangent[at]
-    surrogate, logprobs = KnownCotangent.apply(flat, head.weight, head.bias, head_pass, given)  # type: ignore[no-untyped-call]  # torch's
+    surrogate, logprobs = KnownCotangent.apply(flat, head.weight, head.bias, head_pass, given)  # type: ignore[no-untyped-call]
     return surrogate, logprobs
 
 
@@ -209,7 +209,7 @@ def _prepare(
         targets=chosen,
         temperature=temperature,
         entropy=entropy,
-        rows=max(1, memory_budget // (4 * len(weight))),
+        numbers=max(1, memory_budget // 4),
     )
 
 

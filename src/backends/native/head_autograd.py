@@ -23,7 +23,7 @@ class UnitGradient(torch.autograd.Function):
         """Score and form the unit gradient."""
         ctx.set_materialize_grads(False)
         with _plain(hidden):
-            logprobs, entropies, unit = head_pass.unit()
+            logprobs, entropies, unit = head_pass.score(unit=True)
         ctx.save_for_backward(unit, *([hidden] if head_pass.entropy else []))
         ctx.dtype, ctx.head_pass = hidden.dtype, _without_hidden(head_pass)
         return logprobs, entropies
@@ -53,7 +53,7 @@ class LateCotangent(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.head_pass = _without_hidden(head_pass)
         with _plain(hidden):
-            return head_pass.score()
+            return head_pass.score()[:2]
 
     @staticmethod
     @once_differentiable

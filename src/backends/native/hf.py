@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, UnsupportedError, require_extra
 from .adapter import Head
+from .attention import install, packed_inputs
 from .head import head_logits
 
 __all__ = ["HFModel", "load_pretrained"]
@@ -52,6 +53,7 @@ class HFModel(nn.Module):
                 "the adapter's target_modules"
             )
         self.eval()
+        self.attends_by_segment = install(causal)
         self._checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
         self._check_logits()
 
@@ -79,8 +81,12 @@ class HFModel(nn.Module):
         """Return the last hidden states, [R, L, H]."""
         packed = tokens.shape[0] == 1 and bool((positions[0, 1:] == 0).any())
         # transformers keeps packed sequences apart by their positions, but only without a cache.
-        hidden: Tensor = self.trunk(input_ids=tokens, position_ids=positions if packed else None, use_cache=False)[0]
-        return hidden
+        if not packed:
+            return cast(Tensor, self.trunk(input_ids=tokens, use_cache=False)[0])
+        segments: AbstractContextManager[dict[str, Any]]
+        segments = packed_inputs(positions) if self.attends_by_segment else nullcontext({})
+        with segments as extra:
+            return cast(Tensor, self.trunk(input_ids=tokens, position_ids=positions, use_cache=False, **extra)[0])
 
     def trunk(self, **inputs: Any) -> Any:
         """Call the model below its head."""

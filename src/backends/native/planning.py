@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from ..types import Plan
 from .adapter import Head
 from .batching import Layout, ScoreRequest, micro_batches, padded_tokens
 
-__all__ = ["Model", "choose_layout", "describe_model", "make_plan"]
+__all__ = ["Model", "Route", "choose_layout", "describe_model", "make_plan"]
 
 
 @final
@@ -27,6 +27,7 @@ class Model:
         pair_flops: FLOPs of attention per pair of tokens, all layers.
         frozen_head: True if the head has no gradient.
         item_bytes: bytes of a trainable parameter.
+        segments: packed sequences attend by themselves, not under a mask over all tokens.
     """
 
     trunk: int
@@ -36,6 +37,7 @@ class Model:
     pair_flops: float
     frozen_head: bool
     item_bytes: int
+    segments: bool
 
 
 def describe_model(module: nn.Module, head: Head, pair_flops: float) -> Model:
@@ -52,6 +54,7 @@ def describe_model(module: nn.Module, head: Head, pair_flops: float) -> Model:
         pair_flops=pair_flops,
         frozen_head=not head.weight.requires_grad,
         item_bytes=max((p.element_size() for p in trained), default=4),
+        segments=bool(getattr(module, "attends_by_segment", False)),
     )
 
 
@@ -64,46 +67,98 @@ def choose_layout(model: Model, allowed: Sequence[Layout], lengths: Sequence[int
 
     def cost(layout: Layout) -> float:
         batches = micro_batches(units, lengths, budget, layout)
-        return sum(_forward_flops(model, [lengths[i] for i in batch], layout, 0) for batch in batches)
+        return sum(sum(_trunk_flops(model, [lengths[i] for i in batch], layout)) for batch in batches)
 
     return min(ranked, key=cost)
 
 
+@final
+@dataclass(frozen=True)
+class Route:
+    """How a call will run.
+
+    Attributes:
+        name, reason: as in `Plan`.
+        keeps: all graphs wait for the loss (a function); else one micro-batch's at a time.
+        known: a trained head pulls back in the pass that scores.
+        budget: bytes for graphs.
+        bytes_per_token: of a graph.
+    """
+
+    name: str
+    reason: str
+    keeps: bool
+    known: bool
+    budget: float
+    bytes_per_token: float
+
+
 def make_plan(
-    model: Model, route: str, reason: str, layout: Layout, requests: Sequence[ScoreRequest], batches: list[list[int]]
+    model: Model, route: Route, layout: Layout, requests: Sequence[ScoreRequest], batches: list[list[int]]
 ) -> Plan:
     """Predict tokens, FLOPs and memory of a call from its micro-batches."""
-    lengths = [r.length for r in requests]
+    groups = [[requests[i].length for i in batch] for batch in batches]
     scored = [sum(int(requests[i].needed.sum()) for i in batch) for batch in batches]
-    groups = [[lengths[i] for i in batch] for batch in batches]
-    forward = sum(_forward_flops(model, g, layout, n) for g, n in zip(groups, scored, strict=True))
-    # A frozen matrix needs one product in the backward (for its input), a trained one two.
-    backward = forward if model.trained < model.trunk / 2 else 2 * forward
-    logits_at_once = sum(scored) if route == "single_pass" else max(scored, default=0)
+    sizes = [sum(group) * route.bytes_per_token for group in groups]
+    again = _recomputed(sizes, route.budget) if route.keeps else []
+    kept = sum(size for i, size in enumerate(sizes) if i not in again)
+    graphs = max([kept, *(sizes[i] for i in again)]) if route.keeps else max(sizes)
+    trunk = [_trunk_flops(model, group, layout) for group in groups]
+    head = 2.0 * model.hidden * model.vocab * sum(scored)
+    # A frozen matrix needs one product in the backward (for its input), a trained one two; fused attention five for two.
+    linear, attention = (1.0 if model.trained < model.trunk / 2 else 2.0), (2.5 if model.segments else 2.0)
+    backward = sum(linear * t.linear + attention * t.attention for t in trunk)
+    at_once = sum(scored) if route.keeps else max(scored)
+    found = f"; {len(again)} of {len(batches)} micro-batches run twice" if again else ""
     return Plan(
-        route=route,
-        reason=reason,
+        route="two_passes" if again else route.name,
+        reason=route.reason + found,
         micro_batches=batches,
         layout=layout,
-        tokens=sum(_tokens(g, layout) for g in groups),
+        tokens=sum(_tokens(group, layout) for group in groups),
         scored=sum(scored),
-        forward_flops=forward,
-        backward_flops=backward,
-        peak_bytes=8.0 * logits_at_once * model.vocab + float(model.trained * model.item_bytes),
+        recomputed=sum(sum(groups[i]) for i in again),
+        forward_flops=sum(map(sum, trunk)) + head,
+        backward_flops=backward + head * _head_products(model, route) + sum(sum(trunk[i]) for i in again),
+        graph_bytes=graphs,
+        peak_bytes=graphs + 4.0 * model.hidden * at_once + float(model.trained * model.item_bytes),
     )
+
+
+def _recomputed(sizes: Sequence[float], budget: float) -> list[int]:
+    """Return the micro-batches whose graphs do not fit, in the order in which they come."""
+    held, again = 0.0, []
+    for i, size in enumerate(sizes):
+        if held > 0 and held + size > budget:
+            again.append(i)
+        else:
+            held += size
+    return again
+
+
+def _head_products(model: Model, route: Route) -> float:
+    """Products of the head beside the scores: of its input; trained, of the weight; late, of the scores again."""
+    return 1.0 if model.frozen_head else 2.0 if route.known else 3.0
 
 
 def _tokens(lengths: Sequence[int], layout: Layout) -> int:
     return padded_tokens(lengths) if layout == "padded" else sum(lengths)
 
 
-def _forward_flops(model: Model, lengths: Sequence[int], layout: Layout, scored: int) -> float:
+class _Trunk(NamedTuple):
+    """FLOPs of a trunk's forward."""
+
+    linear: float
+    attention: float
+
+
+def _trunk_flops(model: Model, lengths: Sequence[int], layout: Layout) -> _Trunk:
     tokens = _tokens(lengths, layout)
     match layout:
-        case "packed":
+        case "packed" if not model.segments:
             pairs = float(tokens) ** 2
         case "padded":
             pairs = float(tokens) * max(lengths)
-        case "single":
+        case _:
             pairs = float(sum(n * n for n in lengths))
-    return 2.0 * model.trunk * tokens + model.pair_flops * pairs + 2.0 * model.hidden * model.vocab * scored
+    return _Trunk(2.0 * model.trunk * tokens, model.pair_flops * pairs)

@@ -9,9 +9,10 @@ from ...errors import MissingReferenceError
 from ...losses.base import Loss
 from ..protocol import CustomLoss
 from ..types import Plan
-from .batching import loss_units
+from .batching import Layout, loss_units
 from .engine import Engine, as_loss
-from .planning import make_plan
+from .gradient import streams_known
+from .planning import Route, make_plan
 
 __all__ = ["plan_call"]
 
@@ -30,16 +31,26 @@ def plan_call(
     if not isinstance(loss_fn, (str, Loss)):
         requests = engine.check(data)
         layout, batches = engine.split(requests, [[i] for i in range(len(data))])
-        reason = f"a function of all log-probs: one forward, its graphs kept; {_layout_words(engine)}"
-        return make_plan(engine.sizes, "single_pass", reason, layout, requests, batches)
+        words = f"a function of all log-probs: one forward, its graphs kept; {_layout_words(engine)}"
+        return make_plan(engine.sizes, _route(engine, "single_pass", words, layout, True), layout, requests, batches)
     loss = as_loss(loss_fn, None)
     missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
     if missing:
-        return make_plan(engine.sizes, "refuse", _missing_words(loss, missing, reference), "single", [], [])
+        return Plan("refuse", _missing_words(loss, missing, reference))
     requests = engine.check(data, loss, "trained")
-    layout, batches = engine.split(requests, loss_units(loss, data))
-    reason = f"{loss.name} is registered ({loss.gradient_kind} kind): streamed by micro-batch; {_layout_words(engine)}"
-    return make_plan(engine.sizes, "native", reason, layout, requests, batches)
+    layout, units = engine.split(requests, loss_units(loss, data))
+    batches = [forward for batch in units for forward in engine.forwards(requests, batch, layout)]
+    words = f"{loss.name} is registered ({loss.gradient_kind} kind): streamed by micro-batch; {_layout_words(engine)}"
+    known = streams_known(engine.model, loss, requests)
+    route = _route(engine, "native", words, layout, loss.gradient_kind == "batch", known)
+    return make_plan(engine.sizes, route, layout, requests, batches)
+
+
+def _route(engine: Engine, name: str, reason: str, layout: Layout, keeps: bool, known: bool = False) -> Route:
+    settings = engine.tape_settings(layout)
+    recomputes = settings.overflow == "recompute"
+    budget = settings.budget if recomputes else float("inf")
+    return Route(name, reason, keeps, known, budget, settings.meter.predict(1))
 
 
 def _layout_words(engine: Engine) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter import Head
 
-__all__ = ["Rows", "entropy_gradient", "nll_gradient_", "row_pass_", "to_product_"]
+__all__ = ["Rows", "entropy_gradient", "nll_gradient_", "row_pass_", "shape_logits_", "to_product_"]
 
 
 class Rows(NamedTuple):
@@ -41,7 +41,7 @@ def row_pass_(z: Tensor, targets: Tensor, head: Head, temperature: float, entrop
         temperature: divides the logits.
         entropy: compute it.
     """
-    slope = _shape_(z, head, temperature)
+    slope = shape_logits_(z, head, temperature)
     highest = z.amax(-1, keepdim=True)
     chosen = z.gather(-1, targets) - highest
     torch.softmax(z, -1, out=z)
@@ -55,8 +55,8 @@ def row_pass_(z: Tensor, targets: Tensor, head: Head, temperature: float, entrop
     return Rows(logprobs, others, torch.special.entr(z).sum(-1) if entropy else None, slope)
 
 
-def _shape_(z: Tensor, head: Head, temperature: float) -> Tensor | None:
-    """Make logits of products; return the slope of the soft cap."""
+def shape_logits_(z: Tensor, head: Head, temperature: float) -> Tensor | None:
+    """Make logits of products, in place; return the slope of the soft cap."""
     slope = None
     if head.scale != 1.0:
         z.mul_(head.scale)

@@ -1,0 +1,146 @@
+"""Scores and unit gradients by an online softmax over tiles of the vocabulary: each tile of W is read once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from .adapter import Head
+from .rows import shape_logits_
+
+__all__ = ["Online", "online_pass"]
+
+_CACHE_BYTES = 2**20  # a block of rows that stays in a CPU core's cache from the maximum to the last write
+
+
+class Online(NamedTuple):
+    """What one pass found for C positions.
+
+    Attributes:
+        logprobs: fp32 (fp64) [C, K].
+        entropy: [C], nats; None if it was not asked for.
+        unit: ``d logprob / d hidden`` [C, H] for K = 1; None if it was not asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    unit: Tensor | None
+
+
+def online_pass(
+    h: Tensor, head: Head, targets: Tensor, temperature: float, entropy: bool, unit: bool, buffer: Tensor
+) -> Online:
+    """Score C positions; with ``unit`` also ``(onehot - p) @ W``, at one more product.
+
+    Softmax and product of a tile are joined to those of the tiles before by their log-sum-exps (fp64). The target's own
+    entry is left out of the products and enters once, as ``(1 - p_t) W[t]`` with ``1 - p_t`` summed from the others:
+    ``W[t] - p @ W`` would cancel where the model is confident.
+
+    Args:
+        h: [C, H] in the dtype of the products, as ``head.weight``.
+        head: detached.
+        targets: int64 [C, K].
+        temperature: divides the logits.
+        entropy, unit: compute them.
+        buffer: scratch in the dtype of the products; as many columns of V go at once as fit into it C times.
+    """
+    state = _State(h, targets, unit)
+    vocab = len(head.weight)
+    width = max(1, min(vocab, buffer.numel() // len(h)))
+    for first in range(0, vocab, width):
+        tile = head._replace(
+            weight=head.weight[first : first + width],
+            bias=None if head.bias is None else head.bias[first : first + width],
+        )
+        z = buffer[: len(h) * len(tile.weight)].view(len(h), -1)
+        torch.mm(h, tile.weight.T, out=z)
+        state.add(z, tile, first, temperature, entropy)
+    return state.result(head, temperature, entropy)
+
+
+@final
+class _State:
+    """Running sums of all tiles so far, relative to their log-sum-exp."""
+
+    def __init__(self, h: Tensor, targets: Tensor, unit: bool) -> None:
+        self._targets = targets
+        self._exact = torch.float64 if h.dtype == torch.float64 else torch.float32
+        rows = len(h)
+        self._lse = h.new_full((rows,), -torch.inf, dtype=torch.float64)
+        self._others = h.new_zeros(rows, dtype=torch.float64)
+        self._mean_logit = h.new_zeros(rows, dtype=torch.float64)
+        self._chosen = h.new_zeros(targets.shape, dtype=self._exact)
+        self._slope = h.new_ones(rows, dtype=self._exact)
+        self._sum = h.new_zeros(h.shape, dtype=self._exact) if unit else None
+        self._product = torch.empty_like(h) if unit else None
+
+    def add(self, z: Tensor, tile: Head, first: int, temperature: float, entropy: bool) -> None:
+        """Join a tile of products, which are overwritten."""
+        tile_lse, inside, entropies = self._softmax_(z, tile, first, temperature, entropy)
+        lse = torch.logaddexp(self._lse, tile_lse)
+        before, now = (self._lse - lse).exp(), (tile_lse - lse).exp()
+        self._lse = lse
+        self._others.mul_(before).addcmul_(inside, now)
+        if entropies is not None:
+            self._mean_logit.mul_(before).addcmul_(tile_lse - entropies, now)
+        if self._sum is not None and self._product is not None:
+            torch.mm(z, tile.weight, out=self._product)
+            self._sum.mul_(before[:, None].to(self._exact)).addcmul_(
+                self._product.to(self._exact), now[:, None].to(self._exact)
+            )
+
+    def result(self, head: Head, temperature: float, entropy: bool) -> Online:
+        logprobs = self._chosen.double() - self._lse[:, None]
+        first = self._targets[:, :1]
+        sure = (self._targets == first) & (self._others < 0.5)[:, None]
+        precise = torch.log1p(-self._others.clamp(max=0.5))[:, None]
+        logprobs = torch.where(sure, precise, logprobs).to(self._exact)
+        unit = None
+        if self._sum is not None:
+            own = (self._others.to(self._exact) * self._slope)[:, None] * head.weight[first[:, 0]].to(self._exact)
+            unit = own.sub_(self._sum).mul_(head.scale / temperature)
+        return Online(logprobs, (self._lse - self._mean_logit).to(self._exact) if entropy else None, unit)
+
+    def _softmax_(
+        self, z: Tensor, tile: Head, first: int, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Turn a tile into its own softmax times the cap's slope, without the targets.
+
+        Returns:
+            The tile's log-sum-exp, its mass without the first target, and its entropy; each [C].
+        """
+        size = len(z) if z.is_cuda else max(1, _CACHE_BYTES // (z.shape[1] * self._exact.itemsize))
+        found = [
+            self._block_(z[at : at + size], slice(at, at + size), tile, first, temperature, entropy)
+            for at in range(0, len(z), size)
+        ]
+        lse, inside, entropies = (torch.cat([f[i] for f in found]) for i in range(3))
+        return lse, inside, entropies if entropy else None
+
+    def _block_(
+        self, block: Tensor, at: slice, tile: Head, first: int, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        p = block.to(self._exact)
+        slope = shape_logits_(p, tile, temperature)
+        targets = self._targets[at] - first
+        here = (targets >= 0) & (targets < p.shape[1])
+        column = targets.clamp(0, p.shape[1] - 1)
+        self._chosen[at] = torch.where(here, p.gather(-1, column), self._chosen[at])
+        highest = p.amax(-1)
+        torch.softmax(p, -1, out=p)
+        lse = highest.double() - p.amax(-1).double().log()
+        entropies = torch.special.entr(p).sum(-1, dtype=torch.float64) if entropy else lse
+        mass = torch.ones_like(lse)
+        rows = here[:, 0].nonzero()[:, 0]
+        if len(rows):
+            if slope is not None:
+                self._slope[at][rows] = slope[rows, column[rows, 0]]
+            p[rows, column[rows, 0]] = 0.0
+            mass[rows] = p[rows].sum(-1).double()
+        if slope is not None and self._sum is not None:
+            p.mul_(slope)
+        if p.dtype != block.dtype:
+            block.copy_(p)
+        return lse, mass, entropies
