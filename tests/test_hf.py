@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend, with_reference
-from pullback.backends.native import HFModel, hf
+from pullback.backends.native import HFModel, attention, hf
 from pullback.errors import LeakyModelError, MissingReferenceError, UnsupportedError
 from pullback.losses import DPO, GRPO, KL, Loss
 
@@ -53,7 +53,7 @@ def test_running_positions_would_leak() -> None:
 
 def test_lengths_rolled_by_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: attention over segments that are off by one token is found when the model is loaded."""
-    packed_inputs = hf.packed_inputs
+    packed_inputs = attention.packed_inputs
 
     @contextmanager
     def rolled(positions: Tensor) -> Iterator[dict[str, Any]]:

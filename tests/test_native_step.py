@@ -20,6 +20,7 @@ from pullback.errors import (
     ConfigError,
     DoubleNormalizationError,
     MixedDenominatorsError,
+    NonFiniteError,
     PrecedingOperationFailed,
     UnreadFailureError,
 )
@@ -177,6 +178,48 @@ def test_beyond_the_activation_budget(name: str, config: dict[str, Any], functio
     )
     assert single["graph_bytes:max"] <= held / 3
     assert single["recomputed_tokens:sum"] == 0
+
+
+def test_half_precision_accumulates_and_steps_in_fp32() -> None:
+    """bf16 weights: many micro-batches sum as one does, and a step below their resolution is not lost."""
+    data = make_data([6] * 64)
+    one, many = (TorchBackend(TinyLM(dtype=torch.bfloat16), layout="single", token_budget=b) for b in (4096, 6))
+    exact = TorchBackend(TinyLM(dtype=torch.float32))
+    for name, p in exact.model.named_parameters():
+        p.data.copy_(one.model.get_parameter(name))
+    for backend in (one, many, exact):
+        backend.forward_backward(data, "cross_entropy").result()
+    assert all(g.dtype == torch.float32 for g in many.gradients().values())
+    assert distance(many.gradients(), one.gradients()) < 5e-3
+    assert distance(many.gradients(), exact.gradients()) < 3e-2
+    params = AdamParams(learning_rate=1e-5)
+    before = weights_of(many)
+    for _ in range(400):
+        many.forward_backward(data[:1], "cross_entropy").result()
+        many.optim_step(params).result()
+    moved = {k: w.double() - before[k].double() for k, w in weights_of(many).items()}
+    assert max(float(m.abs().max()) for m in moved.values()) > 2e-3  # one step alone rounds to nothing
+
+
+def test_a_sum_that_overflows_is_refused() -> None:
+    """Two finite calls whose sum is not finite make no step, and nothing changes."""
+    backend = TorchBackend(TinyLM(dtype=torch.float32))
+    before = weights_of(backend)
+
+    def huge(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        return torch.cat(logprobs).sum() * 1e36, {}
+
+    calls = 0
+    while all(bool(torch.isfinite(g).all()) for g in backend.gradients().values()) and calls < 200:
+        backend.forward_backward_custom(DATA, huge).result()
+        calls += 1
+    assert 1 < calls < 200
+    with pytest.raises(NonFiniteError, match="the sum of calls"):
+        backend.optim_step(AdamParams()).result()
+    assert distance(weights_of(backend), before) == 0.0
+    backend.discard_gradients()
+    backend.forward_backward(DATA, "cross_entropy").result()
+    assert backend.optim_step(AdamParams()).result().stepped
 
 
 def test_registered_loss_skips_untrained_positions() -> None:

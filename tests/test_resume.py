@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,23 @@ from torch import nn
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend
 from pullback.backends.native import state
+from pullback.backends.native.optimizer import Optimizer
 from pullback.datums import ModelInput
 from pullback.errors import BackendError, CheckpointError
 from pullback.testing import TinyLM, verify_resume
 
 DATA = make_data([4, 6, 3, 5])
 PARAMS = AdamParams(learning_rate=1e-2, weight_decay=0.01)
-KINDS = ["full", "lora"]
+KINDS = ["full", "lora", "half"]
 
 
 def make(kind: str, folder: Path) -> TorchBackend:
-    model: nn.Module = TinyLM(dtype=torch.float32) if kind == "full" else tiny_llama(torch.float32, lora=2)
-    return TorchBackend(model, checkpoint_dir=folder)
+    models: dict[str, Callable[[], nn.Module]] = {
+        "full": lambda: TinyLM(dtype=torch.float32),
+        "lora": lambda: tiny_llama(torch.float32, lora=2),
+        "half": lambda: TinyLM(dtype=torch.bfloat16),
+    }
+    return TorchBackend(models[kind](), checkpoint_dir=folder)
 
 
 def until_saved(kind: str, folder: Path) -> TorchBackend:
@@ -82,7 +88,7 @@ def test_verify_resume(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         backend.optim_step(PARAMS).result()
 
     verify_resume(lambda: make(kind, tmp_path), step)
-    monkeypatch.setattr(state, "_restore_optimizer", lambda engine, saved: None)
+    monkeypatch.setattr(Optimizer, "restore", lambda self, saved: self.reset())
     with pytest.raises(AssertionError, match="not the uninterrupted"):
         verify_resume(lambda: make(kind, tmp_path), step)
 

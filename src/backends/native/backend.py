@@ -269,7 +269,7 @@ class TorchBackend:
         if self._operations.closed:
             return
         self._engine.window.clear()
-        self._engine.optimizer.state.clear()
+        self._engine.optimizer.reset()
         self._operations.close()
 
     def __enter__(self) -> Self:

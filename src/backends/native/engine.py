@@ -22,7 +22,7 @@ from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
 from .custom import custom_name
 from .gradient import Gradient, custom_gradient, registered_gradient
 from .memory import GraphMeter, available_bytes
-from .optimizer import adam_step, new_optimizer
+from .optimizer import Optimizer
 from .planning import choose_layout, describe_model
 from .probe import isolated_layouts, measure_graph, require_causal
 from .scoring import model_device, score, trainable
@@ -84,7 +84,7 @@ class Engine:
         self.meter = GraphMeter.of(model)
         measure_graph(self.model, self.vocab_size, self.layouts[0], self.meter)
         self.window = Window(self.parameters)
-        self.optimizer = new_optimizer(self.parameters)
+        self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(model_device(self.model)).manual_seed(seed)
         self.weights_version = 0
         self.operations = 0
@@ -176,7 +176,8 @@ class Engine:
             self.window.clear()
             words = "empty window: no token has a gradient, so no step was made"
             return OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
-        norm = adam_step(self.optimizer, self.parameters, params, divisor.value)
+        self.window.require_finite(lambda: "the sum of calls that are finite one by one")
+        norm = self.optimizer.step(params, divisor.value)
         self.window.clear()
         self.weights_version += 1
         metrics = {

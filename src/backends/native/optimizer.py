@@ -1,42 +1,100 @@
-"""One AdamW step with the hyperparameters of the call."""
+"""AdamW with the hyperparameters of each call; half-precision weights have fp32 masters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..types import AdamParams
 
-__all__ = ["adam_step", "new_optimizer"]
+__all__ = ["Optimizer"]
 
 
-def new_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; its hyperparameters come with each step."""
-    return torch.optim.AdamW(list(parameters.values()), lr=0.0)
+@final
+class Optimizer:
+    """``torch.optim.AdamW`` over the trainable parameters.
 
+    Gradients of half-precision parameters accumulate in fp32, and their steps are made on fp32 copies: a bf16 weight
+    cannot hold a change of less than one part in 256, so it would not move at all at a small learning rate.
 
-def adam_step(
-    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter], params: AdamParams, divisor: float
-) -> float:
-    """Divide the gradients, clip them, step; the semantics are those of ``torch.optim.AdamW``.
-
-    Returns:
-        The gradient norm after division and before clipping.
+    Args:
+        parameters: by name.
     """
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    if divisor != 1.0:
-        torch._foreach_div_(gradients, divisor)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if params.grad_clip_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(list(parameters.values()), params.grad_clip_norm, norm)
-    for group in optimizer.param_groups:
-        group |= {
-            "lr": params.learning_rate,
-            "betas": (params.beta1, params.beta2),
-            "eps": params.eps,
-            "weight_decay": params.weight_decay,
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, p in parameters.items():
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.grad_dtype = torch.float32
+                self._masters[name] = nn.Parameter(p.detach().float())
+        self._adamw = torch.optim.AdamW([self._stepped(name) for name in parameters], lr=0.0)
+
+    def step(self, params: AdamParams, divisor: float) -> float:
+        """Divide the gradients, clip them, step.
+
+        Returns:
+            The gradient norm after division and before clipping.
+        """
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if divisor != 1.0:
+            torch._foreach_div_(gradients, divisor)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for name, master in self._masters.items():
+            master.grad = self._parameters[name].grad
+        if params.grad_clip_norm > 0:
+            stepped = [self._stepped(name) for name in self._parameters]
+            torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
+        for group in self._adamw.param_groups:
+            group |= {
+                "lr": params.learning_rate,
+                "betas": (params.beta1, params.beta2),
+                "eps": params.eps,
+                "weight_decay": params.weight_decay,
+            }
+        self._adamw.step()
+        self._publish()
+        return float(norm)
+
+    def reset(self) -> None:
+        """Start cold from the present weights."""
+        self._adamw.state.clear()
+        for name, master in self._masters.items():
+            master.data.copy_(self._parameters[name].detach())
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return moments, step counts and masters by ``kind:parameter``."""
+        masters = {f"master:{name}": master.detach() for name, master in self._masters.items()}
+        moments = {
+            f"{kind}:{name}": torch.as_tensor(value)
+            for name in self._parameters
+            for kind, value in self._adamw.state.get(self._stepped(name), {}).items()
         }
-    optimizer.step()
-    return float(norm)
+        return masters | moments
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over what `to_tensors` returned."""
+        self.reset()
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            kind, name = key.split(":", 1)
+            by_name.setdefault(name, {})[kind] = value
+        for name, found in by_name.items():
+            stepped, master = self._stepped(name), found.pop("master", None)
+            if master is not None:
+                stepped.data.copy_(master)
+            if found:
+                # AdamW keeps its step count on the CPU and its moments beside the parameter.
+                self._adamw.state[stepped] = {k: v if k == "step" else v.to(stepped.device) for k, v in found.items()}
+
+    def _stepped(self, name: str) -> nn.Parameter:
+        return self._masters.get(name, self._parameters[name])
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, master in self._masters.items():
+            master.grad = None
+            self._parameters[name].copy_(master)

@@ -78,10 +78,10 @@ def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
         for name, tensor in weights.items():
             current[name].copy_(tensor)
     engine.window.clear()
-    engine.optimizer.state.clear()
+    engine.optimizer.reset()
     engine.weights_version = int(manifest["weights_version"])
     if everything:
-        _restore_optimizer(engine, extras["optimizer"])
+        engine.optimizer.restore(extras["optimizer"])
         engine.window.restore(manifest["window"], extras["window"])
         engine.operations = int(manifest["operations"])
         _restore_random(engine, extras["random"])
@@ -101,7 +101,7 @@ def _write(engine: Engine, folder: Path) -> None:
     window = {n: p.grad for n, p in engine.parameters.items() if p.grad is not None}
     files = {
         _weights_file(engine): _weights(engine),
-        "optimizer.safetensors": _optimizer_tensors(engine),
+        "optimizer.safetensors": engine.optimizer.to_tensors(),
         "window.safetensors": window,
         "random.safetensors": _random_tensors(engine),
     }
@@ -197,23 +197,6 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
     persistent = set(module.state_dict())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: t.detach() for name, t in tensors if name in persistent}
-
-
-def _optimizer_tensors(engine: Engine) -> dict[str, Tensor]:
-    state = engine.optimizer.state
-    return {
-        f"{key}:{name}": torch.as_tensor(value)
-        for name, p in engine.parameters.items()
-        for key, value in state.get(p, {}).items()
-    }
-
-
-def _restore_optimizer(engine: Engine, saved: Mapping[str, Tensor]) -> None:
-    for name, p in engine.parameters.items():
-        found = {k.split(":", 1)[0]: v for k, v in saved.items() if k.split(":", 1)[1] == name}
-        if found:
-            # AdamW keeps its step count on the CPU and its moments beside the parameter.
-            engine.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
 
 
 def _random_tensors(engine: Engine) -> dict[str, Tensor]:

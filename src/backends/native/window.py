@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -95,15 +96,18 @@ class Window:
                 p.grad = old if p.grad is None else old.add_(p.grad)
 
     def require_finite(self, blame: Callable[[], str]) -> None:
-        """Check the gradients that are being added.
+        """Check the gradients that are being added, or about to be stepped on.
 
         Raises:
             NonFiniteError: one is NaN or inf; names the first layer, and the datum that ``blame`` finds.
         """
-        for name, p in self.parameters.items():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+        found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if not found or bool(torch.isfinite(torch.nn.utils.get_total_norm(found.values(), math.inf))):
+            return
+        for name, gradient in found.items():
+            if not bool(torch.isfinite(gradient).all()):
                 raise NonFiniteError(
-                    f"the gradient of {name} is not finite; first caused by {blame()}; nothing was added to the window"
+                    f"the gradient of {name} is not finite; first caused by {blame()}; nothing has changed"
                 )
 
     def record(self, entry: LedgerEntry, fitting: str | None) -> None:
@@ -180,7 +184,7 @@ class Window:
         self.ledger = [LedgerEntry(**entry) for entry in saved["ledger"]]
         self.fitting = list(saved["fitting"])
         for name, gradient in gradients.items():
-            self.parameters[name].grad = gradient.to(self.parameters[name])
+            self.parameters[name].grad = gradient.to(self.parameters[name].device)
 
 
 def _calls(ledger: list[LedgerEntry]) -> str:
