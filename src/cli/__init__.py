@@ -1,4 +1,4 @@
-"""The command line: ``pullback demo | losses | explain``."""
+"""The command line: ``pullback demo | check | bench | losses | explain``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..datums import Datum, ModelInput
@@ -40,12 +41,43 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--out", default="demo-results", help="folder for the picture and the figures")
     demo.set_defaults(run=_demo)
+    _add_measurements(commands)
     losses = commands.add_parser("losses", help="list the registered losses")
     losses.set_defaults(run=_losses)
     explain = commands.add_parser("explain", help="print the datums of a JSON Lines file as tables")
     explain.add_argument("file", help='one {"model_input": [...], "loss_fn_inputs": {...}} per line')
     explain.set_defaults(run=_explain)
     return parser
+
+
+def _add_measurements(commands: Any) -> None:
+    models = "smollm2, tiny (a random Llama), or a folder that transformers can load"
+    check = commands.add_parser("check", help="does a model keep its promises?").add_subparsers(
+        required=True, metavar="what"
+    )
+    sampling = check.add_parser("sampling", help="sampler and trainer mean the same policy")
+    sampling.add_argument("--model", default="smollm2", help=models)
+    sampling.add_argument("--dtype", default="float32")
+    sampling.add_argument("--temperature", type=float, default=1.0)
+    sampling.add_argument("--tolerance", type=float, help="largest difference in nats")
+    sampling.set_defaults(run=_check_sampling)
+    bench = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="what")
+    numerics = bench.add_parser("numerics", help="log-probs against fp64, by dtype")
+    numerics.add_argument("--model", default="smollm2", help=models)
+    numerics.add_argument("--tokens", type=int, default=1024)
+    numerics.set_defaults(run=_bench_numerics)
+
+
+def _check_sampling(arguments: argparse.Namespace) -> int:
+    from .measure import check_sampling
+
+    return check_sampling(arguments)
+
+
+def _bench_numerics(arguments: argparse.Namespace) -> int:
+    from .measure import bench_numerics
+
+    return bench_numerics(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

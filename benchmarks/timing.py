@@ -1,0 +1,143 @@
+"""Interleaved timing, peak memory, and reports: a table for people, one JSON line at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Report", "Times", "environment", "interleave", "peak_bytes"]
+
+Work = Callable[[], object]
+
+
+@dataclass
+class Times:
+    """Seconds of every round, by name; rounds are paired: entry i of all names ran one after another."""
+
+    seconds: dict[str, list[float]]
+
+    def quantile(self, name: str, q: int) -> float:
+        """The 10 q-th percentile."""
+        found = self.seconds[name]
+        return statistics.quantiles(found, n=10)[q - 1] if len(found) > 1 else found[0]
+
+    def ratio(self, name: str, baseline: str) -> float:
+        """Median of the paired ratios."""
+        return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[baseline], strict=True))
+
+
+def interleave(works: Mapping[str, Work], rounds: int) -> Times:
+    """Time works in turn, round after round; one round before does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for round_ in range(rounds + 1):
+        for name, work in works.items():
+            taken = _seconds(work)
+            if round_:
+                times[name].append(taken)
+    return Times(times)
+
+
+def _seconds(work: Work) -> float:
+    _synchronize()
+    began = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - began
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(work: Work) -> int | None:
+    """Largest memory of a work beyond what was there before; None where the system does not say."""
+    gc.collect()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system, so that it counts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        work()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+def environment() -> dict[str, Any]:
+    """What was measured on, and with which versions."""
+    versions = {}
+    for name in ("pullback", "torch", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+@dataclass
+class Report:
+    """Collects cases, prints each as a table, and everything as one JSON line.
+
+    Args:
+        what: name of the benchmark.
+    """
+
+    what: str
+    cases: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        case: str,
+        times: Times,
+        baseline: str,
+        facts: Mapping[str, Any] | None = None,
+        peaks: Mapping[str, int | None] | None = None,
+    ) -> None:
+        """Print one case; ratios are against ``baseline``."""
+        facts = facts or {}
+        print(f"\n{case}  " + "  ".join(f"{k}={v}" for k, v in facts.items()))
+        print(f"  {'':34}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ratio':>8}{'peak MB':>10}")
+        rows = {}
+        for name in times.seconds:
+            low, middle, high = (1e3 * times.quantile(name, q) for q in (2, 5, 8))
+            peak = (peaks or {}).get(name)
+            ratio = times.ratio(name, baseline)
+            shown = "" if peak is None else f"{peak / 1e6:10.0f}"
+            print(f"  {name:34}{low:10.1f}{middle:10.1f}{high:10.1f}{ratio:8.2f}{shown:>10}")
+            rows[name] = {"p20": low, "p50": middle, "p80": high, "ratio": ratio, "peak_bytes": peak}
+        self.cases.append({"case": case, "baseline": baseline, **facts, "rows": rows})
+
+    def close(self) -> None:
+        """Print the JSON line."""
+        print(f"\nratios are medians of paired rounds; the first named row of ratio 1.00 is the baseline: {self.what}")
+        print(json.dumps({"benchmark": self.what, "environment": environment(), "cases": self.cases}))

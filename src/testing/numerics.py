@@ -1,0 +1,93 @@
+"""How far a model's log-probs are from fp64: per dtype, ours and the textbook's, on the same hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..backends.native.adapter import Head, ModelAdapter
+from ..backends.native.batching import request
+from ..backends.native.head import selected_logprobs
+from ..backends.native.scoring import needed_hidden, score
+from ..datums.types import Datum
+
+__all__ = ["NumericsRow", "head_numerics", "model_numerics"]
+
+
+@final
+@dataclass(frozen=True)
+class NumericsRow:
+    """Absolute differences of log-probs from fp64, nats.
+
+    Attributes:
+        what: e.g. ``head, bfloat16, selected_logprobs``.
+        largest, p99, mean: of the differences.
+    """
+
+    what: str
+    largest: float
+    p99: float
+    mean: float
+
+    @classmethod
+    def of(cls, what: str, found: Tensor, truth: Tensor) -> NumericsRow:
+        """Compare."""
+        difference = (found.double() - truth.double()).abs().flatten()
+        return cls(what, *(float(x) for x in (difference.max(), difference.quantile(0.99), difference.mean())))
+
+
+@torch.no_grad()
+def head_numerics(hidden: Tensor, head: Head, targets: Tensor, dtypes: Sequence[torch.dtype]) -> list[NumericsRow]:
+    """Compare `selected_logprobs` and plain ``log_softmax`` with fp64, in each dtype.
+
+    Hidden states and weight are rounded to the dtype first, so that the truth is that of the same numbers.
+
+    Args:
+        hidden: [N, H], of a real model.
+        head: its head.
+        targets: int64 [N].
+        dtypes: to compare.
+    """
+    rows = []
+    for dtype in dtypes:
+        h, own = hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
+        exact = own._replace(weight=own.weight.double())
+        truth = selected_logprobs(h.double(), exact, targets)
+        plain = torch.log_softmax((h @ own.weight.T).float() * head.scale, -1).gather(-1, targets[:, None])[:, 0]
+        name = str(dtype).removeprefix("torch.")
+        rows.append(NumericsRow.of(f"head, {name}, selected_logprobs", selected_logprobs(h, own, targets), truth))
+        rows.append(NumericsRow.of(f"head, {name}, log_softmax", plain, truth))
+    return rows
+
+
+@torch.no_grad()
+def model_numerics(exact: ModelAdapter, others: dict[str, Any], data: Sequence[Datum]) -> list[NumericsRow]:
+    """Compare whole models with one in fp64.
+
+    Args:
+        exact: the model in fp64.
+        others: name to the same model in another dtype, or a function that returns log-probs of all targets.
+        data: datums.
+    """
+    requests = [request(datum, only_trained=False) for datum in data]
+    truth = score(exact, requests, "single")
+    rows = []
+    for name, model in others.items():
+        found = (
+            model(requests)
+            if callable(model) and not isinstance(model, ModelAdapter)
+            else score(model, requests, "single")
+        )
+        rows.append(NumericsRow.of(name, found, truth))
+    return rows
+
+
+def hidden_of(model: ModelAdapter, data: Sequence[Datum]) -> tuple[Tensor, Tensor]:
+    """Return the hidden states and targets of all positions, [N, H] and [N]."""
+    requests = [request(datum, only_trained=False) for datum in data]
+    with torch.no_grad():
+        return needed_hidden(model, requests, "single"), torch.cat([r.targets for r in requests])
