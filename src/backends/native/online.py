@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Head
+from .fused import fused_rows, is_available
 from .rows import shape_logits_, sharpen_
 
 __all__ = ["Online", "online_pass"]
@@ -54,10 +55,16 @@ def online_pass(
             weight=head.weight[first : first + width],
             bias=None if head.bias is None else head.bias[first : first + width],
         )
-        z = buffer[: len(h) * len(tile.weight)].view(len(h), -1)
-        torch.mm(h, tile.weight.T, out=z)
+        z = _products(h, tile.weight, buffer[: len(h) * len(tile.weight)].view(len(h), -1))
         state.add(z, tile, first, temperature, entropy)
     return state.result(head, temperature, entropy)
+
+
+def _products(h: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    """Multiply into ``scratch``; on a GPU, half-precision products come in fp32 and nothing is rounded."""
+    if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(h, weight.T, out_dtype=torch.float32)
+    return torch.mm(h, weight.T, out=scratch)
 
 
 @final
@@ -86,7 +93,7 @@ class _State:
         if entropies is not None:
             self._mean_logit.mul_(before).addcmul_(tile_lse - entropies, now)
         if self._sum is not None and self._product is not None:
-            torch.mm(z, tile.weight, out=self._product)
+            torch.mm(z.to(tile.weight.dtype), tile.weight, out=self._product)
             self._sum.mul_(before[:, None].to(self._exact)).addcmul_(
                 self._product.to(self._exact), now[:, None].to(self._exact)
             )
@@ -111,6 +118,9 @@ class _State:
         Returns:
             The tile's log-sum-exp, its mass without the first target, and its entropy; each [C].
         """
+        plain = tile.bias is None and tile.softcap is None and not entropy and self._targets.shape[1] == 1
+        if plain and z.dtype == torch.float32 and is_available(z.device):
+            return (*self._fused_(z, first, tile.scale / temperature), None)
         size = len(z) if z.is_cuda else max(1, _CACHE_BYTES // (z.shape[1] * self._exact.itemsize))
         found = [
             self._block_(z[at : at + size], slice(at, at + size), tile, first, temperature, entropy)
@@ -118,6 +128,13 @@ class _State:
         ]
         lse, inside, entropies = (torch.cat([f[i] for f in found]) for i in range(3))
         return lse, inside, entropies if entropy else None
+
+    def _fused_(self, z: Tensor, first: int, factor: float) -> tuple[Tensor, Tensor]:
+        column = self._targets[:, 0] - first
+        column = torch.where((column >= 0) & (column < z.shape[1]), column, -1)
+        found = fused_rows(z, z, column, factor)
+        self._chosen[:, 0] += found.chosen  # 0 but in the target's tile
+        return found.lse, found.mass
 
     def _block_(
         self, block: Tensor, at: slice, tile: Head, first: int, temperature: float, entropy: bool
