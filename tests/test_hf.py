@@ -39,6 +39,22 @@ def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Los
         assert distance(found, expected) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_trunk(backend: str) -> None:
+    """A compiled trunk gives the same gradient, packed or alone, kept or run again; its parameters have their names."""
+    data = make_data(LENGTHS[:4])
+    plain = TorchBackend(tiny_llama(lora=2), layout="single")
+    expected = accumulate(plain, DPO(), [data])
+    model = tiny_llama(lora=2, compile=backend)
+    assert set(model.state_dict()) == set(plain.model.state_dict())
+    compiled = TorchBackend(model, layout="packed", token_budget=9, activation_budget=0)
+    assert distance(accumulate(compiled, DPO(), [data]), expected) < 1e-6
+    compiled.discard_gradients()
+    compiled.forward_backward_custom(data, DPO(aggregation="sum")).result()
+    assert distance({k: g / 2 for k, g in compiled.gradients().items()}, expected) < 1e-6
+
+
 def test_running_positions_would_leak() -> None:
     """Negative control: positions that run on let packed sequences see each other."""
     model = tiny_llama()

@@ -105,6 +105,7 @@ class TorchBackend:
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
         **options: Any,
     ) -> TorchBackend:
         """Load a transformers model (extra ``hf``).
@@ -116,6 +117,7 @@ class TorchBackend:
             dtype: of the base weights; LoRA adapters are always fp32.
             device: default: a GPU where there is one.
             gradient_checkpointing: recompute activations in the backward.
+            compile: a backend of ``torch.compile`` for the trunk, e.g. ``inductor``.
             options: of `TorchBackend`.
 
         Raises:
@@ -130,6 +132,7 @@ class TorchBackend:
             dtype=dtype,
             device=device,
             gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
         )
         return cls(model, **{"tokenizer": tokenizer, **options})
 

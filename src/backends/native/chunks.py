@@ -15,7 +15,7 @@ from .rows import Rows, entropy_gradient, nll_gradient_, row_pass_, sharpen_, to
 
 __all__ = ["HeadPass", "LateGradients"]
 
-_ROWS, _NARROWEST = 1024, 64  # positions of one pass over the vocabulary; columns of a tile, at least
+_ROWS, _GPU_ROWS, _NARROWEST = 1024, 4096, 64  # positions of one pass over the vocabulary; columns of a tile, at least
 _CACHE_BYTES = 2**21  # a block of rows that stays in a CPU's cache from the maximum to the last write
 Transform = Callable[[Tensor, Rows, slice], object]
 
@@ -70,14 +70,14 @@ class HeadPass:
         """Return log-probs [N, K] and entropies [N]: 2 N H V FLOPs; with ``unit`` (K = 1) also [N, H] for 2 N H V more."""
         weight, count = self.head.weight, len(self.hidden)
         area = min(self.numbers, count * len(weight))
-        rows = max(1, min(count, _ROWS, area // _NARROWEST))
-        buffer = weight.new_empty(max(area, rows))
+        rows = max(1, min(count, _GPU_ROWS if weight.is_cuda else _ROWS, area // _NARROWEST))
+        width = max(1, area // rows)
         units = weight.new_empty(self.hidden.shape) if unit else None
         found = []
         for first in range(0, count, rows):
             at = slice(first, min(first + rows, count))
             h = self.hidden[at].to(weight.dtype)
-            one = online_pass(h, self.head, self.targets[at], self.temperature, self.entropy, unit, buffer)
+            one = online_pass(h, self.head, self.targets[at], self.temperature, self.entropy, unit, width)
             if units is not None and one.unit is not None:
                 units[at] = one.unit
             found.append(one._replace(unit=None))

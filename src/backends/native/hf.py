@@ -28,13 +28,15 @@ class HFModel(nn.Module):
     Args:
         model: ``AutoModelForCausalLM`` or ``PeftModel``.
         gradient_checkpointing: recompute each layer's activations in the backward.
+        compile: a backend of ``torch.compile`` for the trunk, e.g. ``inductor``; packed sequences then attend under a mask,
+            since one compiled graph must serve all lengths. Sampling is not compiled.
 
     Raises:
         UnsupportedError: the model computes its logits in a way that is not hidden states times a head, adds an
             auxiliary loss, or has an adapter that is no LoRA of its layers.
     """
 
-    def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False, compile: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.is_lora = hasattr(model, "peft_config")
@@ -53,8 +55,12 @@ class HFModel(nn.Module):
                 "the adapter's target_modules"
             )
         self.eval()
-        self.attends_by_segment = install(causal)
+        self.attends_by_segment = compile is None and install(causal)
         self._checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
+        base: Any = getattr(causal, causal.base_model_prefix)
+        self._call: Any = (
+            base.forward if compile is None else torch.compile(base.forward, backend=compile, dynamic=True)
+        )
         self._check_logits()
 
     @property
@@ -82,19 +88,26 @@ class HFModel(nn.Module):
         packed = tokens.shape[0] == 1 and bool((positions[0, 1:] == 0).any())
         # transformers keeps packed sequences apart by their positions, but only without a cache.
         if not packed:
-            return cast(Tensor, self.trunk(input_ids=tokens, use_cache=False)[0])
+            return cast(Tensor, self._run(input_ids=tokens)[0])
         segments: AbstractContextManager[dict[str, Any]]
         segments = packed_inputs(positions) if self.attends_by_segment else nullcontext({})
         with segments as extra:
-            return cast(Tensor, self.trunk(input_ids=tokens, position_ids=positions, use_cache=False, **extra)[0])
+            return cast(Tensor, self._run(input_ids=tokens, position_ids=positions, **extra)[0])
 
     def trunk(self, **inputs: Any) -> Any:
-        """Call the model below its head."""
+        """Call the model below its head, as it is."""
+        self._switch_checkpointing()
+        return getattr(self._causal, self._causal.base_model_prefix)(**inputs)
+
+    def _run(self, **inputs: Any) -> Any:
+        self._switch_checkpointing()
+        return self._call(use_cache=False, **inputs)
+
+    def _switch_checkpointing(self) -> None:
         for layer in self._checkpointed:
             # A layer recomputes only in training mode, and then drops its cache: never while sampling. What lies
             # below it (dropout) stays in evaluation mode.
             layer.training = torch.is_grad_enabled()
-        return getattr(self._causal, self._causal.base_model_prefix)(**inputs)
 
     def head(self) -> Head:
         """Return the output projection with the scaling and capping that the config asks for."""
@@ -150,6 +163,7 @@ def load_pretrained(
     dtype: str | torch.dtype,
     device: str | torch.device | None,
     gradient_checkpointing: bool,
+    compile: str | None = None,
 ) -> tuple[HFModel, Any]:
     """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
@@ -163,7 +177,9 @@ def load_pretrained(
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
     if lora is not None:
         model = add_lora(model, lora)
-    return HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing), _tokenizer(transformers, path)
+    return HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile), _tokenizer(
+        transformers, path
+    )
 
 
 def add_lora(model: nn.Module, lora: Any) -> nn.Module:

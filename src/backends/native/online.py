@@ -31,7 +31,7 @@ class Online(NamedTuple):
 
 
 def online_pass(
-    h: Tensor, head: Head, targets: Tensor, temperature: float, entropy: bool, unit: bool, buffer: Tensor
+    h: Tensor, head: Head, targets: Tensor, temperature: float, entropy: bool, unit: bool, width: int
 ) -> Online:
     """Score C positions; with ``unit`` also ``(onehot - p) @ W``, at one more product.
 
@@ -45,26 +45,23 @@ def online_pass(
         targets: int64 [C, K].
         temperature: divides the logits.
         entropy, unit: compute them.
-        buffer: scratch in the dtype of the products; as many columns of V go at once as fit into it C times.
+        width: columns of V that go at once.
     """
     state = _State(h, targets, unit)
     vocab = len(head.weight)
-    width = max(1, min(vocab, buffer.numel() // len(h)))
+    exact = h.is_cuda and h.dtype in (torch.bfloat16, torch.float16)  # a GPU gives their products in fp32, unrounded
+    scratch = h.new_empty(0 if exact else len(h) * min(width, vocab))
     for first in range(0, vocab, width):
         tile = head._replace(
             weight=head.weight[first : first + width],
             bias=None if head.bias is None else head.bias[first : first + width],
         )
-        z = _products(h, tile.weight, buffer[: len(h) * len(tile.weight)].view(len(h), -1))
+        if exact:
+            z = torch.mm(h, tile.weight.T, out_dtype=torch.float32)
+        else:
+            z = torch.mm(h, tile.weight.T, out=scratch[: len(h) * len(tile.weight)].view(len(h), -1))
         state.add(z, tile, first, temperature, entropy)
     return state.result(head, temperature, entropy)
-
-
-def _products(h: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
-    """Multiply into ``scratch``; on a GPU, half-precision products come in fp32 and nothing is rounded."""
-    if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(h, weight.T, out_dtype=torch.float32)
-    return torch.mm(h, weight.T, out=scratch)
 
 
 @final
