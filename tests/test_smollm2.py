@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import flop_counter
+from torch import Tensor
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
 from pullback.backends.native.gguf import convert_gguf
 from pullback.cli.measure import texts
-from pullback.datums import ModelInput, preference_pair
+from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair
 from pullback.testing import head_numerics
 from pullback.testing.numerics import hidden_of
 
@@ -58,3 +61,38 @@ def test_half_precision_head_on_real_hidden_states() -> None:
         assert ours.mean < plain.mean
         assert ours.p99 <= plain.p99
         assert ours.largest <= 1.05 * plain.largest
+
+
+def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy as a user would write it."""
+    return -torch.cat(logprobs).sum(), {}
+
+
+@pytest.mark.parametrize(("lora", "whole", "half"), [(8, 1.0, 1.2), (None, 1.11, None)], ids=["LoRA", "full"])
+def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: float | None) -> None:
+    """FLOPs, counted: 1.00 with a frozen head, 1.11 with a trained one, 1.2 with half the activation budget."""
+    assert SPEC is not None
+    file = next(p for place in SPEC.submodule_search_locations or [] for p in Path(place).rglob("*.gguf"))
+    backend = TorchBackend.from_pretrained(file.parent, gguf_file=file.name, lora=lora, token_budget=48)
+    ids = torch.randint(1000, (4, 25), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [datum_from_tokens_weights(row, [1.0] * 25) for row in ids]
+
+    def flops(custom: bool) -> tuple[int, float]:
+        with flop_counter() as counter:
+            future = (
+                backend.forward_backward_custom(data, nll)
+                if custom
+                else backend.forward_backward(data, "cross_entropy")
+            )
+            held = future.result().metrics["graph_bytes:max"]
+        backend.discard_gradients()
+        return counter.get_total_flops(), held
+
+    built_in, _ = flops(custom=False)
+    own, held = flops(custom=True)
+    assert own == built_in if whole == 1.0 else built_in < own <= whole * built_in
+    if half is not None:
+        backend._engine.activation_budget = held / 2
+        again, reduced = flops(custom=True)
+        assert reduced <= held / 2
+        assert built_in < again <= half * built_in
