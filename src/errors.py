@@ -27,6 +27,7 @@ PullbackError
 |   |-- CheckpointError (OSError)       a checkpoint is missing, damaged or of another model
 |   |-- UnsupportedError                the backend lacks this ability
 |   `-- ClosedError                     used after close()
+|-- ServiceError (RuntimeError)         the service was asked for what it does not have
 `-- MissingExtraError (ImportError)     an optional dependency is not installed
 """
 
@@ -154,6 +155,10 @@ class UnsupportedError(BackendError):
 
 class ClosedError(BackendError):
     """The backend was used after ``close()``."""
+
+
+class ServiceError(PullbackError, RuntimeError):
+    """The service was asked for a model or request that it does not have, or for the same number twice."""
 
 
 class MissingExtraError(PullbackError, ImportError):

@@ -49,10 +49,10 @@ class HFModel(nn.Module):
                 "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model that a loss on log-probs "
                 "would drop; set it to False"
             )
-        if not isinstance(causal.get_output_embeddings(), nn.Linear):
+        output = causal.get_output_embeddings()
+        if not isinstance(output, nn.Linear) and not hasattr(output, "get_delta_weight"):
             raise UnsupportedError(
-                f"the head is a {type(causal.get_output_embeddings()).__name__}, not a linear layer; leave lm_head out of "
-                "the adapter's target_modules"
+                f"the head is a {type(output).__name__}, not a linear layer; leave lm_head out of the adapter's target_modules"
             )
         self.eval()
         self.attends_by_segment = compile is None and install(causal)
@@ -114,7 +114,25 @@ class HFModel(nn.Module):
         linear = self._causal.get_output_embeddings()
         scale = float(getattr(self.config, "logit_scale", None) or 1.0)
         scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
-        return Head(linear.weight, linear.bias, getattr(self.config, "final_logit_softcapping", None), scale)
+        weight, bias = self._output_weight(linear)
+        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None), scale)
+
+    @staticmethod
+    def _output_weight(linear: Any) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias; an adapter on the head is added to its weight, differentiably."""
+        if isinstance(linear, nn.Linear):
+            return linear.weight, linear.bias
+        base = linear.get_base_layer()
+        weight: Tensor = base.weight
+        if not linear.disable_adapters:
+            for name in linear.active_adapters:
+                weight = weight + linear.get_delta_weight(name).to(weight.dtype)
+        return weight, base.bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head, and so the log-probs, live."""
+        return cast(torch.device, self._causal.get_input_embeddings().weight.device)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

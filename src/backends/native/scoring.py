@@ -45,7 +45,8 @@ class Wanted:
 
 def model_device(model: ModelAdapter) -> torch.device:
     """Where the head, and so the log-probs, live."""
-    return model.head().weight.device
+    known = getattr(model, "device", None)  # a head may have to be computed
+    return known if isinstance(known, torch.device) else model.head().weight.device
 
 
 def needed_hidden(model: ModelAdapter, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:

@@ -1,0 +1,62 @@
+"""Running the service: in the foreground, or in a thread for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import ConfigError, ServiceError, require_extra
+from .app import build_app
+from .tenants import Tenants
+
+__all__ = ["serve_forever", "serving"]
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_START_SECONDS = 20.0
+
+
+def serve_forever(tenants: Tenants, host: str, port: int, keys: Sequence[str]) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        ConfigError: the address can be reached from elsewhere and there are no keys.
+    """
+    _server(tenants, host, port, keys).run()
+
+
+@contextmanager
+def serving(tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0) -> Iterator[str]:
+    """Serve on 127.0.0.1 in a thread; yield the base URL.
+
+    Raises:
+        ServiceError: the server did not come up.
+    """
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", port))
+        server = _server(tenants, "127.0.0.1", bound.getsockname()[1], keys)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise ServiceError("the server did not start")
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _server(tenants: Tenants, host: str, port: int, keys: Sequence[str]) -> Any:
+    if host not in _LOOPBACK and not keys:
+        raise ConfigError(
+            f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
+        )
+    uvicorn = require_extra("uvicorn", "serve", "pullback serve")
+    app = build_app(tenants, keys)
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))

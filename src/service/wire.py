@@ -1,0 +1,186 @@
+"""The Tinker protocol's protobuf messages, built at run time from one table, and tensors in and out of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..datums.types import Datum, ModelInput, TensorData
+from ..errors import DatumError, require_extra
+
+__all__ = ["decode_request", "encode_output", "encode_sample", "message"]
+
+# message: number name type label; label * repeated, ? explicit presence, | member of a oneof, map<key,value> as written
+_TABLE = """
+SparseCsr: 1 values bytes; 2 crow_indices bytes; 3 col_indices bytes
+Tensor: 1 dense bytes |encoding; 2 sparse_csr SparseCsr |encoding; 3 dtype enum; 4 shape int64 *
+BatchedTensor: 1 data bytes; 2 offsets bytes; 3 dtype enum; 4 trailing_shape int64 *
+ArrayRecord: 1 type_tag string; 2 fields map<BatchedTensor>; 3 num_datums int64
+ForwardBackwardOutput: 1 loss_fn_output_type string; 2 loss_fn_outputs ArrayRecord *; 3 metrics map<double>
+LossConfigValue: 1 number double |value; 2 text string |value
+EncodedText: 1 tokens bytes
+Image: 1 data bytes; 2 format string; 3 expected_tokens int32 ?
+Dmel: 1 dmel bytes
+Chunk: 1 encoded_text EncodedText |chunk; 2 image Image |chunk; 3 dmel Dmel |chunk
+Datum: 1 model_input Chunk *; 2 loss_fn_inputs map<Tensor>
+ForwardBackwardRequest: 1 model_id string; 2 seq_id int32; 3 data Datum *; 4 loss_fn string; 5 loss_fn_config map<double>; \
+6 forward_only bool; 7 loss_fn_config_v2 map<LossConfigValue>
+SampledSequence: 1 stop_reason enum; 2 tokens bytes; 3 logprobs bytes ?
+SampleResponse: 1 sequences SampledSequence *; 2 prompt_logprobs bytes ?; 4 prompt_cache_hit_tokens int32
+"""
+_SCALARS = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "enum": 5}  # an enum is an int32
+_DTYPES = {1: torch.float32, 2: torch.int64, 3: torch.int32, 4: torch.bfloat16}
+_NUMBERS = {torch.float32: 1, torch.int64: 2}
+_STOP_REASONS = {"stop": 0, "length": 1}
+
+
+def message(name: str) -> Any:
+    """Return a message class by name.
+
+    Raises:
+        MissingExtraError: protobuf is not installed.
+    """
+    return _messages()[name]
+
+
+def decode_request(body: bytes) -> tuple[Any, list[Datum], dict[str, Any]]:
+    """Read a ``ForwardBackwardRequest``: the message, its datums, and the loss's config.
+
+    Raises:
+        DatumError: it is no such message, or a datum holds what is no text.
+    """
+    request = message("ForwardBackwardRequest")()
+    try:
+        request.ParseFromString(body)
+    except Exception as error:  # protobuf's own DecodeError, wherever the installed version keeps it
+        raise DatumError(f"the body is no ForwardBackwardRequest: {error}") from error
+    config: dict[str, Any] = dict(request.loss_fn_config)
+    for key, value in request.loss_fn_config_v2.items():
+        config[key] = value.text if value.WhichOneof("value") == "text" else value.number
+    return request, [_datum(datum, i) for i, datum in enumerate(request.data)], config
+
+
+def encode_output(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[str, float]) -> bytes:
+    """Write a ``ForwardBackwardOutput``: one record, each field the arrays of all datums end to end."""
+    written = message("ForwardBackwardOutput")(loss_fn_output_type="ArrayRecord", metrics=metrics)
+    record = written.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(outputs))
+    for key in sorted({key for output in outputs for key in output}):
+        arrays = [output[key].to_torch() for output in outputs]
+        field, offset, offsets = record.fields[key], 0, [0]
+        for array in arrays:
+            offset += array.numel() * array.element_size()
+            offsets.append(offset)
+        field.data = b"".join(_bytes(array) for array in arrays)
+        field.offsets = _bytes(torch.tensor(offsets))
+        field.dtype = _NUMBERS[arrays[0].dtype]
+        field.trailing_shape.extend(arrays[0].shape[1:])
+    return bytes(written.SerializeToString())
+
+
+def encode_sample(
+    sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]], prompt_logprobs: Sequence[float] | None
+) -> bytes:
+    """Write a ``SampleResponse`` from (stop reason, tokens, log-probs); prompt log-probs NaN where not scored."""
+    written = message("SampleResponse")()
+    for reason, tokens, logprobs in sequences:
+        written.sequences.add(
+            stop_reason=_STOP_REASONS[reason],
+            tokens=_bytes(torch.tensor(tokens, dtype=torch.int32)),
+            logprobs=_bytes(torch.tensor(logprobs, dtype=torch.float32)),
+        )
+    if prompt_logprobs is not None:
+        written.prompt_logprobs = _bytes(torch.tensor(prompt_logprobs, dtype=torch.float32))
+    return bytes(written.SerializeToString())
+
+
+def _datum(datum: Any, index: int) -> Datum:
+    tokens = []
+    for chunk in datum.model_input:
+        kind = chunk.WhichOneof("chunk")
+        if kind != "encoded_text":
+            raise DatumError(f"datum {index}: model_input has a chunk of kind {kind}; only text can be scored here")
+        tokens.append(_array(chunk.encoded_text.tokens, torch.int32).long())
+    inputs = {}
+    for key, value in datum.loss_fn_inputs.items():
+        try:
+            inputs[key] = TensorData(_tensor(value))
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise DatumError(f"datum {index}: {key} cannot be read: {error}") from error
+    return Datum(ModelInput.from_ints(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)), inputs)
+
+
+def _tensor(value: Any) -> Tensor:
+    dtype, shape = _DTYPES[value.dtype], list(value.shape)
+    if value.WhichOneof("encoding") != "sparse_csr":
+        found = _array(value.dense, dtype)
+        return _widened(found.reshape(shape) if shape else found)
+    sparse = value.sparse_csr
+    crow, columns = (_array(part, torch.int64) for part in (sparse.crow_indices, sparse.col_indices))
+    dense = torch.zeros(shape, dtype=dtype)
+    rows = torch.repeat_interleave(torch.arange(shape[0]), crow.diff())
+    dense[rows, columns] = _array(sparse.values, dtype)
+    return _widened(dense)
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() else values.long()
+
+
+def _array(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return bytes(values.contiguous().numpy().tobytes())
+
+
+@functools.cache
+def _messages() -> dict[str, Any]:
+    require_extra("google.protobuf", "serve", "the service")
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="pullback_wire.proto", package="pullback_wire", syntax="proto3")
+    names = []
+    for line in _TABLE.strip().splitlines():
+        name, fields = line.split(": ", 1)
+        names.append(name)
+        one = file.message_type.add(name=name)
+        for field in fields.split("; "):
+            _add_field(one, *field.split(" "))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"pullback_wire.{name}")) for name in names
+    }
+
+
+def _add_field(one: Any, number: str, name: str, kind: str, label: str = "") -> None:
+    field = one.field.add(name=name, number=int(number), label=3 if label == "*" or kind.startswith("map") else 1)
+    if kind.startswith("map<"):
+        entry = one.nested_type.add(name="".join(part.title() for part in name.split("_")) + "Entry")
+        entry.options.map_entry = True
+        entry.field.add(name="key", number=1, label=1, type=9)
+        _set_type(entry.field.add(name="value", number=2, label=1), kind[4:-1])
+        field.type, field.type_name = 11, f".pullback_wire.{one.name}.{entry.name}"
+        return
+    _set_type(field, kind)
+    if label == "?":
+        field.proto3_optional = True
+    if label.startswith("|") or label == "?":
+        oneof = label[1:] if label.startswith("|") else f"_{name}"
+        known = [o.name for o in one.oneof_decl]
+        if oneof not in known:
+            one.oneof_decl.add(name=oneof)
+            known.append(oneof)
+        field.oneof_index = known.index(oneof)
+
+
+def _set_type(field: Any, kind: str) -> None:
+    if kind in _SCALARS:
+        field.type = _SCALARS[kind]
+    else:
+        field.type, field.type_name = 11, f".pullback_wire.{kind}"
