@@ -23,6 +23,7 @@ def main() -> None:
     one.add_argument("--heads", default="frozen,trained")
     one.set_defaults(run=head.run)
     two = commands.add_parser("step", help="a DPO and a GRPO step, against TRL's trainer")
+    two.add_argument("--rows", type=int, nargs="+", default=[4], help="sequences that TRL takes at once")
     two.set_defaults(run=step.run)
     three = commands.add_parser("custom", help="a custom function against the built-in loss")
     three.add_argument("--length", type=int, default=256)

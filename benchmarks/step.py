@@ -159,7 +159,7 @@ def run(arguments: Any) -> None:
     if importlib.util.find_spec("trl") is None:
         print("TRL is not installed (pip install trl): only our side is shown")
     else:
-        for rows in (arguments.sequences, 4):
+        for rows in arguments.rows:
             for name, work in trl_works(backend, data, rows).items():
                 theirs[f"{name}, {rows} rows at once"] = work
     report = Report("step")

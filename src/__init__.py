@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import backends, datums, errors, losses
-from .backends import AdamParams, SamplingParams, TorchBackend, with_reference
+from .backends import AdamParams, SamplingParams, TorchBackend, connect, with_reference
 from .datums import Datum, ModelInput, TensorData
 from .losses import TokenBatch, group_advantages, loss_names, preset, recipe, register
 
@@ -18,6 +18,7 @@ __all__ = [
     "TokenBatch",
     "TorchBackend",
     "backends",
+    "connect",
     "datums",
     "errors",
     "group_advantages",

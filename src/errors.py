@@ -26,6 +26,7 @@ PullbackError
 |   |-- MissingReferenceError           there is no reference model to ask
 |   |-- CheckpointError (OSError)       a checkpoint is missing, damaged or of another model
 |   |-- UnsupportedError                the backend lacks this ability
+|   |-- RemoteError                     a service failed an operation, or could not be reached
 |   `-- ClosedError                     used after close()
 |-- ServiceError (RuntimeError)         the service was asked for what it does not have
 `-- MissingExtraError (ImportError)     an optional dependency is not installed
@@ -151,6 +152,10 @@ class CheckpointError(BackendError, OSError):
 
 class UnsupportedError(BackendError):
     """The backend lacks this ability."""
+
+
+class RemoteError(BackendError):
+    """A service failed an operation, or could not be reached."""
 
 
 class ClosedError(BackendError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,3 +23,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("soak"):
                 item.add_marker(pytest.mark.skip(reason="a long proof: run it by `make soak`"))
+
+
+@pytest.fixture(scope="module")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from servers import tiny_tenants
+
+    return tiny_tenants(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def url(tenants: Any) -> Iterator[str]:
+    from servers import KEY
+
+    from pullback.service import serving
+
+    with serving(tenants, keys=[KEY]) as address:
+        yield address
+
+
+@pytest.fixture
+def service(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The official SDK's client."""
+    import tinker
+    from servers import KEY
+
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    with tinker.ServiceClient(base_url=url, api_key=KEY) as client:
+        yield client

@@ -283,3 +283,19 @@ def test_refusals() -> None:
         selected_logprobs(hidden, head, targets, temperature=0.0)
     with pytest.raises(ConfigError, match="memory_budget"):
         selected_logprobs(hidden, head, targets, memory_budget=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_position_at_all(trained: bool) -> None:
+    """Nothing needed: zeros, zero gradients, no error."""
+    hidden = torch.randn(3, 4, requires_grad=True)
+    head = Head(torch.randn(7, 4, requires_grad=trained), torch.randn(7))
+    targets, needed = torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.bool)
+    logprobs, entropy = selected_logprobs(hidden, head, targets, needed=needed, entropy=True)
+    assert logprobs.tolist() == entropy.tolist() == [0.0] * 3
+    (logprobs.sum() + entropy.sum()).backward()
+    assert hidden.grad is not None
+    assert not bool(hidden.grad.any())
+    total, found = logprob_surrogate(hidden[:0], head, targets[:0], torch.zeros(0))
+    assert (float(total.detach()), found.numel()) == (0.0, 0)
+    total.backward()

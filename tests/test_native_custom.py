@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, distance, make_data
+from helpers import VOCAB, distance, make_data, tiny_llama
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 
-from pullback.backends import TorchBackend
+from pullback.backends import AdamParams, TorchBackend
 from pullback.testing import TinyLM
 
 DATA = make_data([4, 6, 3, 5])
@@ -135,3 +135,14 @@ def test_beyond_the_activation_budget(name: str, config: dict[str, Any], functio
     )
     assert single["graph_bytes:max"] <= held / 3
     assert single["recomputed_tokens:sum"] == 0
+
+
+@pytest.mark.parametrize("model", [TinyLM, lambda: tiny_llama(lora=2)])
+def test_a_call_that_trains_nothing(model: Any) -> None:
+    """All weights zero: zero gradients by every road, and no step."""
+    for backend in (TorchBackend(model()), TorchBackend(model(), activation_budget=0)):
+        data = [d.with_inputs(weights=[0.0] * len(d.model_input)) for d in make_data([5, 4])]
+        backend.forward_backward(data, "cross_entropy").result()
+        backend.forward_backward_custom(data, lambda d, lp: ((lp[0] * 0.0).sum(), {})).result()
+        assert not any(bool(g.any()) for g in backend.gradients().values())
+        assert not backend.optim_step(AdamParams()).result().stepped

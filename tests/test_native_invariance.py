@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.native import window as window_module
+from pullback.backends.ledger import Ledger
 from pullback.errors import LeakyModelError
 from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, Loss
 from pullback.testing import FutureLeakLM, PackingLeakLM, RowLeakLM, TinyLM
@@ -54,17 +54,18 @@ def test_each_call_dividing_by_its_own_count_is_noticed(monkeypatch: pytest.Monk
     data, loss = make_data(LENGTHS), CrossEntropy("token_mean")
     calls = [data[:4], data[4:]]
     expected = accumulate(tiny_backend(), loss, [data])
-    record = window_module.Window.record
+    record = Ledger.record
+    backend = tiny_backend()
 
-    def divided_already(self: window_module.Window, entry: Any, fitting: str | None) -> None:
-        for p in self.parameters.values():
-            if p.grad is not None and len(self.ledger) == 0:
+    def divided_already(self: Ledger, entry: Any, fitting: str | None) -> None:
+        for p in backend.model.parameters():
+            if p.grad is not None and not self.entries:
                 p.grad.div_(entry.count)
         record(self, entry, fitting)
 
     assert distance(accumulate(tiny_backend(), loss, calls), expected) < 1e-12
-    monkeypatch.setattr(window_module.Window, "record", divided_already)
-    assert distance(accumulate(tiny_backend(), loss, calls), expected) > 1e-2
+    monkeypatch.setattr(Ledger, "record", divided_already)
+    assert distance(accumulate(backend, loss, calls), expected) > 1e-2
 
 
 def test_planted_leak_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "datums": {"errors", "losses"},
     "backends": {"errors", "losses", "datums"},
     "testing": {"errors", "losses", "datums", "backends"},
-    "cli": {"errors", "losses", "datums", "backends", "testing", "__version__"},
+    "service": {"errors", "losses", "datums", "backends"},
+    "cli": {"errors", "losses", "datums", "backends", "testing", "service", "__version__"},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,26 +10,22 @@ from typing import Any
 import pytest
 import tinker
 import torch
-from helpers import distance, make_data, tiny_llama
+from helpers import distance, make_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import SDK_WARNINGS, adapter, served, twin
 from torch import Tensor
 
-from pullback.backends import AdamParams, TorchBackend
+from pullback.backends import AdamParams
 from pullback.datums import to_tinker
 from pullback.errors import ConfigError, DatumError, ServiceError
-from pullback.service import Base, Tenants, serving
+from pullback.service import Tenants
 from pullback.service.operations import Operations
 from pullback.service.sequencer import Failure, Sequencer
 from pullback.service.serving import serve_forever
 from pullback.service.wire import decode_request, message
 
-# The SDK leaves its sockets to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-KEY = "tml-test"
+pytestmark = SDK_WARNINGS
 DATA = make_data([6, 5, 7, 4])
 FOR = {
     "cross_entropy": ("target_tokens", "weights"),
@@ -46,37 +41,8 @@ def wire_data(loss: str) -> list[tinker.Datum]:
     return to_tinker(kept)
 
 
-@pytest.fixture(scope="module")
-def tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
-    model: Any = tiny_llama(torch.float32).model
-    return Tenants(Base("tiny", model, None, {"token_budget": 64}), tmp_path_factory.mktemp("checkpoints"))
-
-
-@pytest.fixture(scope="module")
-def url(tenants: Tenants) -> Iterator[str]:
-    with serving(tenants, keys=[KEY]) as address:
-        yield address
-
-
-@pytest.fixture
-def service(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tinker.ServiceClient]:
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    with tinker.ServiceClient(base_url=url, api_key=KEY) as client:
-        yield client
-
-
 def trainer(service: tinker.ServiceClient, **options: Any) -> tinker.TrainingClient:
     return service.create_lora_training_client("tiny", **{"rank": 4, "seed": 3, **options}).result()
-
-
-def twin(tenants: Tenants, client: tinker.TrainingClient) -> TorchBackend:
-    """A native backend on a copy of the client's model."""
-    backend = tenants.backends[client.model_id]
-    return TorchBackend(copy.deepcopy(backend.model), token_budget=64)
-
-
-def served(tenants: Tenants, client: tinker.TrainingClient) -> TorchBackend:
-    return tenants.backends[client.model_id]
 
 
 @pytest.mark.parametrize("loss", FOR)
@@ -95,11 +61,7 @@ def test_the_sdk_trains_as_native_does(service: Any, tenants: Tenants, loss: str
         assert step.metrics["grad_norm"] == pytest.approx(
             native.optim_step(AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"], rel=1e-4
         )
-    found, wanted = (
-        {n: p.detach() for n, p in b.model.named_parameters() if p.requires_grad}
-        for b in (served(tenants, client), native)
-    )
-    assert distance(found, wanted) < 1e-5
+    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
 
 
 def test_custom_loss_of_the_client(service: Any, tenants: Tenants) -> None:
@@ -128,11 +90,7 @@ def test_save_and_restore(service: Any, tenants: Tenants) -> None:
     for one in (client, again):
         one.forward_backward(wire_data("cross_entropy"), "cross_entropy").result()
         one.optim_step(params).result()
-    weights = [
-        {n: p.detach() for n, p in served(tenants, c).model.named_parameters() if p.requires_grad}
-        for c in (client, again)
-    ]
-    assert distance(*weights) == 0.0
+    assert distance(*(adapter(served(tenants, c)) for c in (client, again))) == 0.0
     with pytest.raises(tinker.RequestFailedError, match="exists"):
         client.save_state("one").result()
     with pytest.raises(tinker.RequestFailedError, match="no checkpoint"):
@@ -174,11 +132,7 @@ def test_tenants_do_not_touch_each_other(service: Any, tenants: Tenants) -> None
         first.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
         second.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
         alone.optim_step(AdamParams(learning_rate=1e-2)).result()
-    found, wanted = (
-        {n: p.detach() for n, p in b.model.named_parameters() if p.requires_grad}
-        for b in (served(tenants, first), alone)
-    )
-    assert distance(found, wanted) < 1e-5
+    assert distance(adapter(served(tenants, first)), adapter(alone)) < 1e-5
     frozen = [
         {p.data_ptr() for p in served(tenants, c).model.parameters() if not p.requires_grad} for c in (first, second)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .futures import FinishedFuture, Future
 from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs, with_reference
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
+from .remote import RemoteBackend, connect
 from .types import (
     AdamParams,
     ForwardBackwardOutput,
@@ -29,12 +30,14 @@ __all__ = [
     "OptimStepOutput",
     "Plan",
     "ReferenceModel",
+    "RemoteBackend",
     "Rollout",
     "SamplingBackend",
     "SamplingParams",
     "SaveStateOutput",
     "TorchBackend",
     "TrainerBackend",
+    "connect",
     "logprob_surrogate",
     "selected_logprobs",
     "with_reference",

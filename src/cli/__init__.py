@@ -1,4 +1,4 @@
-"""The command line: ``pullback demo | check | bench | losses | explain``."""
+"""The command line: ``pullback demo | serve | check | bench | losses | explain``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..datums import Datum, ModelInput
 from ..errors import PullbackError
 from ..losses import loss_names, registry
 from ..losses.registry import config_keys
+from . import serve
 
 __all__ = ["main"]
 
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--out", default="demo-results", help="folder for the picture and the figures")
     demo.set_defaults(run=_demo)
+    serve.add_parser(commands)
     _add_measurements(commands)
     losses = commands.add_parser("losses", help="list the registered losses")
     losses.set_defaults(run=_losses)

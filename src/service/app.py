@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ..errors import PullbackError, require_extra
+from ..losses import loss_names
 from .operations import Operations
 from .sequencer import Failure, Sequencer
 from .tenants import Tenants
@@ -121,12 +122,17 @@ def build_app(tenants: Tenants, keys: Sequence[str] = (), poll_seconds: float = 
 
     limit = getattr(getattr(base.model, "config", None), "max_position_embeddings", None)
     models = [{"model_name": base.name, "max_context_length": limit, "trainable": True, "sampleable": True}]
+    capabilities = {"supported_models": models, "pullback": {"losses": loss_names()}}
     return Starlette(
         routes=[
             route("client/config", constant(_LIMITS)),
             route("client/dynamic_config", constant({})),
             route("healthz", constant({"status": "ok"}), "GET"),
-            route("get_server_capabilities", constant({"supported_models": models}), "GET"),
+            route(
+                "get_server_capabilities",
+                constant(capabilities),
+                "GET",
+            ),
             route("telemetry", constant({"status": "accepted"})),
             route("session_heartbeat", constant({"type": "session_heartbeat"})),
             route("create_session", create_session),

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ...datums.types import Datum, ModelInput
 from ...errors import MissingReferenceError
 from ...losses.base import Counts, Loss
+from ..arguments import as_loss
 from ..futures import FinishedFuture
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .batching import Layout
-from .engine import Engine, Positions, as_adapter, as_loss
+from .engine import Engine, Positions, as_adapter
 from .operations import Operations
 from .plans import plan_call
 from .reference import ReferenceView
@@ -91,7 +92,7 @@ class TorchBackend:
 
     def gradients(self, grad_accumulation_normalization: NormalizationMode = None) -> dict[str, Tensor]:
         """Return the window's gradient by parameter name, divided as ``optim_step`` would divide it (copies)."""
-        divisor = self._engine.window.divisor(grad_accumulation_normalization).value or 1.0
+        divisor = self._engine.window.ledger.divisor(grad_accumulation_normalization).value or 1.0
         found = {name: p.grad for name, p in self._engine.parameters.items()}
         return {name: gradient / divisor for name, gradient in found.items() if gradient is not None}
 

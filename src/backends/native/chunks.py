@@ -73,16 +73,18 @@ class HeadPass:
         rows = max(1, min(count, _GPU_ROWS if weight.is_cuda else _ROWS, area // _NARROWEST))
         width = max(1, area // rows)
         units = weight.new_empty(self.hidden.shape) if unit else None
-        found = []
+        logprobs = weight.new_empty(self.targets.shape, dtype=self.exact)
+        entropies = weight.new_empty(count, dtype=self.exact) if self.entropy else None
         for first in range(0, count, rows):
             at = slice(first, min(first + rows, count))
             h = self.hidden[at].to(weight.dtype)
             one = online_pass(h, self.head, self.targets[at], self.temperature, self.entropy, unit, width)
             if units is not None and one.unit is not None:
                 units[at] = one.unit
-            found.append(one._replace(unit=None))
-        entropies = torch.cat([f.entropy for f in found if f.entropy is not None]) if self.entropy else None
-        return Online(torch.cat([f.logprobs for f in found]), entropies, units)
+            logprobs[at] = one.logprobs
+            if entropies is not None and one.entropy is not None:
+                entropies[at] = one.entropy
+        return Online(logprobs, entropies, units)
 
     def known(self, cotangent: Callable[[Tensor, slice], Tensor], bias: bool) -> tuple[Tensor, LateGradients]:
         """Score and pull back chunk by chunk (K = 1): 6 N H V FLOPs.
@@ -92,12 +94,12 @@ class HeadPass:
             bias: return its gradient.
         """
         sums = _Sums(self, True, True, bias)
-        found = []
+        logprobs = self.hidden.new_empty(self.targets.shape, dtype=self.exact)
         for at, h, z in self._chunks(exact=True):
             rows = self._rows(z, at, self._nll(at))
-            found.append(rows)
+            logprobs[at] = rows.logprobs
             sums.add_scaled(at, h, z, -self.factor * cotangent(rows.logprobs[:, 0], at).to(self.exact))
-        return _joined(found)[0], sums.result()
+        return logprobs, sums.result()
 
     def late(
         self, cotangent: Tensor | None, of_entropy: Tensor | None, wanted: tuple[bool, bool, bool]
@@ -143,8 +145,9 @@ class HeadPass:
                 if exact.dtype != block.dtype:
                     block.copy_(exact)
             found.append(rows)
-        logprobs, entropies = _joined(found)
-        return Rows(logprobs, torch.cat([r.others for r in found]), entropies, None)
+        entropies = [r.entropy for r in found if r.entropy is not None]
+        logprobs, others = (torch.cat([getattr(r, name) for r in found]) for name in ("logprobs", "others"))
+        return Rows(logprobs, others, torch.cat(entropies) if entropies else None, None)
 
     def _nll(self, at: slice) -> Transform:
         return lambda p, rows, where: to_product_(nll_gradient_(p, self.targets[where], rows.others), rows.slope)
@@ -162,11 +165,6 @@ class HeadPass:
             to_product_(p, rows.slope)
 
         return transform
-
-
-def _joined(found: list[Rows]) -> tuple[Tensor, Tensor | None]:
-    entropies = [r.entropy for r in found if r.entropy is not None]
-    return torch.cat([r.logprobs for r in found]), torch.cat(entropies) if entropies else None
 
 
 class _Sums:

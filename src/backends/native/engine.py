@@ -14,12 +14,12 @@ from ...datums.validation import validate
 from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ...losses.metrics import wire_metrics
-from ...losses.registry import get_loss
+from ..arguments import as_loss
+from ..custom import custom_name
 from ..protocol import CustomLoss, NormalizationMode
-from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput, as_mapping
+from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput
 from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
-from .custom import custom_name
 from .gradient import Gradient, custom_gradient, registered_gradient
 from .memory import GraphMeter, available_bytes
 from .optimizer import Optimizer
@@ -29,7 +29,7 @@ from .scoring import model_device, score, trainable
 from .tape import Overflow, TapeSettings
 from .window import Window
 
-__all__ = ["Engine", "Positions", "as_adapter", "as_loss"]
+__all__ = ["Engine", "Positions", "as_adapter"]
 
 Positions = Literal["all", "trained"]
 _SHARE_OF_FREE = 0.5  # of free memory, for graphs; the rest is for the backward and for others
@@ -138,7 +138,7 @@ class Engine:
         self, data: Sequence[Datum], loss: Loss, counts: Counts | None, positions: Positions
     ) -> ForwardBackwardOutput:
         requests = self.check(data, loss, positions)
-        self.window.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
+        self.window.ledger.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
 
         def attempt() -> Gradient:
             layout, batches = self.split(requests, loss_units(loss, data))
@@ -156,7 +156,7 @@ class Engine:
                 f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {function!r}"
             )
         requests = self.check(data, None, positions)
-        self.window.admit(custom_name(function), "none")
+        self.window.ledger.admit(custom_name(function), "none")
 
         def attempt() -> Gradient:
             layout, batches = self.split(requests, [[i] for i in range(len(data))])
@@ -170,9 +170,9 @@ class Engine:
         if not isinstance(params, AdamParams):
             raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
         self.window.require_unspoiled()
-        divisor = self.window.divisor(mode)
-        ledger = tuple(self.window.ledger)
-        if self.window.tokens == 0 or divisor.value == 0:
+        divisor = self.window.ledger.divisor(mode)
+        ledger = tuple(self.window.ledger.entries)
+        if self.window.ledger.tokens == 0 or divisor.value == 0:
             self.window.clear()
             words = "empty window: no token has a gradient, so no step was made"
             return OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
@@ -220,7 +220,7 @@ class Engine:
 
     def _record(self, name: str, gradient: Gradient, fitting: str | None) -> None:
         self.operations += 1
-        self.window.record(
+        self.window.ledger.record(
             LedgerEntry(
                 operation=self.operations,
                 loss=name,
@@ -264,20 +264,6 @@ def _allowed(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Seq
             f"{', '.join(isolated)}; use one of these, or layout='auto'"
         )
     return (asked,)
-
-
-def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
-    if isinstance(given, str):
-        return get_loss(given, as_mapping(config))
-    if isinstance(given, Loss):
-        if config:
-            raise ConfigError(
-                f"{given.name} was given as an object and carries its own hyperparameters; drop {dict(config)}"
-            )
-        return given
-    raise LossTypeError(
-        f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
-    )
 
 
 def _output(

@@ -13,10 +13,10 @@ from ...datums.types import Datum
 from ...errors import NonFiniteError
 from ...losses.base import Counts, Loss, Part
 from ...losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
+from ..custom import call_custom, custom_cotangents, custom_name
 from ..protocol import CustomLoss
 from .adapter import ModelAdapter
 from .batching import ScoreRequest
-from .custom import call_custom, custom_cotangents, custom_name
 from .tape import Tape, TapeSettings
 
 __all__ = ["Gradient", "custom_gradient", "registered_gradient", "streams_known"]

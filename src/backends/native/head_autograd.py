@@ -92,7 +92,8 @@ class KnownCotangent(torch.autograd.Function):
         logprobs = logprobs[:, 0]
         ctx.save_for_backward(*_as_inputs(found, hidden, weight, bias))
         ctx.mark_non_differentiable(logprobs)
-        return (torch.cat(given).to(logprobs) * logprobs).sum(), logprobs
+        total = (torch.cat(given).to(logprobs) * logprobs).sum() if given else logprobs.sum()
+        return total, logprobs
 
     @staticmethod
     @once_differentiable

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from ...datums.types import Datum
 from ...errors import MissingReferenceError
 from ...losses.base import Loss
+from ..arguments import as_loss
 from ..protocol import CustomLoss
 from ..types import Plan
 from .batching import Layout, loss_units
-from .engine import Engine, as_loss
+from .engine import Engine
 from .gradient import streams_known
 from .planning import Route, make_plan
 

@@ -61,7 +61,7 @@ def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
         CheckpointError: missing, damaged, or of another model.
         BackendError: the window holds gradients of the present weights.
     """
-    if engine.window.ledger:
+    if engine.window.ledger.entries:
         raise BackendError(
             "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
         )
@@ -114,7 +114,7 @@ def _write(engine: Engine, folder: Path) -> None:
         "format": FORMAT,
         "weights_version": engine.weights_version,
         "operations": engine.operations,
-        "window": engine.window.to_json(),
+        "window": engine.window.ledger.to_json(),
         "frozen": frozen_fingerprint(engine.module),
         "files": {file: _digest(folder / file) for file in files},
     }

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import LossTypeError, NonFiniteError, NotDifferentiableError
-from ..protocol import CustomLoss
+from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
+from .protocol import CustomLoss
 
 __all__ = ["call_custom", "custom_cotangents", "custom_name"]
 

@@ -1,0 +1,136 @@
+"""The ledger of a gradient window: which operations it holds, and by what one number their sum is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+from ..errors import ConfigError, DoubleNormalizationError, MixedDenominatorsError
+from .protocol import NormalizationMode
+from .types import LedgerEntry
+
+__all__ = ["Divisor", "Ledger"]
+
+
+@final
+@dataclass(frozen=True)
+class Divisor:
+    """The one number a window's gradient is divided by, and in words why."""
+
+    value: float
+    words: str
+
+
+@final
+@dataclass
+class Ledger:
+    """The gradient operations since the last optimizer step.
+
+    Attributes:
+        entries: one per operation.
+        fitting: for each, the normalisation its loss declares (None: a mean; ``function``: unknown).
+    """
+
+    entries: list[LedgerEntry] = field(default_factory=list)
+    fitting: list[str | None] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with a non-zero cotangent."""
+        return sum(entry.tokens for entry in self.entries)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences with a non-zero cotangent."""
+        return sum(entry.sequences for entry in self.entries)
+
+    @property
+    def denominator(self) -> str | None:
+        """What the accumulated gradient waits to be divided by; None while the window is empty."""
+        return self.entries[0].denominator if self.entries else None
+
+    def admit(self, name: str, denominator: str) -> None:
+        """Check that a gradient with this denominator can join.
+
+        Raises:
+            MixedDenominatorsError: another denominator has been deferred already.
+        """
+        if self.denominator not in (None, denominator):
+            raise MixedDenominatorsError(
+                f"{name} is divided by {_words(denominator)}, but the window already holds gradients to be divided by "
+                f"{_words(self.denominator)} (from {self.entries[0].loss}): one division cannot serve both; "
+                "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
+            )
+
+    def record(self, entry: LedgerEntry, fitting: str | None) -> None:
+        """Note an operation whose gradient has been added."""
+        self.entries.append(entry)
+        self.fitting.append(fitting)
+
+    def divisor(self, mode: NormalizationMode) -> Divisor:
+        """Return what the gradient must be divided by.
+
+        Raises:
+            DoubleNormalizationError: a normalising mode on top of a mean loss.
+            ConfigError: the mode is unknown, or ``auto`` cannot be answered.
+        """
+        mode = self.resolve(mode)
+        if mode is None:
+            return self._deferred()
+        if mode not in ("num_loss_tokens", "num_sequences"):
+            raise ConfigError(
+                f"grad_accumulation_normalization must be None, 'auto', 'num_loss_tokens' or 'num_sequences', got {mode!r}"
+            )
+        means = [e.loss for e, fitting in zip(self.entries, self.fitting, strict=True) if fitting is None]
+        if means:
+            raise DoubleNormalizationError(
+                f"{means[0]} is already a mean; {mode!r} would divide a second time; leave "
+                "grad_accumulation_normalization unset, or give the loss aggregation='sum'"
+            )
+        count = self.tokens if mode == "num_loss_tokens" else self.sequences
+        return Divisor(float(count), f"{mode} over {_calls(self.entries)}")
+
+    def resolve(self, mode: NormalizationMode) -> NormalizationMode:
+        """Return the mode that ``auto`` stands for in this window, any other mode as it is.
+
+        Raises:
+            ConfigError: the losses do not say, or disagree.
+        """
+        if mode != "auto":
+            return mode
+        modes = set(self.fitting)
+        if "function" in modes:
+            raise ConfigError(
+                "'auto' needs registered losses: a function does not say whether it returns a sum or a mean; "
+                "name the mode, or None"
+            )
+        if len(modes) > 1:
+            raise ConfigError(
+                f"'auto' found losses of different normalisations in one window: {sorted(map(str, modes))}"
+            )
+        found = modes.pop() if modes else None
+        return found  # type: ignore[return-value]  # `function` was refused above
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for a checkpoint."""
+        return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.fitting)}
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Ledger:
+        """Read what `to_json` wrote."""
+        return cls([LedgerEntry(**entry) for entry in saved["ledger"]], list(saved["fitting"]))
+
+    def _deferred(self) -> Divisor:
+        if self.denominator in (None, "none"):
+            return Divisor(1.0, "nothing")
+        total = sum(entry.count for entry in self.entries)
+        return Divisor(total, f"{self.denominator} over {_calls(self.entries)}")
+
+
+def _calls(ledger: list[LedgerEntry]) -> str:
+    return f"{len(ledger)} call{'s' if len(ledger) != 1 else ''}"
+
+
+def _words(denominator: str | None) -> str:
+    return "nothing" if denominator in (None, "none") else f"the number of {denominator}"

@@ -1,0 +1,358 @@
+"""RemoteBackend: the protocol on a service that speaks the Tinker training API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from ...datums.convert import to_tinker
+from ...datums.types import Datum, ModelInput, TensorData
+from ...datums.validation import validate
+from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, UnreadFailureError, UnsupportedError
+from ...losses.base import Counts, Loss
+from ..arguments import as_loss
+from ..custom import custom_name
+from ..protocol import CustomLoss, NormalizationMode
+from ..types import (
+    AdamParams,
+    ForwardBackwardOutput,
+    OptimStepOutput,
+    Plan,
+    Rollout,
+    SamplingParams,
+    SaveStateOutput,
+)
+from .capabilities import Capabilities, named_data
+from .convert import adam_params, bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk
+from .futures import RemoteFuture
+from .local import Held, target_cotangents, with_cotangents
+from .reference import BaseView
+from .window import RemoteWindow
+
+__all__ = ["RemoteBackend"]
+
+T = TypeVar("T")
+Fetch = Callable[[float | None], T]
+
+
+@final
+class RemoteBackend:
+    """Trains a model at a Tinker-shaped service; the official SDK is the transport.
+
+    A loss that the service knows by name runs there. Every other loss, and every function, runs here on log-probs from
+    the service; its cotangent goes back as the weights of a cross-entropy.
+
+    Where the service adds gradients up and has no division, a mean is divided here: by the call's own count if it is the
+    only one of its window, by ``counts=`` if given, or at `optim_step` with ``defer_backward``.
+
+    Args:
+        service: ``tinker.ServiceClient``.
+        trainer: ``tinker.TrainingClient``.
+        base_model: name of the base there, for the reference.
+        capabilities: what the service does by itself; default: the plain protocol.
+        defer_backward: hold cotangents until `optim_step`: any split into calls, and every normalisation, as natively;
+            costs a second forward.
+        timeout: seconds that an operation which must wait for the service inside a call waits; None = for ever.
+    """
+
+    def __init__(
+        self,
+        service: Any,
+        trainer: Any,
+        *,
+        base_model: str,
+        capabilities: Capabilities | None = None,
+        defer_backward: bool = False,
+        timeout: float | None = None,
+    ) -> None:
+        self._service, self._trainer, self._base_model = service, trainer, base_model
+        self.capabilities = capabilities or Capabilities()
+        self._defer, self._timeout = defer_backward, timeout
+        self._window = RemoteWindow(self.capabilities, defer_backward)
+        self._futures: list[RemoteFuture[Any]] = []
+        self._sampler: Any = None
+        self._closed = False
+        self.weights_version = 0
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | Loss = "cross_entropy",
+        loss_fn_config: Mapping[str, Any] | None = None,
+    ) -> RemoteFuture[ForwardBackwardOutput]:
+        """Score all target tokens there, and evaluate the loss here; no gradient."""
+
+        def send() -> Fetch[ForwardBackwardOutput]:
+            loss = as_loss(loss_fn, loss_fn_config)
+            self._check(data, loss)
+            sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
+
+            def fetch(timeout: float | None) -> ForwardBackwardOutput:
+                logprobs = logprobs_of(sent.result(timeout=timeout))
+                return _output(logprobs, loss(data, logprobs)[1])
+
+            return fetch
+
+        return self._run("forward", send)
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | Loss,
+        loss_fn_config: Mapping[str, Any] | None = None,
+        *,
+        counts: Counts | None = None,
+    ) -> RemoteFuture[ForwardBackwardOutput]:
+        """Add the gradient of a registered loss to the window.
+
+        Args:
+            data: whole units (pairs, groups).
+            loss_fn: registered name, or a loss.
+            loss_fn_config: hyperparameters, with a name only.
+            counts: totals of the whole step by denominator: divide now.
+        """
+
+        def send() -> Fetch[ForwardBackwardOutput]:
+            loss = as_loss(loss_fn, loss_fn_config)
+            self._check(data, loss)
+            if not self._window.by_name(loss_fn, loss, counts):
+                return self._send_custom(data, loss, loss.name, counts)
+            self._window.admit_named(loss)
+            wire = to_tinker(named_data(data, loss, self.capabilities))
+            sent = self._trainer.forward_backward(wire, loss.name, dict(loss_fn_config or {}))
+            self._window.record_named(loss, data)
+            return lambda timeout: output_of(sent.result(timeout=timeout))
+
+        return self._run("forward_backward", send, gradient=True)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: CustomLoss
+    ) -> RemoteFuture[ForwardBackwardOutput]:
+        """Add the gradient of any function of the log-probs to the window."""
+
+        def send() -> Fetch[ForwardBackwardOutput]:
+            if not callable(loss_fn):
+                raise LossTypeError(
+                    f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {loss_fn!r}"
+                )
+            self._check(data, None)
+            return self._send_custom(data, loss_fn, custom_name(loss_fn), None)
+
+        return self._run("forward_backward_custom", send, gradient=True)
+
+    def optim_step(
+        self, params: AdamParams, grad_accumulation_normalization: NormalizationMode = None
+    ) -> RemoteFuture[OptimStepOutput]:
+        """Divide what is held, send it, and make one AdamW step.
+
+        Raises (by the future):
+            PrecedingOperationFailed: a gradient operation of this window failed and its error was not read.
+            UnsupportedError: the normalisation needs ``defer_backward``.
+            DoubleNormalizationError: a normalising mode on top of a mean loss.
+        """
+
+        def send() -> Fetch[OptimStepOutput]:
+            if not isinstance(params, AdamParams):
+                raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
+            self._window.require_unspoiled()
+            divisor, mode = self._window.division(grad_accumulation_normalization)
+            ledger = tuple(self._window.ledger.entries)
+            if self._window.ledger.tokens == 0 or divisor.value == 0:
+                self._window.clear()
+                words = "empty window: no token has a gradient, so no step was made"
+                return lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
+            self._send_held(divisor.value)
+            extra = {"grad_accumulation_normalization": mode or "none"} if self.capabilities.normalizes else {}
+            sent = self._trainer.optim_step(adam_params(params), **extra)
+            self._window.clear()
+            self._sampler = None
+            self.weights_version += 1
+
+            def fetch(timeout: float | None) -> OptimStepOutput:
+                metrics = {"learning_rate": params.learning_rate, **dict(sent.result(timeout=timeout).metrics or {})}
+                return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
+
+            return fetch
+
+        return self._run("optim_step", send)
+
+    def discard_gradients(self) -> None:
+        """Empty the window.
+
+        Raises:
+            UnsupportedError: gradients lie at the service, which cannot forget them; only held ones can be dropped.
+        """
+        if self._window.ledger.entries and not self._defer:
+            raise UnsupportedError(
+                "the service cannot forget gradients that it has; use defer_backward=True, or load the last checkpoint"
+            )
+        for future in self._window.futures:
+            future.exception()
+        self._window.clear()
+
+    def plan(self, loss_fn: str | Loss | CustomLoss, data: Sequence[Datum]) -> Plan:
+        """Say which way a loss would go, before any byte is sent."""
+        tokens = sum(len(datum.model_input) for datum in data)
+        cost: dict[str, Any] = {"tokens": tokens, "scored": tokens}
+        if isinstance(loss_fn, (str, Loss)):
+            loss = as_loss(loss_fn, None)
+            missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
+            if missing:
+                return Plan("refuse", f"{loss.name} needs {', '.join(missing)}, which the data lacks")
+            if self._window.by_name(loss_fn, loss, None):
+                return Plan("native", f"the service computes {loss.name} by name", **cost)
+        reason = "forward there, the loss here, its cotangent back as the weights of a cross-entropy"
+        return Plan("two_passes", reason, recomputed=tokens, **cost)
+
+    def reference(self) -> BaseView:
+        """Return a forward-only view of the base model, by the service's sampler."""
+        return BaseView(ready(self._service.create_sampling_client(base_model=self._base_model)))
+
+    def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> RemoteFuture[list[Rollout]]:
+        """Draw ``n`` completions of each prompt from the present weights."""
+
+        def send() -> Fetch[list[Rollout]]:
+            if self._sampler is None:
+                self._sampler = ready(self._trainer.save_weights_and_get_sampling_client())
+            given, version = sampling_params(params), self.weights_version
+            sent = [self._sampler.sample(sdk().ModelInput.from_ints(p.to_ints()), n, given) for p in prompts]
+            return lambda timeout: rollouts_of([one.result(timeout=timeout) for one in sent], params, version)
+
+        return self._run("sample", send)
+
+    def save_state(self, name: str, *, overwrite: bool = False) -> RemoteFuture[SaveStateOutput]:
+        """Write weights and optimizer at the service; the path is the service's URI."""
+
+        def send() -> Fetch[SaveStateOutput]:
+            sent = self._trainer.save_state(name, **({"overwrite": True} if overwrite else {}))
+            return lambda timeout: SaveStateOutput(sent.result(timeout=timeout).path)
+
+        return self._run("save_state", send)
+
+    def load_state(self, path: str) -> RemoteFuture[None]:
+        """Go on from a checkpoint's weights; the optimizer starts cold."""
+        return self._load("load_state", path, "create_training_client_from_state")
+
+    def load_state_with_optimizer(self, path: str) -> RemoteFuture[None]:
+        """Go on from a checkpoint, weights and optimizer."""
+        return self._load("load_state_with_optimizer", path, "create_training_client_from_state_with_optimizer")
+
+    def close(self) -> None:
+        """End the use of this backend; the service and its client stay.
+
+        Raises:
+            UnreadFailureError: an operation failed and nobody read its error.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._window.clear()
+        failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
+        if failed:
+            error = failed[0].exception()
+            raise UnreadFailureError(
+                f"{len(failed)} operation(s) failed and their futures were never read; the first: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.close()
+
+    def _run(self, operation: str, send: Callable[[], Fetch[T]], gradient: bool = False) -> RemoteFuture[T]:
+        """Send an operation; what is refused here comes through its future, as from everywhere else."""
+        if self._closed:
+            raise ClosedError(f"{operation} on a backend that has been closed")
+        try:
+            future = RemoteFuture(send(), operation)
+        except Exception as error:
+            future = RemoteFuture.failed(error, operation)
+        self._futures = [*(f for f in self._futures if not f.read), future]
+        if gradient:
+            self._window.futures.append(future)  # type: ignore[arg-type]  # a gradient operation's T is its output
+        return future
+
+    def _send_custom(
+        self, data: Sequence[Datum], loss: Loss | CustomLoss, name: str, counts: Counts | None
+    ) -> Fetch[ForwardBackwardOutput]:
+        self._window.admit_here(loss, name, counts)
+        if self._defer:
+            logprobs = logprobs_of(self._trainer.forward(to_tinker(bare(data)), "cross_entropy").result(self._timeout))
+            held = target_cotangents(loss, name, data, logprobs, counts)
+            self._window.record(held, deferred=True)
+            self._window.held.append(held)
+            return lambda _: _output(logprobs, held.metrics)
+        local = _Local(loss, name, data, counts)
+        sent = self._trainer.forward_backward_custom(to_tinker(bare(data)), local)
+        sent.result(timeout=self._timeout)
+        if local.error is not None:
+            self._window.own = None
+            raise local.error
+        assert local.held is not None
+        held, found = local.held, local.logprobs
+        self._window.record(held, deferred=False)
+        return lambda _: _output(found, held.metrics)
+
+    def _send_held(self, divisor: float) -> None:
+        """Send what was held, as one operation."""
+        weighted = [datum for held in self._window.held if held.tokens for datum in with_cotangents(held, divisor)]
+        if not weighted:
+            return
+        try:
+            self._trainer.forward_backward(to_tinker(weighted), "cross_entropy").result(timeout=self._timeout)
+        except Exception:
+            self._window.torn = "a step failed while its gradients were sent, so the service may hold a part of them"
+            raise
+
+    def _check(self, data: Sequence[Datum], loss: Loss | None) -> None:
+        if self._window.torn is not None:
+            raise BackendError(f"{self._window.torn}; load the last checkpoint")
+        validate(
+            data,
+            required=() if loss is None else ("target_tokens", *loss.required_inputs),
+            optional=() if loss is None else loss.optional_inputs,
+            vocab_size=None,
+            max_length=self.capabilities.max_length,
+            known_keys=loss is not None,
+            pairs=loss is not None and loss.gradient_kind == "pair",
+        )
+
+    def _load(self, operation: str, path: str, create: str) -> RemoteFuture[None]:
+        def send() -> Fetch[None]:
+            trainer = ready(getattr(self._service, create)(path))
+            self._trainer, self._sampler = trainer, None
+            self._window.clear()
+            self._window.torn = None
+            return lambda _: None
+
+        return self._run(operation, send)
+
+
+class _Local:
+    """The function that the SDK calls: it never raises, for then the SDK would refuse all later operations."""
+
+    def __init__(self, loss: Loss | CustomLoss, name: str, data: Sequence[Datum], counts: Counts | None) -> None:
+        self._loss, self._name, self._data, self._counts = loss, name, data, counts
+        self.error: Exception | None = None
+        self.held: Held | None = None
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, _: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        cotangents = [torch.zeros_like(x) for x in logprobs]
+        try:
+            self.logprobs = [x.detach().clone() for x in logprobs]
+            self.held = target_cotangents(self._loss, self._name, self._data, self.logprobs, self._counts)
+            cotangents = [c / (self.held.count or 1.0) for c in self.held.cotangents]
+        except Exception as error:
+            self.error = error
+        return torch.stack([(c * x).sum() for c, x in zip(cotangents, logprobs, strict=True)]).sum(), {}
+
+
+def _output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
+    return ForwardBackwardOutput([{"logprobs": TensorData(x)} for x in logprobs], metrics)

@@ -1,0 +1,77 @@
+"""What a service can do by itself; the rest is done here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, final
+
+import torch
+
+from ...datums.types import Datum, TensorData
+from ...errors import require_extra
+from ...losses.base import Loss
+
+__all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
+
+_logger = logging.getLogger(__name__)
+PROTOCOL_LOSSES: Final = frozenset({"cross_entropy", "importance_sampling", "ppo"})
+
+
+@final
+@dataclass(frozen=True)
+class Capabilities:
+    """What a service computes by name, and what its optimizer step can divide by.
+
+    Args:
+        losses: names of losses that it computes as this library defines them.
+        divides: it knows means: it divides the window once by their total count. Otherwise only sums go by name.
+        normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
+        weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
+        max_length: longest datum, tokens; None = not known.
+    """
+
+    losses: frozenset[str] = PROTOCOL_LOSSES
+    divides: bool = False
+    normalizes: bool = False
+    weighs: bool = False
+    max_length: int | None = None
+
+    def knows(self, loss: Loss) -> bool:
+        """Whether this loss, given by name, goes by name."""
+        return loss.name in self.losses and (self.divides or not loss.main_aggregation.is_mean)
+
+
+def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
+    """Ask a service what it can do beyond the plain protocol; one that does not answer can do nothing more.
+
+    The SDK's own types leave out what they do not know, so this one question is asked without it.
+    """
+    httpx = require_extra("httpx", "remote", "pullback.connect")
+    key = api_key or os.environ.get("TINKER_API_KEY", "")
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
+        said = answer.raise_for_status().json()
+    except (httpx.HTTPError, ValueError) as error:
+        _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
+        return Capabilities()
+    lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
+    found = Capabilities(max_length=next(iter(lengths), None))
+    ours = said.get("pullback")
+    return found if ours is None else replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True)
+
+
+def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:
+    """Return the datums with the inputs that a loss reads, and no others: the rest never leaves this machine."""
+    wanted: set[str] = {"target_tokens", *loss.required_inputs, *loss.optional_inputs}
+    found = []
+    for datum in data:
+        inputs = {k: v for k, v in datum.loss_fn_inputs.items() if k in wanted}
+        if "advantages" in inputs and "weights" in inputs and not capabilities.weighs:
+            # Exact: these losses are positively homogeneous in the advantage, and weights are not negative.
+            weights = inputs.pop("weights").to_torch()
+            inputs["advantages"] = TensorData((inputs["advantages"].to_torch() * weights).to(torch.float32))
+        found.append(Datum(datum.model_input, inputs))
+    return found

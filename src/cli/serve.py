@@ -1,0 +1,58 @@
+"""``pullback serve``: the Tinker protocol over a model on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ..backends.native.gguf import convert_gguf
+from ..errors import ConfigError, require_extra
+from ..service.serving import serve_forever
+from ..service.tenants import Base, Tenants
+from .demo.models import smollm2_file
+
+__all__ = ["add_parser", "load_base"]
+
+_KEYS = "PULLBACK_API_KEYS"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to a parser."""
+    serve = commands.add_parser("serve", help="serve a model to clients of the Tinker training API")
+    serve.add_argument("--model", default="smollm2", help="smollm2, or a folder that transformers can load")
+    serve.add_argument("--name", help="what clients call it (default: the model as given)")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8765)
+    serve.add_argument("--dtype", default="float32")
+    serve.add_argument("--device", default=None)
+    serve.add_argument("--checkpoints", default="checkpoints", help="folder (default: checkpoints)")
+    serve.add_argument("--token-budget", type=int, default=4096)
+    serve.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    keys = [key for key in os.environ.get(_KEYS, "").split(",") if key]
+    base = load_base(arguments)
+    print(f"{base.name} on http://{arguments.host}:{arguments.port}", "" if keys else f"(no keys: {_KEYS} is not set)")
+    serve_forever(Tenants(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys)
+    return 0
+
+
+def load_base(arguments: argparse.Namespace) -> Base:
+    """Load the frozen model that all clients' adapters share.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    transformers = require_extra("transformers", "hf", "pullback serve")
+    path = convert_gguf(*smollm2_file()) if arguments.model == "smollm2" else Path(arguments.model)
+    if not path.is_dir():
+        raise ConfigError(f"--model must be smollm2 or a folder, got {arguments.model!r}")
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    return Base(arguments.name or arguments.model, model, str(path), {"token_budget": arguments.token_budget})
