@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCAB, distance, make_data, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend
+from pullback.errors import BackendError
 from pullback.testing import TinyLM
 
 DATA = make_data([4, 6, 3, 5])
@@ -146,3 +149,40 @@ def test_a_call_that_trains_nothing(model: Any) -> None:
         backend.forward_backward_custom(data, lambda d, lp: ((lp[0] * 0.0).sum(), {})).result()
         assert not any(bool(g.any()) for g in backend.gradients().values())
         assert not backend.optim_step(AdamParams()).result().stepped
+
+
+@given(order=st.permutations(range(4)), first=st.sets(st.integers(0, 3)), second=st.sets(st.integers(0, 3)))
+def test_held_forwards_serve_any_later_call(order: list[int], first: set[int], second: set[int]) -> None:
+    """What was held before, in any parts, gives the gradient of an ordinary call at its FLOPs."""
+    data = make_data([5, 7, 3, 6])
+    plain, backend = TorchBackend(TinyLM(), layout="single"), TorchBackend(TinyLM(), layout="single")
+    with FlopCounterMode(display=False) as whole:
+        plain.forward_backward_custom(data, lambda d, lp: (torch.cat(lp).sum(), {})).result()
+    plain.discard_gradients()
+    expected = plain.forward_backward(data, "ppo").result()
+    with FlopCounterMode(display=False) as counter:
+        held = {}
+        for part in (first, second - first):
+            at = [i for i in order if i in part]
+            if at:
+                held[backend.hold([data[i] for i in at]).result()] = at
+        found = backend.pull(held, data, "ppo").result()
+    assert distance(backend.gradients(), plain.gradients()) < 1e-12
+    assert found.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"])
+    assert found.metrics["reused_tokens:sum"] + found.metrics["forward_tokens:sum"] == 21
+    assert counter.get_total_flops() == whole.get_total_flops()
+    for one in held:
+        with pytest.raises(BackendError, match="serves the datums"):
+            backend.pull({backend.hold(data[:1]).result(): [1]}, data, "ppo").result()
+        with pytest.raises(BackendError, match="pulled already"):
+            backend.pull({one: held[one]}, data, "ppo").result()
+
+
+def test_a_held_forward_does_not_outlive_its_weights() -> None:
+    """After a step it is refused."""
+    backend, data = TorchBackend(TinyLM()), make_data([5, 7])
+    held = backend.hold(data).result()
+    backend.forward_backward(data, "cross_entropy").result()
+    backend.optim_step(AdamParams()).result()
+    with pytest.raises(BackendError, match="changed since"):
+        backend.pull({held: [0, 1]}, data, "cross_entropy").result()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .adapter import Head, ModelAdapter
 from .backend import TorchBackend
 from .head import logprob_surrogate, selected_logprobs
+from .held import HeldForward
 from .hf import HFModel
 from .reference import ReferenceView, with_reference
 
 __all__ = [
     "HFModel",
     "Head",
+    "HeldForward",
     "ModelAdapter",
     "ReferenceView",
     "TorchBackend",

@@ -19,6 +19,7 @@ from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .batching import Layout
 from .engine import Engine, Positions, as_adapter
+from .held import HeldForward
 from .operations import Operations
 from .plans import plan_call
 from .reference import ReferenceView
@@ -189,6 +190,30 @@ class TorchBackend:
                 "forward_backward_custom", lambda: self._engine.registered(data, registered, None, positions), True
             )
         return self._run("forward_backward_custom", lambda: self._engine.custom(data, loss_fn, positions), True)
+
+    def hold(self, data: Sequence[Datum], *, budget: float | None = None) -> FinishedFuture[HeldForward]:
+        """Score all target tokens and keep the graphs, for a loss that is computed elsewhere.
+
+        Args:
+            data: datums; one without ``target_tokens`` is scored on its own next tokens.
+            budget: bytes that the graphs may hold; those beyond run again. Default: the activation budget.
+        """
+        return self._run("hold", lambda: self._engine.hold(data, budget))
+
+    def pull(
+        self, held: Mapping[HeldForward, Sequence[int]], data: Sequence[Datum], loss_fn: str | Loss
+    ) -> FinishedFuture[ForwardBackwardOutput]:
+        """Add the gradient of a registered loss on forwards that `hold` made; each serves once.
+
+        Args:
+            held: which datum of ``data`` each of a forward's is.
+            data: the datums, with the inputs of the loss; one that no forward holds is scored now.
+            loss_fn: registered name, or a loss.
+
+        Raises:
+            BackendError: the weights have changed since.
+        """
+        return self._run("pull", lambda: self._engine.pull(held, data, as_loss(loss_fn, None)), True)
 
     def optim_step(
         self, params: AdamParams, grad_accumulation_normalization: NormalizationMode = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, final
 
 import torch
@@ -21,12 +22,13 @@ from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOut
 from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
 from .gradient import Gradient, custom_gradient, registered_gradient
+from .held import HeldForward, held_gradient
 from .memory import GraphMeter, available_bytes
 from .optimizer import Optimizer
 from .planning import choose_layout, describe_model
 from .probe import isolated_layouts, measure_graph, require_causal
 from .scoring import model_device, score, trainable
-from .tape import Overflow, TapeSettings
+from .tape import Overflow, Tape, TapeSettings
 from .window import Window
 
 __all__ = ["Engine", "Positions", "as_adapter"]
@@ -164,6 +166,36 @@ class Engine:
 
         gradient = self._add(attempt, requests)
         self._record(custom_name(function), gradient, "function")
+        return _output(requests, gradient.logprobs, gradient.metrics)
+
+    def hold(self, data: Sequence[Datum], budget: float | None = None) -> HeldForward:
+        """Score all positions and keep the graphs; one beyond ``budget`` bytes will run again."""
+        requests = self.check(data, None)
+        layout, batches = self.split(requests, [[i] for i in range(len(data))])
+        settings = self.tape_settings(layout)
+        tape = Tape(self.model, settings if budget is None else replace(settings, budget=budget))
+        for batch in batches:
+            tape.add(batch, [requests[i] for i in batch])
+        scored = tape.logprobs()
+        return HeldForward(requests, tape, [scored[i].cpu() for i in range(len(data))], self.weights_version)
+
+    def pull(
+        self, held: Mapping[HeldForward, Sequence[int]], data: Sequence[Datum], loss: Loss
+    ) -> ForwardBackwardOutput:
+        """Add the gradient of a loss on forwards that were held; datums without one are scored now."""
+        requests = self.check(data, loss)
+        if any(one.weights_version != self.weights_version or one.spent for one in held):
+            raise BackendError("this held forward was pulled already, or the weights have changed since; hold it again")
+        for one, at in held.items():
+            one.require_same([requests[i] for i in at])
+        self.window.ledger.admit(loss.name, loss.main_aggregation.denominator)
+        covered = {i for at in held.values() for i in at}
+        rest = [i for i in range(len(data)) if i not in covered]
+        with self.window.adding(), torch.enable_grad():
+            fresh = {self.hold([data[i] for i in rest]): rest} if rest else {}
+            gradient = held_gradient(loss, data, {**held, **fresh}, sum(one.tokens for one in held))
+            self.window.require_finite(lambda: self._blame(requests))
+        self._record(loss.name, gradient, loss.normalization)
         return _output(requests, gradient.logprobs, gradient.metrics)
 
     def step(self, params: AdamParams, mode: NormalizationMode) -> OptimStepOutput:

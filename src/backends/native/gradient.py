@@ -19,7 +19,17 @@ from .adapter import ModelAdapter
 from .batching import ScoreRequest
 from .tape import Tape, TapeSettings
 
-__all__ = ["Gradient", "custom_gradient", "registered_gradient", "streams_known"]
+__all__ = [
+    "Done",
+    "Gradient",
+    "custom_gradient",
+    "evaluate",
+    "registered_gradient",
+    "require_finite_cotangents",
+    "require_finite_logprobs",
+    "streams_known",
+    "summary",
+]
 
 
 @final
@@ -42,7 +52,7 @@ class Gradient:
     count: float
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
     """One batch of whole units (or all, for a function) after its loss: cotangents by datum."""
 
     cotangents: Mapping[int, Tensor]
@@ -50,7 +60,7 @@ class _Done(NamedTuple):
     metrics: Mapping[str, Metric]
 
 
-Evaluate = Callable[[Mapping[int, Tensor]], _Done]
+Evaluate = Callable[[Mapping[int, Tensor]], Done]
 
 
 def streams_known(model: ModelAdapter, loss: Loss, requests: Sequence[ScoreRequest]) -> bool:
@@ -70,31 +80,31 @@ def registered_gradient(
 ) -> Gradient:
     """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next."""
 
-    def evaluate(logprobs: Mapping[int, Tensor]) -> _Done:
-        return _evaluate(loss, {i: data[i] for i in logprobs}, logprobs, counts)
+    def done_with(logprobs: Mapping[int, Tensor]) -> Done:
+        return evaluate(loss, {i: data[i] for i in logprobs}, logprobs, counts)
 
     known = streams_known(model, loss, requests)
     logprobs: dict[int, Tensor] = {}
-    done: list[_Done] = []
+    done: list[Done] = []
     for forwards in batches:
         tape = Tape(model, settings)
         at_once = known and len(forwards) == 1  # a group cut in two knows its coefficients only at the end
         if at_once:
             chosen = [requests[i] for i in forwards[0]]
             constant = loss.gradient_kind == "constant"
-            scored = tape.pull_known(forwards[0], chosen, lambda found: evaluate(found).cotangents, constant)
+            scored = tape.pull_known(forwards[0], chosen, lambda found: done_with(found).cotangents, constant)
         else:
             for batch in forwards:
                 tape.add(batch, [requests[i] for i in batch])
             scored = tape.logprobs()
-        _require_finite_logprobs(scored, requests)
-        result = evaluate(scored)
-        _require_finite_cotangents(result.cotangents, requests, loss.name)
+        require_finite_logprobs(scored, requests)
+        result = done_with(scored)
+        require_finite_cotangents(result.cotangents, requests, loss.name)
         if not at_once:
             tape.backward(result.cotangents)
         done.append(result._replace(metrics={**result.metrics, **tape.metrics()}))
         logprobs |= {i: x.cpu() for i, x in scored.items()}
-    return _summary(done, [logprobs[i] for i in range(len(data))])
+    return summary(done, [logprobs[i] for i in range(len(data))])
 
 
 def custom_gradient(
@@ -113,15 +123,16 @@ def custom_gradient(
     leaves = [scored[i].cpu().clone().requires_grad_() for i in range(len(data))]
     loss, metrics = call_custom(function, data, leaves)
     cotangents = dict(enumerate(custom_cotangents(function, loss, leaves)))
-    _require_finite_cotangents(cotangents, requests, custom_name(function))
+    require_finite_cotangents(cotangents, requests, custom_name(function))
     tape.backward(cotangents)
     part = Part("loss", loss.detach(), "none", 1.0)
     own = {"loss": total(float(loss.detach())), **tape.metrics()}
-    summary = _summary([_Done(cotangents, part, own)], [x.detach() for x in leaves])
-    return Gradient(summary.logprobs, {**summary.metrics, **metrics}, summary.tokens, summary.sequences, "none", 1.0)
+    found = summary([Done(cotangents, part, own)], [x.detach() for x in leaves])
+    return Gradient(found.logprobs, {**found.metrics, **metrics}, found.tokens, found.sequences, "none", 1.0)
 
 
-def _evaluate(loss: Loss, data: Mapping[int, Datum], logprobs: Mapping[int, Tensor], counts: Counts | None) -> _Done:
+def evaluate(loss: Loss, data: Mapping[int, Datum], logprobs: Mapping[int, Tensor], counts: Counts | None) -> Done:
+    """Evaluate a loss on detached leaves; return dL/dlogprob of every datum."""
     order = sorted(data)  # neighbours stay neighbours
     leaf = torch.cat([logprobs[i] for i in order]).requires_grad_()
     sizes = [len(logprobs[i]) for i in order]
@@ -129,10 +140,11 @@ def _evaluate(loss: Loss, data: Mapping[int, Datum], logprobs: Mapping[int, Tens
         output = loss.evaluate(loss.batch([data[i] for i in order], torch.split(leaf, sizes)), counts)
         part = output.deferred() if counts is None else Part("loss", output.loss, "none", 1.0)
         (cotangent,) = torch.autograd.grad(part.numerator, leaf)
-    return _Done(dict(zip(order, torch.split(cotangent, sizes), strict=True)), part, output.metrics)
+    return Done(dict(zip(order, torch.split(cotangent, sizes), strict=True)), part, output.metrics)
 
 
-def _summary(done: Sequence[_Done], logprobs: list[Tensor]) -> Gradient:
+def summary(done: Sequence[Done], logprobs: list[Tensor]) -> Gradient:
+    """Put the batches of a call together."""
     cotangents = [c.detach().cpu() for d in done for c in d.cotangents.values()]
     active = [int((c != 0).sum()) for c in cotangents]
     absolute = torch.cat([c.abs().reshape(-1).double() for c in cotangents])
@@ -148,7 +160,8 @@ def _summary(done: Sequence[_Done], logprobs: list[Tensor]) -> Gradient:
     )
 
 
-def _require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
+def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
+    """Raise `NonFiniteError` with the datum and token of the first log-prob that is not finite."""
     for i, values in sorted(logprobs.items()):
         bad = ~torch.isfinite(values)
         if bool(bad.any()):
@@ -159,7 +172,8 @@ def _require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[
             )
 
 
-def _require_finite_cotangents(cotangents: Mapping[int, Tensor], requests: Sequence[ScoreRequest], name: str) -> None:
+def require_finite_cotangents(cotangents: Mapping[int, Tensor], requests: Sequence[ScoreRequest], name: str) -> None:
+    """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
     for i, cotangent in sorted(cotangents.items()):
         bad = ~torch.isfinite(cotangent)
         if bool(bad.any()):

@@ -75,7 +75,7 @@ class Tape:
         """Score a micro-batch, and keep its graph if the budget allows."""
         tokens = sum(r.length for r in requests)
         # One graph at a time is needed in any case.
-        over = self._held > 0 and self._held + self._settings.meter.predict(tokens) > self._settings.budget
+        over = self.held_bytes > 0 and self.held_bytes + self._settings.meter.predict(tokens) > self._settings.budget
         keep = not over or self._settings.overflow == "offload"
         hidden, held = self._trunk(requests, keep=keep, offload=over)
         leaf = hidden.detach().requires_grad_()
@@ -153,7 +153,13 @@ class Tape:
         }
 
     @property
-    def _held(self) -> int:
+    def forwards(self) -> int:
+        """That still wait for their cotangents."""
+        return len(self._forwards)
+
+    @property
+    def held_bytes(self) -> int:
+        """That the graphs hold now."""
         return sum(f.held for f in self._forwards)
 
     def _trunk(self, requests: Sequence[ScoreRequest], *, keep: bool, offload: bool) -> tuple[Tensor, int]:
@@ -167,7 +173,7 @@ class Tape:
                 return needed_hidden(self._model, requests, layout), 0
         with torch.enable_grad(), meter.measuring(sum(r.length for r in requests)):
             hidden = needed_hidden(self._model, requests, layout)
-        self._peak = max(self._peak, self._held + meter.bytes)
+        self._peak = max(self._peak, self.held_bytes + meter.bytes)
         return hidden, meter.bytes
 
 
