@@ -29,6 +29,8 @@ PullbackError
 |   |-- RemoteError                     a service failed an operation, or could not be reached
 |   `-- ClosedError                     used after close()
 |-- ServiceError (RuntimeError)         the service was asked for what it does not have
+|   |-- BusyError                       the service has too much to do; ask again later
+|   `-- TooLargeError                   a request is over a limit of the service
 `-- MissingExtraError (ImportError)     an optional dependency is not installed
 """
 
@@ -164,6 +166,14 @@ class ClosedError(BackendError):
 
 class ServiceError(PullbackError, RuntimeError):
     """The service was asked for a model or request that it does not have, or for the same number twice."""
+
+
+class BusyError(ServiceError):
+    """The service has too much to do; the same request may be sent again later."""
+
+
+class TooLargeError(ServiceError):
+    """A request is over a limit of the service."""
 
 
 class MissingExtraError(PullbackError, ImportError):

@@ -51,3 +51,14 @@ def service(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     with tinker.ServiceClient(base_url=url, api_key=KEY) as client:
         yield client
+
+
+@pytest.fixture
+def web() -> Iterator[Any]:
+    """Makes plain HTTP clients, and closes them."""
+    from contextlib import ExitStack
+
+    from servers import rest
+
+    with ExitStack() as stack:
+        yield lambda *given: stack.enter_context(rest(*given))

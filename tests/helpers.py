@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -93,7 +94,7 @@ def tiny_backend(**options: Any) -> TorchBackend:
 
 def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: int = VOCAB, **options: Any) -> HFModel:
     """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
-    import transformers
+    transformers = pytest.importorskip("transformers", reason="a random Llama needs transformers (extra hf)")
 
     from pullback.backends.native.hf import add_lora
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import make_data, tiny_llama
 from torch import Tensor
 
 from pullback.backends import TorchBackend
 from pullback.service import Base, Tenants
+from pullback.service.wire import message
 
 KEY = "tml-test"
 # The SDK leaves its sockets to the garbage collector.
@@ -40,3 +42,46 @@ def twin(tenants: Tenants, client: Any) -> TorchBackend:
 def adapter(backend: TorchBackend) -> dict[str, Tensor]:
     """What is trained."""
     return {name: p.detach().clone() for name, p in backend.model.named_parameters() if p.requires_grad}
+
+
+def rest(url: str, key: str = KEY) -> httpx.Client:
+    """A plain HTTP client."""
+    return httpx.Client(base_url=f"{url}/api/v1/", headers={"x-api-key": key}, timeout=30)
+
+
+def finished(http: httpx.Client, request_id: str) -> Any:
+    """The answer to a request, as JSON."""
+    return http.post("retrieve_future", json={"request_id": request_id}, headers={"accept": "application/json"}).json()
+
+
+def new_model(http: httpx.Client, **lora: Any) -> tuple[str, Any]:
+    """A session, and the answer to the creation of a model in it."""
+    session = http.post("create_session", json={}).json()["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2, **lora}}
+    return session, finished(http, http.post("create_model", json=body).json()["request_id"])
+
+
+def json_datum(tokens: list[int]) -> dict[str, Any]:
+    """A datum in the JSON form; every token is its own target."""
+    target = {"data": tokens, "dtype": "int64", "shape": [len(tokens)]}
+    weights = {"data": [1.0] * len(tokens), "dtype": "float32", "shape": [len(tokens)]}
+    return {
+        "model_input": {"chunks": [{"type": "encoded_text", "tokens": tokens}]},
+        "loss_fn_inputs": {"target_tokens": target, "weights": weights},
+    }
+
+
+def gradient_body(model: str, seq_id: int, loss: str, without: tuple[str, ...] = ()) -> bytes:
+    """A forward_backward request as the SDK writes it."""
+    request = message("ForwardBackwardRequest")(model_id=model, seq_id=seq_id, loss_fn=loss)
+    for datum in make_data([6, 5, 7, 4]):
+        one = request.data.add()
+        one.model_input.add().encoded_text.tokens = datum.model_input.tokens.int().numpy().tobytes()
+        for key, value in datum.loss_fn_inputs.items():
+            if key in without:
+                continue
+            tensor = value.to_torch()
+            one.loss_fn_inputs[key].dense = tensor.numpy().tobytes()
+            one.loss_fn_inputs[key].dtype = 2 if tensor.dtype == torch.int64 else 1
+            one.loss_fn_inputs[key].shape.extend(tensor.shape)
+    return bytes(request.SerializeToString())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,9 +36,17 @@ PLAIN = Capabilities()
 
 
 @pytest.fixture
-def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RemoteBackend]:
+def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteBackend]]:
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    return lambda **options: pullback.connect(url, base_model="tiny", rank=4, api_key=KEY, lora={"seed": 3}, **options)
+    made: list[RemoteBackend] = []
+
+    def make(**options: Any) -> RemoteBackend:
+        made.append(pullback.connect(url, base_model="tiny", rank=4, api_key=KEY, lora={"seed": 3}, **options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend._service.__exit__(None, None, None)
 
 
 def confidence(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..backends.native.gguf import convert_gguf
 from ..errors import ConfigError, require_extra
+from ..service.limits import Keys, Limits, digest_of
 from ..service.serving import serve_forever
 from ..service.tenants import Base, Tenants
 from .demo.models import smollm2_file
@@ -28,15 +31,33 @@ def add_parser(commands: Any) -> None:
     serve.add_argument("--dtype", default="float32")
     serve.add_argument("--device", default=None)
     serve.add_argument("--checkpoints", default="checkpoints", help="folder (default: checkpoints)")
+    serve.add_argument("--keys", type=Path, help="file of SHA-256 digests of API keys, a line each; see also --new-key")
+    serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
+    serve.add_argument("--max-models", type=int, default=Limits().models)
     serve.add_argument("--token-budget", type=int, default=4096)
     serve.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    keys = [key for key in os.environ.get(_KEYS, "").split(",") if key]
+    if arguments.new_key:
+        return _new_key(arguments.keys)
+    plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
+    saved = arguments.keys.read_text().splitlines() if arguments.keys else []
+    keys = Keys([*map(digest_of, plain), *saved])
     base = load_base(arguments)
-    print(f"{base.name} on http://{arguments.host}:{arguments.port}", "" if keys else f"(no keys: {_KEYS} is not set)")
-    serve_forever(Tenants(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys)
+    print(f"{base.name} on http://{arguments.host}:{arguments.port}", "" if keys else "(no keys: everybody is let in)")
+    limits = replace(Limits(), models=arguments.max_models)
+    serve_forever(Tenants(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys, limits)
+    return 0
+
+
+def _new_key(file: Path | None) -> int:
+    if file is None:
+        raise ConfigError("--new-key needs --keys FILE, which the key's digest is added to")
+    key = f"tml-{secrets.token_urlsafe(32)}"
+    with file.open("a") as opened:
+        opened.write(digest_of(key) + "\n")
+    print(key)
     return 0
 
 

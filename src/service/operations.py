@@ -1,82 +1,204 @@
-"""What the protocol's requests do to the models; each returns the answer as it goes on the wire."""
+"""What the protocol's numbered requests do to the models; each returns the answer as it goes on the wire."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, final
 
-from ..backends import AdamParams, SamplingParams
+from ..backends import AdamParams, TorchBackend
 from ..backends.futures import FinishedFuture
+from ..backends.native.memory import available_bytes
 from ..backends.types import ForwardBackwardOutput
-from ..datums.types import Datum, ModelInput, TensorData
+from ..datums.types import Datum, TensorData
 from ..errors import ConfigError, PrecedingOperationFailed, ServiceError
-from .sequencer import Failure, Sequencer
-from .tenants import LoraChoice, Sampler, Tenants, tokens_of
-from .wire import encode_output, encode_sample
+from .graphs import LossGraph
+from .journal import Answer, Failure, Journal
+from .leases import Leases, datum_keys
+from .limits import Limits
+from .samplers import Samplers
+from .sequencer import Sequencer, failure_of, require_number
+from .tenants import LoraChoice, Tenants
+from .wire import GradientRequest, encode_output
 
 __all__ = ["Operations"]
 
 T = TypeVar("T")
 Json = dict[str, Any]
 _MODES: dict[str, Any] = {"none": None, "num_loss_tokens": "num_loss_tokens", "num_sequences": "num_sequences"}
+_LORA = {"rank", "seed", "alpha", "train_attn", "train_mlp", "train_unembed"}
+_SHARE_OF_FREE = 0.25  # of free memory, for leases
+Counter = Callable[[str, float], None]
 
 
 @final
 class Operations:
-    """The service below its routes: sessions, models, samplers.
+    """The service below its routes: models, gradients, steps, checkpoints.
 
     Args:
         tenants: the models.
+        journal: what was promised; what an earlier process left unfinished is ended at once, as lost.
         sequencer: runs operations in order.
+        limits: sizes and counts.
+        count: is told what to add to which counter.
     """
 
-    def __init__(self, tenants: Tenants, sequencer: Sequencer) -> None:
-        self.tenants, self.sequencer = tenants, sequencer
-        self.samplers: dict[str, Sampler] = {}
+    def __init__(
+        self, tenants: Tenants, journal: Journal, sequencer: Sequencer, limits: Limits, count: Counter
+    ) -> None:
+        self.tenants, self.journal, self.sequencer, self.limits = tenants, journal, sequencer, limits
+        free = available_bytes(next(tenants.base.model.parameters()).device)
+        budget = _SHARE_OF_FREE * free if limits.lease_bytes is None else limits.lease_bytes
+        self.leases = Leases(budget, limits.lease_seconds)
+        self.samplers = Samplers(tenants, journal, sequencer, limits)
+        self._count = count
+        self._losses: dict[str, LossGraph] = {}
         self._undelivered: dict[str, set[str]] = {}
+        self._seen: dict[str, float] = {}
+        for request, line in journal.unfinished():
+            journal.finish(request, Failure(self.lost(line), "server"))
 
-    def create_model(self, body: Json) -> str:
+    def lost(self, line: str) -> str:
+        """Say that what a line had in memory is gone, and what is left."""
+        last = self.journal.last_checkpoint(line)
+        left = f"the last durable checkpoint is {last}" if last else "there is no durable checkpoint"
+        return (
+            f"the server was restarted, and what {line} had in memory is gone; {left}: make a new client from a checkpoint "
+            "and repeat what came after it"
+        )
+
+    def own(self, owner: str, model_id: str) -> None:
+        """Check that a model is this owner's, and that it is known whether it lives.
+
+        Raises:
+            ServiceError: there is none, or it is another's (which is the same).
+        """
+        row = self.journal.model(model_id)
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no model {model_id!r} on this server")
+        self._seen[row["session"]] = time.monotonic()
+        if not self.sequencer.knows(model_id):
+            self.sequencer.end(model_id, self.lost(model_id))
+
+    def require_session(self, owner: str, session: Any) -> str:
+        """Return a session's id.
+
+        Raises:
+            ServiceError: there is none, or it is another's.
+        """
+        if not isinstance(session, str) or self.journal.session_owner(session) != owner:
+            raise ServiceError(f"there is no session {session!r} on this server")
+        self._seen[session] = time.monotonic()
+        return session
+
+    def make_room(self) -> None:
+        """Let go of the models of silent sessions if there is no room for a new one.
+
+        Raises:
+            ServiceError: all are in use.
+        """
+        if len(self.tenants.backends) < self.limits.models:
+            return
+        long_ago = time.monotonic() - self.limits.idle_seconds
+        for session in {model_id.split(":")[0] for model_id in self.tenants.backends}:
+            if self._seen.get(session, 0.0) < long_ago:
+                self.finish(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
+        if len(self.tenants.backends) >= self.limits.models:
+            raise ServiceError(
+                f"this server holds {self.limits.models} models, and all are in use; close one, or try later"
+            )
+
+    def create_model(self, owner: str, raw: bytes, body: Json) -> str:
         """Make a model with a fresh adapter, or (with ``path``) from a checkpoint; return the request id."""
-        model_id = f"{body['session_id']}:train:{body['model_seq_id']}"
-        self.sequencer.open(model_id)
+        session, number = self.require_session(owner, body["session_id"]), _number(body, "model_seq_id")
+        model_id = f"{session}:train:{number}"
+        line = f"{session}:models"
+        self.sequencer.open(line)
 
         def work() -> Json:
-            if "path" in body:
-                source = body["path"].removeprefix("tinker://").split("/")[0]
-                if source not in self.tenants.choices:
-                    raise ServiceError(f"the model of {body['path']} is not known to this server since its start")
-                self.tenants.locate(body["path"])
-                self.tenants.create(model_id, self.tenants.choices[source])
-                self.tenants.load(model_id, body["path"], body.get("optimizer", False))
-                return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
-            self.tenants.create(model_id, self._lora(body))
-            return {"model_id": model_id, "type": "create_model"}
+            self.make_room()
+            if "path" not in body:
+                self._create(model_id, session, owner, self._lora(body), body)
+                return {"model_id": model_id, "type": "create_model"}
+            source, _, _ = self.tenants.checkpoints.parts(body["path"])
+            lora = self.lora_of(owner, source)
+            self.tenants.checkpoints.locate(body["path"])
+            self._create(model_id, session, owner, lora, body)
+            try:
+                self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
+            except Exception:
+                self.tenants.release(model_id)
+                raise
+            return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
-        return self.sequencer.submit_unordered(work)
+        request = self.sequencer.submit(owner, line, number, raw, "create_model", work, ordered=False)
+        self.sequencer.open(model_id)
+        return request
 
-    def _lora(self, body: Json) -> LoraChoice:
-        if body.get("base_model") != self.tenants.base.name:
-            raise ConfigError(f"this server serves {self.tenants.base.name!r}, not {body.get('base_model')!r}")
-        given = {k: v for k, v in (body.get("lora_config") or {}).items() if v is not None}
-        unknown = sorted(set(given) - {"rank", "seed", "train_attn", "train_mlp", "train_unembed"})
-        if unknown:
-            raise ConfigError(f"lora_config has keys that this server does not know: {unknown}")
-        return LoraChoice(**{"rank": 32, **given})
+    def lora_of(self, owner: str, model_id: str) -> LoraChoice:
+        """Return a model's adapter choice, also after a restart.
 
-    def gradient(self, body: bytes, request: Any, data: list[Datum], config: Json) -> str:
+        Raises:
+            ServiceError: there is no such model, or it is another's.
+        """
+        row = self.journal.model(model_id)
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no model {model_id!r} on this server")
+        return LoraChoice.from_json(row["lora"])
+
+    def release(self, model_id: str) -> None:
+        """Let go of a model."""
+        self.tenants.release(model_id)
+        self.leases.forget(model_id)
+        self._undelivered.pop(model_id, None)
+
+    def finish(self, session: str, why: str = "was finished by its client") -> None:
+        """Let go of all models of a session that has ended; what is asked of them later fails."""
+        for model_id in [m for m in self.tenants.backends if m.startswith(f"{session}:")]:
+            self.release(model_id)
+            last = self.journal.last_checkpoint(model_id)
+            self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
+        self._seen.pop(session, None)
+        self._losses = {k: v for k, v in self._losses.items() if not k.startswith(f"{session}:")}
+
+    def unload(self, owner: str, raw: bytes, body: Json) -> str:
+        """Let go of a model when all before it has run."""
+        model_id = body["model_id"]
+        self.own(owner, model_id)
+
+        def work() -> Json:
+            self.release(model_id)
+            self.sequencer.end(model_id, f"{model_id} was unloaded by its client")
+            return {"type": "unload_model", "model_id": model_id}
+
+        number = body.get("seq_id")
+        if number is None:
+            return self.sequencer.submit(owner, model_id, None, raw, "unload_model", work, ordered=False)
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "unload_model", work)
+
+    def gradient(self, owner: str, request: GradientRequest) -> str:
         """``forward_backward``, or ``forward`` where the request says so."""
+        model_id = request.model_id
+        self.own(owner, model_id)
+        require_number("seq_id", request.seq_id)
 
-        def work() -> Any:
-            backend = self._backend(request.model_id)
+        def work() -> Answer:
+            backend, data = self.tenants.backend(model_id), request.data()
+            self.limits.check_data(data)
+            kind = "forward" if request.forward_only else "forward_backward"
+            self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
             if request.forward_only:
-                future = backend.forward(data, request.loss_fn, config)
-            else:
-                future = backend.forward_backward(data, request.loss_fn, config)
-            return _settled(future, _output)
+                return self._forward(backend, model_id, data, request)
+            if request.loss_fn == "custom":
+                graph = self._loss(owner, model_id, request.config)
+                return _settled(backend.forward_backward_custom(data, graph), _output)
+            return self._backward(backend, model_id, data, request)
 
-        accepted = self.sequencer.submit(request.model_id, request.seq_id, body, work)
+        kind = "forward" if request.forward_only else "forward_backward"
+        accepted = self.sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
         if not request.forward_only:
-            self._undelivered.setdefault(request.model_id, set()).add(accepted)
+            self._undelivered.setdefault(model_id, set()).add(accepted)
         return accepted
 
     def delivered(self, request: str) -> None:
@@ -84,120 +206,149 @@ class Operations:
         for waiting in self._undelivered.values():
             waiting.discard(request)
 
-    def optim_step(self, raw: bytes, body: Json) -> str:
+    def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
+        """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
+        session, number = self.require_session(owner, body["session_id"]), _number(body, "custom_loss_seq_id")
+        line = f"{session}:losses"
+        self.sequencer.open(line)
+
+        def work() -> Json:
+            loss_id = f"{session}:loss:{number}"
+            self._losses[loss_id] = LossGraph.of(body)
+            return {"loss_id": loss_id, "type": "create_custom_loss"}
+
+        return self.sequencer.submit(owner, line, number, raw, "create_custom_loss", work, ordered=False)
+
+    def optim_step(self, owner: str, raw: bytes, body: Json) -> str:
         """One AdamW step, normalised if the request says so.
 
         A step that was sent before the client had the failure of a gradient is refused: it would be a step without it.
         """
-        unknown = frozenset(self._undelivered.get(body["model_id"], ()))
+        model_id = body["model_id"]
+        self.own(owner, model_id)
+        unknown = frozenset(self._undelivered.get(model_id, ()))
 
-        def work() -> Any:
+        def work() -> Answer:
             for request in unknown:
-                found = self.sequencer.result(request).result()
+                found = self.sequencer.result(owner, request).result()
                 if isinstance(found, Failure):
                     raise PrecedingOperationFailed(
                         f"an earlier gradient operation failed ({found.text}) and this step was sent before that was known; "
                         "the window holds the other gradients: step again, or go on without them"
                     )
-            mode = body.get("grad_accumulation_normalization")
-            if mode is not None and mode not in _MODES:
+            self._undelivered.get(model_id, set()).difference_update(unknown)
+            mode = body.get("grad_accumulation_normalization") or "none"
+            if mode not in _MODES:
                 raise ConfigError(f"grad_accumulation_normalization must be one of {sorted(_MODES)}, got {mode!r}")
-            params = AdamParams(**{k: v for k, v in body["adam_params"].items() if v is not None})
-            future = self._backend(body["model_id"]).optim_step(params, _MODES[mode or "none"])
-            return _settled(future, lambda output: {"metrics": dict(output.metrics)})
+            given = {k: v for k, v in body["adam_params"].items() if v is not None and k != "emit_grad_norm_metrics"}
+            future = self.tenants.backend(model_id).optim_step(AdamParams(**given), _MODES[mode])
+            self.leases.drop(model_id)
+            return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
-        return self.sequencer.submit(body["model_id"], body["seq_id"], raw, work)
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "optim_step", work)
 
-    def save_weights(self, raw: bytes, body: Json) -> str:
+    def save_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """A checkpoint with everything."""
+        model_id = body["model_id"]
+        self.own(owner, model_id)
 
         def work() -> Json:
-            uri = self.tenants.save(body["model_id"], body["path"], bool(body.get("overwrite", False)))
+            uri = self.tenants.save(model_id, "weights", body["path"], bool(body.get("overwrite", False)))
+            self._note(uri, model_id, owner, body)
             return {"path": uri, "type": "save_weights"}
 
-        return self.sequencer.submit(body["model_id"], body["seq_id"], raw, work)
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "save_weights", work)
 
-    def load_weights(self, raw: bytes, body: Json) -> str:
+    def load_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """Load into a model that exists, or make one from a checkpoint."""
         if "model_id" not in body:
-            return self.create_model(body)
+            return self.create_model(owner, raw, body)
+        model_id = body["model_id"]
+        self.own(owner, model_id)
 
         def work() -> Json:
-            self.tenants.load(body["model_id"], body["path"], bool(body.get("optimizer", False)))
-            return {"path": body["path"], "model_id": body["model_id"], "type": "load_weights"}
+            self.lora_of(owner, self.tenants.checkpoints.parts(body["path"])[0])
+            self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
+            self.leases.drop(model_id)
+            return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
-        return self.sequencer.submit(body["model_id"], body["seq_id"], raw, work)
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "load_weights", work)
 
-    def save_for_sampler(self, raw: bytes, body: Json) -> str:
-        """Freeze the present weights: under a name, or for one sampling session."""
+    def save_for_sampler(self, owner: str, raw: bytes, body: Json) -> str:
+        """Freeze the present weights: on the disk under a name, or in memory for one sampling session."""
         model_id, name = body["model_id"], body.get("path")
+        self.own(owner, model_id)
 
         def work() -> Json:
-            sampler = self.tenants.sampler(model_id)
             if name is not None:
-                uri = f"tinker://{model_id}/sampler_weights/{name}"
-                self.samplers[uri] = sampler
+                uri = self.tenants.save(model_id, "sampler_weights", name, bool(body.get("overwrite", False)))
+                self._note(uri, model_id, owner, body)
                 return {"path": uri, "type": "save_weights_for_sampler"}
-            session = f"{model_id.split(':')[0]}:sample:{body['sampling_session_seq_id']}"
-            self.samplers[session] = sampler
+            session = f"{model_id.split(':')[0]}:sample:{_number(body, 'sampling_session_seq_id')}"
+            self.samplers.add(session, owner, self.tenants.sampler(model_id))
             return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
 
-        return self.sequencer.submit(model_id, body["seq_id"], raw, work)
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "save_weights_for_sampler", work)
 
-    def create_sampling_session(self, body: Json) -> Json:
-        """A session on saved weights, or on the base."""
-        session = f"{body['session_id']}:sample:{body['sampling_session_seq_id']}"
-        path = body.get("model_path")
-        if path is not None and path not in self.samplers:
-            raise ServiceError(f"there are no sampler weights {path} on this server")
-        self.samplers[session] = self.samplers[path] if path is not None else self.tenants.base_sampler()
-        self.sequencer.open(session, first=0)
-        return {"type": "create_sampling_session", "sampling_session_id": session}
+    def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
+        self.tenants.create(model_id, lora)
+        self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"))
 
-    def sample(self, body: Json) -> Json:
-        """Draw completions of one prompt; with ``prompt_logprobs`` score it."""
-        session, n = body["sampling_session_id"], int(body.get("num_samples", 1))
-        if session not in self.samplers:
-            raise ServiceError(f"unknown sampling session {session!r}")
-        for key in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k", "target_prompt_logprobs"):
-            if body.get(key):
-                raise ConfigError(f"{key} is not supported by this server")
-        sampler = self.samplers[session]
+    def _note(self, uri: str, model_id: str, owner: str, body: Json) -> None:
+        size = self.tenants.checkpoints.size(uri)
+        self.journal.add_checkpoint(uri, model_id, owner, size, body.get("user_metadata"))
 
-        def work() -> bytes:
-            prompt = ModelInput.from_ints(tokens_of(body["prompt"]["chunks"]))
-            rollouts = sampler.sample(prompt, n, _sampling(body["sampling_params"]))
-            scores = sampler.prompt_logprobs(prompt) if body.get("prompt_logprobs") else None
-            return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
+    def _lora(self, body: Json) -> LoraChoice:
+        if body.get("base_model") != self.tenants.base.name:
+            raise ConfigError(f"this server serves {self.tenants.base.name!r}, not {body.get('base_model')!r}")
+        given = {k: v for k, v in (body.get("lora_config") or {}).items() if v is not None}
+        unknown = sorted(set(given) - _LORA)
+        if unknown:
+            raise ConfigError(f"lora_config has keys that this server does not know: {unknown}")
+        lora = LoraChoice(**{"rank": 32, **given})
+        if lora.rank > self.limits.rank:
+            raise ConfigError(f"lora_config.rank is {lora.rank}; this server takes {self.limits.rank}")
+        return lora
 
-        request = self.sequencer.submit_unordered(work)
-        return {
-            "request_id": request,
-            "sample_sequence_ids": [f"{session}:{body.get('seq_id', 0)}:{i}" for i in range(n)],
-        }
+    def _loss(self, owner: str, model_id: str, config: Mapping[str, Any]) -> LossGraph:
+        loss_id = str(config.get("loss_id"))
+        if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
+            raise ServiceError(f"there is no custom loss {loss_id!r} in this session; create it again")
+        return self._losses[loss_id]
 
-    def _backend(self, model_id: str) -> Any:
-        if model_id not in self.tenants.backends:
-            raise ServiceError(f"model {model_id!r} could not be created; read the error of its creation")
-        return self.tenants.backends[model_id]
+    def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
+        room = self.leases.room
+        if not request.custom or room <= 0 or not self.leases.worth(model_id):
+            return _settled(backend.forward(data, request.loss_fn, request.config), _output)
+        # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
+        held = backend.hold(data, budget=room).result()
+        self.leases.keep(model_id, datum_keys(data), held)
+        outputs = [{"logprobs": TensorData(x)} for x in held.logprobs]
+        return _output(ForwardBackwardOutput(outputs, {"loss:sum": 0.0, "held_tokens:sum": float(held.tokens)}))
 
-
-def _sampling(given: Mapping[str, Any]) -> SamplingParams:
-    known = {"max_tokens", "temperature", "top_k", "top_p", "stop", "seed"}
-    unknown = sorted(k for k, v in given.items() if k not in known and v is not None)
-    if unknown:
-        raise ConfigError(f"sampling_params has keys that this server does not know: {unknown}")
-    chosen = {k: v for k, v in given.items() if v is not None}
-    stop = chosen.get("stop")
-    if stop is not None and not (isinstance(stop, list) and all(isinstance(t, int) for t in stop)):
-        raise ConfigError("stop must be a list of token ids on this server; strings need a tokenizer")
-    return SamplingParams(**chosen)
+    def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
+        held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}
+        if held and not request.config:
+            self._count("lease_tokens_reused", sum(one.tokens for one in held))
+            return _settled(backend.pull(held, data, request.loss_fn), _output)
+        if request.custom:
+            self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
+        return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
 
 
-def _settled(future: FinishedFuture[T], encode: Callable[[T], Any]) -> Any:
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out metrics that JSON cannot hold: a client would ask again for ever."""
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def _number(body: Json, key: str) -> int:
+    return require_number(key, body[key])
+
+
+def _settled(future: FinishedFuture[T], encode: Callable[[T], Answer]) -> Answer:
     """Return the answer of a finished operation, or its failure; a step knows of it by `Operations.optim_step`."""
     error = future.exception()
-    return encode(future.result()) if error is None else Failure.of(error)
+    return encode(future.result()) if error is None else failure_of(error)
 
 
 def _output(output: ForwardBackwardOutput) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, ServiceError, require_extra
 from .app import build_app
+from .limits import Keys, Limits
 from .tenants import Tenants
 
 __all__ = ["serve_forever", "serving"]
@@ -19,25 +20,33 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _START_SECONDS = 20.0
 
 
-def serve_forever(tenants: Tenants, host: str, port: int, keys: Sequence[str]) -> None:
+def serve_forever(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None = None) -> None:
     """Serve until interrupted.
 
     Raises:
         ConfigError: the address can be reached from elsewhere and there are no keys.
     """
-    _server(tenants, host, port, keys).run()
+    _server(tenants, host, port, keys, limits).run()
 
 
 @contextmanager
-def serving(tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0) -> Iterator[str]:
+def serving(
+    tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0, limits: Limits | None = None
+) -> Iterator[str]:
     """Serve on 127.0.0.1 in a thread; yield the base URL.
+
+    Args:
+        tenants: the models.
+        keys: API keys; none: everybody is let in.
+        port: 0 = any that is free.
+        limits: sizes and counts.
 
     Raises:
         ServiceError: the server did not come up.
     """
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", port))
-        server = _server(tenants, "127.0.0.1", bound.getsockname()[1], keys)
+        server = _server(tenants, "127.0.0.1", bound.getsockname()[1], Keys.of(keys), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + _START_SECONDS
@@ -52,11 +61,11 @@ def serving(tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0) -> Ite
             thread.join()
 
 
-def _server(tenants: Tenants, host: str, port: int, keys: Sequence[str]) -> Any:
+def _server(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None) -> Any:
     if host not in _LOOPBACK and not keys:
         raise ConfigError(
             f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
         )
     uvicorn = require_extra("uvicorn", "serve", "pullback serve")
-    app = build_app(tenants, keys)
+    app = build_app(tenants, keys, limits or Limits())
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
+import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -18,15 +17,16 @@ from ..backends.native.batching import ScoreRequest
 from ..backends.native.hf import HFModel
 from ..backends.native.sampling import draw
 from ..backends.native.scoring import score
+from ..backends.native.state import load_weights
 from ..backends.types import Rollout
 from ..datums.types import ModelInput
-from ..errors import CheckpointError, ConfigError, require_extra
+from ..errors import ConfigError, ServiceError, require_extra
+from .checkpoints import Checkpoints
 
 __all__ = ["Base", "LoraChoice", "Sampler", "Tenants"]
 
 _ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP: Final = ("gate_proj", "up_proj", "down_proj")
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @final
@@ -37,14 +37,29 @@ class LoraChoice:
     Args:
         rank: of the adapters.
         seed: of their start.
+        alpha: their scale is ``alpha / rank``; None: 1.
         train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
     """
 
     rank: int
     seed: int = 0
+    alpha: float | None = None
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"lora_config.rank must be a whole number of at least 1, got {self.rank!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoraChoice:
+        """Read what the journal holds."""
+        return cls(**json.loads(text))
 
     @property
     def targets(self) -> list[str]:
@@ -85,7 +100,7 @@ class Base:
         peft = require_extra("peft", "hf", "the service")
         config = peft.LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
             target_modules=lora.targets,
             task_type="CAUSAL_LM",
             ensure_weight_tying=False,
@@ -132,69 +147,71 @@ class Sampler:
 
 @final
 class Tenants:
-    """Models by id, and where their checkpoints lie.
+    """Models by id.
 
     Args:
         base: shared by all.
-        root: folder of all checkpoints: ``root / model id / kind / name``.
+        root: folder of all checkpoints.
     """
 
     def __init__(self, base: Base, root: Path) -> None:
-        self.base, self.root = base, root
+        self.base, self.checkpoints = base, Checkpoints(root)
         self.backends: dict[str, TorchBackend] = {}
         self.choices: dict[str, LoraChoice] = {}
 
     def create(self, model_id: str, lora: LoraChoice) -> None:
         """Make a model with a fresh adapter."""
-        folder = self.folder(model_id) / "weights"
+        folder = self.checkpoints.folder(model_id, "weights")
         backend = TorchBackend(self.base.adapted(lora), checkpoint_dir=folder, **self.base.options)
         self.backends[model_id], self.choices[model_id] = backend, lora
 
-    def folder(self, model_id: str) -> Path:
-        """Where a model's checkpoints lie."""
-        return self.root / model_id.replace(":", "_")
+    def release(self, model_id: str) -> None:
+        """Let go of a model; its checkpoints stay."""
+        self.backends.pop(model_id, None)
+        self.choices.pop(model_id, None)
 
-    def save(self, model_id: str, name: str, overwrite: bool) -> str:
-        """Write everything that the next step depends on; return the URI.
+    def backend(self, model_id: str) -> TorchBackend:
+        """Return a model.
+
+        Raises:
+            ServiceError: it could not be created.
+        """
+        if model_id not in self.backends:
+            raise ServiceError(f"model {model_id!r} could not be created; read the error of its creation")
+        return self.backends[model_id]
+
+    def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> str:
+        """Write a checkpoint: everything, or (for a sampler) the weights; return the URI.
 
         Raises:
             CheckpointError: the name leaves the folder, or is taken.
         """
-        self.backends[model_id].save_state(name, overwrite=overwrite).result()
-        return f"tinker://{model_id}/weights/{name}"
+        backend = self.backend(model_id)
+        if kind == "weights":
+            backend.save_state(name, overwrite=overwrite).result()
+        else:
+            folder = self.checkpoints.folder(model_id, kind)
+            backend.save_weights(name, overwrite=overwrite, folder=folder).result()
+        return self.checkpoints.uri(model_id, kind, name)
 
     def load(self, model_id: str, uri: str, optimizer: bool) -> None:
         """Load a checkpoint into a model: weights, or everything."""
-        backend = self.backends[model_id]
-        path = self.locate(uri)
+        backend, path = self.backend(model_id), self.checkpoints.locate(uri)
         backend.discard_gradients()
         (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
 
-    def locate(self, uri: str) -> Path:
-        """Return the folder of a checkpoint URI.
-
-        Raises:
-            CheckpointError: it is none, or there is nothing.
-        """
-        parts = uri.removeprefix("tinker://").split("/")
-        known = (
-            uri.startswith("tinker://") and len(parts) == 3 and all(_NAME.fullmatch(p.replace(":", "_")) for p in parts)
-        )
-        if not known:
-            raise CheckpointError(
-                f"{uri!r} is no checkpoint of this server: tinker://<model id>/weights/<name> was expected"
-            )
-        path = self.folder(parts[0]) / parts[1] / parts[2]
-        if not path.is_dir():
-            raise CheckpointError(f"there is no checkpoint {uri}")
-        return path
-
     def sampler(self, model_id: str) -> Sampler:
         """Freeze a model's present weights for sampling."""
-        backend = self.backends[model_id]
+        backend = self.backend(model_id)
         frozen = self.base.adapted(self.choices[model_id])
         _copy_adapter(backend.model, frozen)
         return Sampler(frozen, backend.weights_version)
+
+    def saved_sampler(self, uri: str, lora: LoraChoice) -> Sampler:
+        """Sample from a checkpoint."""
+        model = self.base.adapted(lora)
+        load_weights(model, self.checkpoints.locate(uri))
+        return Sampler(model, 0)
 
     def base_sampler(self) -> Sampler:
         """Sample from the base."""
@@ -207,17 +224,3 @@ def _copy_adapter(source: nn.Module, target: nn.Module) -> None:
     for name, p in target.named_parameters():
         if p.requires_grad:
             p.copy_(found[name])
-
-
-def tokens_of(chunks: Sequence[Any]) -> list[int]:
-    """Return the tokens of a JSON model input.
-
-    Raises:
-        ConfigError: it holds what is no text.
-    """
-    found: list[int] = []
-    for chunk in chunks:
-        if chunk.get("type", "encoded_text") != "encoded_text":
-            raise ConfigError(f"the prompt has a chunk of type {chunk.get('type')!r}; only text can be read here")
-        found += chunk["tokens"]
-    return found

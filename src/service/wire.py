@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -12,7 +14,15 @@ from torch import Tensor
 from ..datums.types import Datum, ModelInput, TensorData
 from ..errors import DatumError, require_extra
 
-__all__ = ["decode_request", "encode_output", "encode_sample", "message"]
+__all__ = [
+    "GradientRequest",
+    "decode_request",
+    "decode_tensor",
+    "encode_output",
+    "encode_sample",
+    "message",
+    "tokens_of",
+]
 
 # message: number name type label; label * repeated, ? explicit presence, | member of a oneof, map<key,value> as written
 _TABLE = """
@@ -35,6 +45,7 @@ SampleResponse: 1 sequences SampledSequence *; 2 prompt_logprobs bytes ?; 4 prom
 _SCALARS = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "enum": 5}  # an enum is an int32
 _DTYPES = {1: torch.float32, 2: torch.int64, 3: torch.int32, 4: torch.bfloat16}
 _NUMBERS = {torch.float32: 1, torch.int64: 2}
+_MAX_DENSE = 1 << 27  # numbers of a sparse tensor when it is filled up
 _STOP_REASONS = {"stop": 0, "length": 1}
 
 
@@ -47,11 +58,35 @@ def message(name: str) -> Any:
     return _messages()[name]
 
 
-def decode_request(body: bytes) -> tuple[Any, list[Datum], dict[str, Any]]:
-    """Read a ``ForwardBackwardRequest``: the message, its datums, and the loss's config.
+@final
+@dataclass(frozen=True)
+class GradientRequest:
+    """A ``forward`` or ``forward_backward``, whichever way it was written.
+
+    Attributes:
+        model_id, seq_id: where it belongs.
+        payload: what must be the same when it comes again.
+        loss_fn, config: the loss.
+        forward_only: no gradient.
+        custom: it is one half of the SDK's custom loss.
+        data: reads the datums; raises `DatumError` if they cannot be read.
+    """
+
+    model_id: str
+    seq_id: int
+    payload: bytes
+    loss_fn: str
+    config: Mapping[str, Any]
+    forward_only: bool
+    custom: bool
+    data: Callable[[], list[Datum]]
+
+
+def decode_request(body: bytes, custom: bool = False) -> GradientRequest:
+    """Read a ``ForwardBackwardRequest``; its datums are read later.
 
     Raises:
-        DatumError: it is no such message, or a datum holds what is no text.
+        DatumError: it is no such message.
     """
     request = message("ForwardBackwardRequest")()
     try:
@@ -61,7 +96,16 @@ def decode_request(body: bytes) -> tuple[Any, list[Datum], dict[str, Any]]:
     config: dict[str, Any] = dict(request.loss_fn_config)
     for key, value in request.loss_fn_config_v2.items():
         config[key] = value.text if value.WhichOneof("value") == "text" else value.number
-    return request, [_datum(datum, i) for i, datum in enumerate(request.data)], config
+    return GradientRequest(
+        model_id=request.model_id,
+        seq_id=request.seq_id,
+        payload=request.SerializeToString(deterministic=True),  # a map's order on the wire is not fixed
+        loss_fn=request.loss_fn,
+        config=config,
+        forward_only=request.forward_only,
+        custom=custom,
+        data=lambda: [_datum(datum, i) for i, datum in enumerate(request.data)],
+    )
 
 
 def encode_output(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[str, float]) -> bytes:
@@ -97,6 +141,22 @@ def encode_sample(
     return bytes(written.SerializeToString())
 
 
+def tokens_of(model_input: Any) -> list[int]:
+    """Return the tokens of a JSON model input.
+
+    Raises:
+        DatumError: it holds what is no text.
+    """
+    found: list[int] = []
+    for chunk in model_input["chunks"]:
+        if chunk.get("type", "encoded_text") != "encoded_text":
+            raise DatumError(f"the input has a chunk of type {chunk.get('type')!r}; only text can be read here")
+        found += chunk["tokens"]
+    if not all(isinstance(token, int) for token in found):
+        raise DatumError("tokens must be whole numbers")
+    return found
+
+
 def _datum(datum: Any, index: int) -> Datum:
     tokens = []
     for chunk in datum.model_input:
@@ -108,7 +168,7 @@ def _datum(datum: Any, index: int) -> Datum:
     for key, value in datum.loss_fn_inputs.items():
         try:
             inputs[key] = TensorData(_tensor(value))
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
             raise DatumError(f"datum {index}: {key} cannot be read: {error}") from error
     return Datum(ModelInput.from_ints(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)), inputs)
 
@@ -118,9 +178,13 @@ def _tensor(value: Any) -> Tensor:
     if value.WhichOneof("encoding") != "sparse_csr":
         found = _array(value.dense, dtype)
         return _widened(found.reshape(shape) if shape else found)
+    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > _MAX_DENSE:
+        raise ValueError(f"a sparse tensor of shape {shape}")
     sparse = value.sparse_csr
     crow, columns = (_array(part, torch.int64) for part in (sparse.crow_indices, sparse.col_indices))
     dense = torch.zeros(shape, dtype=dtype)
+    if len(crow) != shape[0] + 1 or len(columns) != int(crow[-1]) or bool((crow.diff() < 0).any()):
+        raise ValueError("row offsets and columns of a sparse tensor that do not fit its shape")
     rows = torch.repeat_interleave(torch.arange(shape[0]), crow.diff())
     dense[rows, columns] = _array(sparse.values, dtype)
     return _widened(dense)
@@ -128,6 +192,11 @@ def _tensor(value: Any) -> Tensor:
 
 def _widened(values: Tensor) -> Tensor:
     return values.float() if values.is_floating_point() else values.long()
+
+
+def decode_tensor(data: bytes, dtype: int) -> Tensor:
+    """Return packed numbers of a protobuf field as a flat tensor."""
+    return _array(data, _DTYPES[dtype])
 
 
 def _array(data: bytes, dtype: torch.dtype) -> Tensor:

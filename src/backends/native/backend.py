@@ -279,6 +279,13 @@ class TorchBackend:
         """Write weights, optimizer, window, counters and random state to ``checkpoint_dir / name``, atomically."""
         return self._run("save_state", lambda: save_checkpoint(self._engine, self._directory, name, overwrite))
 
+    def save_weights(
+        self, name: str, *, overwrite: bool = False, folder: str | Path | None = None
+    ) -> FinishedFuture[SaveStateOutput]:
+        """Write the weights alone, to sample from or to start from (default folder: ``checkpoint_dir``), atomically."""
+        root = self._directory if folder is None else Path(folder)
+        return self._run("save_weights", lambda: save_checkpoint(self._engine, root, name, overwrite, everything=False))
+
     def load_state(self, path: str | Path) -> FinishedFuture[None]:
         """Load weights only; the optimizer starts cold. Refused while the window holds gradients."""
         return self._run("load_state", lambda: load_checkpoint(self._engine, Path(path), everything=False))

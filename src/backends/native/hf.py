@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -94,10 +95,14 @@ class HFModel(nn.Module):
         with segments as extra:
             return cast(Tensor, self._run(input_ids=tokens, position_ids=positions, **extra)[0])
 
-    def trunk(self, **inputs: Any) -> Any:
-        """Call the model below its head, as it is."""
+    def cached_states(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Return the last hidden states of tokens that follow what a ``DynamicCache`` holds, and add them to it."""
         self._switch_checkpointing()
-        return getattr(self._causal, self._causal.base_model_prefix)(**inputs)
+        base = getattr(self._causal, self._causal.base_model_prefix)
+        # Named so since transformers 5.24.
+        name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+        found = base(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
+        return cast(Tensor, found[0])
 
     def _run(self, **inputs: Any) -> Any:
         self._switch_checkpointing()

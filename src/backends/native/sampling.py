@@ -200,11 +200,5 @@ class CachedDecoder:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        hidden = self._model.trunk(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )[0]
+        hidden = self._model.cached_states(tokens, self._mask, positions, self._cache)
         return head_logits(hidden[:, -1], self._model.head())

@@ -23,7 +23,7 @@ from .hf import HFModel
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
 
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -32,8 +32,10 @@ _WEIGHTS: Final = "weights.safetensors"
 _ADAPTER: Final = "adapter_model.safetensors"
 
 
-def save_checkpoint(engine: Engine, root: Path, name: str, overwrite: bool) -> SaveStateOutput:
-    """Write everything that the next step depends on.
+def save_checkpoint(
+    engine: Engine, root: Path, name: str, overwrite: bool, *, everything: bool = True
+) -> SaveStateOutput:
+    """Write everything that the next step depends on, or the weights alone.
 
     Raises:
         CheckpointError: the name leaves the folder, or is taken.
@@ -46,7 +48,7 @@ def save_checkpoint(engine: Engine, root: Path, name: str, overwrite: bool) -> S
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
     try:
-        _write(engine, folder)
+        _write(engine, folder, everything)
         _replace(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +73,8 @@ def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
     _require_same(folder, "weights", weights, current)
     if manifest["frozen"] != frozen_fingerprint(engine.module):
         raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
-    extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in ("optimizer", "window", "random")}
+    kinds = ("optimizer", "window", "random") if everything else ()
+    extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in kinds}
     if everything:
         _require_known(folder, extras["window"], engine.parameters)
     with torch.no_grad():
@@ -97,14 +100,28 @@ def frozen_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _write(engine: Engine, folder: Path) -> None:
-    window = {n: p.grad for n, p in engine.parameters.items() if p.grad is not None}
-    files = {
-        _weights_file(engine): _weights(engine),
-        "optimizer.safetensors": engine.optimizer.to_tensors(),
-        "window.safetensors": window,
-        "random.safetensors": _random_tensors(engine),
-    }
+def load_weights(model: HFModel, folder: Path) -> None:
+    """Load the weights of a checkpoint into a model of the same kind, for sampling.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
+    manifest = _manifest(folder)
+    weights, current = _read(folder, _ADAPTER, manifest), model.adapter_weights()
+    _require_same(folder, "weights", weights, current)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            current[name].copy_(tensor)
+
+
+def _write(engine: Engine, folder: Path, everything: bool) -> None:
+    files = {_weights_file(engine): _weights(engine)}
+    if everything:
+        files |= {
+            "optimizer.safetensors": engine.optimizer.to_tensors(),
+            "window.safetensors": {n: p.grad for n, p in engine.parameters.items() if p.grad is not None},
+            "random.safetensors": _random_tensors(engine),
+        }
     for file, tensors in files.items():
         copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         save_file(copied, folder / file)

@@ -56,6 +56,7 @@ class RemoteBackend:
         defer_backward: hold cotangents until `optim_step`: any split into calls, and every normalisation, as natively;
             costs a second forward.
         timeout: seconds that an operation which must wait for the service inside a call waits; None = for ever.
+        owns_service: `close` also closes the service's client, which ends its session.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class RemoteBackend:
         capabilities: Capabilities | None = None,
         defer_backward: bool = False,
         timeout: float | None = None,
+        owns_service: bool = False,
     ) -> None:
         self._service, self._trainer, self._base_model = service, trainer, base_model
         self.capabilities = capabilities or Capabilities()
-        self._defer, self._timeout = defer_backward, timeout
+        self._defer, self._timeout, self._owns = defer_backward, timeout, owns_service
         self._window = RemoteWindow(self.capabilities, defer_backward)
         self._futures: list[RemoteFuture[Any]] = []
         self._sampler: Any = None
@@ -241,7 +243,7 @@ class RemoteBackend:
         return self._load("load_state_with_optimizer", path, "create_training_client_from_state_with_optimizer")
 
     def close(self) -> None:
-        """End the use of this backend; the service and its client stay.
+        """End the use of this backend.
 
         Raises:
             UnreadFailureError: an operation failed and nobody read its error.
@@ -251,6 +253,8 @@ class RemoteBackend:
         self._closed = True
         self._window.clear()
         failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
+        if self._owns:
+            self._service.__exit__(None, None, None)  # ends the session, and waits for it
         if failed:
             error = failed[0].exception()
             raise UnreadFailureError(

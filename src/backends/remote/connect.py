@@ -37,5 +37,5 @@ def connect(
     client = sdk().ServiceClient(base_url=service, api_key=api_key) if isinstance(service, str) else service
     trainer = ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})))
     if isinstance(service, str):
-        options.setdefault("capabilities", detect(service, api_key, base_model))
+        options = {"capabilities": detect(service, api_key, base_model), "owns_service": True, **options}
     return RemoteBackend(client, trainer, base_model=base_model, **options)

@@ -1,0 +1,206 @@
+"""Who is let in, what one client can reach, how much he may ask for, and what bad bodies do (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import tinker
+import zstandard
+from helpers import make_data
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from servers import KEY, SDK_WARNINGS, finished, gradient_body, json_datum, new_model, rest, tiny_tenants
+
+from pullback.cli import main
+from pullback.datums import to_tinker
+from pullback.errors import CheckpointError, ConfigError
+from pullback.service import Tenants, serving
+from pullback.service.limits import Keys, Limits, digest_of
+from pullback.service.serving import serve_forever
+
+pytestmark = SDK_WARNINGS
+OTHER = "tml-other"
+SMALL = Limits(body_bytes=20_000, datums=3, tokens=50, models=1, rank=8, gap_seconds=0.5)
+PROTOBUF = {"content-type": "application/x-protobuf"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service with two keys and small limits."""
+    with serving(tiny_tenants(tmp_path_factory.mktemp("two")), keys=[KEY, OTHER], limits=SMALL) as address:
+        yield address
+
+
+def test_keys_and_addresses(web: Any, url: str, tenants: Tenants, tmp_path: Any, capsys: Any) -> None:
+    """A wrong key is turned away; an address beyond loopback needs keys; a new key is stored as its digest only."""
+    with pytest.raises(tinker.AuthenticationError):
+        tinker.ServiceClient(base_url=url, api_key=OTHER).create_lora_training_client("tiny", rank=2).result()
+    assert web(url, "").post("create_session", json={}).status_code == 401
+    with pytest.raises(ConfigError, match="API key"):
+        serve_forever(tenants, "0.0.0.0", 0, Keys([]))
+    file = tmp_path / "keys"
+    assert main(["serve", "--keys", str(file), "--new-key"]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key not in file.read_text()
+    keys = Keys(file.read_text().splitlines())
+    assert keys.owner(key) == digest_of(key)[:32]
+    assert keys.owner(key + "x") is None
+    with pytest.raises(ConfigError, match="64 hexadecimal"):
+        Keys(["plain"])
+
+
+def test_nobody_reaches_anothers_things(web: Any, two: str) -> None:
+    """Models, sessions, requests and checkpoints of one key do not exist for another."""
+    mine, yours = web(two), web(two, OTHER)
+    session, made = new_model(mine)
+    model = made["model_id"]
+    saved = mine.post("save_weights", json={"model_id": model, "path": "one", "seq_id": 1}).json()["request_id"]
+    path = finished(mine, saved)["path"]
+    own = yours.post("create_session", json={}).json()["session_id"]
+    step = {"model_id": model, "seq_id": 2, "adam_params": {}}
+    load = {"session_id": own, "model_seq_id": 0, "path": path}
+    for verb, body in {
+        "get_info": {"model_id": model},
+        "optim_step": step,
+        "save_weights": {**step, "path": "two"},
+        "save_weights_for_sampler": {**step, "path": "two"},
+        "load_weights": {**step, "path": path},
+        "unload_model": {"model_id": model},
+        "weights_info": {"tinker_path": path},
+        "create_model": {"session_id": session, "model_seq_id": 1, "base_model": "tiny"},
+        "session_heartbeat": {"session_id": session},
+        "create_sampling_session": {"session_id": own, "sampling_session_seq_id": 0, "model_path": path},
+        "retrieve_future": {"request_id": saved},
+    }.items():
+        answer = yours.post(verb, json=body)
+        assert answer.status_code in (400, 404), (verb, answer.text)
+    assert "error" in finished(yours, yours.post("load_weights", json=load).json()["request_id"])
+    assert yours.get("training_runs").json()["training_runs"] == []
+    assert yours.get("checkpoints").json()["checkpoints"] == []
+    assert yours.get(f"training_runs/{model}").status_code == 404
+    assert yours.delete(f"training_runs/{model}/checkpoints/weights/one").status_code == 404
+    assert [c["tinker_path"] for c in mine.get(f"training_runs/{model}/checkpoints").json()["checkpoints"]] == [path]
+    assert mine.post("weights_info", json={"tinker_path": path}).json()["lora_rank"] == 2
+    assert mine.get(f"sessions/{session}").json()["training_run_ids"] == [model]
+    assert mine.delete(f"training_runs/{model}/checkpoints/weights/one").status_code == 204
+    assert mine.get("checkpoints").json()["checkpoints"] == []
+    assert mine.post(f"sessions/{session}/finish", json={}).status_code == 204
+
+
+def test_limits_are_said_and_kept(web: Any, two: str) -> None:
+    """Too large a body, too many datums, tokens or models, too high a rank, a bomb: refused; the service goes on."""
+    http = web(two)
+    session, refused = new_model(http, rank=64)
+    assert "takes 8" in refused["error"]
+    session, made = new_model(http)
+    model = made["model_id"]
+    assert "holds 1 models" in new_model(http)[1]["error"]
+    assert http.post("forward_backward", content=b"x" * 30_000, headers=PROTOBUF).status_code == 413
+    bomb = zstandard.compress(b"\0" * 10_000_000)
+    assert len(bomb) < 20_000
+    packed = {**PROTOBUF, "content-encoding": "zstd"}
+    assert http.post("forward_backward", content=bomb, headers=packed).status_code == 413
+    assert http.post("forward_backward", content=b"no zstd", headers=packed).status_code == 400
+    assert http.post("forward_backward", content=b"", headers={"content-encoding": "br"}).status_code == 400
+    data = [{"model_input": {"chunks": [{"tokens": [1] * 4}]}, "loss_fn_inputs": {}}] * 4
+    for number, (sent_data, words) in enumerate(
+        [(data, "4 datums"), ([{**data[0], "model_input": {"chunks": [{"tokens": [1] * 60}]}}], "60 tokens")], 1
+    ):
+        inner = {"data": sent_data, "loss_fn": "cross_entropy"}
+        sent = {"model_id": model, "seq_id": number, "forward_input": inner}
+        assert words in finished(http, http.post("forward", json=sent).json()["request_id"])["error"]
+    http.post(f"sessions/{session}/finish", json={})
+
+
+def test_metrics_and_logs_hold_no_secrets(web: Any, url: str, caplog: Any) -> None:
+    """Counters are there for Prometheus; neither they nor the log name a key or a token."""
+    with caplog.at_level("INFO", "pullback.service"):
+        http = web(url)
+        session, made = new_model(http)
+        sent = {"model_id": made["model_id"], "seq_id": 1, "forward_input": {"loss_fn": "cross_entropy"}}
+        sent["forward_input"]["data"] = [json_datum([7, 7, 7])]
+        finished(http, http.post("forward", json=sent).json()["request_id"])
+        text = httpx.get(f"{url}/metrics", headers={"x-api-key": KEY}).text
+    assert 'pullback_operations_total{kind="forward",outcome="done"}' in text
+    assert 'pullback_amount_total{what="forward_tokens"}' in text
+    assert httpx.get(f"{url}/metrics").status_code == 401
+    assert KEY not in text + caplog.text
+    assert "[7, 7, 7]" not in text + caplog.text
+    assert json.loads(caplog.messages[0])["route"] == "create_session"
+    http.post(f"sessions/{session}/finish", json={})
+
+
+def test_checkpoints_stay_in_their_folder(service: Any, tenants: Tenants) -> None:
+    """Names that lead elsewhere are refused."""
+    trainer = service.create_lora_training_client("tiny", rank=2).result()
+    with pytest.raises(tinker.RequestFailedError, match="no folders"):
+        trainer.save_state("..").result()
+    with pytest.raises(tinker.RequestFailedError, match="no folders"):
+        trainer.save_weights_for_sampler("a/b").result()
+    for uri in (
+        "tinker://../weights/x",
+        f"tinker://{trainer.model_id}/weights/..",
+        "file:///etc",
+        f"tinker://a/{'b'}/c",
+    ):
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            tenants.checkpoints.locate(uri)
+
+
+ROUTES = (
+    "client/config create_session session_heartbeat sessions/x/finish create_model unload_model get_info create_custom_loss "
+    "forward forward_backward optim_step save_weights load_weights save_weights_for_sampler create_sampling_session asample "
+    "retrieve_future weights_info"
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KNOWN_KEYS = "model_id session_id seq_id path adam_params forward_input forward_backward_input request_id graph inputs"
+EXAMPLES = 10_000 if os.environ.get("PULLBACK_SOAK") == "1" else 150
+
+
+@pytest.fixture(scope="module")
+def target(url: str) -> Iterator[tuple[httpx.Client, str]]:
+    with rest(url) as http:
+        yield http, new_model(http)[1]["model_id"]
+
+
+@given(data=st.data())
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_bad_bodies_break_nothing(target: tuple[httpx.Client, str], data: st.DataObject) -> None:
+    """Nonsense in JSON and protobuf on every route: an answer below 500, and at once."""
+    http, _ = target
+    route = data.draw(st.sampled_from(ROUTES.split()))
+    kind = data.draw(st.sampled_from(["json", "bytes", "mutated"]))
+    if kind == "json":
+        given = data.draw(st.dictionaries(st.sampled_from(KNOWN_KEYS.split()), json_values, max_size=5))
+        content, headers = json.dumps(given).encode(), {"content-type": "application/json"}
+    elif kind == "bytes":
+        content, headers = data.draw(st.binary(max_size=60)), data.draw(st.sampled_from([PROTOBUF, {}]))
+    else:
+        raw = bytearray(gradient_body("sess:train:0", 2**30, "ppo"))
+        for _ in range(data.draw(st.integers(1, 5))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        content, headers = bytes(raw), PROTOBUF
+    answer = http.post(route, content=content, headers=headers)
+    assert answer.status_code < 500, (route, content, answer.text)
+
+
+def test_the_service_still_trains(url: str, target: Any) -> None:
+    """After all that, a client trains as if nothing had been."""
+    with tinker.ServiceClient(base_url=url, api_key=KEY) as service:
+        trainer = service.create_lora_training_client("tiny", rank=2).result()
+        trainer.forward_backward(to_tinker(sums()), "cross_entropy").result()
+        assert trainer.optim_step(tinker.AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"] > 0
+
+
+def sums() -> list[Any]:
+    kept = ("target_tokens", "weights")
+    return [type(d)(d.model_input, {k: d.loss_fn_inputs[k] for k in kept}) for d in make_data([5, 4])]
