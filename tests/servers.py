@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers import make_data, tiny_llama
+from helpers import VOCAB, make_data, tiny_llama
 from torch import Tensor
 
 from pullback.backends import TorchBackend
@@ -23,9 +23,9 @@ SDK_WARNINGS = [
 ]
 
 
-def tiny_tenants(root: Any) -> Tenants:
+def tiny_tenants(root: Any, vocab: int = VOCAB) -> Tenants:
     """Models on a random Llama."""
-    model: Any = tiny_llama(torch.float32).model
+    model: Any = tiny_llama(torch.float32, vocab=vocab).model
     return Tenants(Base("tiny", model, None, {"token_budget": 64}), root)
 
 

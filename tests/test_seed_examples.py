@@ -1,70 +1,26 @@
-"""The published examples of the custom-loss interface run as printed (`tests/seed/*.txt`), but for the edits listed here.
+"""The published examples run as printed on the native backend; `seed_examples.EDITS` lists every edit.
 
 Names that the examples leave undefined (the client, datums, rewards, ...) are given from outside; nothing else is.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from helpers import distance
+from seed_examples import VOCAB, raw_sum, run, weight_datums
 from torch import Tensor
 
 import pullback
 from pullback import AdamParams, Datum, TorchBackend, preset
-from pullback.datums import datum_from_tokens_weights
 from pullback.errors import InvalidDatumsError, NotDifferentiableError, UnreadFailureError
 from pullback.losses import DPO
 from pullback.testing import TinyLM
-
-SEED = Path(__file__).parent / "seed"
-VOCAB = 4096
-
-# (snippet, printed, replaced by, why)
-EDITS = [
-    ("weight_datum", "from tinker_cookbook.supervised.common import", "from pullback.datums import", "import"),
-    ("weight_datum", "2003, ...]", "2003, 7, 9]", "literal ..."),
-    ("target_datum", "import tinker\n", "", "import: `tinker` is given, with this library's names"),
-    ("accumulation", "learning_rate=1e-5, ...)", "learning_rate=1e-5)", "literal ..."),
-]
-
-TINKER = SimpleNamespace(
-    Datum=pullback.Datum,
-    ModelInput=pullback.ModelInput,
-    TensorData=pullback.TensorData,
-    AdamParams=pullback.AdamParams,
-)
-
-
-def run(snippet: str, **names: Any) -> dict[str, Any]:
-    """Run a snippet with the given names and return all names after it."""
-    text = (SEED / f"{snippet}.txt").read_text()
-    for which, printed, replaced, _ in EDITS:
-        if which == snippet:
-            assert printed in text
-            text = text.replace(printed, replaced)
-    namespace: dict[str, Any] = {"torch": torch, "tinker": TINKER, **names}
-    exec(compile(text, f"{snippet}.txt", "exec"), namespace)
-    return namespace
 
 
 def client(dtype: torch.dtype = torch.float32) -> TorchBackend:
     """The line that makes the client."""
     return TorchBackend(TinyLM(VOCAB, dtype=dtype), reference=TinyLM(VOCAB, seed=1, dtype=dtype))
-
-
-def weight_datums() -> list[Datum]:
-    first = run("weight_datum", prompt_len=2)["datum"]
-    return [first, datum_from_tokens_weights([5, 6, 7, 8], [0.0, 0.0, 1.0, 1.0])]
-
-
-def raw_sum(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    loss = -torch.stack([lp.sum() for lp in logprobs_list]).sum()
-    return loss, {"loss": loss.item()}
 
 
 def test_both_datum_forms() -> None:

@@ -14,11 +14,13 @@ _JUNK = (math.nan, math.inf, -math.inf, 7.0)
 
 
 @st.composite
-def sequences(draw: st.DrawFn, *, low: float = -6.0, junk: bool = True, empty: bool = False) -> CaseSequence:
+def sequences(
+    draw: st.DrawFn, *, low: float = -6.0, high: float = -0.05, junk: bool = True, empty: bool = False
+) -> CaseSequence:
     """One sequence of 1 to 5 tokens, with NaN, inf and nonsense in its untrained positions.
 
     Args:
-        low: smallest log-prob.
+        low, high: smallest and largest log-prob.
         junk: put nonsense where nothing is trained.
         empty: allow a sequence without a trained token.
     """
@@ -34,20 +36,20 @@ def sequences(draw: st.DrawFn, *, low: float = -6.0, junk: bool = True, empty: b
         return drawn
 
     return CaseSequence(
-        logprobs=numbers(low, -0.05),
+        logprobs=numbers(low, high),
         weights=weights,
         advantages=numbers(-2.0, 2.0),
-        behaviour_logprobs=numbers(low, -0.05),
-        old_logprobs=numbers(low, -0.05),
-        ref_logprobs=numbers(low, -0.05),
+        behaviour_logprobs=numbers(low, high),
+        old_logprobs=numbers(low, high),
+        ref_logprobs=numbers(low, high),
         group=draw(st.integers(0, 2)),
     )
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, low: float = -6.0, junk: bool = True, empty: bool = False) -> Case:
-    """Two to six sequences, an even number (neighbours are pairs)."""
+def cases(draw: st.DrawFn, *, low: float = -6.0, high: float = -0.05, junk: bool = True, empty: bool = False) -> Case:
+    """Two to six sequences, an even number (neighbours are pairs); see `sequences`."""
     pairs = draw(st.integers(1, 3))
-    one = sequences(low=low, junk=junk, empty=empty)
+    one = sequences(low=low, high=high, junk=junk, empty=empty)
     drawn = draw(st.lists(one, min_size=2 * pairs, max_size=2 * pairs))
     return Case(tuple(drawn), with_old=draw(st.booleans()))
