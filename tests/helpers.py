@@ -15,35 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.datums import Datum, ModelInput
+from pullback.datums import Datum
 from pullback.losses import Loss
-from pullback.testing import TinyLM
+from pullback.testing import TinyLM, example_datums
 
-VOCAB = 17
-
-
-def make_data(lengths: list[int], seed: int = 0, vocab: int = VOCAB, **extra: Any) -> list[Datum]:
-    """Datums with every input that a registered loss may ask for; the first position is not trained."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def near(values: Tensor, spread: float) -> Tensor:
-        return values + spread * torch.randn(values.shape, generator=generator)
-
-    data = []
-    for i, length in enumerate(lengths):
-        tokens = torch.randint(vocab, (length + 1,), generator=generator)
-        base = torch.full((length,), -3.0)
-        inputs: dict[str, Any] = {
-            "target_tokens": tokens[1:],
-            "weights": (torch.arange(length) >= min(1, length - 1)).float(),
-            "advantages": torch.randn(length, generator=generator),
-            "logprobs": near(base, 0.3),
-            "ref_logprobs": near(base, 0.3),
-            "group_id": [i // 2],
-            **extra,
-        }
-        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
-    return data
+VOCAB = 17  # of `make_data` and of the tiny models
+make_data = example_datums
 
 
 class AllocationTracker(TorchDispatchMode):

@@ -161,7 +161,7 @@ def test_a_long_datum_never_holds_all_logits(tokens: int) -> None:
     peaks = []
     for length in (tokens // 2, tokens):
         backend = TorchBackend(tiny_llama(torch.float32, vocab=5000), max_length=tokens)
-        data = make_data([length], vocab=5000)
+        data = make_data([length], vocab_size=5000)
         with AllocationTracker() as tracker:
             backend.forward_backward(data, "cross_entropy").result()
             backend.forward_backward_custom(data, nll).result()

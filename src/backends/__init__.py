@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .fake import FakeBackend
 from .futures import FinishedFuture, Future
 from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs, with_reference
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
@@ -20,6 +21,7 @@ from .types import (
 __all__ = [
     "AdamParams",
     "CustomLoss",
+    "FakeBackend",
     "FinishedFuture",
     "ForwardBackwardOutput",
     "Future",

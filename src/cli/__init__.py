@@ -14,7 +14,7 @@ from ..datums import Datum, ModelInput
 from ..errors import PullbackError
 from ..losses import loss_names, registry
 from ..losses.registry import config_keys
-from . import serve
+from . import conformance, serve
 
 __all__ = ["main"]
 
@@ -57,6 +57,7 @@ def _add_measurements(commands: Any) -> None:
     check = commands.add_parser("check", help="does a model keep its promises?").add_subparsers(
         required=True, metavar="what"
     )
+    conformance.add_parser(check)
     sampling = check.add_parser("sampling", help="sampler and trainer mean the same policy")
     sampling.add_argument("--model", default="smollm2", help=models)
     sampling.add_argument("--dtype", default="float32")

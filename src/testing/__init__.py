@@ -8,13 +8,17 @@ from __future__ import annotations
 from . import oracles
 from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
+from .conformance import PROMISES, check_backend
+from .examples import example_datums
 from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
+from .subject import Subject
 from .tiny import TinyLM
 
 __all__ = [
+    "PROMISES",
     "Agreement",
     "Case",
     "CaseSequence",
@@ -22,9 +26,12 @@ __all__ = [
     "NumericsRow",
     "PackingLeakLM",
     "RowLeakLM",
+    "Subject",
     "TinyLM",
+    "check_backend",
     "check_loss",
     "cotangent",
+    "example_datums",
     "head_numerics",
     "model_numerics",
     "oracles",

@@ -15,12 +15,12 @@ from ...errors import MissingReferenceError
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss
 from ..futures import FinishedFuture
+from ..operations import Operations
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .batching import Layout
 from .engine import Engine, Positions, as_adapter
 from .held import HeldForward
-from .operations import Operations
 from .plans import plan_call
 from .reference import ReferenceView
 from .sampling import draw

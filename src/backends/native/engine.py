@@ -17,6 +17,7 @@ from ...losses.base import Counts, Loss
 from ...losses.metrics import wire_metrics
 from ..arguments import as_loss
 from ..custom import custom_name
+from ..operations import require_unspoiled
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput
 from .adapter import ModelAdapter
@@ -201,7 +202,7 @@ class Engine:
     def step(self, params: AdamParams, mode: NormalizationMode) -> OptimStepOutput:
         if not isinstance(params, AdamParams):
             raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
-        self.window.require_unspoiled()
+        require_unspoiled(self.window)
         divisor = self.window.ledger.divisor(mode)
         ledger = tuple(self.window.ledger.entries)
         if self.window.ledger.tokens == 0 or divisor.value == 0:

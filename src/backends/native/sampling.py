@@ -17,7 +17,7 @@ from .head import head_logits
 from .hf import HFModel
 from .scoring import model_device
 
-__all__ = ["draw"]
+__all__ = ["choose_tokens", "draw"]
 
 _MAX_ROWS = 128
 
@@ -83,7 +83,7 @@ def _complete(
     alive = list(range(len(rows)))
     logits = decoder.start(prompts, n)
     for length in range(1, params.max_tokens + 1):
-        chosen = _choose(logits, params, generator)
+        chosen = choose_tokens(logits, params, generator)
         logprobs = torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0]
         for row, token, logprob in zip(alive, chosen.tolist(), logprobs.tolist(), strict=True):
             rows[row].tokens.append(token)
@@ -99,7 +99,7 @@ def _complete(
     return rows
 
 
-def _choose(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
+def choose_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
     """Draw one token per row from the tempered, cut distribution, [R]."""
     if params.temperature == 0:
         return logits.argmax(-1)

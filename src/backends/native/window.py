@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ...errors import NonFiniteError, PrecedingOperationFailed
+from ...errors import NonFiniteError
 from ..ledger import Ledger
 
 __all__ = ["Window"]
@@ -63,15 +63,6 @@ class Window:
                 raise NonFiniteError(
                     f"the gradient of {name} is not finite; first caused by {blame()}; nothing has changed"
                 )
-
-    def require_unspoiled(self) -> None:
-        """Raise if a gradient operation failed and its error was not read."""
-        if self.failures:
-            cause = self.failures[0]
-            raise PrecedingOperationFailed(
-                f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been read, "
-                "so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
-            ) from cause
 
     def clear(self) -> None:
         """Forget everything."""

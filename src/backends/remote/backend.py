@@ -14,6 +14,7 @@ from ...datums.validation import validate
 from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, UnreadFailureError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss
+from ..cotangents import Cotangents, target_cotangents, with_cotangents
 from ..custom import custom_name
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import (
@@ -28,7 +29,6 @@ from ..types import (
 from .capabilities import Capabilities, named_data
 from .convert import adam_params, bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk
 from .futures import RemoteFuture
-from .local import Held, target_cotangents, with_cotangents
 from .reference import BaseView
 from .window import RemoteWindow
 
@@ -344,7 +344,7 @@ class _Local:
     def __init__(self, loss: Loss | CustomLoss, name: str, data: Sequence[Datum], counts: Counts | None) -> None:
         self._loss, self._name, self._data, self._counts = loss, name, data, counts
         self.error: Exception | None = None
-        self.held: Held | None = None
+        self.held: Cotangents | None = None
         self.logprobs: list[Tensor] = []
 
     def __call__(self, _: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:

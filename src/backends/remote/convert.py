@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...datums.types import Datum, TensorData
 from ...errors import require_extra
+from ..cotangents import scored
 from ..types import AdamParams, ForwardBackwardOutput, Rollout, SamplingParams
-from .local import scored
 
 __all__ = ["adam_params", "bare", "logprobs_of", "output_of", "ready", "rollouts_of", "sampling_params", "sdk"]
 

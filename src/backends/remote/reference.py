@@ -9,10 +9,10 @@ import torch
 
 from ...datums.types import Datum, TensorData
 from ...errors import ConfigError, UnsupportedError
+from ..cotangents import scored
 from ..types import ForwardBackwardOutput
 from .convert import sdk
 from .futures import RemoteFuture
-from .local import scored
 
 __all__ = ["BaseView"]
 

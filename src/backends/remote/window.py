@@ -9,12 +9,12 @@ from typing import final
 from ...datums.types import Datum
 from ...errors import BackendError, PrecedingOperationFailed, UnsupportedError
 from ...losses.base import Counts, Loss
+from ..cotangents import Cotangents
 from ..ledger import Divisor, Ledger
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import ForwardBackwardOutput, LedgerEntry
 from .capabilities import Capabilities
 from .futures import RemoteFuture
-from .local import Held
 
 __all__ = ["RemoteWindow"]
 
@@ -40,7 +40,7 @@ class RemoteWindow:
     deferred: bool
     ledger: Ledger = field(default_factory=Ledger)
     futures: list[RemoteFuture[ForwardBackwardOutput]] = field(default_factory=list)
-    held: list[Held] = field(default_factory=list)
+    held: list[Cotangents] = field(default_factory=list)
     own: str | None = None
     torn: str | None = None
 
@@ -79,7 +79,7 @@ class RemoteWindow:
             self.admit_here(loss, loss.name, None)
         self.ledger.admit(loss.name, loss.main_aggregation.denominator)
 
-    def record(self, held: Held, deferred: bool) -> None:
+    def record(self, held: Cotangents, deferred: bool) -> None:
         """Note a gradient whose cotangent was computed here."""
         waits, count = (held.denominator, held.count) if deferred else ("none", 1.0)
         self._record(held.name, len(held.data), held.tokens, held.sequences, waits, count, held.fitting)

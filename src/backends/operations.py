@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, final
+from typing import Protocol, TypeVar, final
 
-from ...errors import ClosedError, UnreadFailureError
-from ..futures import FinishedFuture
-from .window import Window
+from ..errors import ClosedError, PrecedingOperationFailed, UnreadFailureError
+from .futures import FinishedFuture
 
-__all__ = ["Operations"]
+__all__ = ["Operations", "Spoilable", "require_unspoiled"]
 
 T = TypeVar("T")
+
+
+class Spoilable(Protocol):
+    """A gradient window that knows of operations that should have added to it and did not.
+
+    Attributes:
+        failures: gradient operations that failed and whose error nobody has read.
+    """
+
+    failures: list[BaseException]
+
+
+def require_unspoiled(window: Spoilable) -> None:
+    """Raise if a gradient operation failed and its error was not read.
+
+    Raises:
+        PrecedingOperationFailed: the window lacks a batch.
+    """
+    if window.failures:
+        cause = window.failures[0]
+        raise PrecedingOperationFailed(
+            f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been read, "
+            "so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
+        ) from cause
 
 
 @final
 class Operations:
     """Runs operations in the caller's thread. A failed gradient operation spoils the window until it is read."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Spoilable) -> None:
         self._window = window
         self._unread: list[BaseException] = []
         self.closed = False

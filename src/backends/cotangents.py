@@ -1,4 +1,4 @@
-"""The half of a custom loss that runs here: log-probs in, cotangents out."""
+"""A loss on log-probs that came from elsewhere: cotangents, and all that must be known of them until they are divided."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...datums.types import Datum, TensorData
-from ...losses.base import Counts, Loss, Part
-from ...losses.metrics import wire_metrics
-from ..custom import call_custom, custom_cotangents
-from ..protocol import CustomLoss
+from ..datums.types import Datum, TensorData
+from ..losses.base import Counts, Loss, Part
+from ..losses.metrics import wire_metrics
+from .custom import call_custom, custom_cotangents
+from .protocol import CustomLoss
 
-__all__ = ["Held", "scored", "target_cotangents", "with_cotangents"]
+__all__ = ["Cotangents", "scored", "target_cotangents", "with_cotangents"]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Held:
+class Cotangents:
     """One gradient operation whose cotangents are known and not yet divided.
 
     Attributes:
@@ -61,7 +61,7 @@ def scored(datum: Datum) -> Datum:
 
 def target_cotangents(
     loss: Loss | CustomLoss, name: str, data: Sequence[Datum], logprobs: Sequence[Tensor], counts: Counts | None
-) -> Held:
+) -> Cotangents:
     """Evaluate a loss on log-probs from elsewhere.
 
     Raises:
@@ -79,10 +79,10 @@ def target_cotangents(
         found = custom_cotangents(loss, value, leaves)
         part = Part("loss", value.detach(), "none", 1.0)
         metrics, fitting = {"loss:sum": float(value.detach()), **own}, "function"
-    return Held(name, [scored(d) for d in data], found, part.denominator, part.count, metrics, fitting)
+    return Cotangents(name, [scored(d) for d in data], found, part.denominator, part.count, metrics, fitting)
 
 
-def with_cotangents(held: Held, divisor: float) -> list[Datum]:
+def with_cotangents(held: Cotangents, divisor: float) -> list[Datum]:
     """Return datums whose cross-entropy has the held gradient: ``weights = -cotangent / divisor``."""
     return [
         Datum(
