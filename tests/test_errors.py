@@ -168,6 +168,7 @@ LOSS_ROWS = [
     Bad("negative KL", make(lambda: KL(beta=-1)), ConfigError, ["beta", "-1"]),
     Bad("unknown estimator", make(lambda: KL("k4")), ConfigError, ["k4", "k3"]),  # type: ignore[arg-type]
     Bad("biased KL", named(DATA, "grpo", {"kl_beta": 0.1, "kl_estimator": "k1", "kl_gradient": "pathwise"}), BiasedGradientError, ["acknowledge_biased"]),
+    Bad("KL without its weight", named(DATA, "grpo", {"kl_estimator": "k2"}), ConfigError, ["kl_estimator='k2'", "kl_beta"]),
     Bad("offsets as bounds", make(lambda: RatioBand(0.2, 0.2)), ConfigError, ["from_offsets"]),
     Bad("inverted band", named(DATA, "ppo", {"clip_low_threshold": 1.5}), ConfigError, ["clip band low"]),
     Bad("aggregation misspelt", named(DATA, "grpo", {"aggregation": "token_men"}), ConfigError, ["did you mean 'token_mean'"]),

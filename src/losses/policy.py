@@ -165,6 +165,11 @@ class GRPO(Loss):
         kl_gradient: KLGradient = "reverse",
         aggregation: str = "token_mean",
     ) -> Self:
+        if not kl_beta and (kl_estimator, kl_gradient) != ("k3", "reverse"):
+            raise ConfigError(
+                f"kl_estimator={kl_estimator!r} and kl_gradient={kl_gradient!r} have no effect without kl_beta; give it, or "
+                "drop them"
+            )
         kl = KL(kl_estimator, kl_beta, kl_gradient) if kl_beta else None
         return cls(RatioBand(clip_low_threshold, clip_high_threshold), kl, "behaviour", aggregation)
 
