@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from .types import Datum
+if TYPE_CHECKING:
+    from .types import Datum
 
 __all__ = ["explain"]
 

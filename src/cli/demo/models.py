@@ -39,6 +39,7 @@ class Studio:
         max_text_tokens: of a documentation paragraph.
         reward: of a sampled answer.
         learning_rate: factor on the objectives' learning rates.
+        adds: it can tell a right sum from a wrong one; otherwise preferences are about the form of an answer only.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Studio:
     max_text_tokens: int
     reward: Reward
     learning_rate: float = 1.0
+    adds: bool = True
 
 
 def smollm2(device: str, dtype: str) -> Studio:
@@ -123,4 +125,5 @@ def tiny(device: str) -> Studio:
         max_text_tokens=48,
         reward=digit_reward,
         learning_rate=5.0,
+        adds=False,
     )

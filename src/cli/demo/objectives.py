@@ -106,7 +106,7 @@ class Preference(Objective):
         self.steps, self.share = {"dpo": ((8, 24), 0.17), "orpo": ((8, 24), 0.13)}[name]
         self.learning_rate = {"dpo": 1e-3, "orpo": 2e-3}[name] * studio.learning_rate
         self._loss: Loss = DPO(0.1) if name == "dpo" else ORPO(0.5)
-        split = preferences(seed)
+        split = preferences(seed, wrong_numbers=studio.adds)
         self._held = self._datums(studio, split.held_out)
         self._train = self._datums(studio, split.train[:200])
         self._batches = batches(self._train, 16)

@@ -53,8 +53,8 @@ def _paragraphs(name: str) -> list[Text]:
     return [Text(f"Explain `{name}` in Python.", p) for p in found if len(p) > 120]
 
 
-def preferences(seed: int, held_items: int = 40) -> Split:
-    """Sums of numbers up to 20: the answer in tags is preferred to a wrong number in tags and to a sentence.
+def preferences(seed: int, held_items: int = 40, *, wrong_numbers: bool = True) -> Split:
+    """Sums of numbers up to 20: the answer in tags is preferred to a sentence and (``wrong_numbers``) to a wrong one in tags.
 
     (x, y) and (y, x) are on the same side of the split.
     """
@@ -62,8 +62,12 @@ def preferences(seed: int, held_items: int = 40) -> Split:
     sums = [(x, y) for x in range(1, 21) for y in range(x, 21)]
     rng.shuffle(sums)
     cut = held_items // 2
-    held = [_pair(rng, *ordered, i) for i, ordered in enumerate(_both_orders(sums[:cut]))]
-    train = [_pair(rng, *ordered, i) for i, ordered in enumerate(_both_orders(sums[cut:]))]
+    held = [
+        _pair(rng, *ordered, wrong_numbers and i // 2 % 2 == 0) for i, ordered in enumerate(_both_orders(sums[:cut]))
+    ]
+    train = [
+        _pair(rng, *ordered, wrong_numbers and i // 2 % 2 == 0) for i, ordered in enumerate(_both_orders(sums[cut:]))
+    ]
     rng.shuffle(train)
     return Split(train, held)
 
@@ -72,10 +76,10 @@ def _both_orders(sums: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [pair for x, y in sums for pair in ((x, y), (y, x))]
 
 
-def _pair(rng: random.Random, x: int, y: int, index: int) -> Pair:
+def _pair(rng: random.Random, x: int, y: int, wrong_number: bool) -> Pair:
     good = f"<answer>{x + y}</answer>"
     wrong = x + y + rng.choice([-3, -2, -1, 1, 2, 3])
-    bad = f"{x} + {y} = {x + y}." if index // 2 % 2 else f"<answer>{wrong}</answer>"
+    bad = f"<answer>{wrong}</answer>" if wrong_number else f"{x} + {y} = {x + y}."
     return Pair(f"What is {x} + {y}?", good, bad)
 
 
