@@ -157,7 +157,16 @@ class UnsupportedError(BackendError):
 
 
 class RemoteError(BackendError):
-    """A service failed an operation, or could not be reached."""
+    """A service failed an operation, or could not be reached.
+
+    Attributes:
+        category: ``user``: it was refused, and sending it again will not help; ``server``: it failed there. In both cases it
+            had no effect. ``unknown``: there is no final answer, so it may have had.
+    """
+
+    def __init__(self, message: str, category: str = "unknown") -> None:
+        super().__init__(message)
+        self.category = category
 
 
 class ClosedError(BackendError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from .types import (
     SaveStateOutput,
 )
 
-__all__ = ["CustomLoss", "NormalizationMode", "ReferenceModel", "SamplingBackend", "TrainerBackend"]
+__all__ = ["CustomLoss", "NormalizationMode", "PolicyBackend", "ReferenceModel", "SamplingBackend", "TrainerBackend"]
 
 NormalizationMode: TypeAlias = Literal["num_loss_tokens", "num_sequences", "auto"] | None
 CustomLoss: TypeAlias = Callable[[Sequence[Any], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
@@ -40,9 +41,12 @@ class TrainerBackend(Protocol):
     """Anything that can pull a cotangent back through a model. Operations take effect in submission order."""
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | Loss = "cross_entropy",
+        loss_fn_config: Mapping[str, Any] | None = None,
     ) -> Future[ForwardBackwardOutput]:
-        """Score all target tokens; no gradient."""
+        """Score all target tokens, and evaluate a registered loss; no gradient."""
         ...
 
     def forward_backward(
@@ -96,3 +100,13 @@ class SamplingBackend(Protocol):
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Future[list[Rollout]]:
         """Draw ``n`` completions of each prompt; prompt-major order."""
         ...
+
+
+class PolicyBackend(TrainerBackend, SamplingBackend, Protocol):
+    """A backend that trains and samples: what reinforcement learning needs. It is closed at the end of a ``with`` block."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...

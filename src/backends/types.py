@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, final
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ __all__ = [
     "SamplingParams",
     "SaveStateOutput",
 ]
+
+_SEED_STRIDE: Final = 0x9E3779B1  # far from any difference that a user's seeds have
 
 
 @final
@@ -66,7 +68,8 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; -1 = all.
         top_p: keep the smallest set of tokens with this mass; 1.0 = all.
         stop: token ids that end a completion (they are part of it); None = the model's own end-of-text tokens.
-        seed: makes the samples repeatable; None = the backend's running generator.
+        seed: makes the samples repeatable, whatever other prompts are drawn with them; None = the backend's running
+            generator.
     """
 
     max_tokens: int = 64
@@ -85,6 +88,12 @@ class SamplingParams:
             raise ConfigError(f"top_k must be positive, or -1 for all, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def for_prompt(self, index: int) -> SamplingParams:
+        """Return how to draw one prompt of a call alone: the first one by the seed itself, each other by its own."""
+        if self.seed is None:
+            return self
+        return replace(self, seed=(self.seed + index * _SEED_STRIDE) % 2**31)
 
 
 @final

@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="train SFT, DPO, ORPO and GRPO on a real model")
     demo.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
+    demo.add_argument(
+        "--backend", choices=("native", "remote"), default="native", help="remote: on a service, started for the demo"
+    )
     demo.add_argument("--minutes", type=float, default=12.0, help="time to fill, installation apart (default 12)")
     demo.add_argument("--only", help="some of sft,dpo,orpo,grpo")
     demo.add_argument("--seed", type=int, default=0)

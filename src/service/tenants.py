@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -27,6 +28,7 @@ __all__ = ["Base", "LoraChoice", "Sampler", "Tenants"]
 
 _ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP: Final = ("gate_proj", "up_proj", "down_proj")
+_UNEMBED: Final = ("lm_head",)
 
 
 @final
@@ -37,7 +39,7 @@ class LoraChoice:
     Args:
         rank: of the adapters.
         seed: of their start.
-        alpha: their scale is ``alpha / rank``; None: 1.
+        alpha: their scale is ``alpha / rank``; None: the base's own.
         train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
     """
 
@@ -61,22 +63,6 @@ class LoraChoice:
         """Read what the journal holds."""
         return cls(**json.loads(text))
 
-    @property
-    def targets(self) -> list[str]:
-        """Names of the adapted layers.
-
-        Raises:
-            ConfigError: there are none.
-        """
-        found = [
-            *(_ATTENTION if self.train_attn else ()),
-            *(_MLP if self.train_mlp else ()),
-            *(("lm_head",) if self.train_unembed else ()),
-        ]
-        if not found:
-            raise ConfigError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
-        return found
-
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -88,20 +74,41 @@ class Base:
         model: a transformers causal language model.
         tokenizer_id: a folder that its tokenizer can be loaded from, for clients; None if there is none.
         options: of every `TorchBackend`.
+        attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean.
+        scale: ``alpha / rank`` of adapters whose client names no alpha.
     """
 
     name: str
     model: nn.Module
-    tokenizer_id: str | None
-    options: dict[str, Any]
+    tokenizer_id: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    attention: Sequence[str] = _ATTENTION
+    mlp: Sequence[str] = _MLP
+    unembed: Sequence[str] = _UNEMBED
+    scale: float = 1.0
+
+    def layers(self, lora: LoraChoice) -> list[str]:
+        """Names of the layers to adapt.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = [
+            *(self.attention if lora.train_attn else ()),
+            *(self.mlp if lora.train_mlp else ()),
+            *(self.unembed if lora.train_unembed else ()),
+        ]
+        if not found:
+            raise ConfigError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+        return found
 
     def adapted(self, lora: LoraChoice) -> HFModel:
         """Return a model with an adapter of its own; its frozen weights are the base's, not copies."""
         peft = require_extra("peft", "hf", "the service")
         config = peft.LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-            target_modules=lora.targets,
+            lora_alpha=self.scale * lora.rank if lora.alpha is None else lora.alpha,
+            target_modules=self.layers(lora),
             task_type="CAUSAL_LM",
             ensure_weight_tying=False,
         )

@@ -68,7 +68,7 @@ class TableModel:
         tokens, logprobs = list[int](), list[float]()
         while len(tokens) < params.max_tokens and not (tokens and last in stop):
             row = self.logits[last]
-            last = int(choose_tokens(row[None], params, generator))
+            last = int(choose_tokens(row[None], params, [generator]))
             tokens.append(last)
             logprobs.append(float(row.log_softmax(-1)[last]))
         return tokens, logprobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol, final
 
 import torch
@@ -42,21 +43,23 @@ def draw(
     generator: torch.Generator,
     version: int,
 ) -> list[Rollout]:
-    """Draw ``n`` completions of each prompt, prompt-major.
+    """Draw ``n`` completions of each prompt, prompt-major; with a seed, each prompt has a generator of its own.
 
     Raises:
         InvalidDatumsError: a prompt is empty or has tokens outside the vocabulary.
     """
     _check(model, prompts, n)
+    generators = [generator] * len(prompts)
     if params.seed is not None:
-        generator = torch.Generator(generator.device).manual_seed(params.seed)
+        seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
+        generators = [torch.Generator(generator.device).manual_seed(seed or 0) for seed in seeds]
     stop = params.stop if params.stop is not None else getattr(model, "eos_token_ids", ())
     found: list[_Row] = []
     step = max(1, _MAX_ROWS // n)
     with torch.no_grad():
         for first in range(0, len(prompts), step):
             chunk = [p.tokens for p in prompts[first : first + step]]
-            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), generator)
+            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), generators[first : first + step])
     how = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
     return [
         Rollout(i // n, row.tokens, row.logprobs, row.stop_reason, version, **how)  # type: ignore[arg-type]  # by name
@@ -77,13 +80,13 @@ def _complete(
     n: int,
     params: SamplingParams,
     stop: frozenset[int],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> list[_Row]:
     rows = [_Row() for _ in range(len(prompts) * n)]
     alive = list(range(len(rows)))
     logits = decoder.start(prompts, n)
     for length in range(1, params.max_tokens + 1):
-        chosen = choose_tokens(logits, params, generator)
+        chosen = choose_tokens(logits, params, [generators[row // n] for row in alive])
         logprobs = torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0]
         for row, token, logprob in zip(alive, chosen.tolist(), logprobs.tolist(), strict=True):
             rows[row].tokens.append(token)
@@ -99,8 +102,8 @@ def _complete(
     return rows
 
 
-def choose_tokens(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> Tensor:
-    """Draw one token per row from the tempered, cut distribution, [R]."""
+def choose_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw one token per row from the tempered, cut distribution, [R]; neighbours share a generator or do not."""
     if params.temperature == 0:
         return logits.argmax(-1)
     tempered = logits / params.temperature
@@ -109,7 +112,10 @@ def choose_tokens(logits: Tensor, params: SamplingParams, generator: torch.Gener
         tempered = tempered.masked_fill(tempered < smallest, -torch.inf)
     if params.top_p < 1.0:
         tempered = _nucleus(tempered, params.top_p)
-    return torch.multinomial(tempered.softmax(-1), 1, generator=generator)[:, 0]
+    shared = [(generator, len(list(rows))) for generator, rows in groupby(generators)]
+    parts = tempered.softmax(-1).split([count for _, count in shared])
+    drawn = [torch.multinomial(part, 1, generator=one) for part, (one, _) in zip(parts, shared, strict=True)]
+    return torch.cat(drawn)[:, 0]
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

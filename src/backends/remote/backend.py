@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 from typing import Any, Self, TypeVar, final
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from ...datums.convert import to_tinker
 from ...datums.types import Datum, ModelInput, TensorData
 from ...datums.validation import validate
-from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, UnreadFailureError, UnsupportedError
+from ...errors import (
+    ClosedError,
+    ConfigError,
+    LossTypeError,
+    RemoteError,
+    UnreadFailureError,
+    UnsupportedError,
+)
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss
 from ..cotangents import Cotangents, target_cotangents, with_cotangents
@@ -28,14 +36,14 @@ from ..types import (
 )
 from .capabilities import Capabilities, named_data
 from .convert import adam_params, bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk
-from .futures import RemoteFuture
+from .failures import at_service
+from .futures import Pending, RemoteFuture
 from .reference import BaseView
 from .window import RemoteWindow
 
 __all__ = ["RemoteBackend"]
 
 T = TypeVar("T")
-Fetch = Callable[[float | None], T]
 
 
 @final
@@ -55,7 +63,7 @@ class RemoteBackend:
         capabilities: what the service does by itself; default: the plain protocol.
         defer_backward: hold cotangents until `optim_step`: any split into calls, and every normalisation, as natively;
             costs a second forward.
-        timeout: seconds that an operation which must wait for the service inside a call waits; None = for ever.
+        timeout: seconds that a result, or a call that must wait for the service, waits; None = for ever.
         owns_service: `close` also closes the service's client, which ends its session.
     """
 
@@ -87,16 +95,16 @@ class RemoteBackend:
     ) -> RemoteFuture[ForwardBackwardOutput]:
         """Score all target tokens there, and evaluate the loss here; no gradient."""
 
-        def send() -> Fetch[ForwardBackwardOutput]:
+        def send() -> Pending[ForwardBackwardOutput]:
             loss = as_loss(loss_fn, loss_fn_config)
             self._check(data, loss)
             sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
 
-            def fetch(timeout: float | None) -> ForwardBackwardOutput:
-                logprobs = logprobs_of(sent.result(timeout=timeout))
+            def read(answers: list[Any]) -> ForwardBackwardOutput:
+                logprobs = logprobs_of(answers[0])
                 return _output(logprobs, loss(data, logprobs)[1])
 
-            return fetch
+            return Pending([sent], read)
 
         return self._run("forward", send)
 
@@ -117,7 +125,7 @@ class RemoteBackend:
             counts: totals of the whole step by denominator: divide now.
         """
 
-        def send() -> Fetch[ForwardBackwardOutput]:
+        def send() -> Pending[ForwardBackwardOutput]:
             loss = as_loss(loss_fn, loss_fn_config)
             self._check(data, loss)
             if not self._window.by_name(loss_fn, loss, counts):
@@ -126,7 +134,7 @@ class RemoteBackend:
             wire = to_tinker(named_data(data, loss, self.capabilities))
             sent = self._trainer.forward_backward(wire, loss.name, dict(loss_fn_config or {}))
             self._window.record_named(loss, data)
-            return lambda timeout: output_of(sent.result(timeout=timeout))
+            return Pending([sent], lambda answers: output_of(answers[0]))
 
         return self._run("forward_backward", send, gradient=True)
 
@@ -135,7 +143,7 @@ class RemoteBackend:
     ) -> RemoteFuture[ForwardBackwardOutput]:
         """Add the gradient of any function of the log-probs to the window."""
 
-        def send() -> Fetch[ForwardBackwardOutput]:
+        def send() -> Pending[ForwardBackwardOutput]:
             if not callable(loss_fn):
                 raise LossTypeError(
                     f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {loss_fn!r}"
@@ -156,7 +164,7 @@ class RemoteBackend:
             DoubleNormalizationError: a normalising mode on top of a mean loss.
         """
 
-        def send() -> Fetch[OptimStepOutput]:
+        def send() -> Pending[OptimStepOutput]:
             if not isinstance(params, AdamParams):
                 raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
             self._window.require_unspoiled()
@@ -165,7 +173,7 @@ class RemoteBackend:
             if self._window.ledger.tokens == 0 or divisor.value == 0:
                 self._window.clear()
                 words = "empty window: no token has a gradient, so no step was made"
-                return lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
+                return Pending([], lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger))
             self._send_held(divisor.value)
             extra = {"grad_accumulation_normalization": mode or "none"} if self.capabilities.normalizes else {}
             sent = self._trainer.optim_step(adam_params(params), **extra)
@@ -173,11 +181,11 @@ class RemoteBackend:
             self._sampler = None
             self.weights_version += 1
 
-            def fetch(timeout: float | None) -> OptimStepOutput:
-                metrics = {"learning_rate": params.learning_rate, **dict(sent.result(timeout=timeout).metrics or {})}
+            def read(answers: list[Any]) -> OptimStepOutput:
+                metrics = {"learning_rate": params.learning_rate, **dict(answers[0].metrics or {})}
                 return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
 
-            return fetch
+            return Pending([sent], read)
 
         return self._run("optim_step", send)
 
@@ -211,26 +219,29 @@ class RemoteBackend:
 
     def reference(self) -> BaseView:
         """Return a forward-only view of the base model, by the service's sampler."""
-        return BaseView(ready(self._service.create_sampling_client(base_model=self._base_model)))
+        with at_service("reference"):
+            sampler = self._service.create_sampling_client(base_model=self._base_model)
+            return BaseView(ready(sampler, self._timeout), self._timeout)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> RemoteFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt from the present weights."""
 
-        def send() -> Fetch[list[Rollout]]:
+        def send() -> Pending[list[Rollout]]:
             if self._sampler is None:
-                self._sampler = ready(self._trainer.save_weights_and_get_sampling_client())
-            given, version = sampling_params(params), self.weights_version
-            sent = [self._sampler.sample(sdk().ModelInput.from_ints(p.to_ints()), n, given) for p in prompts]
-            return lambda timeout: rollouts_of([one.result(timeout=timeout) for one in sent], params, version)
+                self._sampler = ready(self._trainer.save_weights_and_get_sampling_client(), self._timeout)
+            version, tokens = self.weights_version, [sdk().ModelInput.from_ints(p.to_ints()) for p in prompts]
+            given = [sampling_params(params.for_prompt(i)) for i in range(len(prompts))]
+            sent = [self._sampler.sample(one, n, how) for one, how in zip(tokens, given, strict=True)]
+            return Pending(sent, lambda answers: rollouts_of(answers, params, version))
 
         return self._run("sample", send)
 
     def save_state(self, name: str, *, overwrite: bool = False) -> RemoteFuture[SaveStateOutput]:
         """Write weights and optimizer at the service; the path is the service's URI."""
 
-        def send() -> Fetch[SaveStateOutput]:
+        def send() -> Pending[SaveStateOutput]:
             sent = self._trainer.save_state(name, **({"overwrite": True} if overwrite else {}))
-            return lambda timeout: SaveStateOutput(sent.result(timeout=timeout).path)
+            return Pending([sent], lambda answers: SaveStateOutput(answers[0].path))
 
         return self._run("save_state", send)
 
@@ -252,9 +263,11 @@ class RemoteBackend:
             return
         self._closed = True
         self._window.clear()
-        failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
-        if self._owns:
-            self._service.__exit__(None, None, None)  # ends the session, and waits for it
+        try:
+            failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
+        finally:
+            if self._owns:
+                self._service.__exit__(None, None, None)  # ends the session, and waits for it
         if failed:
             error = failed[0].exception()
             raise UnreadFailureError(
@@ -265,16 +278,22 @@ class RemoteBackend:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
+        elif self._owns and not self._closed:
+            self._closed = True  # the error on its way out matters more than those that nobody read
+            self._service.__exit__(None, None, None)
 
-    def _run(self, operation: str, send: Callable[[], Fetch[T]], gradient: bool = False) -> RemoteFuture[T]:
+    def _run(self, operation: str, send: Callable[[], Pending[T]], gradient: bool = False) -> RemoteFuture[T]:
         """Send an operation; what is refused here comes through its future, as from everywhere else."""
         if self._closed:
             raise ClosedError(f"{operation} on a backend that has been closed")
         try:
-            future = RemoteFuture(send(), operation)
+            with at_service(operation):
+                future = RemoteFuture(send(), operation, self._futures, self._timeout)
         except Exception as error:
             future = RemoteFuture.failed(error, operation)
         self._futures = [*(f for f in self._futures if not f.read), future]
@@ -284,39 +303,43 @@ class RemoteBackend:
 
     def _send_custom(
         self, data: Sequence[Datum], loss: Loss | CustomLoss, name: str, counts: Counts | None
-    ) -> Fetch[ForwardBackwardOutput]:
+    ) -> Pending[ForwardBackwardOutput]:
         self._window.admit_here(loss, name, counts)
         if self._defer:
-            logprobs = logprobs_of(self._trainer.forward(to_tinker(bare(data)), "cross_entropy").result(self._timeout))
+            sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
+            logprobs = logprobs_of(self._wait(sent, "forward", changes=False))
             held = target_cotangents(loss, name, data, logprobs, counts)
             self._window.record(held, deferred=True)
             self._window.held.append(held)
-            return lambda _: _output(logprobs, held.metrics)
+            return Pending([], lambda _: _output(logprobs, held.metrics))
         local = _Local(loss, name, data, counts)
-        sent = self._trainer.forward_backward_custom(to_tinker(bare(data)), local)
-        sent.result(timeout=self._timeout)
+        self._wait(self._trainer.forward_backward_custom(to_tinker(bare(data)), local), name)
         if local.error is not None:
             self._window.own = None
             raise local.error
         assert local.held is not None
         held, found = local.held, local.logprobs
         self._window.record(held, deferred=False)
-        return lambda _: _output(found, held.metrics)
+        return Pending([], lambda _: _output(found, held.metrics))
 
     def _send_held(self, divisor: float) -> None:
         """Send what was held, as one operation."""
         weighted = [datum for held in self._window.held if held.tokens for datum in with_cotangents(held, divisor)]
-        if not weighted:
-            return
+        if weighted:
+            self._wait(self._trainer.forward_backward(to_tinker(weighted), "cross_entropy"), "forward_backward")
+
+    def _wait(self, sent: Any, operation: str, changes: bool = True) -> Any:
+        """Wait, inside a call, for an operation; one that may have changed the window without our knowing tears it."""
+        future = RemoteFuture(Pending([sent], lambda answers: answers[0]), operation, self._futures, self._timeout)
         try:
-            self._trainer.forward_backward(to_tinker(weighted), "cross_entropy").result(timeout=self._timeout)
-        except Exception:
-            self._window.torn = "a step failed while its gradients were sent, so the service may hold a part of them"
+            return future.result()
+        except (TimeoutError, RemoteError) as error:
+            if changes:
+                self._window.tear(error)
             raise
 
     def _check(self, data: Sequence[Datum], loss: Loss | None) -> None:
-        if self._window.torn is not None:
-            raise BackendError(f"{self._window.torn}; load the last checkpoint")
+        self._window.require_whole()
         validate(
             data,
             required=() if loss is None else ("target_tokens", *loss.required_inputs),
@@ -328,12 +351,12 @@ class RemoteBackend:
         )
 
     def _load(self, operation: str, path: str, create: str) -> RemoteFuture[None]:
-        def send() -> Fetch[None]:
-            trainer = ready(getattr(self._service, create)(path))
+        def send() -> Pending[None]:
+            trainer = ready(getattr(self._service, create)(path), self._timeout)
             self._trainer, self._sampler = trainer, None
             self._window.clear()
             self._window.torn = None
-            return lambda _: None
+            return Pending([], lambda _: None)
 
         return self._run(operation, send)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready, sdk
+from .failures import at_service
 
 __all__ = ["connect"]
+
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+_NO_KEY: Final = "tml-none"  # the SDK wants a key, and of this form
 
 
 def connect(
@@ -27,15 +33,29 @@ def connect(
             is taken to speak the plain protocol unless ``capabilities`` are given.
         base_model: name of the model there.
         rank: of the adapter.
-        api_key: with a URL; default: what the SDK finds in its environment.
+        api_key: with a URL; default: what the SDK finds in its environment, and none at all on this machine.
         lora: more of the SDK's options, e.g. ``seed`` or ``train_unembed``.
         options: of `RemoteBackend`.
 
     Raises:
         MissingExtraError: the tinker SDK is not installed.
+        RemoteError: the service cannot be reached, does not know the key, or refuses the model.
     """
-    client = sdk().ServiceClient(base_url=service, api_key=api_key) if isinstance(service, str) else service
-    trainer = ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})))
-    if isinstance(service, str):
-        options = {"capabilities": detect(service, api_key, base_model), "owns_service": True, **options}
+    if not isinstance(service, str):
+        with at_service("connect"):
+            trainer = ready(service.create_lora_training_client(base_model, rank=rank, **(lora or {})))
+        return RemoteBackend(service, trainer, base_model=base_model, **options)
+    key = api_key or os.environ.get("TINKER_API_KEY") or (_NO_KEY if _is_here(service) else None)
+    with at_service(f"connect to {service}"):
+        client = sdk().ServiceClient(base_url=service, api_key=key)
+        try:
+            trainer = ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})))
+        except BaseException:
+            client.__exit__(None, None, None)
+            raise
+    options = {"capabilities": detect(service, key, base_model), "owns_service": True, **options}
     return RemoteBackend(client, trainer, base_model=base_model, **options)
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in _LOOPBACK

@@ -27,9 +27,9 @@ def sdk() -> Any:
     return require_extra("tinker", "remote", "RemoteBackend")
 
 
-def ready(client: Any) -> Any:
+def ready(client: Any, timeout: float | None = None) -> Any:
     """Return the client that a call of the SDK made; newer SDKs wrap it into a future."""
-    return client.result() if hasattr(client, "result") else client
+    return client.result(timeout) if hasattr(client, "result") else client
 
 
 def bare(data: Sequence[Datum]) -> list[Datum]:

@@ -12,7 +12,7 @@ from ...errors import ConfigError, UnsupportedError
 from ..cotangents import scored
 from ..types import ForwardBackwardOutput
 from .convert import sdk
-from .futures import RemoteFuture
+from .futures import Pending, RemoteFuture
 
 __all__ = ["BaseView"]
 
@@ -21,8 +21,8 @@ __all__ = ["BaseView"]
 class BaseView:
     """Scores next tokens with the base model, by the service's sampler."""
 
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: Any, deadline: float | None = None) -> None:
+        self._sampler, self._deadline = sampler, deadline
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
@@ -39,11 +39,11 @@ class BaseView:
             )
         sent = [self._sampler.compute_logprobs(whole) for whole in map(_whole, range(len(data)), data)]
 
-        def fetch(timeout: float | None) -> ForwardBackwardOutput:
-            found = [torch.tensor([float(x) for x in one.result(timeout=timeout)[1:]]) for one in sent]
+        def read(answers: list[Any]) -> ForwardBackwardOutput:
+            found = [torch.tensor([float(x) for x in scores[1:]]) for scores in answers]
             return ForwardBackwardOutput([{"logprobs": TensorData(x)} for x in found], {})
 
-        return RemoteFuture(fetch, "reference")
+        return RemoteFuture(Pending(sent, read), "reference", deadline=self._deadline)
 
 
 def _whole(index: int, datum: Datum) -> Any:

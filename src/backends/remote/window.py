@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ...datums.types import Datum
-from ...errors import BackendError, PrecedingOperationFailed, UnsupportedError
+from ...errors import BackendError, PrecedingOperationFailed, RemoteError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ..cotangents import Cotangents
 from ..ledger import Divisor, Ledger
@@ -98,15 +98,33 @@ class RemoteWindow:
             PrecedingOperationFailed: one failed and its error was not read.
             BackendError: the service may hold a part of a window.
         """
-        if self.torn is not None:
-            raise BackendError(f"{self.torn}; load the last checkpoint")
+        self.require_whole()
         for future in self.futures:
-            error = future.settle()
+            error = future.settle(future.deadline)
+            if error is not None:
+                self.tear(error)
             if error is not None and not future.read:
                 raise PrecedingOperationFailed(
                     f"an earlier gradient operation failed ({type(error).__name__}: {error}) and its error has not been "
                     "read, so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
                 ) from error
+        self.require_whole()
+
+    def require_whole(self) -> None:
+        """Check that it is known what the service holds.
+
+        Raises:
+            BackendError: it is not.
+        """
+        if self.torn is not None:
+            raise BackendError(f"{self.torn}; load the last checkpoint, or begin again")
+
+    def tear(self, error: BaseException) -> None:
+        """Note a failure after which nobody knows whether the service holds its gradient; a final answer says it does not."""
+        if not isinstance(error, RemoteError) and not isinstance(error, TimeoutError):
+            return
+        if getattr(error, "category", "unknown") == "unknown":
+            self.torn = f"a gradient was sent and got no final answer, so the service may hold it or not ({error})"
 
     def division(self, mode: NormalizationMode) -> tuple[Divisor, NormalizationMode]:
         """Return what is divided here, and the mode that the service is asked for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import string
 from collections.abc import Callable, Sequence
@@ -12,10 +11,9 @@ from typing import Any, final
 
 import torch
 
-from ...backends import TorchBackend
 from ...backends.native.gguf import convert_gguf
 from ...errors import MissingExtraError, require_extra
-from ...testing import TinyLM
+from ...service.tenants import Base, LoraChoice
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
 __all__ = ["Studio", "smollm2", "smollm2_file", "tiny"]
@@ -30,7 +28,8 @@ class Studio:
 
     Attributes:
         name, device, dtype: for the report.
-        start: makes a backend on fresh base weights.
+        base: frozen weights.
+        lora: what is trained, from the same start each time.
         encode, decode: text to token ids and back.
         chat: a question as the prompt of an answer.
         example: a prompt with one solved example before the question.
@@ -45,7 +44,8 @@ class Studio:
     name: str
     device: str
     dtype: str
-    start: Callable[[], TorchBackend]
+    base: Base
+    lora: LoraChoice
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     chat: Callable[[str], str]
@@ -63,13 +63,8 @@ def smollm2(device: str, dtype: str) -> Studio:
     transformers = require_extra("transformers", "hf", "the demo")
     transformers.utils.logging.disable_progress_bar()
     folder = convert_gguf(*smollm2_file())
-    peft = require_extra("peft", "hf", "the demo")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-
-    def start() -> TorchBackend:
-        torch.manual_seed(0)
-        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        return TorchBackend.from_pretrained(folder, lora=lora, dtype=dtype, device=device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 
     def chat(question: str) -> str:
         return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -78,7 +73,8 @@ def smollm2(device: str, dtype: str) -> Studio:
         name="SmolLM2-135M-Instruct, LoRA rank 8",
         device=device,
         dtype=dtype,
-        start=start,
+        base=Base("smollm2", model, str(folder), attention=("q_proj", "v_proj"), scale=2.0),
+        lora=LoraChoice(rank=8, train_mlp=False, train_unembed=False),
         encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         chat=chat,
@@ -101,21 +97,30 @@ def smollm2_file() -> tuple[Path, str]:
 
 
 def tiny(device: str) -> Studio:
-    """A random two-layer model on characters: no download, no meaning, everything else is the same."""
+    """A random two-layer Llama on characters: no download, no meaning, everything else is the same."""
+    transformers = require_extra("transformers", "hf", "the demo")
     characters = string.printable[:95] + "\n\x00"
     index = {c: i for i, c in enumerate(characters)}
     unknown = index["?"]
-
-    def start() -> TorchBackend:
-        model = TinyLM(len(characters), hidden=48, layers=2, heads=4, max_positions=128, dtype=torch.float32)
-        model.to(device)
-        return TorchBackend(model, reference=copy.deepcopy(model))
-
+    config = transformers.LlamaConfig(
+        vocab_size=len(characters),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).to(device)
     return Studio(
-        name="random two-layer character model, all weights",
+        name="random two-layer character model, LoRA rank 16",
         device=device,
         dtype="float32",
-        start=start,
+        base=Base("tiny", model),
+        lora=LoraChoice(rank=16),
         encode=lambda text: [index.get(c, unknown) for c in text],
         decode=lambda ids: "".join(characters[i] for i in ids).rstrip("\x00"),
         chat=lambda question: f"{question}\n",

@@ -9,7 +9,8 @@ from typing import TypeVar, final
 
 import torch
 
-from ...backends import AdamParams, Rollout, SamplingParams, TorchBackend, with_reference
+from ...backends import AdamParams, Rollout, SamplingParams, with_reference
+from ...backends.protocol import PolicyBackend
 from ...datums import Datum, ModelInput, datum_from_prompt_completion, datum_from_rollout, preference_pair
 from ...losses import DPO, GRPO, KL, ORPO, Loss, group_advantages, kl_value, recipe
 from .models import Studio
@@ -41,14 +42,14 @@ class Objective(ABC):
     learning_rate: float
 
     @abstractmethod
-    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+    def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         """Take one optimizer step on the next batch."""
 
     @abstractmethod
-    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+    def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
         """Measure the held-out set."""
 
-    def prepare(self, backend: TorchBackend) -> None:  # noqa: B027  # most objectives need nothing
+    def prepare(self, backend: PolicyBackend) -> None:  # noqa: B027  # most objectives need nothing
         """Do once, on base weights, what all steps and evaluations need."""
 
     def params(self, step: int, steps: int) -> AdamParams:
@@ -85,12 +86,12 @@ class Sft(Objective):
         self._held = [datum(item) for item in split.held_out]
         self._batches = batches([datum(item) for item in split.train[:400]], 8)
 
-    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+    def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         result = backend.forward_backward(next(self._batches), self._loss).result()
         backend.optim_step(params, self._normalization).result()
         return result.metrics
 
-    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+    def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
         return {"nll": backend.forward(self._held).result().metrics["nll:mean"]}
 
 
@@ -111,16 +112,16 @@ class Preference(Objective):
         self._train = self._datums(studio, split.train[:200])
         self._batches = batches(self._train, 16)
 
-    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+    def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         result = backend.forward_backward(next(self._batches), self._loss).result()
         backend.optim_step(params, recipe(self.name).normalization).result()
         return result.metrics
 
-    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
+    def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
         metrics = backend.forward(self._held, self._loss).result().metrics
         return {"margin": metrics["margin:mean"], "accuracy": metrics["accuracy:mean"]}
 
-    def prepare(self, backend: TorchBackend) -> None:
+    def prepare(self, backend: PolicyBackend) -> None:
         """Let the reference score every pair once."""
         if "ref_logprobs" in self._loss.required_inputs:
             scored = with_reference([*self._held, *self._train], backend.reference())
@@ -147,7 +148,7 @@ class Rl(Objective):
 
     def __init__(self, studio: Studio, seed: int) -> None:
         self.learning_rate = 1e-3 * studio.learning_rate
-        self._studio, self._seed = studio, seed
+        self._studio, self._seed, self._draws = studio, seed, 0
         self._loss, self._normalization = GRPO(kl=KL("k3", 0.04), aggregation="sum"), recipe("grpo").normalization
         train, self._held = sum_prompts(seed)
         self._batches = batches(train, self.prompts_per_step)
@@ -156,9 +157,10 @@ class Rl(Objective):
         """Warm up, then constant."""
         return AdamParams(self.learning_rate * min(1.0, (step + 1) / 3), 0.9, 0.99, 1e-8, 0.0, 1.0)
 
-    def step(self, backend: TorchBackend, params: AdamParams) -> Mapping[str, float]:
+    def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         questions = next(self._batches)
-        rollouts, rewards = self._sample(backend, questions, self.samples, None)
+        self._draws += 1
+        rollouts, rewards = self._sample(backend, questions, self.samples, self._seed + self._draws)
         groups = torch.tensor([r.prompt_index for r in rollouts])
         advantages = group_advantages(torch.tensor(rewards), groups).advantages
         data = with_reference(self._datums(questions, rollouts, advantages.tolist()), backend.reference())
@@ -166,8 +168,8 @@ class Rl(Objective):
         backend.optim_step(params, self._normalization).result()
         return {**result.metrics, "reward": sum(rewards) / len(rewards)}
 
-    def evaluate(self, backend: TorchBackend) -> dict[str, float]:
-        rollouts, rewards = self._sample(backend, self._held, 4, self._seed + 1)
+    def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
+        rollouts, rewards = self._sample(backend, self._held, 4, self._seed)
         data = with_reference(self._datums(self._held, rollouts, [0.0] * len(rollouts)), backend.reference())
         per_token, per_sequence = [], []
         for datum in data:
@@ -185,7 +187,7 @@ class Rl(Objective):
         }
 
     def _sample(
-        self, backend: TorchBackend, questions: Sequence[Sum], samples: int, seed: int | None
+        self, backend: PolicyBackend, questions: Sequence[Sum], samples: int, seed: int
     ) -> tuple[list[Rollout], list[float]]:
         studio = self._studio
         prompts = [ModelInput.from_ints(studio.encode(studio.example(q))) for q in questions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .models import Studio, smollm2, tiny
 from .objectives import Objective, objectives
 from .planning import Budget, plan_steps
 from .report import Curve, draw_picture, print_table, write_figures
+from .starts import Start, native, starting
 
 __all__ = ["main"]
 
@@ -31,11 +33,13 @@ def main(arguments: argparse.Namespace) -> int:
     if unknown:
         raise ConfigError(f"--only takes {', '.join(NAMES)}; got {', '.join(unknown)}")
     studio = _studio(arguments, console)
-    console.print(f"[bold]{studio.name}[/bold] on {studio.device}, {studio.dtype}, {torch.get_num_threads()} threads")
-    planned = _plan(studio, arguments, names, began, console)
-    curves = []
-    for objective, budget in planned:
-        curves.append(_train(studio, objective, budget, console))
+    console.print(
+        f"[bold]{studio.name}[/bold] on {studio.device}, {studio.dtype}, {torch.get_num_threads()} threads, "
+        f"{arguments.backend} backend"
+    )
+    with starting(studio, arguments.backend) as start:
+        planned = _plan(studio, start, arguments, names, began, console)
+        curves = [_train(start, objective, budget, console) for objective, budget in planned]
     return _report(arguments, studio, curves, time.monotonic() - began, console)
 
 
@@ -51,7 +55,7 @@ def _studio(arguments: argparse.Namespace, console: Any) -> Studio:
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         studio = smollm2(device, dtype)
-        seconds[dtype] = _measure(studio, objectives(studio, arguments.seed, ["sft"])[0])[0]
+        seconds[dtype] = _measure(partial(native, studio), objectives(studio, arguments.seed, ["sft"])[0])[0]
     best = min(seconds, key=lambda dtype: seconds[dtype])
     console.print(
         f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {best}"
@@ -59,9 +63,9 @@ def _studio(arguments: argparse.Namespace, console: Any) -> Studio:
     return smollm2(device, best)
 
 
-def _measure(studio: Studio, objective: Objective) -> tuple[float, float]:
+def _measure(start: Start, objective: Objective) -> tuple[float, float]:
     """Seconds of one step and of one evaluation, on a backend that is thrown away."""
-    with studio.start() as backend:
+    with start() as backend:
         params = objective.params(0, 1)
         objective.prepare(backend)
         evaluation = _timed(lambda: objective.evaluate(backend))
@@ -78,9 +82,9 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _plan(
-    studio: Studio, arguments: argparse.Namespace, names: Sequence[str], began: float, console: Any
+    studio: Studio, start: Start, arguments: argparse.Namespace, names: Sequence[str], began: float, console: Any
 ) -> list[tuple[Objective, Budget]]:
-    speeds = {o.name: _measure(studio, o) for o in objectives(studio, arguments.seed, names)}
+    speeds = {o.name: _measure(start, o) for o in objectives(studio, arguments.seed, names)}
     fresh = objectives(studio, arguments.seed, names)
     left = _RESERVE * (60.0 * arguments.minutes - (time.monotonic() - began))
     shares = sum(o.share for o in fresh)
@@ -94,11 +98,11 @@ def _plan(
     return planned
 
 
-def _train(studio: Studio, objective: Objective, budget: Budget, console: Any) -> Curve:
+def _train(start: Start, objective: Objective, budget: Budget, console: Any) -> Curve:
     progress = require_extra("rich.progress", "cli", "pullback demo")
     curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
     columns = [*progress.Progress.get_default_columns(), progress.TextColumn("{task.fields[figure]}")]
-    with studio.start() as backend, progress.Progress(*columns, console=console) as bars:
+    with start() as backend, progress.Progress(*columns, console=console) as bars:
         bar = bars.add_task(f"{objective.title:24}", total=budget.steps, figure="")
         began = time.monotonic()
         objective.prepare(backend)
@@ -133,9 +137,8 @@ def _report(arguments: argparse.Namespace, studio: Studio, curves: list[Curve], 
     }
     settings.pop("run", None)
     write_figures(folder / "results.json", curves, settings)
-    draw_picture(
-        folder / "curves.png", curves, f"{studio.name}, {studio.device} {studio.dtype}, {seconds / 60:.1f} min"
-    )
+    words = f"{studio.name}, {studio.device} {studio.dtype}, {arguments.backend} backend, {seconds / 60:.1f} min"
+    draw_picture(folder / "curves.png", curves, words)
     print_table(console, curves)
     console.print(
         f"{seconds / 60:.1f} minutes; figures in {folder / 'results.json'}, picture in {folder / 'curves.png'}"

@@ -1,0 +1,35 @@
+"""Where the demo trains: on a native backend, or on a service of its own; the script does not see the difference."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...backends import TorchBackend, connect
+from ...backends.protocol import PolicyBackend
+from ...service.serving import serving
+from ...service.tenants import Tenants
+from .models import Studio
+
+__all__ = ["BACKENDS", "Start", "native", "starting"]
+
+BACKENDS = ("native", "remote")
+Start = Callable[[], PolicyBackend]
+
+
+@contextmanager
+def starting(studio: Studio, backend: str) -> Iterator[Start]:
+    """Yield what makes a backend on fresh adapters, any number of times; a service lives as long as the block."""
+    if backend == "native":
+        yield lambda: native(studio)
+        return
+    with tempfile.TemporaryDirectory() as folder, serving(Tenants(studio.base, Path(folder))) as url:
+        lora = {name: getattr(studio.lora, name) for name in ("seed", "train_attn", "train_mlp", "train_unembed")}
+        yield lambda: connect(url, base_model=studio.base.name, rank=studio.lora.rank, lora=lora)
+
+
+def native(studio: Studio) -> TorchBackend:
+    """Return a native backend on the adapters that a service would make."""
+    return TorchBackend(studio.base.adapted(studio.lora), **studio.base.options)
