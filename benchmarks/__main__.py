@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | numerics``.
+"""Benchmarks: ``python -m benchmarks head | step | custom | numerics | backends``.
 
 A table for people; the last line is one JSON document. Works are interleaved and ratios are medians of paired rounds:
 only these mean anything on a shared machine.
@@ -10,7 +10,7 @@ import argparse
 
 from pullback.cli.measure import bench_numerics
 
-from . import custom, head, step
+from . import backends, custom, head, step
 
 
 def main() -> None:
@@ -32,9 +32,19 @@ def main() -> None:
     four.add_argument("--model", default="smollm2")
     four.add_argument("--tokens", type=int, default=1024)
     four.set_defaults(run=bench_numerics)
-    for command in (one, two, three):
+    five = commands.add_parser("backends", help="native, our service (started by itself), and any URL")
+    five.add_argument(
+        "--url", action="append", default=[], help="another service; may be repeated; key: TINKER_API_KEY"
+    )
+    five.add_argument("--base-model", help="name of the model at these services")
+    five.add_argument("--length", type=int, default=256)
+    five.add_argument("--rank", type=int, default=8)
+    five.add_argument("--unembed", action="store_true", help="an adapter on the output projection too (a trained head)")
+    five.add_argument("--out", default="backends.png", help="the picture")
+    five.set_defaults(run=backends.run)
+    for command in (one, two, three, five):
         command.add_argument("--rounds", type=int, default=9)
-    for command in (two, three):
+    for command in (two, three, five):
         command.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
         command.add_argument("--sequences", type=int, default=16)
         command.add_argument("--token-budget", type=int, default=2048)

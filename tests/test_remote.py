@@ -294,7 +294,7 @@ def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, tenants: Any,
     backend = connect()
     monkeypatch.setattr(TorchBackend, "forward_backward", slow)
     future = backend.forward_backward(DATA, "cross_entropy")
-    with pytest.raises(TimeoutError, match=r"forward_backward was sent .* queued or running"):
+    with pytest.raises(TimeoutError, match=r"forward_backward was sent .* is running at the service"):
         future.result(timeout=0.2)
     gate.set()
     assert future.result(timeout=10).metrics["loss:sum"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar, final
 
 from ..backends import AdamParams, TorchBackend
@@ -237,11 +238,7 @@ class Operations:
                         "the window holds the other gradients: step again, or go on without them"
                     )
             self._undelivered.get(model_id, set()).difference_update(unknown)
-            mode = body.get("grad_accumulation_normalization") or "none"
-            if mode not in _MODES:
-                raise ConfigError(f"grad_accumulation_normalization must be one of {sorted(_MODES)}, got {mode!r}")
-            given = {k: v for k, v in body["adam_params"].items() if v is not None and k != "emit_grad_norm_metrics"}
-            future = self.tenants.backend(model_id).optim_step(AdamParams(**given), _MODES[mode])
+            future = self.tenants.backend(model_id).optim_step(*_step_of(body))
             self.leases.drop(model_id)
             return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
@@ -339,6 +336,22 @@ class Operations:
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Leave out metrics that JSON cannot hold: a client would ask again for ever."""
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def _step_of(body: Json) -> tuple[AdamParams, Any]:
+    """Return parameters and normalisation of a step; the latter has a place of its own (Fireworks' client), or lies among
+    the parameters of an optimizer that is named (the tinker SDK's form for what it does not know)."""
+    given = {k: v for k, v in (body.get("adam_params") or body["optimizer_params"]).items() if v is not None}
+    given.pop("emit_grad_norm_metrics", None)
+    if given.pop("type", "adamw") != "adamw":
+        raise ConfigError(f"this server's optimizer is adamw, got {body['optimizer_params']['type']!r}")
+    mode = body.get("grad_accumulation_normalization") or given.pop("grad_accumulation_normalization", None) or "none"
+    if mode not in _MODES:
+        raise ConfigError(f"grad_accumulation_normalization must be one of {sorted(_MODES)}, got {mode!r}")
+    unknown = sorted(set(given) - {field.name for field in fields(AdamParams)})
+    if unknown:
+        raise ConfigError(f"the optimizer's parameters have keys that this server does not know: {unknown}")
+    return AdamParams(**given), _MODES[mode]
 
 
 def _number(body: Json, key: str) -> int:

@@ -104,12 +104,12 @@ class Engine:
         empty = [f"prompt {i}: is empty; give at least one token" for i, p in enumerate(prompts) if len(p) == 0]
         if empty:
             raise InvalidDatumsError(empty)
-        seed = params.seed
-        generator = self.generator if seed is None else torch.Generator().manual_seed(seed)
+        seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
+        generators = [self.generator if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         stop = self.stop if params.stop is None else frozenset(params.stop)
 
         def rollout(index: int, prompt: ModelInput) -> Rollout:
-            tokens, logprobs = self.model.complete(prompt.to_ints()[-1], params, stop, generator)
+            tokens, logprobs = self.model.complete(prompt.to_ints()[-1], params, stop, generators[index])
             reason = "stop" if tokens[-1] in stop else "length"
             how = (params.temperature, params.top_p, params.top_k)
             return Rollout(index, tokens, logprobs, reason, self.weights_version, *how)

@@ -35,7 +35,7 @@ from ..types import (
     SaveStateOutput,
 )
 from .capabilities import Capabilities, named_data
-from .convert import adam_params, bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk
+from .convert import bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk, send_step
 from .failures import at_service
 from .futures import Pending, RemoteFuture
 from .reference import BaseView
@@ -175,15 +175,16 @@ class RemoteBackend:
                 words = "empty window: no token has a gradient, so no step was made"
                 return Pending([], lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger))
             self._send_held(divisor.value)
-            extra = {"grad_accumulation_normalization": mode or "none"} if self.capabilities.normalizes else {}
-            sent = self._trainer.optim_step(adam_params(params), **extra)
+            sent = send_step(self._trainer, params, mode, self.capabilities.normalizes)
             self._window.clear()
             self._sampler = None
             self.weights_version += 1
 
             def read(answers: list[Any]) -> OptimStepOutput:
-                metrics = {"learning_rate": params.learning_rate, **dict(answers[0].metrics or {})}
-                return OptimStepOutput(metrics, True, divisor.value, divisor.words, ledger)
+                said = dict(answers[0].metrics or {})
+                divided_by = divisor.value * said.get("divided_by", 1.0)
+                metrics = {"learning_rate": params.learning_rate, **said, "divided_by": divided_by}
+                return OptimStepOutput(metrics, True, divided_by, divisor.words, ledger)
 
             return Pending([sent], read)
 

@@ -60,7 +60,10 @@ def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
     found = Capabilities(max_length=next(iter(lengths), None))
     ours = said.get("pullback")
-    return found if ours is None else replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True)
+    if ours is None:
+        return found
+    known = frozenset(ours["losses"])
+    return replace(found, losses=known, divides=True, weighs=True, normalizes=bool(ours.get("normalizes", False)))
 
 
 def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:

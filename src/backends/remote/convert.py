@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from ...errors import require_extra
 from ..cotangents import scored
 from ..types import AdamParams, ForwardBackwardOutput, Rollout, SamplingParams
 
-__all__ = ["adam_params", "bare", "logprobs_of", "output_of", "ready", "rollouts_of", "sampling_params", "sdk"]
+__all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of", "sampling_params", "sdk", "send_step"]
 
+_MODE = "grad_accumulation_normalization"
 _ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
 
 
@@ -53,9 +55,20 @@ def output_of(result: Any) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(outputs, dict(result.metrics))
 
 
-def adam_params(params: AdamParams) -> Any:
-    """Return the SDK's."""
-    return sdk().AdamParams(**{name: getattr(params, name) for name in _ADAM})
+def send_step(trainer: Any, params: AdamParams, mode: str | None, normalizes: bool) -> Any:
+    """Send an optimizer step, with its normalisation if the service has one.
+
+    Fireworks' client has an argument for it. The tinker SDK has not, but passes on the parameters of an optimizer that it
+    does not know: this is how a service of ours gets it.
+    """
+    given = {name: getattr(params, name) for name in _ADAM}
+    if not normalizes:
+        return trainer.optim_step(sdk().AdamParams(**given))
+    explicit = {_MODE: mode or "none"}
+    if _MODE in inspect.signature(trainer.optim_step).parameters:
+        return trainer.optim_step(sdk().AdamParams(**given), **explicit)
+    optimizer = require_extra("tinker.types.optimizer", "remote", "RemoteBackend")
+    return trainer.optim_step(optimizer.OptimParamsBase(type="adamw", **given, **explicit))
 
 
 def sampling_params(params: SamplingParams) -> Any:

@@ -65,7 +65,7 @@ class RemoteFuture(Generic[T]):
     @classmethod
     def failed(cls, error: Exception, operation: str) -> RemoteFuture[T]:
         """Return the future of an operation that was refused before it was sent."""
-        future = cls(Pending((), lambda _: None), operation)  # type: ignore[arg-type]  # never read
+        future: RemoteFuture[Any] = cls(Pending((), lambda _: None), operation)  # type: ignore[arg-type, return-value]  # never read
         future._error, future._ended = error, True
         return future
 

@@ -48,6 +48,7 @@ def _studio(arguments: argparse.Namespace, console: Any) -> Studio:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.model == "tiny":
+        torch.set_num_threads(1)  # it is so small that threads would only wait for each other
         return tiny(device)
     console.print("Loading the model (the first time it is converted: about 20 seconds)")
     if device == "cuda":
