@@ -71,8 +71,8 @@ def run(arguments: Any) -> None:
     with ExitStack() as stack:
         base = stack.enter_context(_base(arguments.model))
         lora = LoraChoice(arguments.rank, _SEED, train_unembed=arguments.unembed)
-        data = batch([arguments.length] * arguments.sequences, int(base.model.config.vocab_size), prompt_share=0.0)
         native = TorchBackend(base.adapted(lora), token_budget=arguments.token_budget)
+        data = batch([arguments.length] * arguments.sequences, native.vocab_size, prompt_share=0.0)
         url = stack.enter_context(own_service(base.tokenizer_id or "", base.name, arguments.token_budget))
         services = {"our service": (url, base.name)}
         services |= {url: (url, arguments.base_model or base.name) for url in arguments.url}
@@ -194,6 +194,7 @@ def _draw(path: Path, sides: Sequence[Side], times: dict[str, Times], title: str
         axis.bar_label(bars, [f"{1e3 * m:.0f}" for m in middle], padding=2, fontsize=7)
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(OPERATIONS))], OPERATIONS)
     axis.set_ylabel("seconds (bars: medians, in ms; lines: p20 to p80)")
+    axis.set_ylim(bottom=0)
     axis.set_title(title, loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -29,23 +29,16 @@ def test_examples_run(example: Path) -> None:
     runpy.run_path(str(example))
 
 
-def test_tiny_demo(tmp_path: Path) -> None:
-    """`pullback demo --model tiny` improves all four objectives and leaves a picture and the figures."""
+@pytest.mark.parametrize(("backend", "only"), [("native", "sft,dpo,orpo,grpo"), ("remote", "sft")])
+def test_tiny_demo(backend: str, only: str, tmp_path: Path) -> None:
+    """`pullback demo --model tiny` improves its objectives and leaves a picture and the figures; on a service too."""
+    minutes = "0.5" if backend == "native" else "0.1"
+    options = {"--model": "tiny", "--minutes": minutes, "--backend": backend, "--only": only, "--out": str(tmp_path)}
+    command = [sys.executable, "-m", "pullback.cli", "demo", *(word for pair in options.items() for word in pair)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".alias")}
-    command = [
-        sys.executable,
-        "-m",
-        "pullback.cli",
-        "demo",
-        "--model",
-        "tiny",
-        "--minutes",
-        "0.5",
-        "--out",
-        str(tmp_path),
-    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("improved") == 4
+    assert done.stdout.count("improved") == len(only.split(","))
+    assert f"{backend} backend" in done.stdout.replace("\n", " ")
     assert (tmp_path / "curves.png").stat().st_size > 20_000
     assert '"improved": true' in (tmp_path / "results.json").read_text()

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar, final
 from ..errors import ConfigError, DuplicateLossError, UnknownLossError, suggestion
 from .base import Loss
 
-__all__ = ["ENTRY_POINT_GROUP", "Registry", "get_loss", "loss_names", "register", "registry"]
+__all__ = ["ENTRY_POINT_GROUP", "Registry", "config_of", "get_loss", "loss_names", "register", "registry"]
 
 ENTRY_POINT_GROUP: Final = "pullback.losses"
 LossClass = TypeVar("LossClass", bound=type[Loss])
@@ -82,6 +82,29 @@ class Registry:
 def config_keys(loss: type[Loss]) -> dict[str, Any]:
     """Return the config keys of a loss with their defaults."""
     return {name: parameter.default for name, parameter in inspect.signature(loss.from_config).parameters.items()}
+
+
+def config_of(loss: Loss) -> dict[str, Any] | None:
+    """Return the flat config that builds this very loss by its name; None if a hyperparameter has no key, or it has no name."""
+    if registry._classes.get(loss.name) is not type(loss):
+        return None
+    found = {}
+    for key, default in config_keys(type(loss)).items():
+        value = _flat(loss, key)
+        if value is not None and value != default:
+            found[key] = value
+    try:
+        return found if type(loss).from_config(**found) == loss else None
+    except (ConfigError, TypeError):
+        return None
+
+
+def _flat(loss: object, key: str) -> Any:
+    """Look a flat key up: ``aggregation`` by its name, ``kl_beta`` is ``kl.beta``, ``clip_low_threshold`` is ``clip.low``."""
+    if hasattr(loss, key):
+        return getattr(getattr(loss, key), "name", getattr(loss, key))
+    part, _, rest = key.partition("_")
+    return getattr(getattr(loss, part, None), rest.removesuffix("_threshold"), None)
 
 
 registry: Final = Registry(ENTRY_POINT_GROUP)

@@ -171,7 +171,8 @@ class _App:
         base = self.tenants.base
         length = getattr(getattr(base.model, "config", None), "max_position_embeddings", None)
         model = {"model_name": base.name, "max_context_length": length, "trainable": True, "sampleable": True}
-        return {"supported_models": [model], "pullback": {"losses": list(loss_names()), "normalizes": True}}
+        ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True}
+        return {"supported_models": [model], "pullback": ours}
 
     def _post(self, path: str, handler: Handler) -> Any:
         return self._route(path, handler, "POST")

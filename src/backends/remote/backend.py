@@ -21,6 +21,7 @@ from ...errors import (
     UnsupportedError,
 )
 from ...losses.base import Counts, Loss
+from ...losses.registry import config_of
 from ..arguments import as_loss
 from ..cotangents import Cotangents, target_cotangents, with_cotangents
 from ..custom import custom_name
@@ -38,6 +39,7 @@ from .capabilities import Capabilities, named_data
 from .convert import bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk, send_step
 from .failures import at_service
 from .futures import Pending, RemoteFuture
+from .plans import plan_remote
 from .reference import BaseView
 from .window import RemoteWindow
 
@@ -128,11 +130,11 @@ class RemoteBackend:
         def send() -> Pending[ForwardBackwardOutput]:
             loss = as_loss(loss_fn, loss_fn_config)
             self._check(data, loss)
-            if not self._window.by_name(loss_fn, loss, counts):
+            if not self._window.by_name(loss, counts):
                 return self._send_custom(data, loss, loss.name, counts)
-            self._window.admit_named(loss)
+            self._window.check_named(loss)
             wire = to_tinker(named_data(data, loss, self.capabilities))
-            sent = self._trainer.forward_backward(wire, loss.name, dict(loss_fn_config or {}))
+            sent = self._trainer.forward_backward(wire, loss.name, config_of(loss))
             self._window.record_named(loss, data)
             return Pending([sent], lambda answers: output_of(answers[0]))
 
@@ -205,18 +207,14 @@ class RemoteBackend:
         self._window.clear()
 
     def plan(self, loss_fn: str | Loss | CustomLoss, data: Sequence[Datum]) -> Plan:
-        """Say which way a loss would go, before any byte is sent."""
-        tokens = sum(len(datum.model_input) for datum in data)
-        cost: dict[str, Any] = {"tokens": tokens, "scored": tokens}
-        if isinstance(loss_fn, (str, Loss)):
-            loss = as_loss(loss_fn, None)
-            missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
-            if missing:
-                return Plan("refuse", f"{loss.name} needs {', '.join(missing)}, which the data lacks")
-            if self._window.by_name(loss_fn, loss, None):
-                return Plan("native", f"the service computes {loss.name} by name", **cost)
-        reason = "forward there, the loss here, its cotangent back as the weights of a cross-entropy"
-        return Plan("two_passes", reason, recomputed=tokens, **cost)
+        """Say which way a loss would go, before any byte is sent.
+
+        Raises:
+            LossError: there is no such loss.
+            DatumError: the data is wrong in itself. What it lacks for this loss is refused in the plan instead.
+        """
+        self._check(data, None)
+        return plan_remote(self._window, loss_fn, data)
 
     def reference(self) -> BaseView:
         """Return a forward-only view of the base model, by the service's sampler."""

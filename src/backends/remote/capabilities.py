@@ -31,6 +31,7 @@ class Capabilities:
         normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
         weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
         max_length: longest datum, tokens; None = not known.
+        keeps_graphs: the forward of a custom loss waits for its backward, so that there is no second one.
     """
 
     losses: frozenset[str] = PROTOCOL_LOSSES
@@ -38,6 +39,7 @@ class Capabilities:
     normalizes: bool = False
     weighs: bool = False
     max_length: int | None = None
+    keeps_graphs: bool = False
 
     def knows(self, loss: Loss) -> bool:
         """Whether this loss, given by name, goes by name."""
@@ -62,8 +64,8 @@ def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
     ours = said.get("pullback")
     if ours is None:
         return found
-    known = frozenset(ours["losses"])
-    return replace(found, losses=known, divides=True, weighs=True, normalizes=bool(ours.get("normalizes", False)))
+    flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs")}
+    return replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
 
 
 def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:

@@ -9,6 +9,7 @@ from typing import final
 from ...datums.types import Datum
 from ...errors import BackendError, PrecedingOperationFailed, RemoteError, UnsupportedError
 from ...losses.base import Counts, Loss
+from ...losses.registry import config_of
 from ..cotangents import Cotangents
 from ..ledger import Divisor, Ledger
 from ..protocol import CustomLoss, NormalizationMode
@@ -44,31 +45,34 @@ class RemoteWindow:
     own: str | None = None
     torn: str | None = None
 
-    def by_name(self, loss_fn: str | Loss | CustomLoss, loss: Loss, counts: Counts | None) -> bool:
-        """Whether the service is to compute this loss."""
-        return isinstance(loss_fn, str) and self.capabilities.knows(loss) and counts is None and not self.deferred
+    def by_name(self, loss: Loss, counts: Counts | None) -> bool:
+        """Whether the service is to compute this loss: it knows it, and has to know nothing else."""
+        return self.capabilities.knows(loss) and counts is None and not self.deferred and config_of(loss) is not None
 
-    def admit_here(self, loss: Loss | CustomLoss, name: str, counts: Counts | None) -> None:
+    def check_here(self, loss: str | Loss | CustomLoss, name: str, counts: Counts | None) -> None:
         """Check that a gradient whose cotangent is computed here can join.
 
         Raises:
             UnsupportedError: a mean would need a division that cannot be made any more.
             MixedDenominatorsError: two denominators wait for one division.
         """
-        mean = isinstance(loss, Loss) and loss.main_aggregation.is_mean and counts is None
+        mean = _is_mean(loss, counts)
         if self.deferred:
-            waits = loss.main_aggregation.denominator if mean and isinstance(loss, Loss) else "none"
-            self.ledger.admit(name, waits)
+            self.ledger.admit(name, loss.main_aggregation.denominator if mean and isinstance(loss, Loss) else "none")
         elif self.own is not None or (mean and self.ledger.entries):
             raise UnsupportedError(
                 f"{name}: this service adds gradients up and cannot divide at optim_step, and the window already holds "
-                f"{self.ledger.entries[0].loss}; make it one call, give counts={{...}} with the totals of the whole "
-                "step, or connect with defer_backward=True"
+                f"{self.own or self.ledger.entries[0].loss}; make it one call, give counts={{...}} with the totals of the "
+                "whole step, or connect with defer_backward=True"
             )
-        elif mean:
+
+    def admit_here(self, loss: Loss | CustomLoss, name: str, counts: Counts | None) -> None:
+        """Let such a gradient in; see `check_here`."""
+        self.check_here(loss, name, counts)
+        if not self.deferred and _is_mean(loss, counts):
             self.own = name
 
-    def admit_named(self, loss: Loss) -> None:
+    def check_named(self, loss: Loss) -> None:
         """Check that a gradient that the service computes can join.
 
         Raises:
@@ -76,7 +80,7 @@ class RemoteWindow:
             MixedDenominatorsError: two denominators wait for one division.
         """
         if self.own is not None:
-            self.admit_here(loss, loss.name, None)
+            self.check_here(loss, loss.name, None)
         self.ledger.admit(loss.name, loss.main_aggregation.denominator)
 
     def record(self, held: Cotangents, deferred: bool) -> None:
@@ -153,6 +157,10 @@ class RemoteWindow:
     ) -> None:
         number = len(self.ledger.entries) + 1
         self.ledger.record(LedgerEntry(number, name, datums, tokens, sequences, waits, count), fitting)
+
+
+def _is_mean(loss: str | Loss | CustomLoss, counts: Counts | None) -> bool:
+    return isinstance(loss, Loss) and loss.main_aggregation.is_mean and counts is None
 
 
 def _trained(datum: Datum) -> int:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ...backends import TorchBackend, connect
 from ...backends.protocol import PolicyBackend
+from ...backends.remote import RemoteBackend
 from ...service.serving import serving
 from ...service.tenants import Tenants
 from .models import Studio
 
-__all__ = ["BACKENDS", "Start", "native", "starting"]
+__all__ = ["Start", "native", "served", "starting"]
 
-BACKENDS = ("native", "remote")
 Start = Callable[[], PolicyBackend]
 
 
@@ -26,10 +26,15 @@ def starting(studio: Studio, backend: str) -> Iterator[Start]:
         yield lambda: native(studio)
         return
     with tempfile.TemporaryDirectory() as folder, serving(Tenants(studio.base, Path(folder))) as url:
-        lora = {name: getattr(studio.lora, name) for name in ("seed", "train_attn", "train_mlp", "train_unembed")}
-        yield lambda: connect(url, base_model=studio.base.name, rank=studio.lora.rank, lora=lora)
+        yield lambda: served(studio, url)
 
 
 def native(studio: Studio) -> TorchBackend:
     """Return a native backend on the adapters that a service would make."""
     return TorchBackend(studio.base.adapted(studio.lora), **studio.base.options)
+
+
+def served(studio: Studio, url: str) -> RemoteBackend:
+    """Return a backend on a service that serves the studio's base."""
+    lora = {name: getattr(studio.lora, name) for name in ("seed", "train_attn", "train_mlp", "train_unembed")}
+    return connect(url, base_model=studio.base.name, rank=studio.lora.rank, lora=lora)
