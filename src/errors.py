@@ -39,7 +39,9 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
+
+_MOST_PROBLEMS: Final = 100  # that a message shows
 
 
 class PullbackError(Exception):
@@ -73,7 +75,10 @@ class InvalidDatumsError(DatumError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__(f"{head} in the data; nothing was computed:\n" + "\n".join(f"  - {p}" for p in self.problems))
+        shown = [f"  - {p}" for p in self.problems[:_MOST_PROBLEMS]]
+        if count > _MOST_PROBLEMS:
+            shown.append(f"  and {count - _MOST_PROBLEMS} more (all are in the error's .problems)")
+        super().__init__(f"{head} in the data; nothing was computed:\n" + "\n".join(shown))
 
 
 class ShapeError(PullbackError, ValueError):
