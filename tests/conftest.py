@@ -62,3 +62,22 @@ def web() -> Iterator[Any]:
 
     with ExitStack() as stack:
         yield lambda *given: stack.enter_context(rest(*given))
+
+
+@pytest.fixture
+def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes remote backends on fresh adapters, and ends their sessions."""
+    from servers import KEY
+
+    import pullback
+
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(pullback.connect(url, base_model="tiny", rank=4, api_key=KEY, lora={"seed": 3}, **options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend._service.__exit__(None, None, None)

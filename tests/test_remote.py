@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers import distance, make_data
-from servers import KEY, SDK_WARNINGS, adapter, served, twin
+from servers import SDK_WARNINGS, adapter, served, twin
 from torch import Tensor
 
-import pullback
 from pullback.backends import AdamParams, SamplingParams, TorchBackend
-from pullback.backends.remote import Capabilities, RemoteBackend
+from pullback.backends.remote import Capabilities
 from pullback.datums import Datum, ModelInput
 from pullback.errors import (
     ClosedError,
@@ -33,20 +32,6 @@ pytestmark = SDK_WARNINGS
 DATA = make_data([6, 5, 7, 4])
 PARAMS = AdamParams(learning_rate=1e-2)
 PLAIN = Capabilities()
-
-
-@pytest.fixture
-def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteBackend]]:
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    made: list[RemoteBackend] = []
-
-    def make(**options: Any) -> RemoteBackend:
-        made.append(pullback.connect(url, base_model="tiny", rank=4, api_key=KEY, lora={"seed": 3}, **options))
-        return made[-1]
-
-    yield make
-    for backend in made:
-        backend._service.__exit__(None, None, None)
 
 
 def confidence(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Final, final
 import torch
 
 from ...datums.types import Datum, TensorData
-from ...errors import require_extra
+from ...errors import RemoteError, require_extra
 from ...losses.base import Loss
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
@@ -47,15 +47,23 @@ class Capabilities:
 
 
 def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
-    """Ask a service what it can do beyond the plain protocol; one that does not answer can do nothing more.
+    """Ask a service what it can do beyond the plain protocol; one that does not say can do nothing more.
 
-    The SDK's own types leave out what they do not know, so this one question is asked without it.
+    The SDK's own types leave out what they do not know, so this one question is asked without it. It is the first one, so
+    that nobody waits for the minutes that the SDK goes on calling where there is no service.
+
+    Raises:
+        RemoteError: nobody answers at this address.
     """
     httpx = require_extra("httpx", "remote", "pullback.connect")
     key = api_key or os.environ.get("TINKER_API_KEY", "")
     try:
         answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
         said = answer.raise_for_status().json()
+    except httpx.ConnectError as error:
+        raise RemoteError(
+            f"no service answers at {url} ({error}); is it running, and is this its address?", "server"
+        ) from error
     except (httpx.HTTPError, ValueError) as error:
         _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
         return Capabilities()

@@ -46,6 +46,7 @@ def connect(
             trainer = ready(service.create_lora_training_client(base_model, rank=rank, **(lora or {})))
         return RemoteBackend(service, trainer, base_model=base_model, **options)
     key = api_key or os.environ.get("TINKER_API_KEY") or (_NO_KEY if _is_here(service) else None)
+    found = detect(service, key, base_model)
     with at_service(f"connect to {service}"):
         client = sdk().ServiceClient(base_url=service, api_key=key)
         try:
@@ -53,8 +54,9 @@ def connect(
         except BaseException:
             client.__exit__(None, None, None)
             raise
-    options = {"capabilities": detect(service, key, base_model), "owns_service": True, **options}
-    return RemoteBackend(client, trainer, base_model=base_model, **options)
+    return RemoteBackend(
+        client, trainer, base_model=base_model, **{"capabilities": found, "owns_service": True, **options}
+    )
 
 
 def _is_here(url: str) -> bool:
