@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from helpers import VOCAB, make_data, tiny_llama
+from helpers import VOCAB, flop_counter, make_data, tiny_llama
 from torch import Tensor
 
 from pullback.backends import TorchBackend
@@ -42,6 +42,28 @@ def twin(tenants: Tenants, client: Any) -> TorchBackend:
 def adapter(backend: TorchBackend) -> dict[str, Tensor]:
     """What is trained."""
     return {name: p.detach().clone() for name, p in backend.model.named_parameters() if p.requires_grad}
+
+
+class Counting:
+    """FLOPs of the gradient operations of every native backend in this process, whichever thread runs them."""
+
+    def __enter__(self) -> Counting:
+        self.total, self._patch = 0, pytest.MonkeyPatch()
+        for name in ("hold", "pull", "forward", "forward_backward"):
+            self._patch.setattr(TorchBackend, name, self._counted(getattr(TorchBackend, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _counted(self, work: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with flop_counter() as counter:
+                found = work(*args, **kwargs)
+            self.total += counter.get_total_flops()
+            return found
+
+        return counted
 
 
 def rest(url: str, key: str = KEY) -> httpx.Client:

