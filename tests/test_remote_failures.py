@@ -48,7 +48,7 @@ def _sdk_errors() -> list[type[Exception]]:
     ]
 
 
-def _made(kind: type[Any]) -> Exception:
+def _made(kind: type[Any]) -> Any:
     if issubclass(kind, tinker.RequestFailedError):
         return kind("bad datum", "req-1", tinker.types.RequestErrorCategory.User)
     if issubclass(kind, tinker.APIStatusError):
@@ -61,9 +61,7 @@ def _made(kind: type[Any]) -> Exception:
         return kind(request=REQUEST)
     if issubclass(kind, tinker.APIError):
         return kind("went wrong", REQUEST, body=None)
-    if issubclass(kind, RetryableException):
-        return kind(message="gone")
-    return kind("went wrong")
+    return kind(message="gone") if issubclass(kind, RetryableException) else kind("went wrong")
 
 
 MISTAKES = {
@@ -82,7 +80,7 @@ MISTAKES = {
 @pytest.mark.parametrize("kind", _sdk_errors(), ids=lambda kind: kind.__name__)
 def test_every_error_of_the_sdk_becomes_ours(kind: type[Exception]) -> None:
     """RemoteError, with the operation, the SDK's words, the cause, and whether it may have had an effect."""
-    error = _made(kind)
+    error: Exception = _made(kind)
     found = remote_error(error, "optim_step")
     assert isinstance(found, RemoteError)
     assert found.__cause__ is error
