@@ -69,6 +69,12 @@ class Call:
         """Whether it is one half of the SDK's custom loss."""
         return bool(self.request.headers.get("x-sdk-method", "") == _CUSTOM)
 
+    @property
+    def forked(self) -> bool:
+        """Whether it comes from a fork of the SDK: it names the release that it was made from, and its own."""
+        agent, package = (self.request.headers.get(key, "") for key in ("user-agent", "x-stainless-package-version"))
+        return agent.startswith("AsyncTinker/") and bool(package) and not agent.endswith(f" {package}")
+
 
 def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
     """Return the ASGI application.
@@ -148,6 +154,8 @@ class _App:
             post("optim_step", self._accepted(do.optim_step)),
             post("save_weights", self._accepted(do.save_weights)),
             post("load_weights", self._accepted(do.load_weights)),
+            post("load_adapter", self._accepted(do.load_adapter)),
+            get("list_checkpoints", self._now(lambda call: {"checkpoints": do.names.listing(call.owner)})),
             post("save_weights_for_sampler", self._accepted(do.save_for_sampler)),
             post("create_sampling_session", self._now(self._create_sampling_session)),
             get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
@@ -263,7 +271,7 @@ class _App:
         if isinstance(found, Failure):
             return _json({"error": found.text, "category": found.category})
         if isinstance(found, dict):
-            return _json(found)
+            return _json(self.operations.names.shown(found) if call.forked else found)
         accepts = call.request.headers.get("accept", "*/*")
         if _PROTOBUF in accepts or "*/*" in accepts:
             return Response(found, media_type=_PROTOBUF)

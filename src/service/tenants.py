@@ -39,6 +39,7 @@ class LoraChoice:
         seed: of their start.
         alpha: their scale is ``alpha / rank``; None: 1.
         train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
+        base_only: the model is the frozen base and only scores; its adapter stays at nothing.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class LoraChoice:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    base_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -170,14 +172,20 @@ class Tenants:
         self.backends.pop(model_id, None)
         self.choices.pop(model_id, None)
 
-    def backend(self, model_id: str) -> TorchBackend:
+    def backend(self, model_id: str, *, scores_only: bool = False) -> TorchBackend:
         """Return a model.
 
+        Args:
+            model_id: its id.
+            scores_only: nothing about it will change.
+
         Raises:
-            ServiceError: it could not be created.
+            ServiceError: it could not be created, or is a frozen base and would change.
         """
         if model_id not in self.backends:
             raise ServiceError(f"model {model_id!r} could not be created; read the error of its creation")
+        if self.choices[model_id].base_only and not scores_only:
+            raise ServiceError(f"{model_id!r} was created with base_only: it is the frozen base, and only scores")
         return self.backends[model_id]
 
     def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> str:
