@@ -230,7 +230,9 @@ class _App:
             if call.request.headers.get("content-type", "").startswith(_PROTOBUF):
                 request = await asyncio.to_thread(decode_request, call.raw, call.custom)
             else:
-                request = decode_json_request(call.raw, call.body, forward_only, call.custom)
+                # Forks do not say what a request is part of: any may be one half of a custom loss.
+                custom = call.custom or "x-sdk-method" not in call.request.headers
+                request = decode_json_request(call.raw, call.body, forward_only, custom)
             return _json({"request_id": self.operations.gradient(call.owner, request), "model_id": request.model_id})
 
         return handler

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, final
 
 from ..backends import AdamParams, TorchBackend
+from ..backends.arguments import as_loss
 from ..backends.futures import FinishedFuture
 from ..backends.native.memory import available_bytes
 from ..backends.types import ForwardBackwardOutput
@@ -321,13 +322,19 @@ class Operations:
 
     def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         room = self.leases.room
-        if not request.custom or room <= 0 or not self.leases.worth(model_id):
+        if not self._may_be_custom(model_id, data, request) or room <= 0 or not self.leases.worth(model_id):
             return _settled(backend.forward(data, request.loss_fn, request.config), _output)
         # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
         held = backend.hold(data, budget=room).result()
         self.leases.keep(model_id, datum_keys(data), held)
         outputs = [{"logprobs": TensorData(x)} for x in held.logprobs]
-        return _output(ForwardBackwardOutput(outputs, {"loss:sum": 0.0, "held_tokens:sum": float(held.tokens)}))
+        metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
+        return _output(ForwardBackwardOutput(outputs, {**metrics, "held_tokens:sum": float(held.tokens)}))
+
+    def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
+        plain = request.loss_fn == "cross_entropy" and not request.config
+        whole = all("target_tokens" in datum.loss_fn_inputs for datum in data)
+        return request.custom and plain and whole and not self.tenants.choices[model_id].base_only
 
     def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}

@@ -68,7 +68,7 @@ class GradientRequest:
         payload: what must be the same when it comes again.
         loss_fn, config: the loss.
         forward_only: no gradient.
-        custom: it is one half of the SDK's custom loss.
+        custom: it is, or may be, one half of the SDK's custom loss.
         data: reads the datums; raises `DatumError` if they cannot be read.
     """
 
