@@ -8,7 +8,6 @@ from typing import Any, Self, TypeVar, final
 import torch
 from torch import Tensor
 
-from ...datums.convert import to_tinker
 from ...datums.types import Datum, ModelInput, TensorData
 from ...datums.validation import validate
 from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, UnreadFailureError, UnsupportedError
@@ -16,7 +15,7 @@ from ...losses.base import Counts, Loss
 from ..arguments import as_loss
 from ..cotangents import Cotangents, target_cotangents, with_cotangents
 from ..custom import custom_name
-from ..protocol import CustomLoss, NormalizationMode
+from ..protocol import CustomLoss, NormalizationMode, ReferenceModel
 from ..types import (
     AdamParams,
     ForwardBackwardOutput,
@@ -27,9 +26,9 @@ from ..types import (
     SaveStateOutput,
 )
 from .capabilities import Capabilities, named_data
-from .convert import adam_params, bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk
+from .convert import bare, logprobs_of, output_of, rollouts_of
 from .futures import RemoteFuture
-from .reference import BaseView
+from .sdks import sdk_of
 from .window import RemoteWindow
 
 __all__ = ["RemoteBackend"]
@@ -40,7 +39,7 @@ Fetch = Callable[[float | None], T]
 
 @final
 class RemoteBackend:
-    """Trains a model at a Tinker-shaped service; the official SDK is the transport.
+    """Trains a model at a Tinker-shaped service; the official SDK, or Fireworks', is the transport.
 
     A loss that the service knows by name runs there. Every other loss, and every function, runs here on log-probs from
     the service; its cotangent goes back as the weights of a cross-entropy.
@@ -49,8 +48,8 @@ class RemoteBackend:
     only one of its window, by ``counts=`` if given, or at `optim_step` with ``defer_backward``.
 
     Args:
-        service: ``tinker.ServiceClient``.
-        trainer: ``tinker.TrainingClient``.
+        service: ``ServiceClient`` of the SDK.
+        trainer: ``TrainingClient`` of the SDK.
         base_model: name of the base there, for the reference.
         capabilities: what the service does by itself; default: the plain protocol.
         defer_backward: hold cotangents until `optim_step`: any split into calls, and every normalisation, as natively;
@@ -71,7 +70,8 @@ class RemoteBackend:
         owns_service: bool = False,
     ) -> None:
         self._service, self._trainer, self._base_model = service, trainer, base_model
-        self.capabilities = capabilities or Capabilities()
+        self._sdk = sdk_of(service)
+        self.capabilities = capabilities or self._sdk.plain
         self._defer, self._timeout, self._owns = defer_backward, timeout, owns_service
         self._window = RemoteWindow(self.capabilities, defer_backward)
         self._futures: list[RemoteFuture[Any]] = []
@@ -90,7 +90,7 @@ class RemoteBackend:
         def send() -> Fetch[ForwardBackwardOutput]:
             loss = as_loss(loss_fn, loss_fn_config)
             self._check(data, loss)
-            sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
+            sent = self._trainer.forward(self._sdk.datums(bare(data)), "cross_entropy")
 
             def fetch(timeout: float | None) -> ForwardBackwardOutput:
                 logprobs = logprobs_of(sent.result(timeout=timeout))
@@ -123,7 +123,7 @@ class RemoteBackend:
             if not self._window.by_name(loss_fn, loss, counts):
                 return self._send_custom(data, loss, loss.name, counts)
             self._window.admit_named(loss)
-            wire = to_tinker(named_data(data, loss, self.capabilities))
+            wire = self._sdk.datums(named_data(data, loss, self.capabilities))
             sent = self._trainer.forward_backward(wire, loss.name, dict(loss_fn_config or {}))
             self._window.record_named(loss, data)
             return lambda timeout: output_of(sent.result(timeout=timeout))
@@ -168,7 +168,7 @@ class RemoteBackend:
                 return lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger)
             self._send_held(divisor.value)
             extra = {"grad_accumulation_normalization": mode or "none"} if self.capabilities.normalizes else {}
-            sent = self._trainer.optim_step(adam_params(params), **extra)
+            sent = self._trainer.optim_step(self._sdk.adam_params(params), **extra)
             self._window.clear()
             self._sampler = None
             self.weights_version += 1
@@ -209,18 +209,18 @@ class RemoteBackend:
         reason = "forward there, the loss here, its cotangent back as the weights of a cross-entropy"
         return Plan("two_passes", reason, recomputed=tokens, **cost)
 
-    def reference(self) -> BaseView:
-        """Return a forward-only view of the base model, by the service's sampler."""
-        return BaseView(ready(self._service.create_sampling_client(base_model=self._base_model)))
+    def reference(self) -> ReferenceModel:
+        """Return a forward-only view of the base model."""
+        return self._sdk.reference(self._service, self._base_model)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> RemoteFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt from the present weights."""
 
         def send() -> Fetch[list[Rollout]]:
             if self._sampler is None:
-                self._sampler = ready(self._trainer.save_weights_and_get_sampling_client())
-            given, version = sampling_params(params), self.weights_version
-            sent = [self._sampler.sample(sdk().ModelInput.from_ints(p.to_ints()), n, given) for p in prompts]
+                self._sampler = self._sdk.sampler(self._trainer)
+            version = self.weights_version
+            sent = [self._sdk.sample(self._sampler, prompt, n, params) for prompt in prompts]
             return lambda timeout: rollouts_of([one.result(timeout=timeout) for one in sent], params, version)
 
         return self._run("sample", send)
@@ -229,18 +229,18 @@ class RemoteBackend:
         """Write weights and optimizer at the service; the path is the service's URI."""
 
         def send() -> Fetch[SaveStateOutput]:
-            sent = self._trainer.save_state(name, **({"overwrite": True} if overwrite else {}))
+            sent = self._sdk.save(self._trainer, name, overwrite)
             return lambda timeout: SaveStateOutput(sent.result(timeout=timeout).path)
 
         return self._run("save_state", send)
 
     def load_state(self, path: str) -> RemoteFuture[None]:
         """Go on from a checkpoint's weights; the optimizer starts cold."""
-        return self._load("load_state", path, "create_training_client_from_state")
+        return self._load("load_state", path, optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> RemoteFuture[None]:
         """Go on from a checkpoint, weights and optimizer."""
-        return self._load("load_state_with_optimizer", path, "create_training_client_from_state_with_optimizer")
+        return self._load("load_state_with_optimizer", path, optimizer=True)
 
     def close(self) -> None:
         """End the use of this backend.
@@ -254,7 +254,7 @@ class RemoteBackend:
         self._window.clear()
         failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
         if self._owns:
-            self._service.__exit__(None, None, None)  # ends the session, and waits for it
+            self._sdk.close(self._service, self._trainer)
         if failed:
             error = failed[0].exception()
             raise UnreadFailureError(
@@ -287,13 +287,15 @@ class RemoteBackend:
     ) -> Fetch[ForwardBackwardOutput]:
         self._window.admit_here(loss, name, counts)
         if self._defer:
-            logprobs = logprobs_of(self._trainer.forward(to_tinker(bare(data)), "cross_entropy").result(self._timeout))
+            logprobs = logprobs_of(
+                self._trainer.forward(self._sdk.datums(bare(data)), "cross_entropy").result(self._timeout)
+            )
             held = target_cotangents(loss, name, data, logprobs, counts)
             self._window.record(held, deferred=True)
             self._window.held.append(held)
             return lambda _: _output(logprobs, held.metrics)
         local = _Local(loss, name, data, counts)
-        sent = self._trainer.forward_backward_custom(to_tinker(bare(data)), local)
+        sent = self._trainer.forward_backward_custom(self._sdk.datums(bare(data)), local)
         sent.result(timeout=self._timeout)
         if local.error is not None:
             self._window.own = None
@@ -309,7 +311,7 @@ class RemoteBackend:
         if not weighted:
             return
         try:
-            self._trainer.forward_backward(to_tinker(weighted), "cross_entropy").result(timeout=self._timeout)
+            self._trainer.forward_backward(self._sdk.datums(weighted), "cross_entropy").result(timeout=self._timeout)
         except Exception:
             self._window.torn = "a step failed while its gradients were sent, so the service may hold a part of them"
             raise
@@ -327,9 +329,9 @@ class RemoteBackend:
             pairs=loss is not None and loss.gradient_kind == "pair",
         )
 
-    def _load(self, operation: str, path: str, create: str) -> RemoteFuture[None]:
+    def _load(self, operation: str, path: str, optimizer: bool) -> RemoteFuture[None]:
         def send() -> Fetch[None]:
-            trainer = ready(getattr(self._service, create)(path))
+            trainer = self._sdk.load(self._service, self._trainer, path, optimizer)
             self._trainer, self._sampler = trainer, None
             self._window.clear()
             self._window.torn = None

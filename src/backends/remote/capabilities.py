@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
@@ -44,21 +43,20 @@ class Capabilities:
         return loss.name in self.losses and (self.divides or not loss.main_aggregation.is_mean)
 
 
-def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
-    """Ask a service what it can do beyond the plain protocol; one that does not answer can do nothing more.
+def detect(url: str, key: str, base_model: str, plain: Capabilities | None = None) -> Capabilities:
+    """Ask a service what it can do beyond the ``plain`` protocol; one that does not answer can do nothing more.
 
     The SDK's own types leave out what they do not know, so this one question is asked without it.
     """
-    httpx = require_extra("httpx", "remote", "pullback.connect")
-    key = api_key or os.environ.get("TINKER_API_KEY", "")
+    httpx, plain = require_extra("httpx", "remote", "pullback.connect"), plain or Capabilities()
     try:
         answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
         said = answer.raise_for_status().json()
     except (httpx.HTTPError, ValueError) as error:
         _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
-        return Capabilities()
+        return plain
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
-    found = Capabilities(max_length=next(iter(lengths), None))
+    found = replace(plain, max_length=next(iter(lengths), None))
     ours = said.get("pullback")
     return found if ours is None else replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True)
 

@@ -1,4 +1,4 @@
-"""Between this library's types and the SDK's."""
+"""Between this library's types and an SDK's, where the SDKs agree."""
 
 from __future__ import annotations
 
@@ -9,26 +9,14 @@ import torch
 from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import require_extra
 from ..cotangents import scored
-from ..types import AdamParams, ForwardBackwardOutput, Rollout, SamplingParams
+from ..types import ForwardBackwardOutput, Rollout, SamplingParams
 
-__all__ = ["adam_params", "bare", "logprobs_of", "output_of", "ready", "rollouts_of", "sampling_params", "sdk"]
-
-_ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-
-
-def sdk() -> Any:
-    """Return the tinker SDK.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    return require_extra("tinker", "remote", "RemoteBackend")
+__all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of"]
 
 
 def ready(client: Any) -> Any:
-    """Return the client that a call of the SDK made; newer SDKs wrap it into a future."""
+    """Return what a call of an SDK made; some calls wrap it into a future."""
     return client.result() if hasattr(client, "result") else client
 
 
@@ -51,23 +39,6 @@ def output_of(result: Any) -> ForwardBackwardOutput:
     """Return a result with all that the service said."""
     outputs = [{k: TensorData(torch.as_tensor(v.to_torch())) for k, v in one.items()} for one in result.loss_fn_outputs]
     return ForwardBackwardOutput(outputs, dict(result.metrics))
-
-
-def adam_params(params: AdamParams) -> Any:
-    """Return the SDK's."""
-    return sdk().AdamParams(**{name: getattr(params, name) for name in _ADAM})
-
-
-def sampling_params(params: SamplingParams) -> Any:
-    """Return the SDK's."""
-    return sdk().SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        stop=None if params.stop is None else list(params.stop),
-    )
 
 
 def rollouts_of(results: Sequence[Any], params: SamplingParams, version: int) -> list[Rollout]:
