@@ -177,8 +177,7 @@ class _App:
 
     def _capabilities(self) -> Json:
         base = self.tenants.base
-        length = getattr(getattr(base.model, "config", None), "max_position_embeddings", None)
-        model = {"model_name": base.name, "max_context_length": length, "trainable": True, "sampleable": True}
+        model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
         return {"supported_models": [model], "pullback": {"losses": list(loss_names())}}
 
     def _post(self, path: str, handler: Handler) -> Any:
