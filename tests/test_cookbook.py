@@ -79,10 +79,9 @@ def test_supervised(cook: Any, tmp_path: Path) -> None:
     losses = [step["train_mean_nll"] for step in found]
     assert losses[0] == pytest.approx(math.log(259), abs=0.3)
     assert losses[3] < losses[0] - 0.1
-    more = cook(
-        "chat_sl.train", **given, lr_schedule="constant", save_every=2, max_steps=6, behavior_if_log_dir_exists="resume"
-    )
-    assert more[-1]["step"] == 5
+    resumed = {"num_epochs": 2, "max_steps": 8, "behavior_if_log_dir_exists": "resume"}
+    more = cook("chat_sl.train", **given, lr_schedule="constant", save_every=2, **resumed)
+    assert [step["step"] for step in more] == [0, 1, 2, 3, 6, 7]  # the second epoch, from the last checkpoint
     assert more[-1]["train_mean_nll"] < losses[3]
 
 
