@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, final
 
-import torch
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
@@ -13,7 +12,7 @@ from ...datums.validation import validate
 from ...errors import BackendError, ClosedError, ConfigError, LossTypeError, UnreadFailureError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss
-from ..cotangents import Cotangents, target_cotangents, with_cotangents
+from ..cotangents import target_cotangents, with_cotangents
 from ..custom import custom_name
 from ..protocol import CustomLoss, NormalizationMode, ReferenceModel
 from ..types import (
@@ -25,6 +24,8 @@ from ..types import (
     SamplingParams,
     SaveStateOutput,
 )
+from .audit import SumAudit
+from .callback import LocalLoss
 from .capabilities import Capabilities, named_data
 from .convert import bare, logprobs_of, output_of, rollouts_of
 from .futures import RemoteFuture
@@ -75,6 +76,7 @@ class RemoteBackend:
         self._defer, self._timeout, self._owns = defer_backward, timeout, owns_service
         self._window = RemoteWindow(self.capabilities, defer_backward)
         self._futures: list[RemoteFuture[Any]] = []
+        self._audit = SumAudit()
         self._sampler: Any = None
         self._closed = False
         self.weights_version = 0
@@ -126,7 +128,7 @@ class RemoteBackend:
             wire = self._sdk.datums(named_data(data, loss, self.capabilities))
             sent = self._trainer.forward_backward(wire, loss.name, dict(loss_fn_config or {}))
             self._window.record_named(loss, data)
-            return lambda timeout: output_of(sent.result(timeout=timeout))
+            return lambda timeout: self._audit.named(loss, data, output_of(sent.result(timeout=timeout)))
 
         return self._run("forward_backward", send, gradient=True)
 
@@ -294,20 +296,24 @@ class RemoteBackend:
             self._window.record(held, deferred=True)
             self._window.held.append(held)
             return lambda _: _output(logprobs, held.metrics)
-        local = _Local(loss, name, data, counts)
+        local = LocalLoss(loss, name, data, counts, self.capabilities)
         sent = self._trainer.forward_backward_custom(self._sdk.datums(bare(data)), local)
-        sent.result(timeout=self._timeout)
+        answer = sent.result(timeout=self._timeout)
         if local.error is not None:
             self._window.own = None
             raise local.error
         assert local.held is not None
         held, found = local.held, local.logprobs
+        if self.capabilities.max_weight_sum is None:
+            self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
         self._window.record(held, deferred=False)
         return lambda _: _output(found, held.metrics)
 
     def _send_held(self, divisor: float) -> None:
         """Send what was held, as one operation."""
-        weighted = [datum for held in self._window.held if held.tokens for datum in with_cotangents(held, divisor)]
+        kept = [held for held in self._window.held if held.tokens]
+        self.capabilities.require_fits([c / divisor for held in kept for c in held.cotangents])
+        weighted = [datum for held in kept for datum in with_cotangents(held, divisor)]
         if not weighted:
             return
         try:
@@ -338,26 +344,6 @@ class RemoteBackend:
             return lambda _: None
 
         return self._run(operation, send)
-
-
-class _Local:
-    """The function that the SDK calls: it never raises, for then the SDK would refuse all later operations."""
-
-    def __init__(self, loss: Loss | CustomLoss, name: str, data: Sequence[Datum], counts: Counts | None) -> None:
-        self._loss, self._name, self._data, self._counts = loss, name, data, counts
-        self.error: Exception | None = None
-        self.held: Cotangents | None = None
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, _: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        cotangents = [torch.zeros_like(x) for x in logprobs]
-        try:
-            self.logprobs = [x.detach().clone() for x in logprobs]
-            self.held = target_cotangents(self._loss, self._name, self._data, self.logprobs, self._counts)
-            cotangents = [c / (self.held.count or 1.0) for c in self.held.cotangents]
-        except Exception as error:
-            self.error = error
-        return torch.stack([(c * x).sum() for c, x in zip(cotangents, logprobs, strict=True)]).sum(), {}
 
 
 def _output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:

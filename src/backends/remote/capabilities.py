@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
+from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import require_extra
+from ...errors import UnsupportedError, require_extra
 from ...losses.base import Loss
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
@@ -30,6 +31,7 @@ class Capabilities:
         normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
         weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
         max_length: longest datum, tokens; None = not known.
+        max_weight_sum: largest sum of weights up to which its cross-entropy is a sum (a mean clamped at 1: 1.0); None = any.
     """
 
     losses: frozenset[str] = PROTOCOL_LOSSES
@@ -37,10 +39,25 @@ class Capabilities:
     normalizes: bool = False
     weighs: bool = False
     max_length: int | None = None
+    max_weight_sum: float | None = None
 
     def knows(self, loss: Loss) -> bool:
         """Whether this loss, given by name, goes by name."""
         return loss.name in self.losses and (self.divides or not loss.main_aggregation.is_mean)
+
+    def require_fits(self, cotangents: Sequence[Tensor]) -> None:
+        """Check weights before they are sent, as the service may cut a call between any two datums.
+
+        Raises:
+            UnsupportedError: they could add up to more than the service takes as they are.
+        """
+        most = sum(max(0.0, -float(cotangent.sum())) for cotangent in cotangents)
+        if self.max_weight_sum is not None and most > self.max_weight_sum * (1 + 1e-6):
+            raise UnsupportedError(
+                f"the weights that carry this loss add up to {most:.6g}, and the service divides by what is beyond "
+                f"{self.max_weight_sum:g}: use a mean instead of a sum, or scale the loss, eps and grad_clip_norm of the whole "
+                "run by one small number, which AdamW does not see"
+            )
 
 
 def detect(url: str, key: str, base_model: str, plain: Capabilities | None = None) -> Capabilities:

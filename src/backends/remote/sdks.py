@@ -92,7 +92,10 @@ class TinkerSdk:
         return self._types.ServiceClient(base_url=url, api_key=api_key)
 
     def close(self, service: Any, trainer: Any) -> None:
-        service.__exit__(None, None, None)  # ends the session, and waits for it
+        if hasattr(service, "__exit__"):
+            service.__exit__(None, None, None)  # ends the session, and waits for it
+        else:  # releases before sessions had an end
+            service.holder.close()
 
     def datums(self, data: Sequence[Datum]) -> list[Any]:
         return to_tinker(data)
