@@ -105,6 +105,23 @@ def test_their_custom_loss_costs_one_forward(fireworks: Any, tenants: Any) -> No
     assert distance(served(tenants, client).gradients(), native.gradients()) < 1e-5
 
 
+def test_their_uploads_may_overtake_each_other(fireworks: Any, tenants: Any, monkeypatch: Any) -> None:
+    """A call of four requests and a step, none waited for: their client lets a turn go before the server has answered."""
+    from fireworks.training.sdk._core.lib.public_interfaces import training_client
+
+    monkeypatch.setattr(training_client, "MAX_CHUNK_LEN", 1)
+    client = trainer(fireworks)
+    native = twin(tenants, client)
+    for _ in range(3):
+        found = client.forward_backward(to_fireworks(given("ppo")), "ppo")
+        step = client.optim_step(sdk.AdamParams(learning_rate=1e-2), "num_loss_tokens")
+        wanted = native.forward_backward(given("ppo"), "ppo").result()
+        done = native.optim_step(PARAMS, "num_loss_tokens").result()
+        assert found.result().metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
+        assert step.result().metrics["divided_by"] == done.divided_by
+    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
+
+
 def test_their_client_saves_loads_and_lists(fireworks: Any, tenants: Any) -> None:
     """Saved and loaded by its own name, or as it was returned; a name that two models have must be given whole."""
     client = trainer(fireworks)
