@@ -154,6 +154,9 @@ def test_wire_is_the_sdks(service: Any) -> None:
         "BatchedTensor",
         "Tensor",
         "SampleResponse",
+        "SampledSequence",
+        "TopkLogprobs",
+        "PromptAltTokens",
     ):
         ours = message(name).DESCRIPTOR.fields_by_name
         reference = getattr(theirs, name).DESCRIPTOR.fields_by_name

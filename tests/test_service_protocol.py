@@ -229,7 +229,7 @@ def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, tenants: Tenan
     http = web(url)
     _, made = new_model(http)
     model = made["model_id"]
-    custom = {"x-sdk-method": "TrainingClient.forward_backward_custom"}
+    custom, plain = ({"x-sdk-method": f"TrainingClient.forward_backward{end}"} for end in ("_custom", ""))
     inner = {"data": [json_datum([3, 1, 4, 1])], "loss_fn": "cross_entropy", "loss_fn_config": {}}
 
     def send(route: str, number: int, body: dict[str, Any], headers: dict[str, str]) -> Any:
@@ -237,9 +237,9 @@ def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, tenants: Tenan
         return finished(http, sent["request_id"])
 
     before = _amount(url, "lease_tokens_recomputed")
-    send("forward_backward", 1, {"forward_backward_input": inner}, {})
+    send("forward_backward", 1, {"forward_backward_input": inner}, plain)
     send("forward", 2, {"forward_input": inner}, custom)
-    send("optim_step", 3, {"adam_params": {"learning_rate": 0.1}}, {})
+    send("optim_step", 3, {"adam_params": {"learning_rate": 0.1}}, plain)
     native = twin(tenants, type("Client", (), {"model_id": model}))
     send("forward_backward", 4, {"forward_backward_input": inner}, custom)
     assert _amount(url, "lease_tokens_recomputed") == before + 4

@@ -10,7 +10,7 @@ from .builders import (
     datum_from_tokens_weights,
     preference_pair,
 )
-from .convert import from_tinker, to_tinker
+from .convert import from_tinker, to_fireworks, to_tinker
 from .explain import explain
 from .types import Datum, ModelInput, TensorData
 from .validation import validate
@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "from_tinker",
     "preference_pair",
+    "to_fireworks",
     "to_tinker",
     "validate",
 ]

@@ -1,4 +1,4 @@
-"""To and from the tinker SDK's types, without loss."""
+"""To and from the types of the tinker SDK and of Fireworks' fork, without loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import DatumError, require_extra
 from .types import Datum, ModelInput, TensorData
 
-__all__ = ["from_tinker", "to_tinker"]
+__all__ = ["from_tinker", "to_fireworks", "to_tinker"]
 
 
 def to_tinker(data: Sequence[Datum]) -> list[Any]:
@@ -20,17 +20,16 @@ def to_tinker(data: Sequence[Datum]) -> list[Any]:
     Raises:
         MissingExtraError: the SDK is not installed.
     """
-    tinker = require_extra("tinker", "remote", "to_tinker")
-    return [
-        tinker.Datum(
-            model_input=tinker.ModelInput.from_ints(datum.model_input.to_ints()),
-            loss_fn_inputs={
-                key: tinker.TensorData(data=value.data, dtype=value.dtype, shape=value.shape)
-                for key, value in datum.loss_fn_inputs.items()
-            },
-        )
-        for datum in data
-    ]
+    return _to(data, require_extra("tinker", "remote", "to_tinker"))
+
+
+def to_fireworks(data: Sequence[Datum]) -> list[Any]:
+    """Return the datums as ``fireworks.training.sdk.Datum``.
+
+    Raises:
+        MissingExtraError: the SDK is not installed.
+    """
+    return _to(data, require_extra("fireworks.training.sdk", "fireworks", "to_fireworks"))
 
 
 def from_tinker(data: Sequence[Any]) -> list[Datum]:
@@ -40,6 +39,19 @@ def from_tinker(data: Sequence[Any]) -> list[Datum]:
         DatumError: a model input holds images or other chunks that are no tokens.
     """
     return [_from_one(datum, i) for i, datum in enumerate(data)]
+
+
+def _to(data: Sequence[Datum], types: Any) -> list[Any]:
+    return [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(datum.model_input.to_ints()),
+            loss_fn_inputs={
+                key: types.TensorData(data=value.data, dtype=value.dtype, shape=value.shape)
+                for key, value in datum.loss_fn_inputs.items()
+            },
+        )
+        for datum in data
+    ]
 
 
 def _from_one(datum: Any, index: int) -> Datum:

@@ -69,6 +69,12 @@ class Call:
         """Whether it is one half of the SDK's custom loss."""
         return bool(self.request.headers.get("x-sdk-method", "") == _CUSTOM)
 
+    @property
+    def forked(self) -> bool:
+        """Whether it comes from a fork of the SDK: it names the release that it was made from, and its own."""
+        agent, package = (self.request.headers.get(key, "") for key in ("user-agent", "x-stainless-package-version"))
+        return agent.startswith("AsyncTinker/") and bool(package) and not agent.endswith(f" {package}")
+
 
 def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
     """Return the ASGI application.
@@ -148,6 +154,8 @@ class _App:
             post("optim_step", self._accepted(do.optim_step)),
             post("save_weights", self._accepted(do.save_weights)),
             post("load_weights", self._accepted(do.load_weights)),
+            post("load_adapter", self._accepted(do.load_adapter)),
+            get("list_checkpoints", self._now(lambda call: {"checkpoints": do.names.listing(call.owner)})),
             post("save_weights_for_sampler", self._accepted(do.save_for_sampler)),
             post("create_sampling_session", self._now(self._create_sampling_session)),
             get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
@@ -169,8 +177,7 @@ class _App:
 
     def _capabilities(self) -> Json:
         base = self.tenants.base
-        length = getattr(getattr(base.model, "config", None), "max_position_embeddings", None)
-        model = {"model_name": base.name, "max_context_length": length, "trainable": True, "sampleable": True}
+        model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
         ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True}
         return {"supported_models": [model], "pullback": ours}
 
@@ -223,7 +230,9 @@ class _App:
             if call.request.headers.get("content-type", "").startswith(_PROTOBUF):
                 request = await asyncio.to_thread(decode_request, call.raw, call.custom)
             else:
-                request = decode_json_request(call.raw, call.body, forward_only, call.custom)
+                # Forks do not say what a request is part of: any may be one half of a custom loss.
+                custom = call.custom or "x-sdk-method" not in call.request.headers
+                request = decode_json_request(call.raw, call.body, forward_only, custom)
             return _json({"request_id": self.operations.gradient(call.owner, request), "model_id": request.model_id})
 
         return handler
@@ -264,7 +273,7 @@ class _App:
         if isinstance(found, Failure):
             return _json({"error": found.text, "category": found.category})
         if isinstance(found, dict):
-            return _json(found)
+            return _json(self.operations.names.shown(found) if call.forked else found)
         accepts = call.request.headers.get("accept", "*/*")
         if _PROTOBUF in accepts or "*/*" in accepts:
             return Response(found, media_type=_PROTOBUF)

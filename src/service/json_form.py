@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..datums.types import Datum, ModelInput, TensorData
 from ..errors import DatumError
+from .sample_wire import NOT_SCORED
 from .wire import GradientRequest, decode_tensor, message, tokens_of
 
-__all__ = ["decode_json_request", "json_result"]
+__all__ = ["decode_json_request", "decode_json_tensor", "json_result"]
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
@@ -53,13 +54,14 @@ def _datum(datum: Mapping[str, Any], index: int) -> Datum:
     inputs = {}
     for key, value in datum["loss_fn_inputs"].items():
         try:
-            inputs[key] = TensorData(_tensor(value))
+            inputs[key] = TensorData(decode_json_tensor(value))
         except (RuntimeError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DatumError(f"datum {index}: {key} cannot be read: {error}") from error
     return Datum(ModelInput.from_ints(tokens_of(datum["model_input"])), inputs)
 
 
-def _tensor(value: Any) -> Tensor:
+def decode_json_tensor(value: Any) -> Tensor:
+    """Read a tensor; raises what torch or a lookup raises."""
     if value.get("sparse_crow_indices") is not None:
         raise ValueError("sparse tensors travel by protobuf")
     found = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
@@ -85,7 +87,30 @@ def _sample(found: Any) -> dict[str, Any]:
         tokens, logprobs = decode_tensor(one.tokens, 3).tolist(), decode_tensor(one.logprobs, 1).tolist()
         reason = "length" if one.stop_reason == 1 else "stop"
         sequences.append({"stop_reason": reason, "tokens": tokens, "logprobs": logprobs})
-    scores = None
+        if one.HasField("topk_sampled_logprobs"):
+            sequences[-1]["topk_logprobs"] = _rows(one.topk_sampled_logprobs)
+    written: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_logprobs": None}
     if found.HasField("prompt_logprobs"):
-        scores = [x if math.isfinite(x) else None for x in decode_tensor(found.prompt_logprobs, 1).tolist()]
-    return {"type": "sample", "sequences": sequences, "prompt_logprobs": scores}
+        scores = decode_tensor(found.prompt_logprobs, 1).tolist()
+        written["prompt_logprobs"] = [x if math.isfinite(x) else None for x in scores]
+    if found.HasField("topk_prompt_logprobs"):
+        written["topk_prompt_logprobs"] = _rows(found.topk_prompt_logprobs)
+    if found.HasField("target_prompt_logprobs"):
+        written["target_prompt_logprobs"] = _dense(found.target_prompt_logprobs)
+    if found.HasField("prompt_alt_tokens"):
+        drawn = found.prompt_alt_tokens
+        written["prompt_alt_tokens"] = {"tokens": _dense(drawn.tokens), "logprobs": _dense(drawn.logprobs)}
+    return written
+
+
+def _rows(top: Any) -> list[list[tuple[int, float]] | None]:
+    """Pairs of id and log-prob of each position; None where there are none."""
+    ids, logprobs = (
+        decode_tensor(x, d).reshape(-1, top.k).tolist() for x, d in ((top.token_ids, 3), (top.logprobs, 1))
+    )
+    pairs = [list(zip(*row, strict=True)) for row in zip(ids, logprobs, strict=True)]
+    return [None if row[0] == (0, NOT_SCORED) else row for row in pairs]
+
+
+def _dense(tensor: Any) -> dict[str, Any]:
+    return _json_tensor(decode_tensor(tensor.dense, tensor.dtype).reshape(list(tensor.shape)))

@@ -79,14 +79,15 @@ class Listings:
     def info(self, owner: str, model_id: str) -> Json:
         """``get_info``."""
         row, base = self._model(owner, model_id), self._tenants.base
+        lora = LoraChoice.from_json(row["lora"])
         names = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
         return {
             "type": "get_info",
             "model_id": model_id,
             "model_data": names,
             "optimizer_config": {"type": "adamw"},
-            "is_lora": True,
-            "lora_rank": LoraChoice.from_json(row["lora"]).rank,
+            "is_lora": not lora.base_only,
+            "lora_rank": None if lora.base_only else lora.rank,
             "model_name": base.name,
         }
 
@@ -101,13 +102,14 @@ class Listings:
         by_kind = {
             kind: next((c for c in found if c["checkpoint_type"] == kind), None) for kind in ("training", "sampler")
         }
+        lora = LoraChoice.from_json(row["lora"])
         return {
             "training_run_id": row["id"],
             "base_model": self._tenants.base.name,
             "model_owner": row["owner"] or "local",
-            "is_lora": True,
+            "is_lora": not lora.base_only,
             "corrupted": False,
-            "lora_rank": LoraChoice.from_json(row["lora"]).rank,
+            "lora_rank": None if lora.base_only else lora.rank,
             "last_request_time": _time(row["created"]),
             "last_checkpoint": by_kind["training"],
             "last_sampler_checkpoint": by_kind["sampler"],

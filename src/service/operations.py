@@ -9,15 +9,18 @@ from dataclasses import fields
 from typing import Any, TypeVar, final
 
 from ..backends import AdamParams, TorchBackend
+from ..backends.arguments import as_loss
 from ..backends.futures import FinishedFuture
 from ..backends.native.memory import available_bytes
 from ..backends.types import ForwardBackwardOutput
 from ..datums.types import Datum, TensorData
-from ..errors import ConfigError, PrecedingOperationFailed, ServiceError
+from ..errors import ConfigError, PrecedingOperationFailed, ServiceError, UnsupportedError
+from .creation import lora_choice
 from .graphs import LossGraph
 from .journal import Answer, Failure, Journal
 from .leases import Leases, datum_keys
 from .limits import Limits
+from .names import LogicalNames
 from .samplers import Samplers
 from .sequencer import Sequencer, failure_of, require_number
 from .tenants import LoraChoice, Tenants
@@ -28,7 +31,6 @@ __all__ = ["Operations"]
 T = TypeVar("T")
 Json = dict[str, Any]
 _MODES: dict[str, Any] = {"none": None, "num_loss_tokens": "num_loss_tokens", "num_sequences": "num_sequences"}
-_LORA = {"rank", "seed", "alpha", "train_attn", "train_mlp", "train_unembed"}
 _SHARE_OF_FREE = 0.25  # of free memory, for leases
 Counter = Callable[[str, float], None]
 
@@ -53,6 +55,7 @@ class Operations:
         budget = _SHARE_OF_FREE * free if limits.lease_bytes is None else limits.lease_bytes
         self.leases = Leases(budget, limits.lease_seconds)
         self.samplers = Samplers(tenants, journal, sequencer, limits)
+        self.names = LogicalNames(journal)
         self._count = count
         self._losses: dict[str, LossGraph] = {}
         self._undelivered: dict[str, set[str]] = {}
@@ -120,7 +123,8 @@ class Operations:
         def work() -> Json:
             self.make_room()
             if "path" not in body:
-                self._create(model_id, session, owner, self._lora(body), body)
+                lora = lora_choice(body, self.tenants.base.name, self.limits.rank)
+                self._create(model_id, session, owner, lora, body)
                 return {"model_id": model_id, "type": "create_model"}
             source, _, _ = self.tenants.checkpoints.parts(body["path"])
             lora = self.lora_of(owner, source)
@@ -185,7 +189,8 @@ class Operations:
         require_number("seq_id", request.seq_id)
 
         def work() -> Answer:
-            backend, data = self.tenants.backend(model_id), request.data()
+            backend = self.tenants.backend(model_id, scores_only=request.forward_only)
+            data = request.data()
             self.limits.check_data(data)
             kind = "forward" if request.forward_only else "forward_backward"
             self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
@@ -264,12 +269,23 @@ class Operations:
         self.own(owner, model_id)
 
         def work() -> Json:
-            self.lora_of(owner, self.tenants.checkpoints.parts(body["path"])[0])
-            self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
+            uri = self.names.resolve(owner, model_id, body["path"])
+            self.lora_of(owner, self.tenants.checkpoints.parts(uri)[0])
+            self.tenants.load(model_id, uri, bool(body.get("optimizer", False)))
             self.leases.drop(model_id)
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
         return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "load_weights", work)
+
+    def load_adapter(self, owner: str, raw: bytes, body: Json) -> str:
+        """Fail in turn: a number that was not accepted would be waited for by all that come after it."""
+        model_id = body["model_id"]
+        self.own(owner, model_id)
+
+        def work() -> Json:
+            raise UnsupportedError("load_adapter: this server loads its own checkpoints only, by load_state")
+
+        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "load_adapter", work)
 
     def save_for_sampler(self, owner: str, raw: bytes, body: Json) -> str:
         """Freeze the present weights: on the disk under a name, or in memory for one sampling session."""
@@ -295,18 +311,6 @@ class Operations:
         size = self.tenants.checkpoints.size(uri)
         self.journal.add_checkpoint(uri, model_id, owner, size, body.get("user_metadata"))
 
-    def _lora(self, body: Json) -> LoraChoice:
-        if body.get("base_model") != self.tenants.base.name:
-            raise ConfigError(f"this server serves {self.tenants.base.name!r}, not {body.get('base_model')!r}")
-        given = {k: v for k, v in (body.get("lora_config") or {}).items() if v is not None}
-        unknown = sorted(set(given) - _LORA)
-        if unknown:
-            raise ConfigError(f"lora_config has keys that this server does not know: {unknown}")
-        lora = LoraChoice(**{"rank": 32, **given})
-        if lora.rank > self.limits.rank:
-            raise ConfigError(f"lora_config.rank is {lora.rank}; this server takes {self.limits.rank}")
-        return lora
-
     def _loss(self, owner: str, model_id: str, config: Mapping[str, Any]) -> LossGraph:
         loss_id = str(config.get("loss_id"))
         if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
@@ -315,13 +319,19 @@ class Operations:
 
     def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         room = self.leases.room
-        if not request.custom or room <= 0 or not self.leases.worth(model_id):
+        if not self._may_be_custom(model_id, data, request) or room <= 0 or not self.leases.worth(model_id):
             return _settled(backend.forward(data, request.loss_fn, request.config), _output)
         # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
         held = backend.hold(data, budget=room).result()
         self.leases.keep(model_id, datum_keys(data), held)
         outputs = [{"logprobs": TensorData(x)} for x in held.logprobs]
-        return _output(ForwardBackwardOutput(outputs, {"loss:sum": 0.0, "held_tokens:sum": float(held.tokens)}))
+        metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
+        return _output(ForwardBackwardOutput(outputs, {**metrics, "held_tokens:sum": float(held.tokens)}))
+
+    def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
+        plain = request.loss_fn == "cross_entropy" and not request.config
+        whole = all("target_tokens" in datum.loss_fn_inputs for datum in data)
+        return request.custom and plain and whole and not self.tenants.choices[model_id].base_only
 
     def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}

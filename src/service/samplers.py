@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any, final
 
-from ..backends import SamplingParams
 from ..datums.types import ModelInput
-from ..errors import ConfigError, ServiceError, TooLargeError
+from ..errors import ServiceError, TooLargeError
 from .journal import Journal
 from .limits import Limits
+from .sample_wire import encode_sample
+from .scores import Asked
 from .sequencer import Sequencer, require_number
+from .stopping import sampling_of
 from .tenants import LoraChoice, Sampler, Tenants
-from .wire import encode_sample, tokens_of
+from .wire import tokens_of
 
 __all__ = ["Samplers"]
 
 Json = dict[str, Any]
-_KNOWN = {"max_tokens", "temperature", "top_k", "top_p", "stop", "seed"}
-_UNSUPPORTED = ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k", "target_prompt_logprobs")
 
 
 @final
@@ -69,14 +68,13 @@ class Samplers:
         self._sequencer.open(line)
 
         def work() -> bytes:
-            for key in _UNSUPPORTED:
-                if body.get(key):
-                    raise ConfigError(f"{key} is not supported by this server")
             if not 1 <= n <= self._limits.samples:
                 raise TooLargeError(f"num_samples is {n}; this server draws 1 to {self._limits.samples}")
             sampler, prompt = self._sampler(owner, session), ModelInput.from_ints(tokens_of(body["prompt"]))
-            rollouts = sampler.sample(prompt, n, _params(body.get("sampling_params") or {}))
-            scores = sampler.prompt_logprobs(prompt) if body.get("prompt_logprobs") else None
+            params, ends = sampling_of(body.get("sampling_params") or {}, self._tenants.base, prompt)
+            asked = Asked.of(body, prompt, params.temperature)
+            rollouts = sampler.sample(prompt, n, params, ends)
+            scores = asked.answer(sampler, prompt, rollouts)
             return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
 
         request = self._sequencer.submit(owner, line, number, raw, "sample", work, ordered=False)
@@ -118,14 +116,3 @@ class Samplers:
         self._held[session] = sampler
         while len(self._held) > self._limits.samplers:
             self._held.popitem(last=False)
-
-
-def _params(given: Mapping[str, Any]) -> SamplingParams:
-    unknown = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None)
-    if unknown:
-        raise ConfigError(f"sampling_params has keys that this server does not know: {unknown}")
-    chosen = {k: v for k, v in given.items() if v is not None}
-    stop = chosen.get("stop")
-    if stop is not None and not (isinstance(stop, list) and all(isinstance(t, int) for t in stop)):
-        raise ConfigError("stop must be a list of token ids on this server; strings need a tokenizer")
-    return SamplingParams(**chosen)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..backends import SamplingParams, TorchBackend
 from ..backends.native.batching import ScoreRequest
 from ..backends.native.hf import HFModel
+from ..backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
 from ..backends.native.sampling import draw
 from ..backends.native.scoring import score
 from ..backends.native.state import load_weights
@@ -41,6 +43,7 @@ class LoraChoice:
         seed: of their start.
         alpha: their scale is ``alpha / rank``; None: the base's own.
         train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
+        base_only: the model is the frozen base and only scores; its adapter stays at nothing.
     """
 
     rank: int
@@ -49,6 +52,7 @@ class LoraChoice:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    base_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
@@ -119,6 +123,22 @@ class Base:
             torch.manual_seed(lora.seed)
             return HFModel(peft.get_peft_model(self.copy(), config))
 
+    @property
+    def context(self) -> int | None:
+        """Longest text, tokens; None = not known."""
+        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def tokenizer(self) -> Any:
+        """Return its tokenizer.
+
+        Raises:
+            ConfigError: this server has none.
+        """
+        if self.tokenizer_id is None:
+            raise ConfigError("strings need a tokenizer, and this server has none for its model: give token ids")
+        return _tokenizer(self.tokenizer_id)
+
     def copy(self) -> nn.Module:
         """Return the modules anew around the same tensors."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -134,12 +154,28 @@ class Sampler:
     model: HFModel
     version: int
 
-    def sample(self, prompt: ModelInput, n: int, params: SamplingParams) -> list[Rollout]:
-        """Draw n completions."""
-        device = next(self.model.parameters()).device
-        generator = torch.Generator(device)
-        generator.seed()
-        return draw(self.model, [prompt], n, params, generator, self.version)
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.model.head().weight.shape[0]
+
+    def sample(
+        self, prompt: ModelInput, n: int, params: SamplingParams, ends: Callable[[Sequence[int]], bool] | None = None
+    ) -> list[Rollout]:
+        """Draw n completions; one for which ``ends`` says so stops too."""
+        return draw(self.model, [prompt], n, params, self._chance(), self.version, ends)
+
+    def likeliest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `likeliest_tokens`."""
+        return likeliest_tokens(self.model, tokens, k)
+
+    def drawn(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `drawn_tokens`."""
+        return drawn_tokens(self.model, tokens, k, temperature, self._chance())
+
+    def named(self, tokens: Tensor, named: Tensor) -> Tensor:
+        """See `named_tokens`."""
+        return named_tokens(self.model, tokens, named)
 
     @torch.no_grad()
     def prompt_logprobs(self, prompt: ModelInput) -> list[float]:
@@ -150,6 +186,11 @@ class Sampler:
         needed = torch.ones(len(tokens) - 1, dtype=torch.bool)
         found: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
         return [float("nan"), *found.tolist()]
+
+    def _chance(self) -> torch.Generator:
+        generator = torch.Generator(next(self.model.parameters()).device)
+        generator.seed()
+        return generator
 
 
 @final
@@ -177,14 +218,20 @@ class Tenants:
         self.backends.pop(model_id, None)
         self.choices.pop(model_id, None)
 
-    def backend(self, model_id: str) -> TorchBackend:
+    def backend(self, model_id: str, *, scores_only: bool = False) -> TorchBackend:
         """Return a model.
 
+        Args:
+            model_id: its id.
+            scores_only: nothing about it will change.
+
         Raises:
-            ServiceError: it could not be created.
+            ServiceError: it could not be created, or is a frozen base and would change.
         """
         if model_id not in self.backends:
             raise ServiceError(f"model {model_id!r} could not be created; read the error of its creation")
+        if self.choices[model_id].base_only and not scores_only:
+            raise ServiceError(f"{model_id!r} was created with base_only: it is the frozen base, and only scores")
         return self.backends[model_id]
 
     def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> str:
@@ -223,6 +270,11 @@ class Tenants:
     def base_sampler(self) -> Sampler:
         """Sample from the base."""
         return Sampler(HFModel(self.base.copy()), 0)
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Any:
+    return require_extra("transformers", "hf", "strings in stop").AutoTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from ..datums.types import Datum, ModelInput, TensorData
 from ..errors import DatumError, require_extra
 
 __all__ = [
+    "DTYPE_NUMBERS",
     "GradientRequest",
     "decode_request",
     "decode_tensor",
     "encode_output",
-    "encode_sample",
     "message",
+    "packed",
     "tokens_of",
 ]
 
@@ -39,14 +40,25 @@ Chunk: 1 encoded_text EncodedText |chunk; 2 image Image |chunk; 3 dmel Dmel |chu
 Datum: 1 model_input Chunk *; 2 loss_fn_inputs map<Tensor>
 ForwardBackwardRequest: 1 model_id string; 2 seq_id int32; 3 data Datum *; 4 loss_fn string; 5 loss_fn_config map<double>; \
 6 forward_only bool; 7 loss_fn_config_v2 map<LossConfigValue>
-SampledSequence: 1 stop_reason enum; 2 tokens bytes; 3 logprobs bytes ?
-SampleResponse: 1 sequences SampledSequence *; 2 prompt_logprobs bytes ?; 4 prompt_cache_hit_tokens int32
+TopkLogprobs: 1 token_ids bytes; 2 logprobs bytes; 3 k uint32; 4 length uint32
+PromptAltTokens: 1 tokens Tensor; 2 logprobs Tensor
+SampledSequence: 1 stop_reason enum; 2 tokens bytes; 3 logprobs bytes ?; 4 topk_sampled_logprobs TopkLogprobs ?
+SampleResponse: 1 sequences SampledSequence *; 2 prompt_logprobs bytes ?; 3 topk_prompt_logprobs TopkLogprobs ?; \
+4 prompt_cache_hit_tokens int32; 5 target_prompt_logprobs Tensor ?; 6 prompt_alt_tokens PromptAltTokens ?
 """
-_SCALARS = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "enum": 5}  # an enum is an int32
+_SCALARS = {
+    "double": 1,
+    "int64": 3,
+    "int32": 5,
+    "bool": 8,
+    "string": 9,
+    "bytes": 12,
+    "enum": 5,
+    "uint32": 13,
+}  # an enum is an int32
 _DTYPES = {1: torch.float32, 2: torch.int64, 3: torch.int32, 4: torch.bfloat16}
-_NUMBERS = {torch.float32: 1, torch.int64: 2}
+DTYPE_NUMBERS = {torch.float32: 1, torch.int64: 2}
 _MAX_DENSE = 1 << 27  # numbers of a sparse tensor when it is filled up
-_STOP_REASONS = {"stop": 0, "length": 1}
 
 
 def message(name: str) -> Any:
@@ -68,7 +80,7 @@ class GradientRequest:
         payload: what must be the same when it comes again.
         loss_fn, config: the loss.
         forward_only: no gradient.
-        custom: it is one half of the SDK's custom loss.
+        custom: it is, or may be, one half of the SDK's custom loss.
         data: reads the datums; raises `DatumError` if they cannot be read.
     """
 
@@ -118,26 +130,10 @@ def encode_output(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[
         for array in arrays:
             offset += array.numel() * array.element_size()
             offsets.append(offset)
-        field.data = b"".join(_bytes(array) for array in arrays)
-        field.offsets = _bytes(torch.tensor(offsets))
-        field.dtype = _NUMBERS[arrays[0].dtype]
+        field.data = b"".join(packed(array) for array in arrays)
+        field.offsets = packed(torch.tensor(offsets))
+        field.dtype = DTYPE_NUMBERS[arrays[0].dtype]
         field.trailing_shape.extend(arrays[0].shape[1:])
-    return bytes(written.SerializeToString())
-
-
-def encode_sample(
-    sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]], prompt_logprobs: Sequence[float] | None
-) -> bytes:
-    """Write a ``SampleResponse`` from (stop reason, tokens, log-probs); prompt log-probs NaN where not scored."""
-    written = message("SampleResponse")()
-    for reason, tokens, logprobs in sequences:
-        written.sequences.add(
-            stop_reason=_STOP_REASONS[reason],
-            tokens=_bytes(torch.tensor(tokens, dtype=torch.int32)),
-            logprobs=_bytes(torch.tensor(logprobs, dtype=torch.float32)),
-        )
-    if prompt_logprobs is not None:
-        written.prompt_logprobs = _bytes(torch.tensor(prompt_logprobs, dtype=torch.float32))
     return bytes(written.SerializeToString())
 
 
@@ -203,7 +199,8 @@ def _array(data: bytes, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
-def _bytes(values: Tensor) -> bytes:
+def packed(values: Tensor) -> bytes:
+    """Return a tensor's numbers as they go on the wire."""
     return bytes(values.contiguous().numpy().tobytes())
 
 

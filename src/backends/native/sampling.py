@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, final
@@ -21,6 +21,7 @@ from .scoring import model_device
 __all__ = ["choose_tokens", "draw"]
 
 _MAX_ROWS = 128
+Ends = Callable[[Sequence[int]], bool]
 
 
 class Decoder(Protocol):
@@ -42,8 +43,11 @@ def draw(
     params: SamplingParams,
     generator: torch.Generator,
     version: int,
+    ends: Ends | None = None,
 ) -> list[Rollout]:
-    """Draw ``n`` completions of each prompt, prompt-major; with a seed, each prompt has a generator of its own.
+    """Draw ``n`` completions of each prompt, prompt-major; one for which ``ends`` says so stops too.
+
+    With a seed, each prompt has a generator of its own.
 
     Raises:
         InvalidDatumsError: a prompt is empty or has tokens outside the vocabulary.
@@ -59,7 +63,8 @@ def draw(
     with torch.no_grad():
         for first in range(0, len(prompts), step):
             chunk = [p.tokens for p in prompts[first : first + step]]
-            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), generators[first : first + step])
+            some = generators[first : first + step]
+            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), ends, some)
     how = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
     return [
         Rollout(i // n, row.tokens, row.logprobs, row.stop_reason, version, **how)  # type: ignore[arg-type]  # by name
@@ -80,6 +85,7 @@ def _complete(
     n: int,
     params: SamplingParams,
     stop: frozenset[int],
+    ends: Ends | None,
     generators: Sequence[torch.Generator],
 ) -> list[_Row]:
     rows = [_Row() for _ in range(len(prompts) * n)]
@@ -91,7 +97,7 @@ def _complete(
         for row, token, logprob in zip(alive, chosen.tolist(), logprobs.tolist(), strict=True):
             rows[row].tokens.append(token)
             rows[row].logprobs.append(logprob)
-            if token in stop:
+            if token in stop or (ends is not None and ends(rows[row].tokens)):
                 rows[row].stop_reason = "stop"
         going = [i for i, row in enumerate(alive) if rows[row].stop_reason == "length"]
         alive = [alive[i] for i in going]

@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, final
 
-import torch
 from torch import Tensor
 
-from ...datums.convert import to_tinker
 from ...datums.types import Datum, ModelInput, TensorData
 from ...datums.validation import validate
 from ...errors import (
@@ -23,9 +21,9 @@ from ...errors import (
 from ...losses.base import Counts, Loss
 from ...losses.registry import config_of
 from ..arguments import as_loss
-from ..cotangents import Cotangents, target_cotangents, with_cotangents
+from ..cotangents import target_cotangents, with_cotangents
 from ..custom import custom_name
-from ..protocol import CustomLoss, NormalizationMode
+from ..protocol import CustomLoss, NormalizationMode, ReferenceModel
 from ..types import (
     AdamParams,
     ForwardBackwardOutput,
@@ -35,12 +33,14 @@ from ..types import (
     SamplingParams,
     SaveStateOutput,
 )
+from .audit import SumAudit
+from .callback import LocalLoss
 from .capabilities import Capabilities, named_data
-from .convert import bare, logprobs_of, output_of, ready, rollouts_of, sampling_params, sdk, send_step
+from .convert import bare, logprobs_of, output_of, rollouts_of
 from .failures import at_service
 from .futures import Pending, RemoteFuture
 from .plans import plan_remote
-from .reference import BaseView
+from .sdks import sdk_of
 from .window import RemoteWindow
 
 __all__ = ["RemoteBackend"]
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 @final
 class RemoteBackend:
-    """Trains a model at a Tinker-shaped service; the official SDK is the transport.
+    """Trains a model at a Tinker-shaped service; the official SDK, or Fireworks', is the transport.
 
     A loss that the service knows by name runs there. Every other loss, and every function, runs here on log-probs from
     the service; its cotangent goes back as the weights of a cross-entropy.
@@ -59,8 +59,8 @@ class RemoteBackend:
     only one of its window, by ``counts=`` if given, or at `optim_step` with ``defer_backward``.
 
     Args:
-        service: ``tinker.ServiceClient``.
-        trainer: ``tinker.TrainingClient``.
+        service: ``ServiceClient`` of the SDK.
+        trainer: ``TrainingClient`` of the SDK.
         base_model: name of the base there, for the reference.
         capabilities: what the service does by itself; default: the plain protocol.
         defer_backward: hold cotangents until `optim_step`: any split into calls, and every normalisation, as natively;
@@ -81,10 +81,12 @@ class RemoteBackend:
         owns_service: bool = False,
     ) -> None:
         self._service, self._trainer, self._base_model = service, trainer, base_model
-        self.capabilities = capabilities or Capabilities()
+        self._sdk = sdk_of(service)
+        self.capabilities = capabilities or self._sdk.plain
         self._defer, self._timeout, self._owns = defer_backward, timeout, owns_service
         self._window = RemoteWindow(self.capabilities, defer_backward)
         self._futures: list[RemoteFuture[Any]] = []
+        self._audit = SumAudit()
         self._sampler: Any = None
         self._closed = False
         self.weights_version = 0
@@ -100,7 +102,7 @@ class RemoteBackend:
         def send() -> Pending[ForwardBackwardOutput]:
             loss = as_loss(loss_fn, loss_fn_config)
             self._check(data, loss)
-            sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
+            sent = self._trainer.forward(self._sdk.datums(bare(data)), "cross_entropy")
 
             def read(answers: list[Any]) -> ForwardBackwardOutput:
                 logprobs = logprobs_of(answers[0])
@@ -133,10 +135,10 @@ class RemoteBackend:
             if not self._window.by_name(loss, counts):
                 return self._send_custom(data, loss, loss.name, counts)
             self._window.check_named(loss)
-            wire = to_tinker(named_data(data, loss, self.capabilities))
+            wire = self._sdk.datums(named_data(data, loss, self.capabilities))
             sent = self._trainer.forward_backward(wire, loss.name, config_of(loss))
             self._window.record_named(loss, data)
-            return Pending([sent], lambda answers: output_of(answers[0]))
+            return Pending([sent], lambda answers: self._audit.named(loss, data, output_of(answers[0])))
 
         return self._run("forward_backward", send, gradient=True)
 
@@ -177,7 +179,7 @@ class RemoteBackend:
                 words = "empty window: no token has a gradient, so no step was made"
                 return Pending([], lambda _: OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, ledger))
             self._send_held(divisor.value)
-            sent = send_step(self._trainer, params, mode, self.capabilities.normalizes)
+            sent = self._sdk.step(self._trainer, params, (mode or "none") if self.capabilities.normalizes else None)
             self._window.clear()
             self._sampler = None
             self.weights_version += 1
@@ -216,21 +218,19 @@ class RemoteBackend:
         self._check(data, None)
         return plan_remote(self._window, loss_fn, data)
 
-    def reference(self) -> BaseView:
-        """Return a forward-only view of the base model, by the service's sampler."""
+    def reference(self) -> ReferenceModel:
+        """Return a forward-only view of the base model."""
         with at_service("reference"):
-            sampler = self._service.create_sampling_client(base_model=self._base_model)
-            return BaseView(ready(sampler, self._timeout), self._timeout)
+            return self._sdk.reference(self._service, self._base_model, self._timeout)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> RemoteFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt from the present weights."""
 
         def send() -> Pending[list[Rollout]]:
             if self._sampler is None:
-                self._sampler = ready(self._trainer.save_weights_and_get_sampling_client(), self._timeout)
-            version, tokens = self.weights_version, [sdk().ModelInput.from_ints(p.to_ints()) for p in prompts]
-            given = [sampling_params(params.for_prompt(i)) for i in range(len(prompts))]
-            sent = [self._sampler.sample(one, n, how) for one, how in zip(tokens, given, strict=True)]
+                self._sampler = self._sdk.sampler(self._trainer, self._timeout)
+            version, each = self.weights_version, [(p, params.for_prompt(i)) for i, p in enumerate(prompts)]
+            sent = [self._sdk.sample(self._sampler, prompt, n, how) for prompt, how in each]
             return Pending(sent, lambda answers: rollouts_of(answers, params, version))
 
         return self._run("sample", send)
@@ -239,18 +239,18 @@ class RemoteBackend:
         """Write weights and optimizer at the service; the path is the service's URI."""
 
         def send() -> Pending[SaveStateOutput]:
-            sent = self._trainer.save_state(name, **({"overwrite": True} if overwrite else {}))
+            sent = self._sdk.save(self._trainer, name, overwrite)
             return Pending([sent], lambda answers: SaveStateOutput(answers[0].path))
 
         return self._run("save_state", send)
 
     def load_state(self, path: str) -> RemoteFuture[None]:
         """Go on from a checkpoint's weights; the optimizer starts cold."""
-        return self._load("load_state", path, "create_training_client_from_state")
+        return self._load("load_state", path, optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> RemoteFuture[None]:
         """Go on from a checkpoint, weights and optimizer."""
-        return self._load("load_state_with_optimizer", path, "create_training_client_from_state_with_optimizer")
+        return self._load("load_state_with_optimizer", path, optimizer=True)
 
     def close(self) -> None:
         """End the use of this backend.
@@ -266,7 +266,7 @@ class RemoteBackend:
             failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
         finally:
             if self._owns:
-                self._service.__exit__(None, None, None)  # ends the session, and waits for it
+                self._sdk.close(self._service, self._trainer)
         if failed:
             error = failed[0].exception()
             raise UnreadFailureError(
@@ -284,7 +284,7 @@ class RemoteBackend:
             self.close()
         elif self._owns and not self._closed:
             self._closed = True  # the error on its way out matters more than those that nobody read
-            self._service.__exit__(None, None, None)
+            self._sdk.close(self._service, self._trainer)
 
     def _run(self, operation: str, send: Callable[[], Pending[T]], gradient: bool = False) -> RemoteFuture[T]:
         """Send an operation; what is refused here comes through its future, as from everywhere else."""
@@ -305,27 +305,31 @@ class RemoteBackend:
     ) -> Pending[ForwardBackwardOutput]:
         self._window.admit_here(loss, name, counts)
         if self._defer:
-            sent = self._trainer.forward(to_tinker(bare(data)), "cross_entropy")
+            sent = self._trainer.forward(self._sdk.datums(bare(data)), "cross_entropy")
             logprobs = logprobs_of(self._wait(sent, "forward", changes=False))
             held = target_cotangents(loss, name, data, logprobs, counts)
             self._window.record(held, deferred=True)
             self._window.held.append(held)
             return Pending([], lambda _: _output(logprobs, held.metrics))
-        local = _Local(loss, name, data, counts)
-        self._wait(self._trainer.forward_backward_custom(to_tinker(bare(data)), local), name)
+        local = LocalLoss(loss, name, data, counts, self.capabilities)
+        answer = self._wait(self._trainer.forward_backward_custom(self._sdk.datums(bare(data)), local), name)
         if local.error is not None:
             self._window.own = None
             raise local.error
         assert local.held is not None
         held, found = local.held, local.logprobs
+        if self.capabilities.max_weight_sum is None:
+            self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
         self._window.record(held, deferred=False)
         return Pending([], lambda _: _output(found, held.metrics))
 
     def _send_held(self, divisor: float) -> None:
         """Send what was held, as one operation."""
-        weighted = [datum for held in self._window.held if held.tokens for datum in with_cotangents(held, divisor)]
+        kept = [held for held in self._window.held if held.tokens]
+        self.capabilities.require_fits([c / divisor for held in kept for c in held.cotangents])
+        weighted = [datum for held in kept for datum in with_cotangents(held, divisor)]
         if weighted:
-            self._wait(self._trainer.forward_backward(to_tinker(weighted), "cross_entropy"), "forward_backward")
+            self._wait(self._trainer.forward_backward(self._sdk.datums(weighted), "cross_entropy"), "forward_backward")
 
     def _wait(self, sent: Any, operation: str, changes: bool = True) -> Any:
         """Wait, inside a call, for an operation; one that may have changed the window without our knowing tears it."""
@@ -349,35 +353,15 @@ class RemoteBackend:
             pairs=loss is not None and loss.gradient_kind == "pair",
         )
 
-    def _load(self, operation: str, path: str, create: str) -> RemoteFuture[None]:
+    def _load(self, operation: str, path: str, optimizer: bool) -> RemoteFuture[None]:
         def send() -> Pending[None]:
-            trainer = ready(getattr(self._service, create)(path), self._timeout)
+            trainer = self._sdk.load(self._service, self._trainer, path, optimizer, self._timeout)
             self._trainer, self._sampler = trainer, None
             self._window.clear()
             self._window.torn = None
             return Pending([], lambda _: None)
 
         return self._run(operation, send)
-
-
-class _Local:
-    """The function that the SDK calls: it never raises, for then the SDK would refuse all later operations."""
-
-    def __init__(self, loss: Loss | CustomLoss, name: str, data: Sequence[Datum], counts: Counts | None) -> None:
-        self._loss, self._name, self._data, self._counts = loss, name, data, counts
-        self.error: Exception | None = None
-        self.held: Cotangents | None = None
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, _: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        cotangents = [torch.zeros_like(x) for x in logprobs]
-        try:
-            self.logprobs = [x.detach().clone() for x in logprobs]
-            self.held = target_cotangents(self._loss, self._name, self._data, self.logprobs, self._counts)
-            cotangents = [c / (self.held.count or 1.0) for c in self.held.cotangents]
-        except Exception as error:
-            self.error = error
-        return torch.stack([(c * x).sum() for c, x in zip(cotangents, logprobs, strict=True)]).sum(), {}
 
 
 def _output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:

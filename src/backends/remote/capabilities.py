@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
+from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import RemoteError, require_extra
+from ...errors import RemoteError, UnsupportedError, require_extra
 from ...losses.base import Loss
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
@@ -31,6 +31,7 @@ class Capabilities:
         normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
         weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
         max_length: longest datum, tokens; None = not known.
+        max_weight_sum: largest sum of weights up to which its cross-entropy is a sum (a mean clamped at 1: 1.0); None = any.
         keeps_graphs: the forward of a custom loss waits for its backward, so that there is no second one.
     """
 
@@ -39,15 +40,30 @@ class Capabilities:
     normalizes: bool = False
     weighs: bool = False
     max_length: int | None = None
+    max_weight_sum: float | None = None
     keeps_graphs: bool = False
 
     def knows(self, loss: Loss) -> bool:
         """Whether this loss, given by name, goes by name."""
         return loss.name in self.losses and (self.divides or not loss.main_aggregation.is_mean)
 
+    def require_fits(self, cotangents: Sequence[Tensor]) -> None:
+        """Check weights before they are sent, as the service may cut a call between any two datums.
 
-def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
-    """Ask a service what it can do beyond the plain protocol; one that does not say can do nothing more.
+        Raises:
+            UnsupportedError: they could add up to more than the service takes as they are.
+        """
+        most = sum(max(0.0, -float(cotangent.sum())) for cotangent in cotangents)
+        if self.max_weight_sum is not None and most > self.max_weight_sum * (1 + 1e-6):
+            raise UnsupportedError(
+                f"the weights that carry this loss add up to {most:.6g}, and the service divides by what is beyond "
+                f"{self.max_weight_sum:g}: use a mean instead of a sum, or scale the loss, eps and grad_clip_norm of the whole "
+                "run by one small number, which AdamW does not see"
+            )
+
+
+def detect(url: str, key: str, base_model: str, plain: Capabilities | None = None) -> Capabilities:
+    """Ask a service what it can do beyond the ``plain`` protocol; one that does not say can do nothing more.
 
     The SDK's own types leave out what they do not know, so this one question is asked without it. It is the first one, so
     that nobody waits for the minutes that the SDK goes on calling where there is no service.
@@ -55,20 +71,18 @@ def detect(url: str, api_key: str | None, base_model: str) -> Capabilities:
     Raises:
         RemoteError: nobody answers at this address.
     """
-    httpx = require_extra("httpx", "remote", "pullback.connect")
-    key = api_key or os.environ.get("TINKER_API_KEY", "")
+    httpx, plain = require_extra("httpx", "remote", "pullback.connect"), plain or Capabilities()
     try:
         answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
         said = answer.raise_for_status().json()
     except httpx.ConnectError as error:
-        raise RemoteError(
-            f"no service answers at {url} ({error}); is it running, and is this its address?", "server"
-        ) from error
+        words = f"no service answers at {url} ({error}); is it running, and is this its address?"
+        raise RemoteError(words, "server") from error
     except (httpx.HTTPError, ValueError) as error:
         _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
-        return Capabilities()
+        return plain
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
-    found = Capabilities(max_length=next(iter(lengths), None))
+    found = replace(plain, max_length=next(iter(lengths), None))
     ours = said.get("pullback")
     if ours is None:
         return found

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from .backend import RemoteBackend
 from .capabilities import detect
-from .convert import ready, sdk
+from .convert import ready
 from .failures import at_service
+from .sdks import sdk_named, sdk_of
 
 __all__ = ["connect"]
 
@@ -24,39 +25,47 @@ def connect(
     rank: int = 32,
     api_key: str | None = None,
     lora: dict[str, Any] | None = None,
+    sdk: str = "tinker",
     **options: Any,
 ) -> RemoteBackend:
     """Create a LoRA model at a service and return a backend on it.
 
     Args:
-        service: base URL, which is asked what it can do; or a ``ServiceClient`` of the tinker SDK or of a fork of it, which
-            is taken to speak the plain protocol unless ``capabilities`` are given.
+        service: base URL, which is asked what it can do; or a ``ServiceClient`` of one of the SDKs, which is taken to speak
+            the plain protocol unless ``capabilities`` are given.
         base_model: name of the model there.
         rank: of the adapter.
         api_key: with a URL; default: what the SDK finds in its environment, and none at all on this machine.
         lora: more of the SDK's options, e.g. ``seed`` or ``train_unembed``.
+        sdk: with a URL: ``tinker``, or ``fireworks``.
         options: of `RemoteBackend`.
 
     Raises:
-        MissingExtraError: the tinker SDK is not installed.
+        MissingExtraError: the SDK is not installed.
         RemoteError: the service cannot be reached, does not know the key, or refuses the model.
     """
+
+    def create(client: Any) -> Any:
+        return ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})), options.get("timeout"))
+
     if not isinstance(service, str):
         with at_service("connect"):
-            trainer = ready(service.create_lora_training_client(base_model, rank=rank, **(lora or {})))
+            trainer = create(service)
+        options = {"capabilities": sdk_of(service).plain, **options}
         return RemoteBackend(service, trainer, base_model=base_model, **options)
-    key = api_key or os.environ.get("TINKER_API_KEY") or (_NO_KEY if _is_here(service) else None)
-    found = detect(service, key, base_model)
+    chosen = sdk_named(sdk)
+    key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")
+    found = detect(service, key, base_model, chosen.plain)
+    found = replace(found, normalizes=found.normalizes and chosen.normalizes)
     with at_service(f"connect to {service}"):
-        client = sdk().ServiceClient(base_url=service, api_key=key)
+        client = chosen.connect(service, key or None)
         try:
-            trainer = ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})))
+            trainer = create(client)
         except BaseException:
-            client.__exit__(None, None, None)
+            chosen.close(client, None)
             raise
-    return RemoteBackend(
-        client, trainer, base_model=base_model, **{"capabilities": found, "owns_service": True, **options}
-    )
+    options = {"capabilities": found, "owns_service": True, **options}
+    return RemoteBackend(client, trainer, base_model=base_model, **options)
 
 
 def _is_here(url: str) -> bool:

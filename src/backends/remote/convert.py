@@ -1,8 +1,7 @@
-"""Between this library's types and the SDK's."""
+"""Between this library's types and an SDK's, where the SDKs agree."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,27 +9,14 @@ import torch
 from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import require_extra
 from ..cotangents import scored
-from ..types import AdamParams, ForwardBackwardOutput, Rollout, SamplingParams
+from ..types import ForwardBackwardOutput, Rollout, SamplingParams
 
-__all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of", "sampling_params", "sdk", "send_step"]
-
-_MODE = "grad_accumulation_normalization"
-_ADAM = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-
-
-def sdk() -> Any:
-    """Return the tinker SDK.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    return require_extra("tinker", "remote", "RemoteBackend")
+__all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of"]
 
 
 def ready(client: Any, timeout: float | None = None) -> Any:
-    """Return the client that a call of the SDK made; newer SDKs wrap it into a future."""
+    """Return what a call of an SDK made; some calls wrap it into a future."""
     return client.result(timeout) if hasattr(client, "result") else client
 
 
@@ -53,34 +39,6 @@ def output_of(result: Any) -> ForwardBackwardOutput:
     """Return a result with all that the service said."""
     outputs = [{k: TensorData(torch.as_tensor(v.to_torch())) for k, v in one.items()} for one in result.loss_fn_outputs]
     return ForwardBackwardOutput(outputs, dict(result.metrics))
-
-
-def send_step(trainer: Any, params: AdamParams, mode: str | None, normalizes: bool) -> Any:
-    """Send an optimizer step, with its normalisation if the service has one.
-
-    Fireworks' client has an argument for it. The tinker SDK has not, but passes on the parameters of an optimizer that it
-    does not know: this is how a service of ours gets it.
-    """
-    given = {name: getattr(params, name) for name in _ADAM}
-    if not normalizes:
-        return trainer.optim_step(sdk().AdamParams(**given))
-    explicit = {_MODE: mode or "none"}
-    if _MODE in inspect.signature(trainer.optim_step).parameters:
-        return trainer.optim_step(sdk().AdamParams(**given), **explicit)
-    optimizer = require_extra("tinker.types.optimizer", "remote", "RemoteBackend")
-    return trainer.optim_step(optimizer.OptimParamsBase(type="adamw", **given, **explicit))
-
-
-def sampling_params(params: SamplingParams) -> Any:
-    """Return the SDK's."""
-    return sdk().SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        stop=None if params.stop is None else list(params.stop),
-    )
 
 
 def rollouts_of(results: Sequence[Any], params: SamplingParams, version: int) -> list[Rollout]:

@@ -1,0 +1,69 @@
+"""The model's next-token distribution along one text: its likeliest tokens, draws from it, and tokens that are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .adapter import ModelAdapter
+from .batching import ScoreRequest
+from .head import head_logits
+from .scoring import needed_hidden
+
+__all__ = ["drawn_tokens", "likeliest_tokens", "named_tokens"]
+
+_ROWS = 256  # positions whose logits exist together
+
+
+def likeliest_tokens(model: ModelAdapter, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` likeliest tokens after each but the last, the likeliest first.
+
+    Args:
+        model: the model.
+        tokens: int64 [T].
+        k: at most the vocabulary.
+
+    Returns:
+        Their ids, int64 [T - 1, k], and log-probs, fp32 [T - 1, k].
+    """
+    found = [logprobs.topk(k, -1) for logprobs in _logprobs(model, tokens)]
+    return torch.cat([one.indices for one in found]).cpu(), torch.cat([one.values for one in found]).float().cpu()
+
+
+def drawn_tokens(
+    model: ModelAdapter, tokens: Tensor, k: int, temperature: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw ``k`` tokens, with replacement, after each but the last; shapes as of `likeliest_tokens`, log-probs untempered."""
+    ids, values = [], []
+    for logprobs in _logprobs(model, tokens):
+        if temperature == 0:
+            drawn = logprobs.argmax(-1, keepdim=True).expand(-1, k)
+        else:
+            drawn = torch.multinomial((logprobs / temperature).softmax(-1), k, replacement=True, generator=generator)
+        ids.append(drawn)
+        values.append(logprobs.gather(-1, drawn))
+    return torch.cat(ids).cpu(), torch.cat(values).float().cpu()
+
+
+def named_tokens(model: ModelAdapter, tokens: Tensor, named: Tensor) -> Tensor:
+    """Return the log-probs of ``named`` [T - 1, K] tokens, each row after the token of its place; 0.0 where it is negative."""
+    parts, first = [], 0
+    for logprobs in _logprobs(model, tokens):
+        wanted = named[first : first + len(logprobs)].to(logprobs.device)
+        found = logprobs.gather(-1, wanted.clamp(min=0))
+        parts.append(torch.where(wanted < 0, torch.zeros_like(found), found))
+        first += len(logprobs)
+    return torch.cat(parts).float().cpu()
+
+
+@torch.no_grad()
+def _logprobs(model: ModelAdapter, tokens: Tensor) -> Iterator[Tensor]:
+    """Yield log-probs of the whole vocabulary after each token but the last, some rows at a time, [R, V]."""
+    if len(tokens) < 2:
+        yield torch.empty(0, model.head().weight.shape[0])
+        return
+    request = ScoreRequest(tokens[:-1], tokens[1:], torch.ones(len(tokens) - 1, dtype=torch.bool))
+    for hidden in needed_hidden(model, [request], "single").split(_ROWS):
+        yield torch.log_softmax(head_logits(hidden, model.head()), -1)

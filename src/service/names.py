@@ -1,0 +1,62 @@
+"""Checkpoint names as Fireworks' fork of the SDK has them: no scheme, ``<account>/<run>/<name>`` or the bare name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import Any, Final, final
+
+from ..errors import CheckpointError
+from .journal import Journal
+
+__all__ = ["LogicalNames"]
+
+_SCHEME: Final = "tinker://"
+_ACCOUNT: Final = "pullback"
+
+
+@final
+class LogicalNames:
+    """From the fork's names to URIs and back; they stand for checkpoints of one owner."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def shown(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer as the fork can use it: it refuses a path with a scheme."""
+        path = answer.get("path")
+        return answer | {"path": _qualified(path)} if isinstance(path, str) and path.startswith(_SCHEME) else answer
+
+    def listing(self, owner: str) -> list[str]:
+        """Return all training checkpoints by the shortest name that `resolve` understands."""
+        uris = [row["uri"] for row in self._journal.checkpoints(owner, None) if _parts(row["uri"])[1] == "weights"]
+        times = Counter(_parts(uri)[2] for uri in uris)
+        return sorted(_parts(uri)[2] if times[_parts(uri)[2]] == 1 else _qualified(uri) for uri in uris)
+
+    def resolve(self, owner: str, model_id: str, path: Any) -> Any:
+        """Return the URI that a path stands for; a bare name is the model's own checkpoint, else the only one so called.
+
+        Raises:
+            CheckpointError: there is none, or there are several.
+        """
+        if not isinstance(path, str) or path.startswith(_SCHEME):
+            return path
+        rows = [row for row in self._journal.checkpoints(owner, None) if _parts(row["uri"])[1] == "weights"]
+        found = [row for row in rows if path in (_parts(row["uri"])[2], _qualified(row["uri"]))]
+        found = [row for row in found if row["model"] == model_id] or found
+        if len(found) == 1:
+            return found[0]["uri"]
+        if not found:
+            raise CheckpointError(f"there is no checkpoint {path!r}; those of this key are {self.listing(owner)}")
+        several = sorted(_qualified(row["uri"]) for row in found)
+        raise CheckpointError(f"{path!r} is the name of several checkpoints; give one of {several}")
+
+
+def _parts(uri: str) -> tuple[str, str, str]:
+    model, kind, name = uri.removeprefix(_SCHEME).split("/")
+    return model, kind, name
+
+
+def _qualified(uri: str) -> str:
+    model, _, name = _parts(uri)
+    return f"{_ACCOUNT}/run-{hashlib.sha256(model.encode()).hexdigest()[:32]}/{name}"

@@ -1,0 +1,126 @@
+"""Recipes of tinker-cookbook, unmodified, as commands against our service on a random model and a local tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import chat_folder
+from servers import KEY, rest
+
+from pullback.cli.serve import load_base
+from pullback.service import Tenants, serving
+
+pytest.importorskip("tinker_cookbook", reason="tinker-cookbook is not installed; docs/clients.md says how")
+pytest.importorskip("datasets", reason="the recipes load their data by `datasets`, which is not installed")
+RECIPES = "tinker_cookbook.recipes"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture(scope="module")
+def cookbook_url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from argparse import Namespace
+
+    given = Namespace(model=str(folder), name=None, device="cpu", dtype="float32", token_budget=1024)
+    with serving(Tenants(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
+        yield address
+
+
+@pytest.fixture
+def cook(cookbook_url: str, folder: Path, tmp_path: Path) -> Any:
+    """Runs a recipe; returns its metrics, step by step."""
+
+    def run(recipe: str, **given: Any) -> list[dict[str, Any]]:
+        log = tmp_path / "log"
+        arguments = {"model_name": folder, "log_path": log, "behavior_if_log_dir_exists": "delete", **given}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+        where = {"TINKER_BASE_URL": cookbook_url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", f"{RECIPES}.{recipe}", *(f"{key}={value}" for key, value in arguments.items())],
+            cwd=tmp_path,
+            env={**os.environ, **offline, **where},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        with rest(cookbook_url) as http:
+            saved = {
+                row["tinker_path"] for row in http.get("checkpoints", params={"limit": 1000}).json()["checkpoints"]
+            }
+        last = json.loads((log / "checkpoints.jsonl").read_text().splitlines()[-1])
+        assert {last["state_path"], last["sampler_path"]} <= saved
+        return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_supervised(cook: Any, tmp_path: Path) -> None:
+    """chat_sl learns its conversations, starting from chance, and goes on from its last checkpoint."""
+    talk = [
+        [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": f"I say {word}."}]
+        for word in ("yes", "no", "maybe", "never") * 6
+    ]
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in talk))
+    given = {"dataset": file, "renderer_name": "qwen3_instruct", "batch_size": 4, "learning_rate": 0.01, "lora_rank": 4}
+    found = cook("chat_sl.train", **given, lr_schedule="constant", save_every=2, max_steps=4)
+    losses = [step["train_mean_nll"] for step in found]
+    assert losses[0] == pytest.approx(math.log(259), abs=0.3)
+    assert losses[3] < losses[0] - 0.1
+    resumed = {"num_epochs": 2, "max_steps": 8, "behavior_if_log_dir_exists": "resume"}
+    more = cook("chat_sl.train", **given, lr_schedule="constant", save_every=2, **resumed)
+    assert [step["step"] for step in more] == [0, 1, 2, 3, 6, 7]  # the second epoch, from the last checkpoint
+    assert more[-1]["train_mean_nll"] < losses[3]
+
+
+@pytest.mark.parametrize("renderer", ["qwen3_instruct", "role_colon"])
+def test_reinforcement(cook: Any, renderer: str) -> None:
+    """The shorter-answers recipe samples, trains and measures; sampler and trainer agree. One renderer stops at strings."""
+    found = cook(
+        "preference.shorter.train", renderer_name=renderer, batch_size=2, group_size=4, max_tokens=12, max_steps=2
+    )
+    steps = [one for one in found if "optim/kl_sample_train_v2" in one]
+    assert len(steps) == 2
+    for step in steps:
+        assert abs(step["optim/kl_sample_train_v1"]) < 1e-5
+        assert step["optim/entropy"] == pytest.approx(math.log(259), abs=0.3)
+        assert step["grad_norm"] > 0
+
+
+def test_preference(cook: Any, tmp_path: Path) -> None:
+    """dpo begins at log 2, as policy and reference are one, and falls; every loss costs one forward."""
+    pairs = [
+        {
+            side: f"\n\nHuman: What is {i} and {i}?\n\nAssistant: {answer}"
+            for side, answer in (("chosen", f"It is {2 * i}."), ("rejected", "No."))
+        }
+        for i in range(12)
+    ]
+    data = tmp_path / "Anthropic" / "hh-rlhf"  # what the recipe loads; `datasets` looks here first
+    data.mkdir(parents=True)
+    for split, rows in (("train", pairs), ("test", pairs[:4])):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cook(
+        "preference.dpo.train",
+        dataset="hhh",
+        renderer_name="role_colon",
+        batch_size=4,
+        max_steps=3,
+        learning_rate=0.001,
+    )
+    losses = [step["dpo_loss"] for step in found]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0] - 1e-3
+    assert all(step["forward_tokens:sum"] == 0 for step in found)
