@@ -1,0 +1,38 @@
+"""The official SDK in a hurry: its waits and time limits shortened by its own constants, nothing else changed."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from tinker import _base_client
+from tinker.lib import api_future_impl, internal_client_holder
+from tinker.resources.futures import AsyncFuturesResource
+
+__all__ = ["hurry"]
+
+_SHORTER = 0.01
+_ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, on a busy machine too
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Let the SDK wait a hundredth of what it would before it tries again, and two seconds for an answer."""
+
+    async def sleep(seconds: float, *given: Any) -> Any:
+        return await asyncio.sleep(seconds * _SHORTER, *given)
+
+    for module in (internal_client_holder, api_future_impl):
+        patch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    patch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.5 * _SHORTER)
+    patch.setattr(_base_client, "MAX_RETRY_DELAY", 10.0 * _SHORTER)
+    patch.setattr(_base_client, "DEFAULT_TIMEOUT", httpx.Timeout(_ANSWER_SECONDS))
+    retrieve = AsyncFuturesResource.retrieve
+
+    async def impatient(self: Any, **given: Any) -> Any:
+        return await retrieve(self, **{**given, "timeout": _ANSWER_SECONDS})
+
+    patch.setattr(AsyncFuturesResource, "retrieve", impatient)
+    patch.setenv("TINKER_TELEMETRY", "0")
