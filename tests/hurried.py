@@ -15,22 +15,21 @@ from tinker.resources.futures import AsyncFuturesResource
 
 __all__ = ["hurry"]
 
-_SHORTER = 0.01
 _ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, on a busy machine too
 
 
-def hurry(patch: pytest.MonkeyPatch) -> None:
+def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
     """Let the SDK wait a hundredth of what it would before it tries again or gives up, and two seconds for an answer."""
 
     async def sleep(seconds: float, *given: Any) -> Any:
-        return await asyncio.sleep(seconds * _SHORTER, *given)
+        return await asyncio.sleep(seconds * shorter, *given)
 
     for module in (internal_client_holder, api_future_impl):
         patch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    clock = SimpleNamespace(**{**vars(time), "time": lambda: time.time() / _SHORTER})
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: time.time() / shorter})
     patch.setattr(internal_client_holder, "time", clock)
-    patch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.5 * _SHORTER)
-    patch.setattr(_base_client, "MAX_RETRY_DELAY", 10.0 * _SHORTER)
+    patch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.5 * shorter)
+    patch.setattr(_base_client, "MAX_RETRY_DELAY", 10.0 * shorter)
     patch.setattr(_base_client, "DEFAULT_TIMEOUT", httpx.Timeout(_ANSWER_SECONDS))
     retrieve = AsyncFuturesResource.retrieve
 

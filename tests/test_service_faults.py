@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tenan
         patch.setitem(app._CLIENT, "fwdbwd_max_chunk_len", 2)
         with serving(tenants, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
             yield url, tenants
+    gc.collect()  # the SDK's sockets
 
 
 class Side:
@@ -157,7 +159,12 @@ def test_no_fault_changes_what_is_trained(place: tuple[str, Tenants], capsys: An
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],  # an example takes a second: shrinking would take minutes
     )
-    run_state_machine_as_test(lambda: Twins(*place), settings=shape)
+
+    class Here(Twins):
+        def __init__(self) -> None:
+            super().__init__(*place)
+
+    run_state_machine_as_test(Here, settings=shape)
     with capsys.disabled():
         if SOAK:
             print(f"\n{Twins.runs} schedules, {Twins.hits.total()} faults: {dict(Twins.hits)}")

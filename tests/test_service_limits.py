@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +10,9 @@ import httpx
 import pytest
 import tinker
 import zstandard
-from helpers import make_data
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from servers import KEY, SDK_WARNINGS, finished, gradient_body, json_datum, new_model, rest, tiny_tenants
+from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_tenants
 
 from pullback.cli import main
-from pullback.datums import to_tinker
 from pullback.errors import CheckpointError, ConfigError
 from pullback.service import Tenants, serving
 from pullback.service.limits import Keys, Limits, digest_of
@@ -150,57 +145,3 @@ def test_checkpoints_stay_in_their_folder(service: Any, tenants: Tenants) -> Non
     ):
         with pytest.raises(CheckpointError, match="checkpoint"):
             tenants.checkpoints.locate(uri)
-
-
-ROUTES = (
-    "client/config create_session session_heartbeat sessions/x/finish create_model unload_model get_info create_custom_loss "
-    "forward forward_backward optim_step save_weights load_weights save_weights_for_sampler create_sampling_session asample "
-    "retrieve_future weights_info"
-)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-KNOWN_KEYS = "model_id session_id seq_id path adam_params forward_input forward_backward_input request_id graph inputs"
-EXAMPLES = 10_000 if os.environ.get("PULLBACK_SOAK") == "1" else 150
-
-
-@pytest.fixture(scope="module")
-def target(url: str) -> Iterator[tuple[httpx.Client, str]]:
-    with rest(url) as http:
-        yield http, new_model(http)[1]["model_id"]
-
-
-@given(data=st.data())
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_bad_bodies_break_nothing(target: tuple[httpx.Client, str], data: st.DataObject) -> None:
-    """Nonsense in JSON and protobuf on every route: an answer below 500, and at once."""
-    http, _ = target
-    route = data.draw(st.sampled_from(ROUTES.split()))
-    kind = data.draw(st.sampled_from(["json", "bytes", "mutated"]))
-    if kind == "json":
-        given = data.draw(st.dictionaries(st.sampled_from(KNOWN_KEYS.split()), json_values, max_size=5))
-        content, headers = json.dumps(given).encode(), {"content-type": "application/json"}
-    elif kind == "bytes":
-        content, headers = data.draw(st.binary(max_size=60)), data.draw(st.sampled_from([PROTOBUF, {}]))
-    else:
-        raw = bytearray(gradient_body("sess:train:0", 2**30, "ppo"))
-        for _ in range(data.draw(st.integers(1, 5))):
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-        content, headers = bytes(raw), PROTOBUF
-    answer = http.post(route, content=content, headers=headers)
-    assert answer.status_code < 500, (route, content, answer.text)
-
-
-def test_the_service_still_trains(url: str, target: Any) -> None:
-    """After all that, a client trains as if nothing had been."""
-    with tinker.ServiceClient(base_url=url, api_key=KEY) as service:
-        trainer = service.create_lora_training_client("tiny", rank=2).result()
-        trainer.forward_backward(to_tinker(sums()), "cross_entropy").result()
-        assert trainer.optim_step(tinker.AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"] > 0
-
-
-def sums() -> list[Any]:
-    kept = ("target_tokens", "weights")
-    return [type(d)(d.model_input, {k: d.loss_fn_inputs[k] for k in kept}) for d in make_data([5, 4])]

@@ -35,6 +35,8 @@ _TYPES: Final[dict[str, type]] = {
     **dict.fromkeys(("model_id", "session_id", "request_id", "sampling_session_id"), str),
     **dict.fromkeys(("path", "model_path", "tinker_path", "base_model"), str),
     **dict.fromkeys(("seq_id", "model_seq_id", "custom_loss_seq_id", "sampling_session_seq_id"), int),
+    **dict.fromkeys(("forward_input", "forward_backward_input", "adam_params", "lora_config", "user_metadata"), dict),
+    **dict.fromkeys(("sampling_params", "prompt", "graph"), dict),
 }
 Json = dict[str, Any]
 Handler = Callable[["Call"], Awaitable[Any]]

@@ -9,6 +9,8 @@ from .journal import Answer, Failure, Journal, Operation
 
 __all__ = ["lost", "recover"]
 
+_OTHERS = ("models", "losses", "asample")  # lines of what is no model: creations, and sampling
+
 
 def recover(checkpoints: Checkpoints, journal: Journal) -> None:
     """End everything that was accepted and not ended: a save that is whole on the disk as done, all else as lost."""
@@ -25,8 +27,8 @@ def recover(checkpoints: Checkpoints, journal: Journal) -> None:
 
 def lost(journal: Journal, line: str) -> str:
     """Say that what a line had in memory is gone, and what is left."""
-    if line.endswith(":asample"):
-        return "the server was restarted while it sampled; nothing is lost: sample again"
+    if line.rsplit(":", 1)[-1] in _OTHERS:
+        return f"the server was restarted before this was done in {line.rpartition(':')[0]}; nothing else is lost: ask again"
     last = journal.last_checkpoint(line)
     left = f"the last durable checkpoint is {last}" if last else "there is no durable checkpoint"
     return (

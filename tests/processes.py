@@ -1,0 +1,58 @@
+"""The service over a tiny model in a process of its own, which can be killed and started again on the same folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ServerProcess"]
+
+# A server process that begins from these is there in a fraction of a second.
+_HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]
+_START_SECONDS = 60.0
+
+
+def _serve(folder: Path, options: dict[str, Any], connection: Connection) -> None:
+    import torch
+    from servers import KEY, tiny_tenants
+
+    from pullback.service import serving
+    from pullback.service.limits import Limits
+
+    torch.set_num_threads(1)
+    with serving(tiny_tenants(folder), keys=[KEY], limits=Limits(**options)) as url:
+        connection.send(url)
+        connection.recv()
+
+
+class ServerProcess:
+    """A service on a folder; `kill` is SIGKILL.
+
+    Attributes:
+        url: where it is.
+    """
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_HEAVY)
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(folder, limits, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._ours.poll(_START_SECONDS):
+            raise RuntimeError("the server process did not start")
+        self.url: str = self._ours.recv()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
