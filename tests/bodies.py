@@ -22,7 +22,7 @@ LOSSES = ["cross_entropy", "ppo", "dpo", "grpo", "importance_sampling", "custom"
 
 _NUMBERS = [-1, 0, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, float("nan"), float("inf")]
 _TEXTS = ["", "x", "\ud800", "\0", "../../up", "tinker://a/weights/b", "tinker://a/b", "é" * 300]
-_JUNK = st.sampled_from([None, True, False, *_NUMBERS, *_TEXTS, [], {}, [[]], [{}], {"": {}}])
+_JUNK: st.SearchStrategy[Any] = st.sampled_from([None, True, False, *_NUMBERS, *_TEXTS, [], {}, [[]], [{}], {"": {}}])
 _VALUES = st.recursive(
     _JUNK | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ import tinker
 import zstandard
 from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_tenants
 
+import pullback
 from pullback.cli import main
 from pullback.errors import CheckpointError, ConfigError
 from pullback.service import Tenants, serving
@@ -20,7 +23,9 @@ from pullback.service.serving import serve_forever
 
 pytestmark = SDK_WARNINGS
 OTHER = "tml-other"
-SMALL = Limits(body_bytes=20_000, datums=3, tokens=50, models=1, rank=8, gap_seconds=0.5)
+SMALL = Limits(
+    body_bytes=20_000, datums=3, tokens=50, models=1, rank=8, gap_seconds=0.5, poll_seconds=0.3, large_bytes=9
+)
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
 
@@ -145,3 +150,93 @@ def test_checkpoints_stay_in_their_folder(service: Any, tenants: Tenants) -> Non
     ):
         with pytest.raises(CheckpointError, match="checkpoint"):
             tenants.checkpoints.locate(uri)
+
+
+def test_a_packed_body_is_whole(web: Any, url: str) -> None:
+    """A zstd frame that is cut, or that something follows, is refused as a whole; one that is whole is read."""
+    body = json.dumps({"user_metadata": {"words": "so much " * 5000}}).encode()
+    packed = zstandard.compress(body)
+    http = web(url)
+    for content, status in ((packed, 200), (packed[:-1], 400), (packed + b"\0", 400), (packed + packed, 400)):
+        answer = http.post("create_session", content=content, headers={"content-encoding": "zstd"})
+        assert answer.status_code == status, answer.text
+
+
+def test_large_results_are_announced(web: Any, two: str) -> None:
+    """A client that can is told the size first; the SDK reads what it reads from any other service."""
+    http = web(two)
+    with tinker.ServiceClient(base_url=two, api_key=KEY) as service:
+        trainer = service.create_lora_training_client("tiny", rank=2).result()
+        datum = tinker.Datum(
+            model_input=tinker.ModelInput.from_ints([1, 2, 3]),
+            loss_fn_inputs={"target_tokens": [2, 3, 4], "weights": [1.0, 1.0, 1.0]},
+        )
+        assert len(trainer.forward([datum], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data) == 3
+        sent = {"model_id": trainer.model_id, "seq_id": 2, "forward_input": {"loss_fn": "cross_entropy"}}
+        sent["forward_input"]["data"] = [json_datum([7, 7, 7])]
+        request = {"request_id": http.post("forward", json=sent).json()["request_id"]}
+        whole = [http.post("retrieve_future", json=request).content for _ in range(2)]  # a result can be read twice
+        announced = http.post("retrieve_future", json={**request, "allow_metadata_only": True}).json()
+    assert announced == {"status": "complete_metadata", "response_payload_size": len(whole[0])}
+    assert whole[0] == whole[1]
+
+
+def test_a_result_that_is_not_there_yet(web: Any, two: str) -> None:
+    """The request for it is held for a while, then answered 408 in the words that the SDK knows."""
+    http = web(two)
+    session, made = new_model(http)
+    sent = {"model_id": made["model_id"], "seq_id": 2, "adam_params": {}}  # 1 has not come
+    request = http.post("optim_step", json=sent).json()["request_id"]
+    answer = http.post("retrieve_future", json={"request_id": request})
+    assert answer.status_code == 408
+    assert answer.json() == {"type": "try_again", "request_id": request, "queue_state": "active"}
+    assert answer.elapsed.total_seconds() >= 0.3
+    assert "did not arrive" in finished(http, request)["error"]
+    http.post(f"sessions/{session}/finish", json={})
+
+
+def test_a_number_of_a_sampling_session_is_used_once(web: Any, url: str) -> None:
+    """The same request again is the same session; another one under its number is refused."""
+    http = web(url)
+    session, made = new_model(http)
+    sent = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    assert (
+        http.post("create_sampling_session", json=sent).json() == http.post("create_sampling_session", json=sent).json()
+    )
+    save = {"model_id": made["model_id"], "seq_id": 1, "path": "s"}
+    path = finished(http, http.post("save_weights_for_sampler", json=save).json()["request_id"])["path"]
+    other = {"session_id": session, "sampling_session_seq_id": 0, "model_path": path}
+    assert "another request" in http.post("create_sampling_session", json=other).json()["detail"]
+    save = {"model_id": made["model_id"], "seq_id": 2, "sampling_session_seq_id": 0}
+    assert (
+        "another request"
+        in finished(http, http.post("save_weights_for_sampler", json=save).json()["request_id"])["error"]
+    )
+    http.post(f"sessions/{session}/finish", json={})
+
+
+def test_numbers_that_json_lacks_are_refused(web: Any, url: str) -> None:
+    """NaN in metadata would make a listing that nobody can read."""
+    http = web(url)
+    session, made = new_model(http)
+    bad = b'{"user_metadata": {"x": NaN}}'
+    assert http.post("create_session", content=bad).status_code == 400
+    save = json.dumps({"model_id": made["model_id"], "seq_id": 1, "path": "n"})[:-1] + ', "user_metadata": {"x": NaN}}'
+    assert "JSON" in finished(http, http.post("save_weights", content=save).json()["request_id"])["error"]
+    assert http.get("checkpoints?limit=1000").status_code == 200
+    http.post(f"sessions/{session}/finish", json={})
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module of the library loads pickles, or executes text; a planted one is found."""
+
+    def found(source: str) -> set[str]:
+        names = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+        imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names |= {alias.name for node in imports for alias in node.names} | {getattr(n, "module", "") for n in imports}
+        return names & {"pickle", "dill", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec", "compile"}
+
+    for path in Path(pullback.__file__).parent.rglob("*.py"):
+        assert not found(path.read_text()), path
+    assert found("import pickle") == {"pickle"}
+    assert found("torch.load(file)") == {"torch.load"}
