@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import zstandard
 from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_tenants
 
 import pullback
+from pullback.backends import TorchBackend
+from pullback.backends.futures import FinishedFuture
 from pullback.cli import main
 from pullback.errors import CheckpointError, ConfigError
 from pullback.service import Tenants, serving
@@ -240,3 +244,43 @@ def test_nothing_is_unpickled() -> None:
         assert not found(path.read_text()), path
     assert found("import pickle") == {"pickle"}
     assert found("torch.load(file)") == {"torch.load"}
+
+
+def test_too_much_at_once_is_429(web: Any, tmp_path: Path) -> None:
+    """Beyond the queue's limit a request is turned away with the time to come back, and is accepted when there is room."""
+    with serving(tiny_tenants(tmp_path), keys=[KEY], limits=Limits(queue=1, gap_seconds=0.5)) as url:
+        http = web(url)
+        _, made = new_model(http)
+        step = {"model_id": made["model_id"], "adam_params": {}}
+        waiting = http.post("optim_step", json={**step, "seq_id": 2}).json()["request_id"]  # 1 has not come
+        refused = http.post("optim_step", json={**step, "seq_id": 3})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "wait already" in refused.json()["detail"]
+        assert "did not arrive" in finished(http, waiting)["error"]
+        assert http.post("optim_step", json={**step, "seq_id": 3}).status_code == 200
+
+
+def test_metrics_that_are_no_numbers(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and inf in metrics do not break what the SDK reads: JSON leaves them out, protobuf carries them."""
+    trainer = service.create_lora_training_client("tiny", rank=2).result()
+    datum = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 3], "weights": [1.0, 1.0]}
+    )
+    for verb in ("forward_backward", "optim_step"):
+        monkeypatch.setattr(TorchBackend, verb, with_metrics(getattr(TorchBackend, verb)))
+    result = trainer.forward_backward([datum], "cross_entropy").result()
+    assert math.isnan(result.metrics["odd:sum"])
+    step = trainer.optim_step(tinker.AdamParams()).result()
+    assert "odd:sum" not in step.metrics
+    assert step.metrics["even:sum"] == 1.0
+
+
+def with_metrics(operation: Any) -> Any:
+    """An operation that also reports NaN, inf and 1."""
+
+    def reporting(*given: Any, **named: Any) -> Any:
+        output = operation(*given, **named).result()
+        odd = {"odd:sum": math.nan, "odder:sum": math.inf, "even:sum": 1.0}
+        return FinishedFuture(replace(output, metrics={**output.metrics, **odd}))
+
+    return reporting
