@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ServerProcess"]
+import httpx
+
+__all__ = ["CommandProcess", "ServerProcess"]
+
+ROOT = Path(__file__).parent.parent
 
 # A server process that begins from these is there in a fraction of a second.
 _HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]
@@ -56,3 +65,42 @@ class ServerProcess:
         self._process.kill()
         self._process.join()
         self._ours.close()
+
+
+class CommandProcess:
+    """``pullback serve`` itself, on a model folder.
+
+    Attributes:
+        url: where it is.
+    """
+
+    def __init__(self, folder: Path, model: Path, key: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        given = ["--model", model, "--name", "tiny", "--port", port, "--checkpoints", folder, "--token-budget", 64]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / ".alias"),
+            "PULLBACK_API_KEYS": key,
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pullback.cli", "serve", *map(str, given)]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self._await(key)
+
+    def _await(self, key: str) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                httpx.get(f"{self.url}/api/v1/healthz", headers={"x-api-key": key})
+                return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise RuntimeError("pullback serve did not start")
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.wait()

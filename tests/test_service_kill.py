@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import httpx
 import pytest
 import tinker
 import torch
-from helpers import make_data
+from helpers import make_data, tiny_llama
 from hurried import hurry
-from processes import ServerProcess
+from processes import CommandProcess, ServerProcess
 from safetensors.torch import load_file
 from servers import KEY, SDK_WARNINGS, rest
 
@@ -149,9 +149,9 @@ def in_a_hurry() -> Iterator[None]:
 class Killed:
     """A server on a folder behind a proxy: killed after some seconds, checked, and started again."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.compared = root, 0
-        self.server = ServerProcess(root, poll_seconds=0.5)
+    def __init__(self, start: Callable[[], ServerProcess | CommandProcess]) -> None:
+        self.start, self.compared = start, 0
+        self.server = start()
         self.problems: list[BaseException] = []
 
     def kill_after(self, seconds: float, proxy: FaultyProxy) -> threading.Thread:
@@ -162,7 +162,7 @@ class Killed:
                 time.sleep(seconds)
                 self.server.kill()
                 before = list(proxy.exchanges)
-                self.server = ServerProcess(self.root, poll_seconds=0.5)
+                self.server = self.start()
                 with rest(self.server.url) as http:
                     self.compared += require_known(http, before)
                 proxy.upstream = self.server.url
@@ -175,25 +175,38 @@ class Killed:
         return thread
 
 
-def test_killed_at_any_moment(tmp_path: Path, capsys: Any) -> None:
-    """Killed while it trains, the service comes back knowing what it said; the client ends where it would have ended."""
-    place, chance = Killed(tmp_path), random.Random(0 if MOMENTS < 50 else None)
+def killed_and_compared(root: Path, start: Callable[[], ServerProcess | CommandProcess], moments: int) -> str:
+    """Kill at random moments of as many trainings; all end alike. Return what happened in words."""
+    place, chance = Killed(start), random.Random(0 if moments < 50 else None)
     began = time.perf_counter()
-    expected = files(tmp_path, Training(place.server.url, "many").run())
+    expected = files(root, Training(place.server.url, "many").run())
     usual, met = time.perf_counter() - began, 0
-    for moment in range(MOMENTS):
+    for moment in range(moments):
         with misbehaving(place.server.url) as proxy:
             thread = place.kill_after(chance.uniform(0, usual), proxy)
             training = Training(proxy.url, ("one", "many")[moment % 2])
             end = training.run()
             thread.join()
         assert not place.problems
-        require_same(files(tmp_path, end), expected)
+        require_same(files(root, end), expected)
         met += bool(training.errors)
     place.server.kill()
     assert place.compared > 0
-    with capsys.disabled():
-        if MOMENTS >= 50:
-            print(
-                f"\n{MOMENTS} kills in {usual:.1f} s of training, {met} met by the client, {place.compared} answers kept"
-            )
+    return f"{moments} kills in {usual:.1f} s of training, {met} met by the client, {place.compared} answers kept"
+
+
+def test_killed_at_any_moment(tmp_path: Path, capsys: Any) -> None:
+    """Killed while it trains, the service comes back knowing what it said; the client ends where it would have ended."""
+    words = killed_and_compared(tmp_path, lambda: ServerProcess(tmp_path, poll_seconds=0.5), MOMENTS)
+    if MOMENTS >= 50:
+        with capsys.disabled():
+            print(f"\n{words}")
+
+
+@pytest.mark.soak
+def test_the_command_is_killed(tmp_path: Path) -> None:
+    """The same of ``pullback serve`` on a model folder."""
+    model, folder = tmp_path / "model", tmp_path / "checkpoints"
+    whole: Any = tiny_llama(torch.float32).model
+    whole.save_pretrained(model)
+    killed_and_compared(folder, lambda: CommandProcess(folder, model, KEY), 3)
