@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 import uuid
@@ -13,46 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import gradient_body, tiny_tenants
+from servers import Direct
 
 from pullback.errors import BusyError, ServiceError
 from pullback.service.journal import Failure, Journal
-from pullback.service.limits import Limits
-from pullback.service.operations import Operations
 from pullback.service.sequencer import Sequencer
-from pullback.service.wire import decode_request
-
-MODEL = "sess:train:0"
-
-
-class Direct:
-    """A service without its routes; `restart` is what remains of it after a kill."""
-
-    def __init__(self, folder: Path, tenants: Any = None) -> None:
-        self.tenants = tenants or tiny_tenants(folder)
-        self.journal = Journal(folder / "journal.sqlite")
-        self.sequencer = Sequencer(self.journal, gap_seconds=0.2)
-        self.operations = Operations(self.tenants, self.journal, self.sequencer, Limits(), lambda what, amount: None)
-
-    def restart(self) -> Direct:
-        return Direct(self.tenants.checkpoints.root)
-
-    def start(self) -> None:
-        self.journal.add_session("sess", "me", None)
-        given = {"session_id": "sess", "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2}}
-        assert self.read(self.operations.create_model("me", json.dumps(given).encode(), given))["model_id"] == MODEL
-
-    def read(self, request: str) -> Any:
-        answer = self.sequencer.result("me", request).result(timeout=30)
-        self.operations.delivered(request)
-        return answer
-
-    def gradient(self, seq_id: int, loss: str = "ppo", without: tuple[str, ...] = ()) -> str:
-        return self.operations.gradient("me", decode_request(gradient_body(MODEL, seq_id, loss, without)))
-
-    def call(self, verb: str, seq_id: int, **extra: Any) -> str:
-        given = {"model_id": MODEL, "seq_id": seq_id, "adam_params": {"learning_rate": 1e-2}, **extra}
-        return str(getattr(self.operations, verb)("me", json.dumps(given).encode(), given))
+from pullback.service.unread import Unread
 
 
 @pytest.fixture
@@ -182,3 +149,78 @@ def test_sampler_weights_outlive_a_restart_if_they_were_named(direct: Direct) ->
     with pytest.raises(ServiceError, match="there is no"):
         again.operations.samplers.info("you", memory)
     again.sequencer.close()
+
+
+BLIND = [("gradient", 1), ("broken", 2), ("step", 3), ("gradient", 4), ("step", 5)]
+
+
+def in_order_of(direct: Direct, arrival: list[int]) -> list[Any]:
+    """Send all that is in BLIND in this order, read nothing before the end; return the answers by number."""
+    requests = {}
+    for place in arrival:
+        what, number = BLIND[place]
+        if what == "step":
+            requests[number] = direct.call("optim_step", number)
+        else:
+            requests[number] = direct.gradient(number, *(("dpo", ("ref_logprobs",)) if what == "broken" else ()))
+    return [direct.read(requests[number]) for _, number in BLIND]
+
+
+def steps_refused(answers: list[Any]) -> bool:
+    return all(isinstance(answers[place], Failure) and "ref_logprobs" in answers[place].text for place in (2, 4))
+
+
+@given(arrival=st.permutations(range(5)))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_step_that_overtakes_is_as_blind(tmp_path: Path, arrival: list[int]) -> None:
+    """A step before whose number a gradient failed unread makes nothing, also if the gradient arrives after it."""
+    direct = Direct(tmp_path / str(uuid.uuid4()))
+    direct.start()
+    assert steps_refused(in_order_of(direct, arrival))
+    assert direct.read(direct.call("optim_step", 6))["metrics"]["grad_norm"] > 0
+    direct.sequencer.close()
+
+
+def test_a_blind_step_would_be_noticed(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a service that looks only at what had arrived makes the step."""
+    monkeypatch.setattr(Unread, "behind", lambda self, model, number, moment: [])
+    assert not steps_refused(in_order_of(direct, [2, 0, 1, 3, 4]))
+
+
+def test_what_was_read_twice_is_read(direct: Direct) -> None:
+    """A failure that was read stays read when its request comes again late, or its answer is fetched again."""
+    bad = direct.gradient(1, "dpo", ("ref_logprobs",))
+    assert isinstance(direct.read(bad), Failure)
+    assert direct.gradient(1, "dpo", ("ref_logprobs",)) == bad
+    direct.read(direct.gradient(2))
+    assert direct.read(direct.call("optim_step", 3))["metrics"]["grad_norm"] > 0
+    assert direct.gradient(1, "dpo", ("ref_logprobs",)) == bad
+    direct.gradient(4)
+    assert direct.read(direct.call("optim_step", 5))["metrics"]["grad_norm"] > 0
+
+
+def test_a_journal_that_cannot_be_written(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client hears of it, each time it asks; nothing hangs."""
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", full)
+        request = direct.gradient(1)
+        for _ in range(2):
+            answer = direct.read(request)
+            assert isinstance(answer, Failure)
+            assert "disk is full" in answer.text
+
+
+def test_what_comes_after_the_end_says_so(direct: Direct) -> None:
+    """An operation that was accepted before its session ended, and runs after, fails by the reason."""
+    gate = threading.Event()
+    direct.sequencer.run(gate.wait)
+    direct.sequencer.run(lambda: direct.operations.finish("sess"))
+    late = direct.gradient(1)
+    gate.set()
+    answer = direct.read(late)
+    assert isinstance(answer, Failure)
+    assert "was finished by its client" in answer.text

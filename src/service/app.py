@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from ..errors import BusyError, PullbackError, ServiceError, TooLargeError, require_extra
 from ..losses import loss_names
-from .journal import Failure, Journal
+from .journal import Failure, Journal, hold_folder
 from .json_form import decode_json_request, json_result
 from .limits import Keys, Limits, read_body
 from .listings import Listings
@@ -35,6 +35,8 @@ _TYPES: Final[dict[str, type]] = {
     **dict.fromkeys(("model_id", "session_id", "request_id", "sampling_session_id"), str),
     **dict.fromkeys(("path", "model_path", "tinker_path", "base_model"), str),
     **dict.fromkeys(("seq_id", "model_seq_id", "custom_loss_seq_id", "sampling_session_seq_id"), int),
+    **dict.fromkeys(("forward_input", "forward_backward_input", "adam_params", "lora_config", "user_metadata"), dict),
+    **dict.fromkeys(("sampling_params", "prompt", "graph"), dict),
 }
 Json = dict[str, Any]
 Handler = Callable[["Call"], Awaitable[Any]]
@@ -97,6 +99,7 @@ class _App:
 
     def __init__(self, tenants: Tenants, keys: Keys, limits: Limits) -> None:
         self.keys, self.limits, self.telemetry = keys, limits, Telemetry()
+        self.held = hold_folder(tenants.checkpoints.root)
         self.journal = Journal(tenants.checkpoints.root / "journal.sqlite")
         self.sequencer = Sequencer(
             self.journal,
@@ -119,6 +122,7 @@ class _App:
         task.cancel()
         await asyncio.to_thread(self.sequencer.close)
         self.journal.close()
+        self.held.close()
 
     @property
     def lifespan(self) -> Any:
@@ -263,12 +267,19 @@ class _App:
     async def _retrieve(self, call: Call) -> Any:
         from starlette.responses import Response
 
-        request_id = call.body["request_id"]
+        body = call.body
+        request_id = body["request_id"]
         future = self.sequencer.result(call.owner, request_id)
         try:
             found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
         except TimeoutError:
             return _json({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
+        if (
+            body.get("allow_metadata_only") is True
+            and isinstance(found, bytes)
+            and len(found) > self.limits.large_bytes
+        ):
+            return _json({"status": "complete_metadata", "response_payload_size": len(found)})
         self.operations.delivered(request_id)
         if isinstance(found, Failure):
             return _json({"error": found.text, "category": found.category})

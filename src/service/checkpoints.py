@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ __all__ = ["Checkpoints"]
 _SCHEME: Final = "tinker://"
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 _KINDS: Final = ("weights", "sampler_weights")
+_ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
 
 
 @final
@@ -65,6 +68,27 @@ class Checkpoints:
         """Bytes of a checkpoint."""
         return sum(file.stat().st_size for file in self.locate(uri).iterdir())
 
+    def fingerprint(self, uri: str) -> str:
+        """Digest of a checkpoint's manifest, which names the digests of its files; empty if there is no checkpoint."""
+        try:
+            manifest = self.locate(uri) / "manifest.json"
+        except CheckpointError:
+            return ""
+        return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else ""
+
     def delete(self, uri: str) -> None:
-        """Remove a checkpoint."""
-        shutil.rmtree(self.locate(uri))
+        """Remove a checkpoint, at once and as a whole."""
+        path = self.locate(uri)
+        gone = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+
+    def tidy(self) -> None:
+        """Clear up what a killed server left half done: a checkpoint moved aside comes back, anything else goes."""
+        for path in [p for kind in _KINDS for p in self.root.glob(f"*/{kind}/.*")]:
+            whole = path.with_name(path.name[1:].removesuffix(_ASIDE))
+            if path.name.endswith(_ASIDE) and not whole.exists():
+                os.rename(path, whole)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

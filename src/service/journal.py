@@ -14,19 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
-__all__ = ["Answer", "Failure", "Journal", "Operation"]
+from ..errors import ServiceError
 
+__all__ = ["Answer", "Failure", "Journal", "Operation", "hold_folder"]
+
+_VERSION: Final = 1
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS sessions (
   id TEXT PRIMARY KEY, owner TEXT NOT NULL, metadata TEXT NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS models (
   id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, lora TEXT NOT NULL, metadata TEXT NOT NULL,
-  created REAL NOT NULL);
+  origin TEXT, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS samplers (
   id TEXT PRIMARY KEY, owner TEXT NOT NULL, path TEXT, durable INTEGER NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS checkpoints (
-  uri TEXT PRIMARY KEY, model TEXT NOT NULL, owner TEXT NOT NULL, bytes INTEGER NOT NULL, metadata TEXT NOT NULL,
-  created REAL NOT NULL);
+  uri TEXT PRIMARY KEY, model TEXT NOT NULL, owner TEXT NOT NULL, number INTEGER NOT NULL, bytes INTEGER NOT NULL,
+  metadata TEXT NOT NULL, created REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS saves (
+  model TEXT NOT NULL, number INTEGER NOT NULL, uri TEXT NOT NULL, before TEXT NOT NULL, metadata TEXT NOT NULL,
+  PRIMARY KEY (model, number));
 CREATE TABLE IF NOT EXISTS operations (
   request TEXT PRIMARY KEY, owner TEXT NOT NULL, line TEXT NOT NULL, number INTEGER, digest TEXT NOT NULL,
   kind TEXT NOT NULL, form TEXT, answer BLOB, created REAL NOT NULL, UNIQUE (line, number));
@@ -60,6 +66,7 @@ class Operation:
     request: str
     owner: str
     line: str
+    number: int | None
     digest: str
     kind: str
     answer: Answer | None
@@ -78,9 +85,17 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        (known,), (tables,) = (
+            self._db.execute(q).fetchone() for q in ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        )
+        if tables and known != _VERSION:
+            raise ServiceError(
+                f"{path} is a journal of version {known}, and this server writes {_VERSION}: serve from another folder"
+            )
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")  # survives the process; FULL would survive the machine
+        self._db.execute("PRAGMA synchronous=NORMAL")  # survives the process; what must survive the machine says so
         self._db.executescript(_SCHEMA)
+        self._db.execute(f"PRAGMA user_version={_VERSION}")
 
     def close(self) -> None:
         """Close the file."""
@@ -89,7 +104,8 @@ class Journal:
 
     def add_session(self, session: str, owner: str, metadata: Any) -> None:
         """Note a session."""
-        self._write("INSERT INTO sessions VALUES (?, ?, ?, ?)", session, owner, json.dumps(metadata), time.time())
+        values = (session, owner, _json(metadata), time.time())
+        self._write_through("INSERT INTO sessions VALUES (?, ?, ?, ?)", *values)
 
     def sessions(self, owner: str) -> list[dict[str, Any]]:
         """Return an owner's sessions, newest first."""
@@ -100,10 +116,12 @@ class Journal:
         found = self._read("SELECT owner FROM sessions WHERE id = ?", session)
         return found[0]["owner"] if found else None
 
-    def add_model(self, model: str, session: str, owner: str, lora: dict[str, Any], metadata: Any) -> None:
-        """Note a model."""
-        values = (model, session, owner, json.dumps(lora), json.dumps(metadata), time.time())
-        self._write("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?)", *values)
+    def add_model(
+        self, model: str, session: str, owner: str, lora: dict[str, Any], metadata: Any, origin: str | None = None
+    ) -> None:
+        """Note a model, and the checkpoint that it was made from."""
+        values = (model, session, owner, json.dumps(lora), _json(metadata), origin, time.time())
+        self._write_through("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
 
     def model(self, model: str) -> dict[str, Any] | None:
         """Return a model's row."""
@@ -124,10 +142,23 @@ class Journal:
         found = self._read("SELECT * FROM samplers WHERE id = ?", sampler)
         return found[0] if found else None
 
-    def add_checkpoint(self, uri: str, model: str, owner: str, size: int, metadata: Any) -> None:
-        """Note a checkpoint that is on the disk."""
-        values = (uri, model, owner, size, json.dumps(metadata), time.time())
-        self._write("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)", *values)
+    def begin_save(self, uri: str, model: str, number: int, before: str, metadata: Any) -> None:
+        """Note that operation ``number`` is about to write a checkpoint, and what lies there now.
+
+        Raises:
+            ValueError: the metadata are no JSON.
+        """
+        self._write("INSERT OR REPLACE INTO saves VALUES (?, ?, ?, ?, ?)", model, number, uri, before, _json(metadata))
+
+    def begun_save(self, model: str, number: int) -> dict[str, Any] | None:
+        """Return what was noted of a save that has begun: ``uri``, ``before``, ``metadata``."""
+        found = self._read("SELECT * FROM saves WHERE model = ? AND number = ?", model, number)
+        return found[0] if found else None
+
+    def add_checkpoint(self, uri: str, model: str, owner: str, number: int, size: int, metadata: Any) -> None:
+        """Note a checkpoint that is on the disk, and that it holds everything up to operation ``number``."""
+        values = (uri, model, owner, number, size, _json(metadata), time.time())
+        self._write_through("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
 
     def drop_checkpoint(self, uri: str) -> None:
         """Forget a checkpoint."""
@@ -139,9 +170,20 @@ class Journal:
         return self._read(f"SELECT * FROM checkpoints WHERE owner = ?{where} ORDER BY created DESC, uri", *values)
 
     def last_checkpoint(self, model: str) -> str | None:
-        """Return the URI of a model's newest checkpoint that training can go on from."""
-        found = self._read("SELECT uri FROM checkpoints WHERE model = ? ORDER BY created DESC", model)
-        return next((row["uri"] for row in found if row["uri"].split("/")[3] == "weights"), None)
+        """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
+        for row in self._read("SELECT uri, number FROM checkpoints WHERE model = ? ORDER BY rowid DESC", model):
+            if row["uri"].split("/")[3] == "weights":
+                return f"{row['uri']} (all up to seq_id {row['number']})"
+        made = self.model(model)
+        return f"{made['origin']} (which it was made from)" if made and made["origin"] else None
+
+    def forget_saves(self) -> None:
+        """Forget the saves that have begun: all have ended."""
+        self._write("DELETE FROM saves")
+
+    def all_checkpoints(self) -> list[str]:
+        """Return the URIs of all owners' checkpoints."""
+        return [row["uri"] for row in self._read("SELECT uri FROM checkpoints")]
 
     def accept(self, request: str, owner: str, line: str, number: int | None, digest: str, kind: str) -> None:
         """Note an operation, before it runs and before its client hears of it."""
@@ -161,9 +203,9 @@ class Journal:
         """Return an accepted operation."""
         return self._operation("request = ?", request)
 
-    def unfinished(self) -> Sequence[tuple[str, str]]:
-        """Return request and line of all that have not ended."""
-        return [(r["request"], r["line"]) for r in self._read("SELECT * FROM operations WHERE form IS NULL")]
+    def unfinished(self) -> Sequence[Operation]:
+        """Return all that have not ended."""
+        return [_operation(row) for row in self._read("SELECT * FROM operations WHERE form IS NULL")]
 
     def forget_answers(self, before: float) -> None:
         """Throw away answers from before a moment (seconds of the epoch); that they were given stays known."""
@@ -171,22 +213,53 @@ class Journal:
 
     def _operation(self, where: str, *values: Any) -> Operation | None:
         found = self._read(f"SELECT * FROM operations WHERE {where}", *values)
-        if not found:
-            return None
-        row = found[0]
-        expired = row["form"] is not None and row["answer"] is None
-        answer = None if row["answer"] is None else _decoded(row["form"], row["answer"])
-        return Operation(row["request"], row["owner"], row["line"], row["digest"], row["kind"], answer, expired)
+        return _operation(found[0]) if found else None
 
     def _write(self, statement: str, *values: Any) -> None:
         with self._lock:
             self._db.execute(statement, values)
+
+    def _write_through(self, statement: str, *values: Any) -> None:
+        """Write, and wait until it and all before it are on the disk."""
+        with self._lock:
+            self._db.execute("PRAGMA synchronous=FULL")
+            try:
+                self._db.execute(statement, values)
+            finally:
+                self._db.execute("PRAGMA synchronous=NORMAL")
 
     def _read(self, statement: str, *values: Any) -> list[dict[str, Any]]:
         with self._lock:
             cursor = self._db.execute(statement, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def hold_folder(folder: Path) -> sqlite3.Connection:
+    """Keep other servers out of a folder until the returned connection is closed, or this process ends.
+
+    Raises:
+        ServiceError: another server holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sqlite3.connect(folder / "held.sqlite", timeout=0.0, check_same_thread=False, isolation_level=None)
+    try:
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        held.close()
+        raise ServiceError(f"another server uses {folder}: stop it, or serve from another folder") from error
+    return held
+
+
+def _operation(row: dict[str, Any]) -> Operation:
+    expired = row["form"] is not None and row["answer"] is None
+    answer = None if row["answer"] is None else _decoded(row["form"], row["answer"])
+    named = {key: row[key] for key in ("request", "owner", "line", "number", "digest", "kind")}
+    return Operation(**named, answer=answer, expired=expired)
+
+
+def _json(given: Any) -> str:
+    return json.dumps(given, allow_nan=False)  # a listing could not be sent with NaN in it
 
 
 def _encoded(answer: Answer) -> tuple[str, bytes]:

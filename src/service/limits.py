@@ -6,12 +6,15 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
 from ..datums.types import Datum
 from ..errors import ConfigError, ServiceError, TooLargeError, require_extra
 
 __all__ = ["Keys", "Limits", "digest_of", "read_body"]
+
+_MAX_WINDOW: Final = 1 << 27
+_SLICE: Final = 1024  # bytes of a zstd frame that are unpacked at once
 
 
 @final
@@ -31,6 +34,7 @@ class Limits:
         idle_seconds: a session silent for so long may lose its models to a new one.
         gap_seconds: how long operations wait for a missing number.
         poll_seconds: how long a request for a result is held before it must be asked for again.
+        large_bytes: of a result: a client that can is told its size first, and asks for it when it has room.
     """
 
     body_bytes: int = 256_000_000
@@ -46,6 +50,7 @@ class Limits:
     idle_seconds: float = 3600.0
     gap_seconds: float = 60.0
     poll_seconds: float = 30.0
+    large_bytes: int = 1_000_000
 
     def check_data(self, data: Sequence[Datum]) -> None:
         """Check the size of one operation.
@@ -105,14 +110,19 @@ async def read_body(request: Any, limit: int) -> bytes:
 
     Raises:
         TooLargeError: there is more.
-        ServiceError: an encoding that is not known, or a broken one.
+        ServiceError: an encoding that is not known, or a broken one; or the client has gone before the end.
     """
+    from starlette.requests import ClientDisconnect
+
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLargeError(f"the body is larger than {limit} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise TooLargeError(f"the body is larger than {limit} bytes")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ServiceError(f"the connection ended after {size} bytes of the body") from error
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding == "identity":
         return b"".join(parts)
@@ -122,12 +132,20 @@ async def read_body(request: Any, limit: int) -> bytes:
 
 
 def _unpacked(body: bytes, limit: int) -> bytes:
+    """Unpack one whole zstd frame, a little at a time: what a slice unpacks to is bounded, whatever it claims."""
     zstandard = require_extra("zstandard", "serve", "the service")
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+    parts, size = [], 0
     try:
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body) as reader:
-            found: bytes = reader.read(limit + 1)
+        for start in range(0, len(body), _SLICE):
+            if unpacker.eof:
+                raise ServiceError("the body must be one zstd frame, and goes on after its end")
+            parts.append(unpacker.decompress(body[start : start + _SLICE]))
+            size += len(parts[-1])
+            if size > limit:
+                raise TooLargeError(f"the body is larger than {limit} bytes when it is unpacked")
     except zstandard.ZstdError as error:
         raise ServiceError(f"the body is no zstd frame: {error}") from error
-    if len(found) > limit:
-        raise TooLargeError(f"the body is larger than {limit} bytes when it is unpacked")
-    return found
+    if not unpacker.eof or unpacker.unused_data:
+        raise ServiceError("the body must be one whole zstd frame, and this is less or more")
+    return b"".join(parts)

@@ -21,9 +21,11 @@ from .journal import Answer, Failure, Journal
 from .leases import Leases, datum_keys
 from .limits import Limits
 from .names import LogicalNames
+from .recovery import lost, recover
 from .samplers import Samplers
 from .sequencer import Sequencer, failure_of, require_number
 from .tenants import LoraChoice, Tenants
+from .unread import Unread
 from .wire import GradientRequest, encode_output
 
 __all__ = ["Operations"]
@@ -58,19 +60,9 @@ class Operations:
         self.names = LogicalNames(journal)
         self._count = count
         self._losses: dict[str, LossGraph] = {}
-        self._undelivered: dict[str, set[str]] = {}
+        self._unread = Unread()
         self._seen: dict[str, float] = {}
-        for request, line in journal.unfinished():
-            journal.finish(request, Failure(self.lost(line), "server"))
-
-    def lost(self, line: str) -> str:
-        """Say that what a line had in memory is gone, and what is left."""
-        last = self.journal.last_checkpoint(line)
-        left = f"the last durable checkpoint is {last}" if last else "there is no durable checkpoint"
-        return (
-            f"the server was restarted, and what {line} had in memory is gone; {left}: make a new client from a checkpoint "
-            "and repeat what came after it"
-        )
+        recover(tenants.checkpoints, journal)
 
     def own(self, owner: str, model_id: str) -> None:
         """Check that a model is this owner's, and that it is known whether it lives.
@@ -83,7 +75,7 @@ class Operations:
             raise ServiceError(f"there is no model {model_id!r} on this server")
         self._seen[row["session"]] = time.monotonic()
         if not self.sequencer.knows(model_id):
-            self.sequencer.end(model_id, self.lost(model_id))
+            self.sequencer.end(model_id, lost(self.journal, model_id))
 
     def require_session(self, owner: str, session: Any) -> str:
         """Return a session's id.
@@ -156,7 +148,7 @@ class Operations:
         """Let go of a model."""
         self.tenants.release(model_id)
         self.leases.forget(model_id)
-        self._undelivered.pop(model_id, None)
+        self._unread.forget(model_id)
 
     def finish(self, session: str, why: str = "was finished by its client") -> None:
         """Let go of all models of a session that has ended; what is asked of them later fails."""
@@ -202,15 +194,15 @@ class Operations:
             return self._backward(backend, model_id, data, request)
 
         kind = "forward" if request.forward_only else "forward_backward"
+        again = self.journal.numbered(model_id, request.seq_id) is not None
         accepted = self.sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
-        if not request.forward_only:
-            self._undelivered.setdefault(model_id, set()).add(accepted)
+        if not request.forward_only and not again:
+            self._unread.accepted(model_id, accepted, request.seq_id)
         return accepted
 
     def delivered(self, request: str) -> None:
         """Note that a client has the result of a request."""
-        for waiting in self._undelivered.values():
-            waiting.discard(request)
+        self._unread.read(request)
 
     def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
         """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
@@ -232,34 +224,32 @@ class Operations:
         """
         model_id = body["model_id"]
         self.own(owner, model_id)
-        unknown = frozenset(self._undelivered.get(model_id, ()))
+        number, sent = _number(body, "seq_id"), self._unread.now
 
         def work() -> Answer:
-            for request in unknown:
+            for request in self._unread.behind(model_id, number, sent):
                 found = self.sequencer.result(owner, request).result()
                 if isinstance(found, Failure):
                     raise PrecedingOperationFailed(
                         f"an earlier gradient operation failed ({found.text}) and this step was sent before that was known; "
                         "the window holds the other gradients: step again, or go on without them"
                     )
-            self._undelivered.get(model_id, set()).difference_update(unknown)
+            self._unread.stepped(model_id, number)
             future = self.tenants.backend(model_id).optim_step(*_step_of(body))
             self.leases.drop(model_id)
             return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
-        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "optim_step", work)
+        return self.sequencer.submit(owner, model_id, number, raw, "optim_step", work)
 
     def save_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """A checkpoint with everything."""
-        model_id = body["model_id"]
+        model_id, number = body["model_id"], _number(body, "seq_id")
         self.own(owner, model_id)
 
         def work() -> Json:
-            uri = self.tenants.save(model_id, "weights", body["path"], bool(body.get("overwrite", False)))
-            self._note(uri, model_id, owner, body)
-            return {"path": uri, "type": "save_weights"}
+            return {"path": self._save(owner, model_id, "weights", number, body), "type": "save_weights"}
 
-        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "save_weights", work)
+        return self.sequencer.submit(owner, model_id, number, raw, "save_weights", work)
 
     def load_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """Load into a model that exists, or make one from a checkpoint."""
@@ -289,27 +279,31 @@ class Operations:
 
     def save_for_sampler(self, owner: str, raw: bytes, body: Json) -> str:
         """Freeze the present weights: on the disk under a name, or in memory for one sampling session."""
-        model_id, name = body["model_id"], body.get("path")
+        model_id, number = body["model_id"], _number(body, "seq_id")
         self.own(owner, model_id)
 
         def work() -> Json:
-            if name is not None:
-                uri = self.tenants.save(model_id, "sampler_weights", name, bool(body.get("overwrite", False)))
-                self._note(uri, model_id, owner, body)
+            if body.get("path") is not None:
+                uri = self._save(owner, model_id, "sampler_weights", number, body)
                 return {"path": uri, "type": "save_weights_for_sampler"}
             session = f"{model_id.split(':')[0]}:sample:{_number(body, 'sampling_session_seq_id')}"
             self.samplers.add(session, owner, self.tenants.sampler(model_id))
             return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
 
-        return self.sequencer.submit(owner, model_id, _number(body, "seq_id"), raw, "save_weights_for_sampler", work)
+        return self.sequencer.submit(owner, model_id, number, raw, "save_weights_for_sampler", work)
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
         self.tenants.create(model_id, lora)
-        self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"))
+        self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
-    def _note(self, uri: str, model_id: str, owner: str, body: Json) -> None:
-        size = self.tenants.checkpoints.size(uri)
-        self.journal.add_checkpoint(uri, model_id, owner, size, body.get("user_metadata"))
+    def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json) -> str:
+        """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
+        checkpoints, metadata = self.tenants.checkpoints, body.get("user_metadata")
+        uri = checkpoints.uri(model_id, kind, body["path"])
+        self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
+        self.tenants.save(model_id, kind, body["path"], bool(body.get("overwrite", False)))
+        self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
+        return uri
 
     def _loss(self, owner: str, model_id: str, config: Mapping[str, Any]) -> LossGraph:
         loss_id = str(config.get("loss_id"))

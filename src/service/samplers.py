@@ -19,6 +19,7 @@ from .wire import tokens_of
 __all__ = ["Samplers"]
 
 Json = dict[str, Any]
+_USED = "the number of {} was used for another request; numbers go up by one"
 
 
 @final
@@ -41,6 +42,8 @@ class Samplers:
 
     def add(self, session: str, owner: str, sampler: Sampler) -> None:
         """Open a session on weights in memory; the one used longest ago goes if there are too many."""
+        if self._journal.sampler(session) is not None:
+            raise ServiceError(_USED.format(session))
         self._journal.add_sampler(session, owner, None, durable=False)
         self._hold(session, sampler)
 
@@ -51,6 +54,9 @@ class Samplers:
             self._require_checkpoint(owner, path)
         elif body.get("base_model") != base:
             raise ServiceError(f"this server serves {base!r}, not {body.get('base_model')!r}")
+        known = self._journal.sampler(session)
+        if known is not None and (known["path"], known["durable"]) != (path, 1):
+            raise ServiceError(_USED.format(session))
         self._journal.add_sampler(session, owner, path, durable=True)
         return {"type": "create_sampling_session", "sampling_session_id": session}
 

@@ -130,7 +130,7 @@ class Sequencer:
             elif ordered and number is not None:
                 self._enqueue(line, number, request, kind, work)
             else:
-                self._start(request, kind, work)
+                self._start(line, request, kind, work)
             return request
 
     def result(self, owner: str, request: str) -> Future[Answer]:
@@ -185,7 +185,7 @@ class Sequencer:
     def _advance(self, line: str) -> None:
         one = self._lines[line]
         while one.turn in one.waiting:
-            self._start(*one.waiting.pop(one.turn))
+            self._start(line, *one.waiting.pop(one.turn))
             one.turn += 1
         if one.timer is not None:
             one.timer.cancel()
@@ -208,13 +208,13 @@ class Sequencer:
             one.waiting.clear()
             one.turn, one.timer = last + 1, None
 
-    def _start(self, request: str, kind: str, work: Work) -> None:
-        self._worker.submit(self._work, request, kind, work)
+    def _start(self, line: str, request: str, kind: str, work: Work) -> None:
+        self._worker.submit(self._work, line, request, kind, work)
 
-    def _work(self, request: str, kind: str, work: Work) -> None:
-        began = time.perf_counter()
+    def _work(self, line: str, request: str, kind: str, work: Work) -> None:
+        began, ended = time.perf_counter(), self._gone.get(line)
         try:
-            answer = work()
+            answer = work() if ended is None else Failure(ended, "user")
         except Exception as error:
             answer = failure_of(error)
             if answer.category == "server":
@@ -223,7 +223,14 @@ class Sequencer:
         _logged(lambda: self._observer(kind, answer, time.perf_counter() - began))
 
     def _finish(self, request: str, answer: Answer) -> None:
-        self._journal.finish(request, answer)
+        try:
+            self._journal.finish(request, answer)
+        except Exception as error:
+            # It stays pending, so that it is answered from memory, and a disk that stays full stops new work.
+            _logger.exception("the journal cannot be written")
+            words = f"it ran, but its answer could not be kept ({error}): go on from the last checkpoint"
+            self._pending[request][1].set_result(Failure(words, "server"))
+            return
         with self._lock:
             _, future = self._pending.pop(request)
         future.set_result(answer)

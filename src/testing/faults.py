@@ -1,0 +1,304 @@
+"""A proxy that misbehaves on purpose: what networks do to the requests of a client, by a schedule.
+
+Put it between a client and a service, and compare what was trained with what is trained without it:
+
+    with misbehaving(url, {("optim_step", 2): Fault("drop_response")}) as proxy:
+        train(proxy.url)        # the answer to the second optim_step is lost
+
+A fault belongs to the n-th request of a route, so what happens does not depend on how requests of other routes mix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, final, get_args
+from urllib.parse import urlsplit
+
+__all__ = ["FAULT_KINDS", "Exchange", "Fault", "FaultKind", "FaultyProxy", "Schedule", "misbehaving"]
+
+FaultKind: TypeAlias = Literal[
+    "drop_request",
+    "cut_request",
+    "error",
+    "delay",
+    "duplicate",
+    "replay",
+    "drop_response",
+    "cut_response",
+    "stall",
+    "slow",
+    "error_after",
+]
+FAULT_KINDS: Final[tuple[FaultKind, ...]] = get_args(FaultKind)
+Schedule: TypeAlias = Mapping[tuple[str, int], "Fault"]
+
+_PREFIX: Final = "/api/v1/"
+_PIECES: Final = 8
+_START_SECONDS: Final = 10.0
+
+
+@final
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one request.
+
+    Before the service has it: ``drop_request`` (the connection ends), ``cut_request`` (half of it arrives), ``error`` (503
+    instead), ``delay`` (others overtake it). On the way: ``duplicate`` (it arrives twice at once), ``replay`` (it arrives
+    again later). After the service has answered: ``drop_response`` (the connection ends), ``cut_response`` (half of the
+    answer arrives), ``stall`` (half, then silence, then the end), ``slow`` (piece by piece), ``error_after`` (502 instead).
+
+    Args:
+        kind: one of these.
+        seconds: of ``delay``, ``replay``, ``stall`` and ``slow``.
+    """
+
+    kind: FaultKind
+    seconds: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kind not in FAULT_KINDS:
+            raise ValueError(f"a fault must be one of {', '.join(FAULT_KINDS)}; got {self.kind!r}")
+
+
+@final
+@dataclass(frozen=True)
+class Exchange:
+    """One request that came through, and what the service answered, whether that reached the client or not.
+
+    Attributes:
+        route: the path, without what all have in common.
+        number: how many requests of that route there were, this one included.
+        fault: what was done to it; None: nothing.
+        request: the body.
+        status, response: the answer; 0 and empty if the service was not asked or not there.
+    """
+
+    route: str
+    number: int
+    fault: Fault | None
+    request: bytes
+    status: int
+    response: bytes
+
+
+@final
+@dataclass(frozen=True)
+class _Request:
+    route: str
+    head: bytes
+    body: bytes
+
+
+@final
+class FaultyProxy:
+    """An HTTP proxy on 127.0.0.1, made by `misbehaving`.
+
+    Args:
+        upstream: base URL of the service; may be set anew when the service moves.
+        schedule: which request suffers what.
+
+    Attributes:
+        url: the proxy's own base URL.
+        exchanges: what came through, in the order in which it ended.
+    """
+
+    def __init__(self, upstream: str, schedule: Schedule) -> None:
+        self.upstream, self.url = upstream, ""
+        self.exchanges: list[Exchange] = []
+        self._schedule = dict(schedule)
+        self._seen: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def plan(self, route: str, fault: Fault) -> None:
+        """Let the next request of a route that nothing is planned for suffer this."""
+        number = self._seen[route] + 1
+        while (route, number) in self._schedule:
+            number += 1
+        self._schedule[route, number] = fault
+
+    async def run(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
+        """Serve until told to stop."""
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        ready()
+        await stop.wait()
+        server.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One request, then the connection ends."""
+        try:
+            request = await _read(reader)
+            self._seen[request.route] += 1
+            number = self._seen[request.route]
+            fault = self._schedule.get((request.route, number))
+            answer = await self._answer(request, fault, writer)
+            body = answer.partition(b"\r\n\r\n")[2]
+            status = int(answer.split(b" ", 2)[1]) if answer else 0
+            self.exchanges.append(Exchange(request.route, number, fault, request.body, status, body))
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()  # either side has gone: so has the other's connection
+        except asyncio.CancelledError:
+            writer.transport.abort()
+        finally:
+            writer.close()
+
+    async def _answer(self, request: _Request, fault: Fault | None, writer: asyncio.StreamWriter) -> bytes:
+        """Do to a request what is planned; return what the service said."""
+        kind, seconds = ("none", 0.0) if fault is None else (fault.kind, fault.seconds)
+        if kind in ("drop_request", "cut_request"):
+            if kind == "cut_request":
+                await self._half(request)
+            writer.transport.abort()
+            return b""
+        if kind == "error":
+            await _send(writer, _error(503))
+            return b""
+        if kind == "delay":
+            await asyncio.sleep(seconds)
+        if kind == "duplicate":
+            _, answer = await asyncio.gather(self._forward(request), self._forward(request))
+        else:
+            answer = await self._forward(request)
+        if kind == "replay":
+            task = asyncio.create_task(self._again(request, seconds))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        await _ENDINGS.get(kind, _whole)(writer, answer, seconds)
+        return answer
+
+    async def _forward(self, request: _Request) -> bytes:
+        """Ask the service, on a connection of its own; return everything it says."""
+        reader, writer = await self._connect()
+        try:
+            writer.write(request.head + request.body)
+            await writer.drain()
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def _half(self, request: _Request) -> None:
+        whole = request.head + request.body
+        _, writer = await self._connect()
+        writer.write(whole[: len(request.head) + len(request.body) // 2])
+        await writer.drain()
+        writer.close()
+
+    async def _again(self, request: _Request, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        with contextlib.suppress(OSError):
+            await self._forward(request)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        address = urlsplit(self.upstream)
+        return await asyncio.open_connection(address.hostname, address.port)
+
+
+@contextmanager
+def misbehaving(upstream: str, schedule: Schedule | None = None) -> Iterator[FaultyProxy]:
+    """Run a `FaultyProxy` in a thread of its own.
+
+    Args:
+        upstream: base URL of the service, ``http://host:port``.
+        schedule: (route, n) -> what the n-th request of this route suffers; all others pass.
+    """
+    proxy, stop = FaultyProxy(upstream, schedule or {}), asyncio.Event()
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    def serve() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(proxy.run(ready.set, stop))
+
+    thread = threading.Thread(target=serve, name="faulty-proxy", daemon=True)
+    thread.start()
+    if not ready.wait(_START_SECONDS):
+        raise RuntimeError("the proxy did not start")
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+async def _read(reader: asyncio.StreamReader) -> _Request:
+    """Read a request; what it says of its connection is replaced."""
+    start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
+    fields = {line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines}
+    if fields.pop("transfer-encoding", "") == "chunked":
+        body = await _read_chunks(reader)
+    else:
+        body = await reader.readexactly(int(fields.get("content-length", 0)))
+    fields |= {"content-length": str(len(body)), "connection": "close"}
+    head = "\r\n".join([start, *(f"{key}: {value}" for key, value in fields.items())])
+    path = urlsplit(start.split(" ")[1]).path
+    return _Request(path.removeprefix(_PREFIX), f"{head}\r\n\r\n".encode("latin-1"), body)
+
+
+async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
+    parts = []
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        parts.append(await reader.readexactly(size))
+        await reader.readexactly(2)
+    await reader.readuntil(b"\r\n")
+    return b"".join(parts)
+
+
+def _error(status: int) -> bytes:
+    body = b'{"detail": "the network failed"}'
+    head = (
+        f"HTTP/1.1 {status} Error\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
+    )
+    return f"{head}\r\n\r\n".encode() + body
+
+
+async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await writer.drain()
+
+
+async def _whole(writer: asyncio.StreamWriter, answer: bytes, _: float) -> None:
+    await _send(writer, answer)
+
+
+async def _nothing(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
+    writer.transport.abort()
+
+
+async def _failed(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
+    await _send(writer, _error(502))
+
+
+async def _cut(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
+    head, gap, body = answer.partition(b"\r\n\r\n")
+    await _send(writer, head + gap + body[: len(body) // 2])
+    await asyncio.sleep(0.001)  # so that the half is on its way before the connection ends
+    writer.transport.abort()
+
+
+async def _stall(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
+    head, gap, body = answer.partition(b"\r\n\r\n")
+    await _send(writer, head + gap + body[: len(body) // 2])
+    await asyncio.sleep(seconds)
+    writer.transport.abort()
+
+
+async def _slow(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
+    size = len(answer) // _PIECES + 1
+    for start in range(0, len(answer), size):
+        await _send(writer, answer[start : start + size])
+        await asyncio.sleep(seconds / _PIECES)
+
+
+_Ending: TypeAlias = Callable[[asyncio.StreamWriter, bytes, float], Awaitable[None]]
+_ENDINGS: Final[Mapping[str, _Ending]] = {
+    "drop_response": _nothing,
+    "error_after": _failed,
+    "cut_response": _cut,
+    "stall": _stall,
+    "slow": _slow,
+}

@@ -1,0 +1,42 @@
+"""The official SDK in a hurry: its waits and time limits shortened by its own constants, nothing else changed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from tinker import _base_client
+from tinker.lib import api_future_impl, internal_client_holder
+from tinker.resources.futures import AsyncFuturesResource
+
+__all__ = ["hurry"]
+
+# Of the heartbeat and the refresh: a close that meets one of these under way waits for it for ever in SDK 0.38.
+_PERIODS = (10, 300)
+_ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, on a busy machine too
+
+
+def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
+    """Let the SDK wait a hundredth of what it would before it tries again or gives up, and two seconds for an answer."""
+
+    async def sleep(seconds: float, *given: Any) -> Any:
+        return await asyncio.sleep(seconds if seconds in _PERIODS else seconds * shorter, *given)
+
+    for module in (internal_client_holder, api_future_impl):
+        patch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: time.time() / shorter})
+    patch.setattr(internal_client_holder, "time", clock)
+    patch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.5 * shorter)
+    patch.setattr(_base_client, "MAX_RETRY_DELAY", 10.0 * shorter)
+    patch.setattr(_base_client, "DEFAULT_TIMEOUT", httpx.Timeout(_ANSWER_SECONDS))
+    retrieve = AsyncFuturesResource.retrieve
+
+    async def impatient(self: Any, **given: Any) -> Any:
+        return await retrieve(self, **{**given, "timeout": _ANSWER_SECONDS})
+
+    patch.setattr(AsyncFuturesResource, "retrieve", impatient)
+    patch.setenv("TINKER_TELEMETRY", "0")
