@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from pullback.cli.measure import bench_numerics
 
 from . import custom, head, step
@@ -21,6 +23,7 @@ def main() -> None:
     one.add_argument("--shapes", default="smollm2,qwen", help="of smollm2, qwen, small")
     one.add_argument("--dtypes", default="float32,bfloat16")
     one.add_argument("--heads", default="frozen,trained")
+    one.add_argument("--only", nargs="*", default=[], help="words of the rows to time; the bare products always are")
     one.set_defaults(run=head.run)
     two = commands.add_parser("step", help="a DPO and a GRPO step, against TRL's trainer")
     two.add_argument("--rows", type=int, nargs="+", default=[4], help="sequences that TRL takes at once")
@@ -34,11 +37,17 @@ def main() -> None:
     four.set_defaults(run=bench_numerics)
     for command in (one, two, three):
         command.add_argument("--rounds", type=int, default=9)
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        command.add_argument(
+            "--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the machine"
+        )
     for command in (two, three):
         command.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
         command.add_argument("--sequences", type=int, default=16)
         command.add_argument("--token-budget", type=int, default=2048)
     arguments = parser.parse_args()
+    if "threads" in arguments:
+        torch.set_num_threads(arguments.threads)
     arguments.run(arguments)
 
 

@@ -92,7 +92,7 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
     own, held = flops(custom=True)
     assert own == built_in if whole == 1.0 else built_in < own <= whole * built_in
     if half is not None:
-        backend._engine.activation_budget = held / 2
+        backend._engine.room.graphs = held / 2
         again, reduced = flops(custom=True)
         assert reduced <= held / 2
         assert built_in < again <= half * built_in
