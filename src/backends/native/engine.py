@@ -98,7 +98,7 @@ class Engine:
 
     def split(self, requests: Sequence[ScoreRequest], units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:
         lengths = [r.length for r in requests]
-        layout = choose_layout(self.sizes, self.layouts, lengths, self.room.tokens)
+        layout = choose_layout(self.sizes, self.layouts, requests, self.room.tokens)
         return layout, micro_batches(units, lengths, self.room.tokens, layout)
 
     @torch.no_grad()
@@ -269,8 +269,8 @@ def as_adapter(model: Any) -> ModelAdapter:
 def _allowed(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Sequence[Layout]:
     if asked == "auto":
         return isolated
-    if asked not in ("packed", "padded", "single"):
-        raise ConfigError(f"layout must be auto, packed, padded or single, got {asked!r}")
+    if asked not in ("packed", "forked", "padded", "single"):
+        raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {asked!r}")
     if asked not in isolated:
         raise LeakyModelError(
             f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "
