@@ -130,11 +130,12 @@ def run(arguments: Any) -> None:
     for name in arguments.shapes.split(","):
         for dtype in arguments.dtypes.split(","):
             for trained in (kind == "trained" for kind in arguments.heads.split(",")):
-                case = Case(SHAPES[name], getattr(torch, dtype), trained, device)
+                shape = (arguments.positions or SHAPES[name][0], *SHAPES[name][1:])
+                case = Case(shape, getattr(torch, dtype), trained, device)
                 found = works(case, device, arguments.only)
                 times = interleave(found, arguments.rounds, arguments.clock)
                 peaks = {label: peak_bytes(work) for label, work in found.items()}
                 kind = "trained head" if trained else "frozen head"
-                facts = {"fp32_logits_mb": round(4 * SHAPES[name][0] * SHAPES[name][2] / 1e6)}
-                report.add(f"{name} {SHAPES[name]} {dtype} {kind}", times, "bare products", facts, peaks)
+                facts = {"fp32_logits_mb": round(4 * shape[0] * shape[2] / 1e6)}
+                report.add(f"{name} {shape} {dtype} {kind}", times, "bare products", facts, peaks)
     report.close()

@@ -155,7 +155,8 @@ def run(arguments: Any) -> None:
     backend = load(arguments.model, lora=8, token_budget=arguments.token_budget)
     data = batch(LENGTHS[: arguments.sequences], backend.vocab_size)
     tokens = sum(len(d.model_input) for d in data)
-    losses = {"dpo": DPO(beta=0.1), "grpo": GRPO(kl=KL(beta=0.04))}
+    known = {"dpo": DPO(beta=0.1), "grpo": GRPO(kl=KL(beta=0.04))}
+    losses = {name: known[name] for name in arguments.losses.split(",")}
 
     def ours(name: str) -> None:
         backend.forward_backward(data, losses[name]).result()

@@ -52,22 +52,23 @@ def test_split_invariance(loss: Loss, order: list[int], calls: int, budget: int,
     assert distance(weights_of(other), weights_of(one)) < 1e-10
 
 
+@pytest.mark.parametrize("layout", ["packed", "forked"])
 @given(
     groups=st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=4), min_size=1, max_size=4),
     budget=st.integers(1, 120),
     seed=st.integers(0, 99),
     data=st.data(),
 )
-def test_a_shared_beginning_runs_once(groups: list[list[int]], budget: int, seed: int, data: Any) -> None:
-    """Sequences that fork give the log-probs and the gradient that each gives alone, to 1e-12, in any order."""
+def test_together_as_alone(layout: Any, groups: list[list[int]], budget: int, seed: int, data: Any) -> None:
+    """Packed in any order, and forked where beginnings are shared: the log-probs and gradient of each alone, to 1e-12."""
     datums = sharing(groups, seed)
     order = data.draw(st.permutations(range(len(datums))))
-    alone, forked = tiny_backend(layout="single"), tiny_backend(layout="forked", token_budget=budget)
+    alone, together = tiny_backend(layout="single"), tiny_backend(layout=layout, token_budget=budget)
     expected = alone.forward_backward(datums, "ppo").result().loss_fn_outputs
-    found = forked.forward_backward([datums[i] for i in order], "ppo").result().loss_fn_outputs
+    found = together.forward_backward([datums[i] for i in order], "ppo").result().loss_fn_outputs
     for i, one in zip(order, found, strict=True):
         assert torch.allclose(one["logprobs"].to_torch(), expected[i]["logprobs"].to_torch(), rtol=0, atol=1e-12)
-    assert distance(forked.gradients(), alone.gradients()) < 1e-12
+    assert distance(together.gradients(), alone.gradients()) < 1e-12
 
 
 def test_forks_save_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def _frozen(model: TinyLM) -> TinyLM:
 @pytest.mark.parametrize("share", [None, 0.6])
 @pytest.mark.parametrize("loss", ["cross_entropy", "dpo", nll], ids=["cross_entropy", "dpo", "function"])
 def test_plan_holds(model: Any, share: float | None, loss: Any) -> None:
-    """FLOPs are predicted to 15 %, the graphs' bytes and the tokens that run twice to 20 % (one call for calibration)."""
+    """FLOPs are predicted to 15 %, bytes (of graphs, and all) and tokens that run twice to 20 % (one call to calibrate)."""
     data = make_data(LENGTHS)
     backend = TorchBackend(model(), token_budget=64)
     call = backend.forward_backward if isinstance(loss, str) else backend.forward_backward_custom
@@ -57,6 +57,10 @@ def test_plan_holds(model: Any, share: float | None, loss: Any) -> None:
     assert plan.forward_flops + plan.backward_flops == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert plan.graph_bytes == pytest.approx(metrics["graph_bytes:max"], rel=0.2)
     assert plan.recomputed == pytest.approx(metrics["recomputed_tokens:sum"], rel=0.2)
+    backend.discard_gradients()
+    with AllocationTracker() as tracker:
+        call(data, loss).result()
+    assert plan.peak_bytes == pytest.approx(tracker.peak, rel=0.2)
     assert plan.route == ("native" if isinstance(loss, str) else "two_passes" if share else "single_pass")
 
 
