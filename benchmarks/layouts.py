@@ -32,8 +32,10 @@ def sharing(data: list[Datum], share: float) -> list[Datum]:
 def run(arguments: Any) -> None:
     """Time a DPO step of pairs that share nothing, or some of their shorter side."""
     model: Any = load(arguments.model, lora=8).model
-    names = arguments.layouts.split(",")
-    backends = {name: TorchBackend(model, layout=name, token_budget=arguments.token_budget) for name in names}
+    names: list[Any] = arguments.layouts.split(",")
+    backends: dict[str, TorchBackend] = {
+        name: TorchBackend(model, layout=name, token_budget=arguments.token_budget) for name in names
+    }
     lengths = [LENGTHS[i % len(LENGTHS)] for i in range(arguments.sequences)]
     report = Report("layouts")
     for share in (float(s) for s in arguments.shares.split(",")):
