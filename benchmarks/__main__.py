@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | numerics | backends``.
+"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends``.
 
 A table for people; the last line is one JSON document. Works are interleaved and ratios are medians of paired rounds:
 only these mean anything on a shared machine.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from pullback.cli.measure import bench_numerics
 
-from . import backends, custom, head, step
+from . import backends, custom, head, layouts, step
 
 
 def main() -> None:
@@ -21,34 +23,46 @@ def main() -> None:
     one.add_argument("--shapes", default="smollm2,qwen", help="of smollm2, qwen, small")
     one.add_argument("--dtypes", default="float32,bfloat16")
     one.add_argument("--heads", default="frozen,trained")
+    one.add_argument("--positions", type=int, help="instead of the shape's own 4096 or 2048")
+    one.add_argument("--only", nargs="*", default=[], help="words of the rows to time; the bare products always are")
     one.set_defaults(run=head.run)
     two = commands.add_parser("step", help="a DPO and a GRPO step, against TRL's trainer")
     two.add_argument("--rows", type=int, nargs="+", default=[4], help="sequences that TRL takes at once")
+    two.add_argument("--losses", default="dpo,grpo")
     two.set_defaults(run=step.run)
     three = commands.add_parser("custom", help="a custom function against the built-in loss")
     three.add_argument("--length", type=int, default=256)
     three.set_defaults(run=custom.run)
+    five = commands.add_parser("layouts", help="packed, forked, padded, one by one")
+    five.add_argument("--layouts", default=",".join(layouts.LAYOUTS))
+    five.add_argument("--shares", default="0,0.25,0.5", help="of the shorter side of a pair")
+    five.set_defaults(run=layouts.run)
     four = commands.add_parser("numerics", help="log-probs against fp64, by dtype (also: pullback bench numerics)")
     four.add_argument("--model", default="smollm2")
     four.add_argument("--tokens", type=int, default=1024)
     four.set_defaults(run=bench_numerics)
-    five = commands.add_parser("backends", help="native, our service (started by itself), and any URL")
-    five.add_argument(
-        "--url", action="append", default=[], help="another service; may be repeated; key: TINKER_API_KEY"
-    )
-    five.add_argument("--base-model", help="name of the model at these services")
-    five.add_argument("--length", type=int, default=256)
-    five.add_argument("--rank", type=int, default=8)
-    five.add_argument("--unembed", action="store_true", help="an adapter on the output projection too (a trained head)")
-    five.add_argument("--out", default="backends.png", help="the picture")
-    five.set_defaults(run=backends.run)
-    for command in (one, two, three, five):
+    six = commands.add_parser("backends", help="native, our service (started by itself), and any URL")
+    six.add_argument("--url", action="append", default=[], help="another service; may be repeated; key: TINKER_API_KEY")
+    six.add_argument("--base-model", help="name of the model at these services")
+    six.add_argument("--length", type=int, default=256)
+    six.add_argument("--rank", type=int, default=8)
+    six.add_argument("--unembed", action="store_true", help="an adapter on the output projection too (a trained head)")
+    six.add_argument("--out", default="backends.png", help="the picture")
+    six.set_defaults(run=backends.run)
+    for command in (one, two, three, five, six):
         command.add_argument("--rounds", type=int, default=9)
-    for command in (two, three, five):
+    for command in (one, two, three, five):
+        command.add_argument("--threads", type=int, default=torch.get_num_threads())
+        command.add_argument(
+            "--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the machine"
+        )
+    for command in (two, three, five, six):
         command.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
         command.add_argument("--sequences", type=int, default=16)
         command.add_argument("--token-budget", type=int, default=2048)
     arguments = parser.parse_args()
+    if "threads" in arguments:
+        torch.set_num_threads(arguments.threads)
     arguments.run(arguments)
 
 

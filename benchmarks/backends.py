@@ -90,8 +90,12 @@ def run(arguments: Any) -> None:
 def _timed(sides: Sequence[Side], rounds: int) -> dict[str, Times]:
     """Time all operations of all sides in turn, so that every optimizer step has a gradient; return them by operation."""
     works = {f"{o}: {side.name}": side.work(o) for o in OPERATIONS for side in sides}
-    seconds = interleave(works, rounds).seconds
-    return {o: Times({side.name: seconds[f"{o}: {side.name}"] for side in sides}) for o in OPERATIONS}
+    found = interleave(works, rounds)
+
+    def of(operation: str, rows: dict[str, list[float]]) -> dict[str, list[float]]:
+        return {side.name: rows[f"{operation}: {side.name}"] for side in sides}
+
+    return {o: Times(of(o, found.seconds), of(o, found.others)) for o in OPERATIONS}
 
 
 @contextmanager

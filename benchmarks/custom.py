@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pullback import Datum, TorchBackend
 
 from .models import batch, load
-from .timing import Report, interleave
+from .timing import Clock, Report, interleave
 
 __all__ = ["run"]
 
@@ -60,20 +60,21 @@ def run(arguments: Any) -> None:
         data = batch([arguments.length] * arguments.sequences, backend.vocab_size, prompt_share=0.0)
         pair = Pair(backend, data)
         held = pair.custom().metrics["graph_bytes:max"]
-        _case(report, f"{arguments.model}, {kind}", pair, pair, arguments.rounds)
+        _case(report, f"{arguments.model}, {kind}", pair, pair, arguments.rounds, arguments.clock)
         small = load(arguments.model, lora=lora, token_budget=arguments.token_budget, activation_budget=held / 2)
         name = f"{arguments.model}, {kind}, half the activation budget"
-        _case(report, name, pair, Pair(small, data), max(1, arguments.rounds // 3))
+        _case(report, name, pair, Pair(small, data), max(1, arguments.rounds // 3), arguments.clock)
     report.close()
 
 
-def _case(report: Report, name: str, whole: Pair, own: Pair, rounds: int) -> None:
-    times = interleave({"built-in": whole.built_in, "custom": own.custom}, rounds)
-    metrics = own.custom().metrics
+def _case(report: Report, name: str, whole: Pair, own: Pair, rounds: int, clock: Clock) -> None:
+    times = interleave({"built-in": whole.built_in, "custom": own.custom}, rounds, clock)
+    plan, metrics = own.backend.plan(nll, own.data), own.custom().metrics
     facts = {
         "flops_ratio": round(flops(own.custom) / flops(whole.built_in), 4),
         "tokens": sum(len(d.model_input) for d in own.data),
         "graph_mb": round(metrics["graph_bytes:max"] / 1e6),
+        "graph_predicted": round(plan.graph_bytes / metrics["graph_bytes:max"], 3),
         "recomputed": metrics["recomputed_tokens:sum"],
     }
     report.add(name, times, "built-in", facts)

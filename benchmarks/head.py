@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Case:
         self.weight = (normal(vocab, width) / width**0.5).requires_grad_(trained)
         self.targets = torch.randint(vocab, (n,), generator=generator).to(device)
         self.cotangent = torch.randn(n, generator=generator).to(device)
+        self.half = (torch.arange(n) % 2 == 0).to(device)
         self.trained = trained
 
     def bare(self) -> None:
@@ -65,6 +66,10 @@ class Case:
         """`selected_logprobs`."""
         self.pull(selected_logprobs(self.hidden, Head(self.weight), self.targets))
 
+    def half_needed(self) -> None:
+        """`selected_logprobs` where every second position is untrained."""
+        self.pull(selected_logprobs(self.hidden, Head(self.weight), self.targets, needed=self.half))
+
     def known(self) -> None:
         """`logprob_surrogate`."""
         self.hidden.grad = self.weight.grad = None
@@ -92,24 +97,30 @@ class Case:
         torch.autograd.backward(liger_fused_linear_cross_entropy(self.hidden, self.weight, self.targets))
 
 
-def works(case: Case, device: str) -> dict[str, Callable[[], Any]]:
+def works(case: Case, device: str, only: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Return what runs here, by name; ``only`` keeps those whose names contain one of these words, and the baseline."""
+
+    def wanted(name: str) -> bool:
+        return not only or name == "bare products" or any(word in name for word in only)
+
     found: dict[str, Callable[[], Any]] = {
         "bare products": case.bare,
         "selected_logprobs": case.ours,
+        "selected_logprobs, half needed": case.half_needed,
         "log_softmax + gather": case.log_softmax,
         "logsumexp": case.logsumexp,
     }
     if case.trained:
         found["logprob_surrogate"] = case.known
-    if hasattr(functional, "linear_cross_entropy") and case.hidden.dtype == torch.float32:
-        best = min(CHUNKS, key=lambda size: min(interleave({"": lambda: case.torch_chunked(size)}, 1).seconds[""]))
+    if hasattr(functional, "linear_cross_entropy") and case.hidden.dtype == torch.float32 and wanted("torch linear"):
+        best = min(CHUNKS, key=lambda size: interleave({"": lambda: case.torch_chunked(size)}, 1, "cpu").seconds[""][0])
         found[f"torch linear_cross_entropy ({best})"] = lambda: case.torch_chunked(best)
     if importlib.util.find_spec("cut_cross_entropy") is not None:
-        implementation = "cce_exact" if device == "cuda" else "torch_compile"
+        implementation = "cce_exact" if device == "cuda" else "torch_compile"  # its kernels need a GPU
         found[f"cut-cross-entropy ({implementation})"] = lambda: case.cce(implementation)
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         found["liger (mean only)"] = case.liger
-    return found
+    return {name: work for name, work in found.items() if wanted(name)}
 
 
 def run(arguments: Any) -> None:
@@ -119,10 +130,12 @@ def run(arguments: Any) -> None:
     for name in arguments.shapes.split(","):
         for dtype in arguments.dtypes.split(","):
             for trained in (kind == "trained" for kind in arguments.heads.split(",")):
-                case = Case(SHAPES[name], getattr(torch, dtype), trained, device)
-                found = works(case, device)
-                times = interleave(found, arguments.rounds)
+                shape = (arguments.positions or SHAPES[name][0], *SHAPES[name][1:])
+                case = Case(shape, getattr(torch, dtype), trained, device)
+                found = works(case, device, arguments.only)
+                times = interleave(found, arguments.rounds, arguments.clock)
                 peaks = {label: peak_bytes(work) for label, work in found.items()}
                 kind = "trained head" if trained else "frozen head"
-                report.add(f"{name} {SHAPES[name]} {dtype} {kind}", times, "bare products", peaks=peaks)
+                facts = {"fp32_logits_mb": round(4 * shape[0] * shape[2] / 1e6)}
+                report.add(f"{name} {shape} {dtype} {kind}", times, "bare products", facts, peaks)
     report.close()

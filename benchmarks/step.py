@@ -1,7 +1,8 @@
 """One DPO and one GRPO step, ours against TRL's trainer: same model, same batch, same reference log-probs, no generation.
 
-Only forward, loss and backward are timed. TRL's trainers are built as their users build them and given padded batches
-(their padding-free mode is switched off in TRL 1.16); without TRL installed only our side is shown.
+Only forward, loss and backward are timed. TRL's trainers are built as their users build them and given padded batches.
+DPO asks for TRL's padding-free mode; TRL 1.16 has it switched off and falls back to padding, which is then said. GRPO has
+none there. Without TRL installed only our side is shown.
 """
 
 from __future__ import annotations
@@ -111,9 +112,14 @@ def trl_works(backend: TorchBackend, data: list[Datum], rows: int) -> dict[str, 
     pairs = datasets.Dataset.from_list([{"prompt": "One", "chosen": " two", "rejected": " three"}] * rows)
     dpo = trl.DPOTrainer(
         model.model,
-        args=trl.DPOConfig(precompute_ref_log_probs=True, max_length=None, **common),
+        args=trl.DPOConfig(precompute_ref_log_probs=True, max_length=None, padding_free=True, **common),
         train_dataset=pairs,
         processing_class=backend.tokenizer,
+    )
+    if dpo.padding_free:
+        raise SystemExit(f"TRL {trl.__version__} has a padding-free DPO, which takes other batches than these")
+    print(
+        f"TRL {trl.__version__}: padding_free=True was asked for DPO and refused by the trainer; GRPO has no such mode"
     )
     grpo_model: Any = copy.deepcopy(backend.model)
     grpo_model.model.get_base_model().set_attn_implementation("sdpa")
@@ -149,7 +155,8 @@ def run(arguments: Any) -> None:
     backend = load(arguments.model, lora=8, token_budget=arguments.token_budget)
     data = batch(LENGTHS[: arguments.sequences], backend.vocab_size)
     tokens = sum(len(d.model_input) for d in data)
-    losses = {"dpo": DPO(beta=0.1), "grpo": GRPO(kl=KL(beta=0.04))}
+    known = {"dpo": DPO(beta=0.1), "grpo": GRPO(kl=KL(beta=0.04))}
+    losses = {name: known[name] for name in arguments.losses.split(",")}
 
     def ours(name: str) -> None:
         backend.forward_backward(data, losses[name]).result()
@@ -166,7 +173,7 @@ def run(arguments: Any) -> None:
     for name in losses:
         works: dict[str, Callable[[], object]] = {f"pullback {name}": lambda name=name: ours(name)}  # type: ignore[misc]
         works |= {label: work for label, work in theirs.items() if f"TRL {name}" in label}
-        times = interleave(works, arguments.rounds)
+        times = interleave(works, arguments.rounds, arguments.clock)
         peaks = {label: peak_bytes(work) for label, work in works.items()}
         speed = {label: round(tokens / times.quantile(label, 5)) for label in works}
         facts = {"tokens": tokens, "per_second": speed}

@@ -5,27 +5,36 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["Report", "Times", "environment", "interleave", "peak_bytes"]
+__all__ = ["Clock", "Report", "Times", "environment", "interleave", "peak_bytes"]
 
 Work = Callable[[], object]
+Clock = Literal["wall", "cpu"]
 
 
 @dataclass
 class Times:
-    """Seconds of every round, by name; rounds are paired: entry i of all names ran one after another."""
+    """Seconds of every round, by name; rounds are paired: entry i of all names ran one after another.
+
+    Attributes:
+        seconds: by name.
+        others: share of the machine's cores that other processes took meanwhile, by name.
+    """
 
     seconds: dict[str, list[float]]
+    others: dict[str, list[float]]
 
     def quantile(self, name: str, q: int) -> float:
         """The 10 q-th percentile."""
@@ -37,23 +46,42 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[baseline], strict=True))
 
 
-def interleave(works: Mapping[str, Work], rounds: int) -> Times:
-    """Time works in turn, round after round; one round before does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def interleave(works: Mapping[str, Work], rounds: int, clock: Clock = "wall") -> Times:
+    """Time works in turn, round after round; one round before does not count.
+
+    Args:
+        works: by name.
+        rounds: that count.
+        clock: ``cpu`` counts this process's CPU time; with one thread it is what an idle machine would take.
+    """
+    times = Times({name: [] for name in works}, {name: [] for name in works})
     for round_ in range(rounds + 1):
         for name, work in works.items():
-            taken = _seconds(work)
+            seconds, others = _taken(work, clock)
             if round_:
-                times[name].append(taken)
-    return Times(times)
+                times.seconds[name].append(seconds)
+                times.others[name].append(others)
+    return times
 
 
-def _seconds(work: Work) -> float:
+def _taken(work: Work, clock: Clock) -> tuple[float, float]:
+    """Return the seconds, and the share of all cores that others took."""
     _synchronize()
-    began = time.perf_counter()
+    busy, own, began = _busy_seconds(), time.process_time(), time.perf_counter()
     work()
     _synchronize()
-    return time.perf_counter() - began
+    wall, cpu = time.perf_counter() - began, time.process_time() - own
+    others = max(0.0, _busy_seconds() - busy - cpu) / (wall * (os.cpu_count() or 1))
+    return cpu if clock == "cpu" else wall, others
+
+
+def _busy_seconds() -> float:
+    """CPU time of all processes since the start; 0 where the system does not say."""
+    try:
+        fields = [float(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    except OSError:
+        return 0.0
+    return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # neither idle nor waiting
 
 
 def _synchronize() -> None:
@@ -126,15 +154,17 @@ class Report:
         """Print one case; ratios are against ``baseline``."""
         facts = facts or {}
         print(f"\n{case}  " + "  ".join(f"{k}={v}" for k, v in facts.items()))
-        print(f"  {'':34}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ratio':>8}{'peak MB':>10}")
+        print(f"  {'':34}{'p20 ms':>10}{'p50 ms':>10}{'p80 ms':>10}{'ratio':>8}{'peak MB':>10}{'others':>8}")
         rows = {}
         for name in times.seconds:
             low, middle, high = (1e3 * times.quantile(name, q) for q in (2, 5, 8))
             peak = (peaks or {}).get(name)
             ratio = times.ratio(name, baseline)
             shown = "" if peak is None else f"{peak / 1e6:10.0f}"
-            print(f"  {name:34}{low:10.1f}{middle:10.1f}{high:10.1f}{ratio:8.2f}{shown:>10}")
-            rows[name] = {"p20": low, "p50": middle, "p80": high, "ratio": ratio, "peak_bytes": peak}
+            others = statistics.median(times.others[name])
+            print(f"  {name:34}{low:10.1f}{middle:10.1f}{high:10.1f}{ratio:8.2f}{shown:>10}{others:8.0%}")
+            rows[name] = {"p20": low, "p50": middle, "p80": high, "ratio": ratio, "peak_bytes": peak, "others": others}
+        sys.stdout.flush()  # a long benchmark is read while it runs
         self.cases.append({"case": case, "baseline": baseline, **facts, "rows": rows})
 
     def close(self) -> None:

@@ -15,12 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.datums import Datum
+from pullback.datums import Datum, ModelInput
 from pullback.losses import Loss
 from pullback.testing import TinyLM, example_datums
 
 VOCAB = 17  # of `make_data` and of the tiny models
 make_data = example_datums
+
+
+def sharing(groups: list[list[int]], seed: int = 0, vocab: int = VOCAB) -> list[Datum]:
+    """Datums of these lengths; those of a group have their beginning in common, as far as the shortest goes but one."""
+    found, generator = [], torch.Generator().manual_seed(seed)
+    for number, lengths in enumerate(groups):
+        start = torch.randint(vocab, (min(lengths) - 1,), generator=generator)
+        for datum in make_data(lengths, seed=seed + number, vocab_size=vocab, group_id=[number]):
+            own = datum.model_input.tokens[len(start) :]
+            found.append(Datum(ModelInput.from_ints(torch.cat([start, own])), datum.loss_fn_inputs))
+    return found
 
 
 class AllocationTracker(TorchDispatchMode):

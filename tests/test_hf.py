@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, accumulate, cut, distance, make_data, tiny_llama
+from helpers import VOCAB, accumulate, cut, distance, make_data, sharing, tiny_llama
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +38,17 @@ def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Los
         backend = TorchBackend(tiny_llama(**options), layout=layout, token_budget=budget)  # type: ignore[arg-type]
         found = accumulate(backend, loss, cut(data, 2, [4, 0, 6, 1, 3, 2, 5]))
         assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("options", HF_CASES.values(), ids=HF_CASES.keys())
+def test_forked_equals_single_on_transformers(options: dict[str, Any]) -> None:
+    """A beginning that runs once gives what each sequence gives alone, in any order, checkpointed too."""
+    data = sharing([[9, 7], [5, 12, 8], [11, 6, 6, 7]])
+    expected = accumulate(TorchBackend(tiny_llama(**options), layout="single"), GRPO(), [data])
+    for order in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [4, 8, 2, 0, 6, 1, 3, 7, 5]):
+        backend = TorchBackend(tiny_llama(**options), layout="forked")
+        assert distance(accumulate(backend, GRPO(), [[data[i] for i in order]]), expected) < 1e-6
+    assert backend.plan(GRPO(), data).tokens < sum(len(d.model_input) for d in data)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
@@ -74,8 +86,9 @@ def test_lengths_rolled_by_one_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     @contextmanager
     def rolled(positions: Tensor) -> Iterator[dict[str, Any]]:
         with packed_inputs(positions) as extra:
-            first, *others, last = extra["segment_lengths"]
-            yield {"segment_lengths": [first + 1, *others, last - 1]}
+            first, *others = extra["segments"]
+            second = replace(others[0], start=others[0].start + 1)
+            yield {"segments": [replace(first, end=first.end + 1), second, *others[1:]]}
 
     model = tiny_llama()
     assert TorchBackend(model).plan("cross_entropy", make_data(LENGTHS)).layout == "packed"

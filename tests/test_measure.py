@@ -71,6 +71,7 @@ def test_numerics_of_hidden_states() -> None:
         ["head", "--shapes", "small", "--dtypes", "float32,bfloat16"],
         ["custom", "--model", "tiny", "--sequences", "4", "--length", "32", "--token-budget", "64"],
         ["step", "--model", "tiny", "--sequences", "4"],
+        ["layouts", "--model", "tiny", "--sequences", "4", "--clock", "cpu", "--threads", "1"],
     ],
     ids=lambda a: a[0],
 )

@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import accumulate, cut, distance, make_data, tiny_backend, weights_of
+from helpers import accumulate, cut, distance, make_data, sharing, tiny_backend, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.ledger import Ledger
+from pullback.backends.native import batching
 from pullback.errors import LeakyModelError
-from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, Loss
+from pullback.losses import DPO, GRPO, KL, ORPO, PPO, CrossEntropy, Loss
 from pullback.testing import FutureLeakLM, PackingLeakLM, RowLeakLM, TinyLM
 
 LENGTHS = [3, 6, 2, 5, 7, 1, 4, 4, 6, 2, 3, 5, 2, 7]
+SURROGATE = PPO()
 LOSSES: list[Loss] = [
     CrossEntropy(),
     CrossEntropy("token_mean"),
@@ -34,7 +37,7 @@ LOSSES: list[Loss] = [
     order=st.permutations(range(7)),
     calls=st.sampled_from([1, 2, 7]),
     budget=st.integers(1, 80),
-    layout=st.sampled_from(["packed", "padded", "single"]),
+    layout=st.sampled_from(["packed", "forked", "padded", "single"]),
 )
 def test_split_invariance(loss: Loss, order: list[int], calls: int, budget: int, layout: Any) -> None:
     """The gradient is the same to 1e-12, and so is the update to 1e-10."""
@@ -47,6 +50,45 @@ def test_split_invariance(loss: Loss, order: list[int], calls: int, budget: int,
     assert one.optim_step(params).result().stepped
     assert other.optim_step(params).result().stepped
     assert distance(weights_of(other), weights_of(one)) < 1e-10
+
+
+@pytest.mark.parametrize("layout", ["packed", "forked"])
+@given(
+    groups=st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=4), min_size=1, max_size=4),
+    budget=st.integers(1, 120),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_together_as_alone(layout: Any, groups: list[list[int]], budget: int, seed: int, data: Any) -> None:
+    """Packed in any order, and forked where beginnings are shared: the log-probs and gradient of each alone, to 1e-12."""
+    datums = sharing(groups, seed)
+    order = data.draw(st.permutations(range(len(datums))))
+    alone, together = tiny_backend(layout="single"), tiny_backend(layout=layout, token_budget=budget)
+    expected = alone.forward_backward(datums, "ppo").result().loss_fn_outputs
+    found = together.forward_backward([datums[i] for i in order], "ppo").result().loss_fn_outputs
+    for i, one in zip(order, found, strict=True):
+        assert torch.allclose(one["logprobs"].to_torch(), expected[i]["logprobs"].to_torch(), rtol=0, atol=1e-12)
+    assert distance(together.gradients(), alone.gradients()) < 1e-12
+
+
+def test_forks_save_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout is chosen where something is shared; a fork one token too late is another gradient (negative control)."""
+    data = sharing([[20, 24], [16, 17, 30]])
+    backend, packed = tiny_backend(), tiny_backend(layout="packed")
+    plan = backend.plan("ppo", data)
+    assert (plan.layout, plan.tokens) == ("forked", 107 - 19 - 15 - 15)
+    assert backend.plan("ppo", make_data(LENGTHS)).layout == "packed"
+    with FlopCounterMode(display=False) as whole:
+        expected = accumulate(packed, SURROGATE, [data])
+    with FlopCounterMode(display=False) as counter:
+        assert distance(accumulate(backend, SURROGATE, [data]), expected) < 1e-12
+    assert counter.get_total_flops() < 0.65 * whole.get_total_flops()
+    forks = batching.forks
+    backend.discard_gradients()
+    monkeypatch.setattr(batching, "forks", lambda r: [(base, shared and shared + 1) for base, shared in forks(r)])
+    assert distance(accumulate(backend, SURROGATE, [data]), expected) > 1e-3
+    with pytest.raises(LeakyModelError, match="layout='forked'"):
+        tiny_backend(layout="forked")
 
 
 def test_each_call_dividing_by_its_own_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

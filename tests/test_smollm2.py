@@ -92,10 +92,12 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
         return counter.get_total_flops(), held
 
     built_in, _ = flops(custom=False)
+    planned = backend.plan(nll, data)
     own, held = flops(custom=True)
+    assert planned.graph_bytes == pytest.approx(held, rel=0.2)
     assert own == built_in if whole == 1.0 else built_in < own <= whole * built_in
     if half is not None:
-        backend._engine.activation_budget = held / 2
+        backend._engine.room.graphs = held / 2
         again, reduced = flops(custom=True)
         assert reduced <= held / 2
         assert built_in < again <= half * built_in

@@ -24,7 +24,8 @@ class WeightFactory(Protocol):
 class TinyLM(nn.Module):
     """A transformer that computes entirely in ``dtype`` (transformers' own normalise in fp32 whatever you ask).
 
-    Packed sequences are kept apart by their positions: a new sequence begins wherever they restart at 0.
+    Packed sequences are kept apart by their positions: a new sequence begins wherever they restart at 0,
+    and forks where they fall back to another number.
 
     Args:
         vocab_size: V.
@@ -75,10 +76,17 @@ class TinyLM(nn.Module):
 
 
 def causal_mask(positions: Tensor) -> Tensor:
-    """Return which token sees which, bool [R, L, L]: earlier ones of its own sequence, and itself."""
-    sequence = (positions == 0).cumsum(-1)
+    """Return which token sees which, bool [R, L, L]: earlier ones of its own sequence, itself, and what it forks from."""
     order = torch.arange(positions.shape[-1], device=positions.device)
-    return (order[:, None] >= order[None, :]) & (sequence[:, :, None] == sequence[:, None, :])
+    sequence = (positions == 0).cumsum(-1)
+    cut = torch.ones_like(positions, dtype=torch.bool)
+    cut[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    segment = cut.cumsum(-1)
+    fork = positions - (order - torch.where(cut, order, 0).cummax(-1).values)  # where the token's segment begins
+    own = segment[:, :, None] == segment[:, None, :]
+    shared = (fork == 0)[:, None, :] & (positions[:, None, :] < fork[:, :, None])
+    together = sequence[:, :, None] == sequence[:, None, :]
+    return together & (own | shared) & (order[:, None] >= order[None, :])
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:

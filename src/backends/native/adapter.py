@@ -40,7 +40,9 @@ class ModelAdapter(Protocol):
         Args:
             tokens: int64 [R, L].
             positions: int64 [R, L]; position of each token in its own sequence. Where it restarts at 0 within a row a
-                new sequence begins, which must not see the one before.
+                new sequence begins, which must not see the one before. Where it falls back to P > 0 the sequence forks:
+                what follows goes on after the first P tokens that were laid out from the last 0. A model that cannot do
+                this is not given forks: both are probed at load.
         """
         ...
 

@@ -44,8 +44,8 @@ class TorchBackend:
         token_budget: tokens of one forward, padding included; memory, never the result, depends on it.
         activation_budget: bytes that the graphs of one call may hold together; default half of what is free.
         overflow: what happens to graphs beyond it: ``recompute`` (run again) or ``offload`` (to CPU memory).
-        layout: ``packed`` (end to end in one row), ``padded`` (one per row), ``single`` or ``auto`` (the cheaper one
-            that keeps sequences apart, as probed at load).
+        layout: ``packed`` (end to end in one row), ``forked`` (the same, a beginning that several share runs once),
+            ``padded`` (one per row), ``single`` or ``auto`` (the cheapest that keeps sequences apart, as probed at load).
         max_length: longest datum, tokens; None = no limit.
         checkpoint_dir: where `save_state` writes.
         seed: of the sampling generator.

@@ -13,9 +13,20 @@ from ...datums.types import Datum
 from ...losses.adapt import as_tensor
 from ...losses.base import Loss
 
-__all__ = ["Layout", "Rows", "ScoreRequest", "arrange", "loss_units", "micro_batches", "padded_tokens", "request"]
+__all__ = [
+    "Layout",
+    "Rows",
+    "ScoreRequest",
+    "arrange",
+    "loss_units",
+    "micro_batches",
+    "own_lengths",
+    "padded_tokens",
+    "request",
+]
 
-Layout = Literal["packed", "padded", "single"]
+Layout = Literal["packed", "forked", "padded", "single"]
+_SHORTEST = 4  # tokens of a beginning that is shared
 
 
 @final
@@ -109,13 +120,39 @@ def padded_tokens(lengths: Sequence[int]) -> int:
     return len(lengths) * max(lengths)
 
 
+def forks(requests: Sequence[ScoreRequest]) -> list[tuple[int, int]]:
+    """Return for each sequence the earlier one that it begins like, and how many first tokens they share (itself: 0).
+
+    Its last token is always its own. A beginning of less than an eighth is not worth a fork.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    found = []
+    for i, one in enumerate(requests):
+        base = first.setdefault(tuple(one.tokens[:_SHORTEST].tolist()), i)
+        size = min(requests[base].length, one.length - 1)
+        differs = (requests[base].tokens[:size] != one.tokens[:size]).nonzero()
+        shared = int(differs[0, 0]) if len(differs) else size
+        worth = base != i and shared >= max(_SHORTEST, one.length // 8)
+        found.append((base, shared) if worth else (i, 0))
+    return found
+
+
+def own_lengths(requests: Sequence[ScoreRequest], layout: Layout) -> list[int]:
+    """Return the tokens that each sequence adds to a forward: all, or ``forked`` those after a shared beginning."""
+    if layout != "forked":
+        return [r.length for r in requests]
+    return [r.length - shared for r, (_, shared) in zip(requests, forks(requests), strict=True)]
+
+
 def arrange(requests: Sequence[ScoreRequest], layout: Layout, device: torch.device) -> Rows:
-    """Lay sequences out: ``packed`` in one row end to end, ``padded`` one per row, padding to the right.
+    """Lay sequences out: ``packed`` or ``forked`` in one row end to end, ``padded`` one per row, padding to the right.
 
     Right padding cannot reach earlier tokens of a causal model, so no mask is needed.
     """
     lengths = [r.length for r in requests]
-    if layout == "packed":
+    if layout == "forked":
+        tokens, positions, place = _forked(requests)
+    elif layout == "packed":
         tokens = torch.cat([r.tokens for r in requests])[None]
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         place = torch.arange(tokens.numel())
@@ -127,3 +164,21 @@ def arrange(requests: Sequence[ScoreRequest], layout: Layout, device: torch.devi
         positions = torch.arange(width).expand(len(requests), width)
         place = torch.cat([torch.arange(n) + row * width for row, n in enumerate(lengths)])
     return Rows(tokens.to(device), positions.to(device), place.to(device))
+
+
+def _forked(requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay sequences end to end, each followed by the rest of those that begin like it; positions fall back to the fork."""
+    found = forks(requests)
+    order = sorted(range(len(requests)), key=lambda i: (found[i][0], i))
+    starts: dict[int, int] = {}
+    places: dict[int, Tensor] = {}
+    tokens, positions, end = [], [], 0
+    for i in order:
+        (base, shared), one = found[i], requests[i]
+        starts.setdefault(base, end)
+        own = torch.arange(end, end + one.length - shared)
+        places[i] = torch.cat([torch.arange(starts[base], starts[base] + shared), own])
+        tokens.append(one.tokens[shared:])
+        positions.append(torch.arange(shared, one.length))
+        end += len(own)
+    return torch.cat(tokens)[None], torch.cat(positions)[None], torch.cat([places[i] for i in range(len(requests))])

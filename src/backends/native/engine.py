@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, final
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ...datums.types import Datum, TensorData
 from ...datums.validation import validate
-from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError, UnsupportedError
+from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError
 from ...losses.base import Counts, Loss
 from ...losses.metrics import wire_metrics
 from ..arguments import as_loss
@@ -24,19 +23,18 @@ from .adapter import ModelAdapter
 from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
 from .gradient import Gradient, custom_gradient, registered_gradient
 from .held import HeldForward, held_gradient
-from .memory import GraphMeter, available_bytes
+from .memory import GraphMeter
 from .optimizer import Optimizer
 from .planning import choose_layout, describe_model
 from .probe import isolated_layouts, measure_graph, require_causal
+from .room import Room
 from .scoring import model_device, score, trainable
-from .tape import Overflow, Tape, TapeSettings
+from .tape import Overflow, Tape
 from .window import Window
 
 __all__ = ["Engine", "Positions", "as_adapter"]
 
 Positions = Literal["all", "trained"]
-_SHARE_OF_FREE = 0.5  # of free memory, for graphs; the rest is for the backward and for others
-_logger = logging.getLogger(__name__)
 
 
 @final
@@ -51,7 +49,7 @@ class Engine:
         weights_version, operations: steps and gradient operations so far.
         layouts: those that keep sequences of one forward apart.
         sizes: what cost is made of.
-        meter: what graphs hold.
+        room: how much memory a call may take.
     """
 
     def __init__(
@@ -68,24 +66,15 @@ class Engine:
         self.parameters = trainable(model)
         if not self.parameters:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
-        if token_budget < 1:
-            raise ConfigError(f"token_budget must be at least 1 token, got {token_budget}")
-        if activation_budget is not None and not activation_budget >= 0:
-            raise ConfigError(f"activation_budget must be a number of bytes, got {activation_budget!r}")
-        if overflow not in ("recompute", "offload"):
-            raise ConfigError(f"overflow must be recompute or offload, got {overflow!r}")
-        if overflow == "offload" and model_device(self.model).type == "cpu":
-            raise ConfigError("overflow='offload' moves graphs to CPU memory, where this model's already are; drop it")
+        self.room = Room(token_budget, activation_budget, overflow, GraphMeter.of(model), model_device(self.model))
         model.eval()  # no dropout: policy and reference must be the same function
-        self.budget, self.max_length = token_budget, max_length
-        self.activation_budget, self.overflow = activation_budget, overflow
+        self.max_length = max_length
         head = self.model.head()
         self.vocab_size = int(head.weight.shape[0])
         require_causal(self.model, self.vocab_size)
         self.layouts = _allowed(layout, isolated_layouts(self.model, self.vocab_size))
         self.sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
-        self.meter = GraphMeter.of(model)
-        measure_graph(self.model, self.vocab_size, self.layouts[0], self.meter)
+        measure_graph(self.model, self.vocab_size, self.layouts[0], self.room.meter)
         self.window = Window(self.parameters)
         self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(model_device(self.model)).manual_seed(seed)
@@ -109,14 +98,8 @@ class Engine:
 
     def split(self, requests: Sequence[ScoreRequest], units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:
         lengths = [r.length for r in requests]
-        layout = choose_layout(self.sizes, self.layouts, lengths, self.budget)
-        return layout, micro_batches(units, lengths, self.budget, layout)
-
-    def tape_settings(self, layout: Layout) -> TapeSettings:
-        budget = self.activation_budget
-        if budget is None:
-            budget = _SHARE_OF_FREE * available_bytes(model_device(self.model))
-        return TapeSettings(layout, budget, self.overflow, self.meter)
+        layout = choose_layout(self.sizes, self.layouts, requests, self.room.tokens)
+        return layout, micro_batches(units, lengths, self.room.tokens, layout)
 
     @torch.no_grad()
     def forward(
@@ -128,12 +111,16 @@ class Engine:
     ) -> ForwardBackwardOutput:
         loss = as_loss(loss_fn, config)
         requests = self.check(data, loss)
-        layout, batches = self.split(requests, [[i] for i in range(len(data))])
-        found: dict[int, Tensor] = {}
-        for batch in batches:
-            packed = score(model, [requests[i] for i in batch], layout).cpu()
-            found |= dict(zip(batch, torch.split(packed, [requests[i].length for i in batch]), strict=True))
-        logprobs = [found[i] for i in range(len(data))]
+
+        def attempt() -> list[Tensor]:
+            layout, batches = self.split(requests, [[i] for i in range(len(data))])
+            found: dict[int, Tensor] = {}
+            for batch in batches:
+                packed = score(model, [requests[i] for i in batch], layout).cpu()
+                found |= dict(zip(batch, torch.split(packed, [requests[i].length for i in batch]), strict=True))
+            return [found[i] for i in range(len(data))]
+
+        logprobs = self.room.fitting(attempt, [r.length for r in requests])
         output = loss.evaluate(loss.batch(data, logprobs))
         return _output(requests, logprobs, wire_metrics(output.metrics))
 
@@ -146,7 +133,7 @@ class Engine:
         def attempt() -> Gradient:
             layout, batches = self.split(requests, loss_units(loss, data))
             forwards = [self.forwards(requests, batch, layout) for batch in batches]
-            settings = self.tape_settings(layout)
+            settings = self.room.settings(layout)
             return registered_gradient(self.model, loss, data, requests, forwards, settings, counts)
 
         gradient = self._add(attempt, requests)
@@ -163,7 +150,7 @@ class Engine:
 
         def attempt() -> Gradient:
             layout, batches = self.split(requests, [[i] for i in range(len(data))])
-            return custom_gradient(self.model, function, data, requests, batches, self.tape_settings(layout))
+            return custom_gradient(self.model, function, data, requests, batches, self.room.settings(layout))
 
         gradient = self._add(attempt, requests)
         self._record(custom_name(function), gradient, "function")
@@ -172,11 +159,17 @@ class Engine:
     def hold(self, data: Sequence[Datum], budget: float | None = None) -> HeldForward:
         """Score all positions and keep the graphs; one beyond ``budget`` bytes will run again."""
         requests = self.check(data, None)
-        layout, batches = self.split(requests, [[i] for i in range(len(data))])
-        settings = self.tape_settings(layout)
-        tape = Tape(self.model, settings if budget is None else replace(settings, budget=budget))
-        for batch in batches:
-            tape.add(batch, [requests[i] for i in batch])
+
+        def attempt() -> Tape:
+            layout, batches = self.split(requests, [[i] for i in range(len(data))])
+            settings = self.room.settings(layout)
+            given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
+            tape = Tape(self.model, given)
+            for batch in batches:
+                tape.add(batch, [requests[i] for i in batch])
+            return tape
+
+        tape = self.room.fitting(attempt, [r.length for r in requests])
         scored = tape.logprobs()
         return HeldForward(requests, tape, [scored[i].cpu() for i in range(len(data))], self.weights_version)
 
@@ -225,31 +218,18 @@ class Engine:
     def forwards(self, requests: Sequence[ScoreRequest], batch: Sequence[int], layout: Layout) -> list[list[int]]:
         """Split a batch of whole units further if it is larger than one forward may be."""
         lengths = {i: requests[i].length for i in batch}
-        return micro_batches([[i] for i in batch], lengths, self.budget, layout)
+        return micro_batches([[i] for i in batch], lengths, self.room.tokens, layout)
 
     def _add(self, attempt: Callable[[], Gradient], requests: Sequence[ScoreRequest]) -> Gradient:
-        """Add a gradient to the window, all of it or nothing; where memory runs out, in smaller forwards.
+        """Add a gradient to the window, all of it or nothing."""
 
-        Raises:
-            UnsupportedError: one datum alone does not fit.
-        """
-        longest = max(r.length for r in requests)
-        while True:
-            try:
-                with self.window.adding(), torch.enable_grad():
-                    gradient = attempt()
-                    self.window.require_finite(lambda: self._blame(requests))
-                return gradient
-            except torch.OutOfMemoryError as error:
-                if self.budget <= longest and self.activation_budget == 0:
-                    raise UnsupportedError(
-                        f"a datum of {longest} tokens does not fit into memory even alone; use gradient_checkpointing=True, "
-                        "a smaller model or dtype, or shorter sequences"
-                    ) from error
-            self.budget, self.activation_budget = max(longest, self.budget // 2), 0.0
-            _logger.warning("out of memory: token_budget is now %d, and no second graph is kept", self.budget)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        def added() -> Gradient:
+            with self.window.adding(), torch.enable_grad():
+                gradient = attempt()
+                self.window.require_finite(lambda: self._blame(requests))
+            return gradient
+
+        return self.room.fitting(added, [r.length for r in requests])
 
     def _record(self, name: str, gradient: Gradient, fitting: str | None) -> None:
         self.operations += 1
@@ -289,8 +269,8 @@ def as_adapter(model: Any) -> ModelAdapter:
 def _allowed(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Sequence[Layout]:
     if asked == "auto":
         return isolated
-    if asked not in ("packed", "padded", "single"):
-        raise ConfigError(f"layout must be auto, packed, padded or single, got {asked!r}")
+    if asked not in ("packed", "forked", "padded", "single"):
+        raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {asked!r}")
     if asked not in isolated:
         raise LeakyModelError(
             f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "

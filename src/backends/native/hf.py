@@ -86,7 +86,7 @@ class HFModel(nn.Module):
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the last hidden states, [R, L, H]."""
-        packed = tokens.shape[0] == 1 and bool((positions[0, 1:] == 0).any())
+        packed = tokens.shape[0] == 1 and bool((positions[0, 1:] != positions[0, :-1] + 1).any())
         # transformers keeps packed sequences apart by their positions, but only without a cache.
         if not packed:
             return cast(Tensor, self._run(input_ids=tokens)[0])

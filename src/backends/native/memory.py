@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GraphMeter", "available_bytes"]
+__all__ = ["GraphMeter", "available_bytes", "ran_out"]
 
 
 @final
@@ -77,3 +77,8 @@ def available_bytes(device: torch.device) -> float:
         return float(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether this is what a device, or PyTorch's allocator on a CPU, raises when there is no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -61,6 +61,7 @@ def online_pass(
         else:
             z = torch.mm(h, tile.weight.T, out=scratch[: len(h) * len(tile.weight)].view(len(h), -1))
         state.add(z, tile, first, temperature, entropy)
+    del z, scratch  # the rows of W that `result` takes would come on top
     return state.result(head, temperature, entropy)
 
 
@@ -103,7 +104,7 @@ class _State:
         logprobs = torch.where(sure, precise, logprobs).to(self._exact)
         unit = None
         if self._sum is not None:
-            own = (self._others.to(self._exact) * self._slope)[:, None] * head.weight[first[:, 0]].to(self._exact)
+            own = head.weight[first[:, 0]].to(self._exact).mul_((self._others.to(self._exact) * self._slope)[:, None])
             unit = own.sub_(self._sum).mul_(head.scale / temperature)
         return Online(logprobs, (self._lse - self._mean_logit).to(self._exact) if entropy else None, unit)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..types import Plan
 from .adapter import Head
-from .batching import Layout, ScoreRequest, micro_batches, padded_tokens
+from .batching import Layout, ScoreRequest, micro_batches, own_lengths, padded_tokens
 
 __all__ = ["Model", "Route", "choose_layout", "describe_model", "make_plan"]
 
@@ -58,16 +58,16 @@ def describe_model(module: nn.Module, head: Head, pair_flops: float) -> Model:
     )
 
 
-def choose_layout(model: Model, allowed: Sequence[Layout], lengths: Sequence[int], budget: int) -> Layout:
+def choose_layout(model: Model, allowed: Sequence[Layout], requests: Sequence[ScoreRequest], budget: int) -> Layout:
     """Return the allowed layout with the fewest FLOPs: padding wastes tokens, packing wastes attention."""
     ranked = [layout for layout in allowed if layout != "single"]
     if not ranked:
         return "single"
-    units = [[i] for i in range(len(lengths))]
+    lengths, units = [r.length for r in requests], [[i] for i in range(len(requests))]
 
     def cost(layout: Layout) -> float:
         batches = micro_batches(units, lengths, budget, layout)
-        return sum(sum(_trunk_flops(model, [lengths[i] for i in batch], layout)) for batch in batches)
+        return sum(sum(_trunk_flops(model, [requests[i] for i in batch], layout)) for batch in batches)
 
     return min(ranked, key=cost)
 
@@ -97,9 +97,10 @@ def make_plan(
     model: Model, route: Route, layout: Layout, requests: Sequence[ScoreRequest], batches: list[list[int]]
 ) -> Plan:
     """Predict tokens, FLOPs and memory of a call from its micro-batches."""
-    groups = [[requests[i].length for i in batch] for batch in batches]
+    groups = [[requests[i] for i in batch] for batch in batches]
+    own = [sum(own_lengths(group, layout)) for group in groups]
     scored = [sum(int(requests[i].needed.sum()) for i in batch) for batch in batches]
-    sizes = [sum(group) * route.bytes_per_token for group in groups]
+    sizes = [n * route.bytes_per_token for n in own]
     again = _recomputed(sizes, route.budget) if route.keeps else []
     kept = sum(size for i, size in enumerate(sizes) if i not in again)
     graphs = max([kept, *(sizes[i] for i in again)]) if route.keeps else max(sizes)
@@ -117,7 +118,7 @@ def make_plan(
         layout=layout,
         tokens=sum(_tokens(group, layout) for group in groups),
         scored=sum(scored),
-        recomputed=sum(sum(groups[i]) for i in again),
+        recomputed=sum(own[i] for i in again),
         forward_flops=sum(map(sum, trunk)) + head,
         backward_flops=backward + head * _head_products(model, route) + sum(sum(trunk[i]) for i in again),
         graph_bytes=graphs,
@@ -141,8 +142,8 @@ def _head_products(model: Model, route: Route) -> float:
     return 1.0 if model.frozen_head else 2.0 if route.known else 3.0
 
 
-def _tokens(lengths: Sequence[int], layout: Layout) -> int:
-    return padded_tokens(lengths) if layout == "padded" else sum(lengths)
+def _tokens(requests: Sequence[ScoreRequest], layout: Layout) -> int:
+    return padded_tokens([r.length for r in requests]) if layout == "padded" else sum(own_lengths(requests, layout))
 
 
 class _Trunk(NamedTuple):
@@ -152,13 +153,13 @@ class _Trunk(NamedTuple):
     attention: float
 
 
-def _trunk_flops(model: Model, lengths: Sequence[int], layout: Layout) -> _Trunk:
-    tokens = _tokens(lengths, layout)
+def _trunk_flops(model: Model, requests: Sequence[ScoreRequest], layout: Layout) -> _Trunk:
+    tokens, lengths = _tokens(requests, layout), [r.length for r in requests]
     match layout:
-        case "packed" if not model.segments:
+        case "packed" | "forked" if not model.segments:
             pairs = float(tokens) ** 2
         case "padded":
             pairs = float(tokens) * max(lengths)
         case _:
-            pairs = float(sum(n * n for n in lengths))
+            pairs = float(sum(own * n for own, n in zip(own_lengths(requests, layout), lengths, strict=True)))
     return _Trunk(2.0 * model.trunk * tokens, model.pair_flops * pairs)

@@ -48,7 +48,7 @@ def plan_call(
 
 
 def _route(engine: Engine, name: str, reason: str, layout: Layout, keeps: bool, known: bool = False) -> Route:
-    settings = engine.tape_settings(layout)
+    settings = engine.room.settings(layout)
     recomputes = settings.overflow == "recompute"
     budget = settings.budget if recomputes else float("inf")
     return Route(name, reason, keeps, known, budget, settings.meter.predict(1))

@@ -36,15 +36,15 @@ def require_causal(model: ModelAdapter, vocab_size: int) -> None:
 
 
 def isolated_layouts(model: ModelAdapter, vocab_size: int) -> tuple[Layout, ...]:
-    """Return the layouts in which two sequences together give what each gives alone, cheapest first.
+    """Return the layouts in which several sequences together give what each gives alone, cheapest first.
 
     ``single`` is always among them.
     """
-    pair = list(_sequences(vocab_size))
-    alone = torch.cat([_hidden(model, [r], "padded") for r in pair])
+    several = [*_sequences(vocab_size), _fork(vocab_size)]
+    alone = torch.cat([_hidden(model, [r], "padded") for r in several])
     kept: list[Layout] = []
-    for layout in ("packed", "padded"):
-        if _same(_hidden(model, pair, layout), alone):
+    for layout in ("packed", "forked", "padded"):
+        if _same(_hidden(model, several, layout), alone):
             kept.append(layout)
     return (*kept, "single")
 
@@ -61,6 +61,13 @@ def _sequences(vocab_size: int) -> tuple[ScoreRequest, ScoreRequest]:
     drawn = [torch.randint(vocab_size, (n,), generator=generator) for n in (6, 4)]
     first, second = (ScoreRequest(t, t, torch.ones_like(t, dtype=torch.bool)) for t in drawn)
     return first, second
+
+
+def _fork(vocab_size: int) -> ScoreRequest:
+    """A sequence that begins like the first one."""
+    first, other = _sequences(vocab_size)
+    tokens = torch.cat([first.tokens[:4], other.tokens[:3]])
+    return ScoreRequest(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 @torch.no_grad()

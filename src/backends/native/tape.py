@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import BackendError
 from ...losses.metrics import Metric, total
 from .adapter import ModelAdapter
-from .batching import Layout, ScoreRequest
+from .batching import Layout, ScoreRequest, own_lengths
 from .head import logprob_surrogate, selected_logprobs
 from .memory import GraphMeter
 from .scoring import Wanted, model_device, needed_hidden
@@ -73,7 +73,7 @@ class Tape:
 
     def add(self, batch: Sequence[int], requests: Sequence[ScoreRequest]) -> None:
         """Score a micro-batch, and keep its graph if the budget allows."""
-        tokens = sum(r.length for r in requests)
+        tokens = sum(own_lengths(requests, self._settings.layout))
         # One graph at a time is needed in any case.
         over = self.held_bytes > 0 and self.held_bytes + self._settings.meter.predict(tokens) > self._settings.budget
         keep = not over or self._settings.overflow == "offload"
@@ -171,7 +171,7 @@ class Tape:
         if offload:
             with torch.enable_grad(), torch.autograd.graph.save_on_cpu():
                 return needed_hidden(self._model, requests, layout), 0
-        with torch.enable_grad(), meter.measuring(sum(r.length for r in requests)):
+        with torch.enable_grad(), meter.measuring(sum(own_lengths(requests, layout))):
             hidden = needed_hidden(self._model, requests, layout)
         self._peak = max(self._peak, self.held_bytes + meter.bytes)
         return hidden, meter.bytes
