@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
-from ...datums.validation import validate
 from ...errors import BackendError, CheckpointError, ConfigError, InvalidDatumsError, LossTypeError
 from ...losses.base import Counts, Loss
-from ..arguments import as_loss
+from ..arguments import as_loss, check_data
 from ..cotangents import Cotangents, scored, target_cotangents
 from ..custom import custom_name
 from ..ledger import Ledger
@@ -51,14 +50,7 @@ class Engine:
         self.gradient, self.ledger, self.failures = None, Ledger(), []
 
     def check(self, data: Sequence[Datum], loss: Loss | None) -> None:
-        validate(
-            data,
-            required=() if loss is None else ("target_tokens", *loss.required_inputs),
-            optional=() if loss is None else loss.optional_inputs,
-            vocab_size=self.vocab_size,
-            known_keys=loss is not None,
-            pairs=loss is not None and loss.gradient_kind == "pair",
-        )
+        check_data(data, loss, vocab_size=self.vocab_size)
 
     def forward(
         self, model: TableModel, data: Sequence[Datum], loss_fn: str | Loss, config: Mapping[str, Any] | None

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...datums.types import Datum, TensorData
-from ...datums.validation import validate
 from ...errors import BackendError, ConfigError, LeakyModelError, LossTypeError
 from ...losses.base import Counts, Loss
 from ...losses.metrics import wire_metrics
-from ..arguments import as_loss
+from ..arguments import as_loss, check_data
 from ..custom import custom_name
 from ..operations import require_unspoiled
 from ..protocol import CustomLoss, NormalizationMode
@@ -84,16 +83,7 @@ class Engine:
     def check(
         self, data: Sequence[Datum], loss: Loss | None = None, positions: Positions = "all"
     ) -> list[ScoreRequest]:
-        required = () if loss is None else ("target_tokens", *loss.required_inputs)
-        validate(
-            data,
-            required=required,
-            optional=() if loss is None else loss.optional_inputs,
-            vocab_size=self.vocab_size,
-            max_length=self.max_length,
-            known_keys=loss is not None,
-            pairs=loss is not None and loss.gradient_kind == "pair",
-        )
+        check_data(data, loss, vocab_size=self.vocab_size, max_length=self.max_length)
         return [request(datum, positions == "trained") for datum in data]
 
     def split(self, requests: Sequence[ScoreRequest], units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:

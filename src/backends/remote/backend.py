@@ -9,7 +9,6 @@ from typing import Any, Self, TypeVar, final
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
-from ...datums.validation import validate
 from ...errors import (
     ClosedError,
     ConfigError,
@@ -20,7 +19,7 @@ from ...errors import (
 )
 from ...losses.base import Counts, Loss
 from ...losses.registry import config_of
-from ..arguments import as_loss
+from ..arguments import as_loss, check_data
 from ..cotangents import target_cotangents, with_cotangents
 from ..custom import custom_name
 from ..protocol import CustomLoss, NormalizationMode, ReferenceModel
@@ -343,15 +342,7 @@ class RemoteBackend:
 
     def _check(self, data: Sequence[Datum], loss: Loss | None) -> None:
         self._window.require_whole()
-        validate(
-            data,
-            required=() if loss is None else ("target_tokens", *loss.required_inputs),
-            optional=() if loss is None else loss.optional_inputs,
-            vocab_size=None,
-            max_length=self.capabilities.max_length,
-            known_keys=loss is not None,
-            pairs=loss is not None and loss.gradient_kind == "pair",
-        )
+        check_data(data, loss, max_length=self.capabilities.max_length)
 
     def _load(self, operation: str, path: str, optimizer: bool) -> RemoteFuture[None]:
         def send() -> Pending[None]:
