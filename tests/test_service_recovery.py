@@ -126,7 +126,7 @@ def test_a_model_without_checkpoints_names_its_origin(direct: Direct) -> None:
     direct.read(direct.operations.load_weights("me", json.dumps(given).encode(), given))
     again = direct.restart()
     step = {"model_id": "sess:train:1", "seq_id": 1, "adam_params": {}}
-    answer = again.read(again.operations.optim_step("me", b"", step))
+    answer = again.read(again.operations.training.optim_step("me", b"", step))
     assert f"{uri} (which it was made from)" in answer.text
     again.sequencer.close()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .fake import FakeBackend
 from .futures import FinishedFuture, Future
-from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs, with_reference
+from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
+from .reference import with_reference
 from .remote import RemoteBackend, connect
 from .types import (
     AdamParams,

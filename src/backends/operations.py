@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar, final
 
 from ..errors import ClosedError, PrecedingOperationFailed, UnreadFailureError
 from .futures import FinishedFuture
 
-__all__ = ["Operations", "Spoilable", "require_unspoiled"]
+__all__ = ["Operations", "Spoilable", "never_read", "require_unspoiled", "spoiled"]
 
 T = TypeVar("T")
 
@@ -30,11 +30,24 @@ def require_unspoiled(window: Spoilable) -> None:
         PrecedingOperationFailed: the window lacks a batch.
     """
     if window.failures:
-        cause = window.failures[0]
-        raise PrecedingOperationFailed(
-            f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been read, "
-            "so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
-        ) from cause
+        raise spoiled(window.failures[0]) from window.failures[0]
+
+
+def spoiled(cause: BaseException) -> PrecedingOperationFailed:
+    """Word the refusal of a window that lacks a batch."""
+    return PrecedingOperationFailed(
+        f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been read, "
+        "so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
+    )
+
+
+def never_read(failures: Sequence[BaseException]) -> UnreadFailureError:
+    """Word the failures that nobody has read."""
+    first = failures[0]
+    return UnreadFailureError(
+        f"{len(failures)} operation(s) failed and their futures were never read; the first: "
+        f"{type(first).__name__}: {first}"
+    )
 
 
 @final
@@ -83,9 +96,6 @@ class Operations:
             UnreadFailureError: an operation failed and nobody read its error.
         """
         self.closed = True
-        unread, self._unread = self._unread, []
-        if unread:
-            raise UnreadFailureError(
-                f"{len(unread)} operation(s) failed and their futures were never read; the first: "
-                f"{type(unread[0]).__name__}: {unread[0]}"
-            ) from unread[0]
+        failures, self._unread = self._unread, []
+        if failures:
+            raise never_read(failures) from failures[0]

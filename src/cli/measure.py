@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..backends import SamplingParams, TorchBackend
+from ..backends.native import HFModel
 from ..backends.native.batching import ScoreRequest
 from ..backends.native.scoring import score
 from ..datums import Datum, ModelInput, datum_from_tokens_weights
 from ..testing.agreement import sampling_agreement
+from ..testing.llama import random_llama
 from ..testing.numerics import NumericsRow, head_numerics, hidden_of, model_numerics
 from .demo.models import smollm2_file
 
@@ -68,7 +70,7 @@ def check_sampling(arguments: argparse.Namespace) -> int:
 def load(name: str, dtype: str) -> TorchBackend:
     """Return a backend on ``smollm2``, on ``tiny`` (a random Llama), or on a folder that transformers can load."""
     if name == "tiny":
-        return _tiny(dtype)
+        return TorchBackend(HFModel(random_llama(dtype=getattr(torch, dtype))), layout="single")
     path, file = smollm2_file() if name == "smollm2" else (Path(name), None)
     return TorchBackend.from_pretrained(path, gguf_file=file, dtype=dtype, layout="single")
 
@@ -99,23 +101,3 @@ def _packed(model: Any, requests: Sequence[ScoreRequest]) -> Tensor:
 def _autocast(model: Any, requests: Sequence[ScoreRequest]) -> Tensor:
     with torch.autocast(model.head().weight.device.type, torch.bfloat16):
         return score(model, requests, "single")
-
-
-def _tiny(dtype: str) -> TorchBackend:
-    from ..backends.native import HFModel
-    from ..errors import require_extra
-
-    transformers = require_extra("transformers", "hf", "the tiny Llama")
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
-    return TorchBackend(HFModel(model.to(getattr(torch, dtype))), layout="single")

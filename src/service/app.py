@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, final
 
-from ..errors import BusyError, PullbackError, ServiceError, TooLargeError, require_extra
+from ..errors import require_extra
 from ..losses import loss_names
+from .calls import Call, json_response, refusal
 from .journal import Failure, Journal, hold_folder
 from .json_form import decode_json_request, json_result
 from .limits import Keys, Limits, read_body
@@ -24,58 +24,14 @@ from .wire import decode_request
 __all__ = ["build_app"]
 
 _PROTOBUF: Final = "application/x-protobuf"
-_CUSTOM: Final = "TrainingClient.forward_backward_custom"
 # A pair is never cut into two requests.
 _CLIENT: Final = {
     "fwdbwd_max_chunk_len": 100_000,
     "fwdbwd_max_chunk_bytes_count": 200_000_000,
     "custom_loss_server_side": True,
 }
-_TYPES: Final[dict[str, type]] = {
-    **dict.fromkeys(("model_id", "session_id", "request_id", "sampling_session_id"), str),
-    **dict.fromkeys(("path", "model_path", "tinker_path", "base_model"), str),
-    **dict.fromkeys(("seq_id", "model_seq_id", "custom_loss_seq_id", "sampling_session_seq_id"), int),
-    **dict.fromkeys(("forward_input", "forward_backward_input", "adam_params", "lora_config", "user_metadata"), dict),
-    **dict.fromkeys(("sampling_params", "prompt", "graph"), dict),
-}
 Json = dict[str, Any]
-Handler = Callable[["Call"], Awaitable[Any]]
-
-
-@final
-class Call:
-    """One request: whose it is, and what it holds."""
-
-    def __init__(self, request: Any, owner: str, raw: bytes) -> None:
-        self.request, self.owner, self.raw = request, owner, raw
-        self.query: dict[str, str] = dict(request.query_params)
-        self.path: dict[str, str] = dict(request.path_params)
-
-    @property
-    def body(self) -> Json:
-        """The JSON body.
-
-        Raises:
-            ServiceError: it is no object.
-        """
-        found = json.loads(self.raw)
-        if not isinstance(found, dict):
-            raise ServiceError("the body must be a JSON object")
-        for key, kind in _TYPES.items():
-            if not isinstance(found.get(key), (kind, type(None))) or isinstance(found.get(key), bool):
-                raise ServiceError(f"{key} must be of type {kind.__name__}, got {type(found[key]).__name__}")
-        return found
-
-    @property
-    def custom(self) -> bool:
-        """Whether it is one half of the SDK's custom loss."""
-        return bool(self.request.headers.get("x-sdk-method", "") == _CUSTOM)
-
-    @property
-    def forked(self) -> bool:
-        """Whether it comes from a fork of the SDK: it names the release that it was made from, and its own."""
-        agent, package = (self.request.headers.get(key, "") for key in ("user-agent", "x-stainless-package-version"))
-        return agent.startswith("AsyncTinker/") and bool(package) and not agent.endswith(f" {package}")
+Handler = Callable[[Call], Awaitable[Any]]
 
 
 def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
@@ -114,7 +70,7 @@ class _App:
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
         gauge("models", "models in memory", lambda: len(tenants.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
-        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.leases.bytes)
+        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.leases.bytes)
 
     async def _lifespan(self) -> Any:
         task = asyncio.create_task(self._sweep())
@@ -134,7 +90,7 @@ class _App:
         """Let go of old leases even where no request comes any more."""
         while True:
             await asyncio.sleep(self.limits.lease_seconds / 4)
-            self.sequencer.run(self.operations.leases.sweep)
+            self.sequencer.run(self.operations.training.leases.sweep)
 
     def routes(self) -> list[Any]:
         """All routes."""
@@ -152,10 +108,10 @@ class _App:
             post("create_model", self._accepted(do.create_model)),
             post("unload_model", self._accepted(do.unload)),
             post("get_info", self._now(lambda call: lists.info(call.owner, call.body["model_id"]))),
-            post("create_custom_loss", self._accepted(do.create_loss)),
+            post("create_custom_loss", self._accepted(do.training.create_loss)),
             post("forward", self._gradient(forward_only=True)),
             post("forward_backward", self._gradient(forward_only=False)),
-            post("optim_step", self._accepted(do.optim_step)),
+            post("optim_step", self._accepted(do.training.optim_step)),
             post("save_weights", self._accepted(do.save_weights)),
             post("load_weights", self._accepted(do.load_weights)),
             post("load_adapter", self._accepted(do.load_adapter)),
@@ -199,12 +155,12 @@ class _App:
             owner = self.keys.owner(request.headers.get("x-api-key", ""))
             try:
                 if owner is None:
-                    response = _json({"detail": "unknown API key"}, 401)
+                    response = json_response({"detail": "unknown API key"}, 401)
                 else:
                     raw = await read_body(request, self.limits.body_bytes)
                     response = await handler(Call(request, owner, raw))
             except Exception as error:
-                response = _refusal(error)
+                response = refusal(error)
             self.telemetry.request(path, response.status_code, time.perf_counter() - began, len(raw))
             return response
 
@@ -212,20 +168,20 @@ class _App:
 
     def _constant(self, found: Json) -> Handler:
         async def handler(_: Call) -> Any:
-            return _json(found)
+            return json_response(found)
 
         return handler
 
     def _now(self, work: Callable[[Call], Json]) -> Handler:
         async def handler(call: Call) -> Any:
-            return _json(work(call))
+            return json_response(work(call))
 
         return handler
 
     def _accepted(self, submit: Callable[[str, bytes, Json], str]) -> Handler:
         async def handler(call: Call) -> Any:
             body = call.body
-            return _json({"request_id": submit(call.owner, call.raw, body), "model_id": body.get("model_id")})
+            return json_response({"request_id": submit(call.owner, call.raw, body), "model_id": body.get("model_id")})
 
         return handler
 
@@ -237,29 +193,31 @@ class _App:
                 # Forks do not say what a request is part of: any may be one half of a custom loss.
                 custom = call.custom or "x-sdk-method" not in call.request.headers
                 request = decode_json_request(call.raw, call.body, forward_only, custom)
-            return _json({"request_id": self.operations.gradient(call.owner, request), "model_id": request.model_id})
+            return json_response(
+                {"request_id": self.operations.training.gradient(call.owner, request), "model_id": request.model_id}
+            )
 
         return handler
 
     async def _create_session(self, call: Call) -> Any:
         session = f"sess-{secrets.token_hex(8)}"
         self.journal.add_session(session, call.owner, call.body.get("user_metadata"))
-        return _json({"type": "create_session", "session_id": session, "info_message": None})
+        return json_response({"type": "create_session", "session_id": session, "info_message": None})
 
     async def _heartbeat(self, call: Call) -> Any:
-        self.operations.require_session(call.owner, call.body["session_id"])
-        return _json({"type": "session_heartbeat"})
+        self.operations.sessions.require(call.owner, call.body["session_id"])
+        return json_response({"type": "session_heartbeat"})
 
     async def _finish(self, call: Call) -> Any:
         from starlette.responses import Response
 
-        session = self.operations.require_session(call.owner, call.path["id"])
+        session = self.operations.sessions.require(call.owner, call.path["id"])
         self.sequencer.run(lambda: self.operations.finish(session))
         return Response(status_code=204)
 
     def _create_sampling_session(self, call: Call) -> Json:
         body = call.body
-        session = self.operations.require_session(call.owner, body["session_id"])
+        session = self.operations.sessions.require(call.owner, body["session_id"])
         return self.operations.samplers.create(
             f"{session}:sample:{int(body['sampling_session_seq_id'])}", call.owner, body
         )
@@ -273,23 +231,23 @@ class _App:
         try:
             found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
         except TimeoutError:
-            return _json({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
+            return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
         if (
             body.get("allow_metadata_only") is True
             and isinstance(found, bytes)
             and len(found) > self.limits.large_bytes
         ):
-            return _json({"status": "complete_metadata", "response_payload_size": len(found)})
-        self.operations.delivered(request_id)
+            return json_response({"status": "complete_metadata", "response_payload_size": len(found)})
+        self.operations.training.delivered(request_id)
         if isinstance(found, Failure):
-            return _json({"error": found.text, "category": found.category})
+            return json_response({"error": found.text, "category": found.category})
         if isinstance(found, dict):
-            return _json(self.operations.names.shown(found) if call.forked else found)
+            return json_response(self.operations.names.shown(found) if call.forked else found)
         accepts = call.request.headers.get("accept", "*/*")
         if _PROTOBUF in accepts or "*/*" in accepts:
             return Response(found, media_type=_PROTOBUF)
         operation = self.journal.operation(request_id)
-        return _json(json_result(operation.kind if operation else "", found))
+        return json_response(json_result(operation.kind if operation else "", found))
 
     async def _delete(self, call: Call) -> Any:
         from starlette.responses import Response
@@ -301,26 +259,3 @@ class _App:
         from starlette.responses import Response
 
         return Response(self.telemetry.exposition(), media_type="text/plain; version=0.0.4")
-
-
-def _json(found: Json, status: int = 200) -> Any:
-    from starlette.responses import JSONResponse
-
-    return JSONResponse(found, status)
-
-
-def _refusal(error: Exception) -> Any:
-    """Say why a request was not accepted; what is not a client's mistake goes up."""
-    if isinstance(error, BusyError):
-        response = _json({"detail": str(error)}, 429)
-        response.headers["retry-after"] = "1"
-        return response
-    if isinstance(error, TooLargeError):
-        return _json({"detail": str(error)}, 413)
-    if isinstance(error, ServiceError) and str(error).startswith("there is no"):
-        return _json({"detail": str(error)}, 404)
-    if isinstance(error, PullbackError):
-        return _json({"detail": str(error)}, 400)
-    if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)):
-        return _json({"detail": f"malformed request: {type(error).__name__} {error}"}, 400)
-    raise error

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -16,7 +16,7 @@ from typing import Any, Final, final
 from ..errors import BusyError, PullbackError, ServiceError
 from .journal import Answer, Failure, Journal
 
-__all__ = ["Sequencer", "failure_of", "require_number"]
+__all__ = ["Sequencer", "failure_of", "number_of", "require_number"]
 
 _logger = logging.getLogger(__name__)
 _KEPT_SECONDS: Final = 24 * 3600.0
@@ -252,3 +252,8 @@ def require_number(name: str, number: object) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**62:
         raise ServiceError(f"{name} must be a whole number, got {number!r}")
     return number
+
+
+def number_of(body: Mapping[str, Any], key: str) -> int:
+    """Return the sequence number that a request has under a key."""
+    return require_number(key, body[key])

@@ -11,6 +11,7 @@ from .cases import Case, CaseSequence
 from .conformance import PROMISES, check_backend
 from .examples import example_datums
 from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
+from .llama import random_llama
 from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
@@ -35,6 +36,7 @@ __all__ = [
     "head_numerics",
     "model_numerics",
     "oracles",
+    "random_llama",
     "sampling_agreement",
     "verify_resume",
 ]

@@ -13,9 +13,9 @@ from ...losses.base import Counts, Loss
 from ..arguments import as_loss
 from ..custom import custom_name
 from ..futures import FinishedFuture
-from ..native.reference import ReferenceView
 from ..operations import Operations
 from ..protocol import CustomLoss, NormalizationMode
+from ..reference import ReferenceView
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .engine import Engine
 

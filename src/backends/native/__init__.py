@@ -7,16 +7,13 @@ from .backend import TorchBackend
 from .head import logprob_surrogate, selected_logprobs
 from .held import HeldForward
 from .hf import HFModel
-from .reference import ReferenceView, with_reference
 
 __all__ = [
     "HFModel",
     "Head",
     "HeldForward",
     "ModelAdapter",
-    "ReferenceView",
     "TorchBackend",
     "logprob_surrogate",
     "selected_logprobs",
-    "with_reference",
 ]

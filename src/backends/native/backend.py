@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ...datums.types import Datum, ModelInput
-from ...errors import MissingReferenceError
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss
 from ..futures import FinishedFuture
 from ..operations import Operations
 from ..protocol import CustomLoss, NormalizationMode
+from ..reference import ReferenceView
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .batching import Layout
 from .engine import Engine, Positions, as_adapter
 from .held import HeldForward
 from .plans import plan_call
-from .reference import ReferenceView
+from .reference import reference_forward
 from .sampling import draw
 from .state import load_checkpoint, save_checkpoint
 from .tape import Overflow
@@ -253,23 +253,8 @@ class TorchBackend:
         Raises:
             MissingReferenceError: full tuning without a ``reference=`` model.
         """
-        frozen = self._reference
-        if frozen is not None:
-            return ReferenceView(
-                lambda *call: self._run("reference forward", lambda: self._engine.forward(frozen, *call))
-            )
-        base_only = getattr(self.model, "base_only", None)
-        if base_only is None or not getattr(self.model, "is_lora", False):
-            raise MissingReferenceError(
-                "this backend trains all weights and was given no reference; pass reference=<a frozen copy of the model> to "
-                "TorchBackend, or train with LoRA, whose base is the reference"
-            )
-
-        def forward(*call: Any) -> ForwardBackwardOutput:
-            with base_only():
-                return self._engine.forward(self._engine.model, *call)
-
-        return ReferenceView(lambda *call: self._run("reference", lambda: forward(*call)))
+        forward = reference_forward(self._engine, self._reference)
+        return ReferenceView(lambda *call: self._run("reference forward", lambda: forward(*call)))
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> FinishedFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt, prompt-major; log-probs are those of the untempered policy."""

@@ -1,38 +1,35 @@
-"""The frozen reference: forward only."""
+"""What scores as the reference: a frozen copy, or the base below a model's adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any
 
-from ...datums.types import Datum
-from ..futures import Future
-from ..protocol import ReferenceModel
+from ...errors import MissingReferenceError
 from ..types import ForwardBackwardOutput
+from .adapter import ModelAdapter
+from .engine import Engine
 
-__all__ = ["ReferenceView", "with_reference"]
-
-Forward = Callable[[Sequence[Datum], str, Mapping[str, Any] | None], Future[ForwardBackwardOutput]]
-
-
-@final
-class ReferenceView:
-    """Scores with the reference weights and has no verb that could train them."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-
-    def forward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
-    ) -> Future[ForwardBackwardOutput]:
-        """Score all target tokens; no gradient."""
-        return self._forward(data, loss_fn, loss_fn_config)
+__all__ = ["reference_forward"]
 
 
-def with_reference(data: Sequence[Datum], reference: ReferenceModel) -> list[Datum]:
-    """Return the datums with ``ref_logprobs`` filled in by one forward of the reference."""
-    scored = reference.forward(data).result()
-    return [
-        datum.with_inputs(ref_logprobs=output["logprobs"])
-        for datum, output in zip(data, scored.loss_fn_outputs, strict=True)
-    ]
+def reference_forward(engine: Engine, frozen: ModelAdapter | None) -> Callable[..., ForwardBackwardOutput]:
+    """Return what scores with a frozen copy, or with the base below the model's adapters.
+
+    Raises:
+        MissingReferenceError: there is neither.
+    """
+    if frozen is not None:
+        return lambda *call: engine.forward(frozen, *call)
+    base_only = getattr(engine.module, "base_only", None)
+    if base_only is None or not getattr(engine.module, "is_lora", False):
+        raise MissingReferenceError(
+            "this backend trains all weights and was given no reference; pass reference=<a frozen copy of the model> to "
+            "TorchBackend, or train with LoRA, whose base is the reference"
+        )
+
+    def forward(*call: Any) -> ForwardBackwardOutput:
+        with base_only():
+            return engine.forward(engine.model, *call)
+
+    return forward

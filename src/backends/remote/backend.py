@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, final
 
@@ -10,11 +10,8 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
 from ...errors import (
-    ClosedError,
     ConfigError,
     LossTypeError,
-    RemoteError,
-    UnreadFailureError,
     UnsupportedError,
 )
 from ...losses.base import Counts, Loss
@@ -38,6 +35,7 @@ from .capabilities import Capabilities, named_data
 from .convert import bare, logprobs_of, output_of, rollouts_of
 from .failures import at_service
 from .futures import Pending, RemoteFuture
+from .operations import RemoteOperations
 from .plans import plan_remote
 from .sdks import sdk_of
 from .window import RemoteWindow
@@ -84,10 +82,10 @@ class RemoteBackend:
         self.capabilities = capabilities or self._sdk.plain
         self._defer, self._timeout, self._owns = defer_backward, timeout, owns_service
         self._window = RemoteWindow(self.capabilities, defer_backward)
-        self._futures: list[RemoteFuture[Any]] = []
+        self._operations = RemoteOperations(self._window, timeout)
+        self._run, self._wait = self._operations.run, self._operations.wait
         self._audit = SumAudit()
         self._sampler: Any = None
-        self._closed = False
         self.weights_version = 0
 
     def forward(
@@ -257,21 +255,14 @@ class RemoteBackend:
         Raises:
             UnreadFailureError: an operation failed and nobody read its error.
         """
-        if self._closed:
+        if self._operations.closed:
             return
-        self._closed = True
         self._window.clear()
         try:
-            failed = [f for f in self._futures if f.settle(self._timeout) is not None and not f.read]
+            self._operations.close()
         finally:
             if self._owns:
                 self._sdk.close(self._service, self._trainer)
-        if failed:
-            error = failed[0].exception()
-            raise UnreadFailureError(
-                f"{len(failed)} operation(s) failed and their futures were never read; the first: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -281,23 +272,9 @@ class RemoteBackend:
     ) -> None:
         if error is None:
             self.close()
-        elif self._owns and not self._closed:
-            self._closed = True  # the error on its way out matters more than those that nobody read
+        elif self._owns and not self._operations.closed:
+            self._operations.closed = True  # the error on its way out matters more than those that nobody read
             self._sdk.close(self._service, self._trainer)
-
-    def _run(self, operation: str, send: Callable[[], Pending[T]], gradient: bool = False) -> RemoteFuture[T]:
-        """Send an operation; what is refused here comes through its future, as from everywhere else."""
-        if self._closed:
-            raise ClosedError(f"{operation} on a backend that has been closed")
-        try:
-            with at_service(operation):
-                future = RemoteFuture(send(), operation, self._futures, self._timeout)
-        except Exception as error:
-            future = RemoteFuture.failed(error, operation)
-        self._futures = [*(f for f in self._futures if not f.read), future]
-        if gradient:
-            self._window.futures.append(future)  # type: ignore[arg-type]  # a gradient operation's T is its output
-        return future
 
     def _send_custom(
         self, data: Sequence[Datum], loss: Loss | CustomLoss, name: str, counts: Counts | None
@@ -329,16 +306,6 @@ class RemoteBackend:
         weighted = [datum for held in kept for datum in with_cotangents(held, divisor)]
         if weighted:
             self._wait(self._trainer.forward_backward(self._sdk.datums(weighted), "cross_entropy"), "forward_backward")
-
-    def _wait(self, sent: Any, operation: str, changes: bool = True) -> Any:
-        """Wait, inside a call, for an operation; one that may have changed the window without our knowing tears it."""
-        future = RemoteFuture(Pending([sent], lambda answers: answers[0]), operation, self._futures, self._timeout)
-        try:
-            return future.result()
-        except (TimeoutError, RemoteError) as error:
-            if changes:
-                self._window.tear(error)
-            raise
 
     def _check(self, data: Sequence[Datum], loss: Loss | None) -> None:
         self._window.require_whole()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ...datums.types import Datum
-from ...errors import BackendError, PrecedingOperationFailed, RemoteError, UnsupportedError
+from ...errors import BackendError, RemoteError, UnsupportedError
 from ...losses.base import Counts, Loss
 from ...losses.registry import config_of
 from ..cotangents import Cotangents
 from ..ledger import Divisor, Ledger
+from ..operations import spoiled
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import ForwardBackwardOutput, LedgerEntry
 from .capabilities import Capabilities
@@ -108,10 +109,7 @@ class RemoteWindow:
             if error is not None:
                 self.tear(error)
             if error is not None and not future.read:
-                raise PrecedingOperationFailed(
-                    f"an earlier gradient operation failed ({type(error).__name__}: {error}) and its error has not been "
-                    "read, so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
-                ) from error
+                raise spoiled(error) from error
         self.require_whole()
 
     def require_whole(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from ...backends.native.gguf import convert_gguf
 from ...errors import MissingExtraError, require_extra
 from ...service.tenants import Base, LoraChoice
+from ...testing.llama import random_llama
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
 __all__ = ["Studio", "smollm2", "smollm2_file", "tiny"]
@@ -98,23 +99,12 @@ def smollm2_file() -> tuple[Path, str]:
 
 def tiny(device: str) -> Studio:
     """A random two-layer Llama on characters: no download, no meaning, everything else is the same."""
-    transformers = require_extra("transformers", "hf", "the demo")
     characters = string.printable[:95] + "\n\x00"
     index = {c: i for i, c in enumerate(characters)}
     unknown = index["?"]
-    config = transformers.LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).to(device)
+    model = random_llama(
+        vocab_size=len(characters), hidden_size=48, num_attention_heads=4, max_position_embeddings=128
+    ).to(device)
     return Studio(
         name="random two-layer character model, LoRA rank 16",
         device=device,

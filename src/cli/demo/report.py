@@ -90,7 +90,8 @@ def _panel(axis: Any, curve: Curve) -> None:
     main, other = "#1f5fa8", "#c0622d"
     values = curve.values(curve.measure)
     axis.plot(curve.steps, values, marker="o", color=main, linewidth=2)
-    for i, place in ((0, (6, 8)), (-1, (-6, 8))):
+    away = -14 if values[-1] > values[0] else 8  # the first figure stands where the curve does not go
+    for i, place in ((0, (6, away)), (-1, (-6, 8))):
         axis.annotate(f"{values[i]:.2f}", (curve.steps[i], values[i]), textcoords="offset points", xytext=place,
                       ha="left" if i == 0 else "right", color=main, fontweight="bold")  # fmt: skip
     axis.set_title(curve.title, fontsize=11, loc="left")
