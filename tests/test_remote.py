@@ -147,8 +147,29 @@ def test_two_denominators_do_not_meet(connect: Any) -> None:
         assert backend.optim_step(PARAMS).result().stepped
 
 
-def test_forward_reference_and_sample(connect: Any, tenants: Any) -> None:
-    """Scores, reference scores and samples are the native ones."""
+@pytest.mark.parametrize("capabilities", [None, PLAIN], ids=["by a model", "by a sampler"])
+def test_reference(connect: Any, tenants: Any, capabilities: Capabilities | None) -> None:
+    """The base scores as natively: to the bit where a model does it in one call; a sampler knows next tokens only."""
+    remote = connect() if capabilities is None else connect(capabilities=capabilities)
+    native = twin(tenants, remote._trainer)
+    own = [Datum(ModelInput.from_ints([1, 5, 6, 3][:n]), {"target_tokens": [5, 6, 3, 2][:n]}) for n in (4, 3, 2)]
+    found, wanted = (b.reference().forward(own).result().loss_fn_outputs for b in (remote, native))
+    near = 0.0 if capabilities is None else 1e-5
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one["logprobs"].to_torch(), other["logprobs"].to_torch(), atol=near, rtol=0)
+    assert remote.reference().forward(own).result().loss_fn_outputs == found
+    with pytest.raises(ConfigError, match="log-probs only"):
+        remote.reference().forward(own, "ppo")
+    others = [DATA[0].with_inputs(target_tokens=[0] * 6)]
+    if capabilities is None:
+        assert remote.reference().forward(others).result()
+    else:
+        with pytest.raises(UnsupportedError, match="next tokens"):
+            remote.reference().forward(others)
+
+
+def test_forward_and_sample(connect: Any, tenants: Any) -> None:
+    """Scores and samples are the native ones."""
     remote = connect()
     native = twin(tenants, remote._trainer)
     plain = [Datum(ModelInput.from_ints([1, 5, 6]), {"target_tokens": [5, 6, 2]})]
@@ -157,12 +178,6 @@ def test_forward_reference_and_sample(connect: Any, tenants: Any) -> None:
         for one, other in zip(found.loss_fn_outputs, wanted.loss_fn_outputs, strict=True):
             torch.testing.assert_close(one["logprobs"].to_torch(), other["logprobs"].to_torch(), atol=1e-5, rtol=0)
         assert found.metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
-    base, expected = (b.reference().forward(plain).result().loss_fn_outputs[0]["logprobs"] for b in (remote, native))
-    torch.testing.assert_close(base.to_torch(), expected.to_torch(), atol=1e-5, rtol=0)
-    with pytest.raises(UnsupportedError, match="next tokens"):
-        remote.reference().forward([DATA[0].with_inputs(target_tokens=[0] * 6)])
-    with pytest.raises(ConfigError, match="log-probs only"):
-        remote.reference().forward(plain, "ppo")
     rollouts = remote.sample([ModelInput.from_ints([1, 2])] * 2, 3, SamplingParams(max_tokens=4, stop=[])).result()
     assert [r.prompt_index for r in rollouts] == [0, 0, 0, 1, 1, 1]
     for r in rollouts:

@@ -138,7 +138,7 @@ class _App:
     def _capabilities(self) -> Json:
         base = self.tenants.base
         model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
-        ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True}
+        ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True, "starts_at_base": True}
         return {"supported_models": [model], "pullback": ours}
 
     def _post(self, path: str, handler: Handler) -> Any:

@@ -218,7 +218,7 @@ class RemoteBackend:
     def reference(self) -> ReferenceModel:
         """Return a forward-only view of the base model."""
         with at_service("reference"):
-            return self._sdk.reference(self._service, self._base_model, self._timeout)
+            return self._sdk.reference(self._service, self._base_model, self.capabilities, self._timeout)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> RemoteFuture[list[Rollout]]:
         """Draw ``n`` completions of each prompt from the present weights."""

@@ -33,6 +33,8 @@ class Capabilities:
         max_length: longest datum, tokens; None = not known.
         max_weight_sum: largest sum of weights up to which its cross-entropy is a sum (a mean clamped at 1: 1.0); None = any.
         keeps_graphs: the forward of a custom loss waits for its backward, so that there is no second one.
+        starts_at_base: a new adapter changes nothing, to the bit, so that a model that is never trained is the reference, and
+            scores a whole call at once; otherwise the reference is a sampler, which is asked for each datum.
     """
 
     losses: frozenset[str] = PROTOCOL_LOSSES
@@ -42,6 +44,7 @@ class Capabilities:
     max_length: int | None = None
     max_weight_sum: float | None = None
     keeps_graphs: bool = False
+    starts_at_base: bool = False
 
     def knows(self, loss: Loss) -> bool:
         """Whether this loss, given by name, goes by name."""
@@ -86,7 +89,7 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
     ours = said.get("pullback")
     if ours is None:
         return found
-    flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs")}
+    flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs", "starts_at_base")}
     return replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
 
 

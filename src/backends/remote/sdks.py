@@ -65,8 +65,8 @@ class Sdk(Protocol):
         """Return a training client with the weights of a checkpoint."""
         ...
 
-    def reference(self, service: Any, base_model: str, timeout: float | None) -> ReferenceModel:
-        """Return the frozen base model."""
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
+        """Return the frozen base model of a service that can do this."""
         ...
 
     def sampler(self, trainer: Any, timeout: float | None) -> Any:
@@ -84,6 +84,9 @@ class TinkerSdk:
 
     name = "tinker"
     plain = Capabilities()
+
+    def __init__(self) -> None:
+        self._base: Any = None
 
     @property
     def _types(self) -> Any:
@@ -128,7 +131,10 @@ class TinkerSdk:
         created = "create_training_client_from_state" + ("_with_optimizer" if optimizer else "")
         return ready(getattr(service, created)(path), timeout)
 
-    def reference(self, service: Any, base_model: str, timeout: float | None) -> ReferenceModel:
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
+        if can.starts_at_base:
+            self._base = self._base or ready(service.create_lora_training_client(base_model, rank=1), timeout)
+            return BaseView(self._base, self.datums, timeout)
         sampler = ready(service.create_sampling_client(base_model=base_model), timeout)
         return SamplerView(sampler, self._types.ModelInput, timeout)
 
@@ -196,7 +202,7 @@ class FireworksSdk:
         ready(trainer.load_state_with_optimizer(path) if optimizer else trainer.load_state(path), timeout)
         return trainer
 
-    def reference(self, service: Any, base_model: str, timeout: float | None) -> ReferenceModel:
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
         self._base = self._base or service.create_base_training_client(base_model)
         return BaseView(self._base, self.datums, timeout)
 
