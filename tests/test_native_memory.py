@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pullback.backends import TorchBackend
 from pullback.backends.native.engine import Engine
-from pullback.backends.native.memory import GraphMeter
+from pullback.backends.native.memory import GraphMeter, _kept_by_malloc
 from pullback.backends.native.tape import Tape, TapeSettings
 from pullback.errors import BackendError, ConfigError, UnsupportedError
 from pullback.losses import DPO
@@ -209,3 +210,13 @@ def test_a_long_datum_never_holds_all_logits(tokens: int) -> None:
         assert tracker.largest < 0.5 * length * 5000 * 4
         peaks.append(tracker.peak)
     assert peaks[1] < 2.2 * peaks[0]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not say what it keeps")
+def test_what_was_freed_is_free_again() -> None:
+    """glibc keeps small blocks that were freed; they count as memory that a call may use."""
+    blocks = [torch.ones(25_000) for _ in range(1000)]  # 100 kB each: below what is always given back
+    before, kept = _kept_by_malloc(), blocks[::50]
+    del blocks
+    assert _kept_by_malloc() - before > 0.8 * 98e6
+    assert len(kept) == 20

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HeldForward
+from pullback.backends.native.memory import available_bytes
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.errors import ConfigError
 from pullback.service.graphs import MISTAKES, LossGraph
@@ -85,6 +86,7 @@ def test_leases_are_bounded_by_time_and_bytes_and_by_use() -> None:
     leases.keep("m", keys, one)
     leases.drop("m")
     assert leases.bytes == 0
+    assert 0 < Leases(None, 10.0).room < 0.6 * available_bytes(torch.device("cpu"))
     tried = []
     for _ in range(64):
         tried.append(leases.worth("idle"))

@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
+import torch
+
 from ..backends.native import HeldForward
+from ..backends.native.memory import available_bytes
 from ..datums.types import Datum
 
 __all__ = ["Leases", "datum_keys"]
 
+_CPU: Final = torch.device("cpu")
+_SHARE_OF_FREE: Final = 0.5
 _TRIALS: Final = 8  # leases of a model before its hit rate means anything
 _WORTH: Final = 0.25
 _PROBE_EVERY: Final = 16  # a model whose leases go unused is tried again now and then
@@ -51,13 +56,20 @@ class Leases:
     """Held forwards, bounded by bytes and time; found by model and datums. Used by the worker thread alone.
 
     Args:
-        max_bytes: that all graphs may hold together.
+        max_bytes: that all graphs may hold together; None: each may take half of what is free when it is made.
         seconds: that one is kept.
+        device: where the graphs are.
         clock: in seconds.
     """
 
-    def __init__(self, max_bytes: float, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_bytes, self._seconds, self._clock = max_bytes, seconds, clock
+    def __init__(
+        self,
+        max_bytes: float | None,
+        seconds: float,
+        device: torch.device = _CPU,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_bytes, self._seconds, self._device, self._clock = max_bytes, seconds, device, clock
         self._leases: list[_Lease] = []
         self._records: dict[str, _Record] = {}
 
@@ -68,8 +80,10 @@ class Leases:
 
     @property
     def room(self) -> float:
-        """Bytes that are left."""
+        """Bytes that the next graphs may hold."""
         self.sweep()
+        if self._max_bytes is None:
+            return _SHARE_OF_FREE * available_bytes(self._device)
         return self._max_bytes - self.bytes
 
     def worth(self, model: str) -> bool:

@@ -29,7 +29,7 @@ class Limits:
         models, samplers: that are held in memory.
         rank: of an adapter.
         samples: completions of one request.
-        lease_bytes: graphs kept for custom losses; None = a quarter of what is free.
+        lease_bytes: graphs kept for custom losses; None = half of what is free when they are made.
         lease_seconds: how long they are kept.
         idle_seconds: a session silent for so long may lose its models to a new one.
         gap_seconds: how long operations wait for a missing number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, final
 
@@ -170,7 +171,9 @@ class Operations:
             self.samplers.add(session, owner, self.tenants.sampler(model_id))
             return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
 
-        return self.sequencer.submit(owner, model_id, number, raw, "save_weights_for_sampler", work)
+        # The SDK numbers the session anew each time it asks again, so that number is no part of what must be the same.
+        same = json.dumps({**body, "sampling_session_seq_id": None}, sort_keys=True).encode()
+        return self.sequencer.submit(owner, model_id, number, same, "save_weights_for_sampler", work)
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
         self.tenants.create(model_id, lora)

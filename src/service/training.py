@@ -10,7 +10,6 @@ from typing import Any, TypeVar, final
 from ..backends import AdamParams, TorchBackend
 from ..backends.arguments import as_loss
 from ..backends.futures import FinishedFuture
-from ..backends.native.memory import available_bytes
 from ..backends.types import ForwardBackwardOutput
 from ..datums.types import Datum, TensorData
 from ..errors import ConfigError, PrecedingOperationFailed, ServiceError
@@ -29,7 +28,6 @@ __all__ = ["Training"]
 T = TypeVar("T")
 Json = dict[str, Any]
 _MODES: dict[str, Any] = {"none": None, "num_loss_tokens": "num_loss_tokens", "num_sequences": "num_sequences"}
-_SHARE_OF_FREE = 0.25  # of free memory, for leases
 
 
 @final
@@ -56,9 +54,8 @@ class Training:
     ) -> None:
         self._tenants, self._journal, self._sequencer = tenants, journal, sequencer
         self._sessions, self._limits, self._count = sessions, limits, count
-        free = available_bytes(next(tenants.base.model.parameters()).device)
-        budget = _SHARE_OF_FREE * free if limits.lease_bytes is None else limits.lease_bytes
-        self.leases = Leases(budget, limits.lease_seconds)
+        device = next(tenants.base.model.parameters()).device
+        self.leases = Leases(limits.lease_bytes, limits.lease_seconds, device)
         self._losses: dict[str, LossGraph] = {}
         self._unread = Unread()
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final, get_args
 from urllib.parse import urlsplit
 
+from .raw_http import Request, error_answer, read_request, send
+
 __all__ = ["FAULT_KINDS", "Exchange", "Fault", "FaultKind", "FaultyProxy", "Schedule", "misbehaving"]
 
 FaultKind: TypeAlias = Literal[
@@ -38,7 +40,6 @@ FaultKind: TypeAlias = Literal[
 FAULT_KINDS: Final[tuple[FaultKind, ...]] = get_args(FaultKind)
 Schedule: TypeAlias = Mapping[tuple[str, int], "Fault"]
 
-_PREFIX: Final = "/api/v1/"
 _PIECES: Final = 8
 _START_SECONDS: Final = 10.0
 
@@ -88,14 +89,6 @@ class Exchange:
 
 
 @final
-@dataclass(frozen=True)
-class _Request:
-    route: str
-    head: bytes
-    body: bytes
-
-
-@final
 class FaultyProxy:
     """An HTTP proxy on 127.0.0.1, made by `misbehaving`.
 
@@ -133,7 +126,7 @@ class FaultyProxy:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request, then the connection ends."""
         try:
-            request = await _read(reader)
+            request = await read_request(reader)
             self._seen[request.route] += 1
             number = self._seen[request.route]
             fault = self._schedule.get((request.route, number))
@@ -148,7 +141,7 @@ class FaultyProxy:
         finally:
             writer.close()
 
-    async def _answer(self, request: _Request, fault: Fault | None, writer: asyncio.StreamWriter) -> bytes:
+    async def _answer(self, request: Request, fault: Fault | None, writer: asyncio.StreamWriter) -> bytes:
         """Do to a request what is planned; return what the service said."""
         kind, seconds = ("none", 0.0) if fault is None else (fault.kind, fault.seconds)
         if kind in ("drop_request", "cut_request"):
@@ -157,7 +150,7 @@ class FaultyProxy:
             writer.transport.abort()
             return b""
         if kind == "error":
-            await _send(writer, _error(503))
+            await send(writer, error_answer(503))
             return b""
         if kind == "delay":
             await asyncio.sleep(seconds)
@@ -172,7 +165,7 @@ class FaultyProxy:
         await _ENDINGS.get(kind, _whole)(writer, answer, seconds)
         return answer
 
-    async def _forward(self, request: _Request) -> bytes:
+    async def _forward(self, request: Request) -> bytes:
         """Ask the service, on a connection of its own; return everything it says."""
         reader, writer = await self._connect()
         try:
@@ -182,14 +175,14 @@ class FaultyProxy:
         finally:
             writer.close()
 
-    async def _half(self, request: _Request) -> None:
+    async def _half(self, request: Request) -> None:
         whole = request.head + request.body
         _, writer = await self._connect()
         writer.write(whole[: len(request.head) + len(request.body) // 2])
         await writer.drain()
         writer.close()
 
-    async def _again(self, request: _Request, seconds: float) -> None:
+    async def _again(self, request: Request, seconds: float) -> None:
         await asyncio.sleep(seconds)
         with contextlib.suppress(OSError):
             await self._forward(request)
@@ -225,44 +218,8 @@ def misbehaving(upstream: str, schedule: Schedule | None = None) -> Iterator[Fau
         thread.join()
 
 
-async def _read(reader: asyncio.StreamReader) -> _Request:
-    """Read a request; what it says of its connection is replaced."""
-    start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
-    fields = {line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines}
-    if fields.pop("transfer-encoding", "") == "chunked":
-        body = await _read_chunks(reader)
-    else:
-        body = await reader.readexactly(int(fields.get("content-length", 0)))
-    fields |= {"content-length": str(len(body)), "connection": "close"}
-    head = "\r\n".join([start, *(f"{key}: {value}" for key, value in fields.items())])
-    path = urlsplit(start.split(" ")[1]).path
-    return _Request(path.removeprefix(_PREFIX), f"{head}\r\n\r\n".encode("latin-1"), body)
-
-
-async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    parts = []
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        parts.append(await reader.readexactly(size))
-        await reader.readexactly(2)
-    await reader.readuntil(b"\r\n")
-    return b"".join(parts)
-
-
-def _error(status: int) -> bytes:
-    body = b'{"detail": "the network failed"}'
-    head = (
-        f"HTTP/1.1 {status} Error\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
-    )
-    return f"{head}\r\n\r\n".encode() + body
-
-
-async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
-    writer.write(data)
-    await writer.drain()
-
-
 async def _whole(writer: asyncio.StreamWriter, answer: bytes, _: float) -> None:
-    await _send(writer, answer)
+    await send(writer, answer)
 
 
 async def _nothing(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
@@ -270,19 +227,19 @@ async def _nothing(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
 
 
 async def _failed(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
-    await _send(writer, _error(502))
+    await send(writer, error_answer(502))
 
 
 async def _cut(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
     head, gap, body = answer.partition(b"\r\n\r\n")
-    await _send(writer, head + gap + body[: len(body) // 2])
+    await send(writer, head + gap + body[: len(body) // 2])
     await asyncio.sleep(0.001)  # so that the half is on its way before the connection ends
     writer.transport.abort()
 
 
 async def _stall(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
     head, gap, body = answer.partition(b"\r\n\r\n")
-    await _send(writer, head + gap + body[: len(body) // 2])
+    await send(writer, head + gap + body[: len(body) // 2])
     await asyncio.sleep(seconds)
     writer.transport.abort()
 
@@ -290,7 +247,7 @@ async def _stall(writer: asyncio.StreamWriter, answer: bytes, seconds: float) ->
 async def _slow(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
     size = len(answer) // _PIECES + 1
     for start in range(0, len(answer), size):
-        await _send(writer, answer[start : start + size])
+        await send(writer, answer[start : start + size])
         await asyncio.sleep(seconds / _PIECES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def _unpack(tensor: Tensor) -> Tensor:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that is free on a device now (on a CPU: what the system can give without swapping)."""
+    """Memory that is free for this process on a device now: what its allocator keeps unused, and what the system can give."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -74,9 +75,38 @@ def available_bytes(device: torch.device) -> float:
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return float(lines["MemAvailable"].split()[0]) * 1024
+        return float(lines["MemAvailable"].split()[0]) * 1024 + _kept_by_malloc()
     except (OSError, KeyError):
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def _kept_by_malloc() -> int:
+    """Bytes that were freed in this process and that glibc has kept for it: gigabytes, after the first large batch."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:  # another C library, or glibc before 2.33
+        return 0
+    mallinfo.restype = _Mallinfo2
+    return int(mallinfo().fordblks)
 
 
 def ran_out(error: RuntimeError) -> bool:

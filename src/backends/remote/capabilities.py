@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ...losses.base import Loss
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
 
 _logger = logging.getLogger(__name__)
+_PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds
 PROTOCOL_LOSSES: Final = frozenset({"cross_entropy", "importance_sampling", "ppo"})
 
 
@@ -72,16 +74,15 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
     that nobody waits for the minutes that the SDK goes on calling where there is no service.
 
     Raises:
-        RemoteError: nobody answers at this address.
+        RemoteError: nobody answers at this address, or only the network's failures do.
     """
-    httpx, plain = require_extra("httpx", "remote", "pullback.connect"), plain or Capabilities()
+    plain = plain or Capabilities()
+    answer = _ask(url, key)
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
-        said = answer.raise_for_status().json()
-    except httpx.ConnectError as error:
-        words = f"no service answers at {url} ({error}); is it running, and is this its address?"
-        raise RemoteError(words, "server") from error
-    except (httpx.HTTPError, ValueError) as error:
+        if answer.status_code >= 400:
+            raise ValueError(f"HTTP {answer.status_code}")
+        said = answer.json()
+    except ValueError as error:
         _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
         return plain
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
@@ -91,6 +92,30 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
         return found
     flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs", "starts_at_base")}
     return replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
+
+
+def _ask(url: str, key: str) -> Any:
+    """Return the answer; one that got lost is no answer: a service that can do more must not be taken for a plain one."""
+    httpx = require_extra("httpx", "remote", "pullback.connect")
+    for pause in (*_PAUSES, None):
+        try:
+            answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
+        except httpx.ConnectError as error:
+            words = f"no service answers at {url} ({error}); is it running, and is this its address?"
+            raise RemoteError(words, "server") from error
+        except httpx.TransportError as error:
+            failure = f"{type(error).__name__}: {error}"
+        else:
+            if answer.status_code < 500 and answer.status_code not in (408, 429):
+                return answer
+            failure = f"HTTP {answer.status_code}"
+        if pause is not None:
+            time.sleep(pause)
+    raise RemoteError(
+        f"{url} was asked {len(_PAUSES) + 1} times what it can do and did not answer ({failure}); try again later, or give "
+        "capabilities= to say it yourself",
+        "server",
+    )
 
 
 def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:

@@ -31,8 +31,8 @@ def connect(
     """Create a LoRA model at a service and return a backend on it.
 
     Args:
-        service: base URL, which is asked what it can do; or a ``ServiceClient`` of one of the SDKs, which is taken to speak
-            the plain protocol unless ``capabilities`` are given.
+        service: base URL, which is asked what it can do, or a ``ServiceClient`` of one of the SDKs, which is taken to speak
+            the plain protocol; unless ``capabilities`` are given.
         base_model: name of the model there.
         rank: of the adapter.
         api_key: with a URL; default: what the SDK finds in its environment, and none at all on this machine.
@@ -55,8 +55,9 @@ def connect(
         return RemoteBackend(service, trainer, base_model=base_model, **options)
     chosen = sdk_named(sdk)
     key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")
-    found = detect(service, key, base_model, chosen.plain)
-    found = replace(found, normalizes=found.normalizes and chosen.normalizes)
+    if options.get("capabilities") is None:
+        found = detect(service, key, base_model, chosen.plain)
+        options["capabilities"] = replace(found, normalizes=found.normalizes and chosen.normalizes)
     with at_service(f"connect to {service}"):
         client = chosen.connect(service, key or None)
         try:
@@ -64,8 +65,7 @@ def connect(
         except BaseException:
             chosen.close(client, None)
             raise
-    options = {"capabilities": found, "owns_service": True, **options}
-    return RemoteBackend(client, trainer, base_model=base_model, **options)
+    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, **options})
 
 
 def _is_here(url: str) -> bool:
