@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,17 @@ def url(tenants: Any) -> Iterator[str]:
 
     with serving(tenants, keys=[KEY]) as address:
         yield address
+
+
+@pytest.fixture
+def direct(tmp_path: Path) -> Iterator[Any]:
+    """A service without its routes, with one model."""
+    from servers import Direct
+
+    found = Direct(tmp_path)
+    found.start()
+    yield found
+    found.sequencer.close()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from pullback.errors import BusyError, ServiceError
 from pullback.service.journal import Failure, Journal
 from pullback.service.sequencer import Sequencer
 from pullback.service.unread import Unread
-
-
-@pytest.fixture
-def direct(tmp_path: Path) -> Iterator[Direct]:
-    found = Direct(tmp_path)
-    found.start()
-    yield found
-    found.sequencer.close()
 
 
 def test_a_step_sent_before_a_failure_is_known_is_refused(direct: Direct) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ from servers import MODEL, Direct, tiny_tenants
 from pullback.errors import ServiceError
 from pullback.service import serving
 from pullback.service.journal import Failure, Journal, hold_folder
-
-
-@pytest.fixture
-def direct(tmp_path: Path) -> Iterator[Direct]:
-    found = Direct(tmp_path)
-    found.start()
-    yield found
-    found.sequencer.close()
 
 
 def train(direct: Direct, number: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from torch import Tensor
 
@@ -135,6 +135,11 @@ class ForwardBackwardOutput:
     loss_fn_outputs: Sequence[Mapping[str, TensorData]]
     metrics: Mapping[str, float]
     loss_fn_output_type: str = "ArrayRecord"
+
+    @classmethod
+    def of(cls, logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> Self:
+        """Return the result of a call that scored every position."""
+        return cls([{"logprobs": TensorData(x)} for x in logprobs], metrics)
 
 
 @final

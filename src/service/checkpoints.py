@@ -38,7 +38,8 @@ class Checkpoints:
         """Where a model's checkpoints of one kind lie."""
         return self.root / model.replace(":", "_") / kind
 
-    def parts(self, uri: str) -> tuple[str, str, str]:
+    @staticmethod
+    def parts(uri: str) -> tuple[str, str, str]:
         """Return model id, kind and name.
 
         Raises:

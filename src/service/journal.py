@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
 from ..errors import ServiceError
+from .checkpoints import Checkpoints
 
 __all__ = ["Answer", "Failure", "Journal", "Operation", "hold_folder"]
 
@@ -172,7 +173,7 @@ class Journal:
     def last_checkpoint(self, model: str) -> str | None:
         """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
         for row in self._read("SELECT uri, number FROM checkpoints WHERE model = ? ORDER BY rowid DESC", model):
-            if row["uri"].split("/")[3] == "weights":
+            if Checkpoints.parts(row["uri"])[1] == "weights":
                 return f"{row['uri']} (all up to seq_id {row['number']})"
         made = self.model(model)
         return f"{made['origin']} (which it was made from)" if made and made["origin"] else None

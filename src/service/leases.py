@@ -11,13 +11,12 @@ from typing import Final, final
 import torch
 
 from ..backends.native import HeldForward
-from ..backends.native.memory import available_bytes
+from ..backends.native.memory import room_for_graphs
 from ..datums.types import Datum
 
 __all__ = ["Leases", "datum_keys"]
 
 _CPU: Final = torch.device("cpu")
-_SHARE_OF_FREE: Final = 0.5
 _TRIALS: Final = 8  # leases of a model before its hit rate means anything
 _WORTH: Final = 0.25
 _PROBE_EVERY: Final = 16  # a model whose leases go unused is tried again now and then
@@ -83,7 +82,7 @@ class Leases:
         """Bytes that the next graphs may hold."""
         self.sweep()
         if self._max_bytes is None:
-            return _SHARE_OF_FREE * available_bytes(self._device)
+            return room_for_graphs(self._device)
         return self._max_bytes - self.bytes
 
     def worth(self, model: str) -> bool:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, final
 
 from ..errors import ServiceError
+from .checkpoints import Checkpoints
 from .journal import Journal
 from .tenants import LoraChoice, Tenants
 
@@ -79,15 +80,13 @@ class Listings:
     def info(self, owner: str, model_id: str) -> Json:
         """``get_info``."""
         row, base = self._model(owner, model_id), self._tenants.base
-        lora = LoraChoice.from_json(row["lora"])
         names = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
         return {
             "type": "get_info",
             "model_id": model_id,
             "model_data": names,
             "optimizer_config": {"type": "adamw"},
-            "is_lora": not lora.base_only,
-            "lora_rank": None if lora.base_only else lora.rank,
+            **_adapter(row),
             "model_name": base.name,
         }
 
@@ -102,14 +101,12 @@ class Listings:
         by_kind = {
             kind: next((c for c in found if c["checkpoint_type"] == kind), None) for kind in ("training", "sampler")
         }
-        lora = LoraChoice.from_json(row["lora"])
         return {
             "training_run_id": row["id"],
             "base_model": self._tenants.base.name,
             "model_owner": row["owner"] or "local",
-            "is_lora": not lora.base_only,
+            **_adapter(row),
             "corrupted": False,
-            "lora_rank": None if lora.base_only else lora.rank,
             "last_request_time": _time(row["created"]),
             "last_checkpoint": by_kind["training"],
             "last_sampler_checkpoint": by_kind["sampler"],
@@ -117,8 +114,13 @@ class Listings:
         }
 
 
+def _adapter(row: Json) -> Json:
+    lora = LoraChoice.from_json(row["lora"])
+    return {"is_lora": not lora.base_only, "lora_rank": None if lora.base_only else lora.rank}
+
+
 def _checkpoint(row: Json) -> Json:
-    _, kind, name = row["uri"].removeprefix("tinker://").split("/")
+    _, kind, name = Checkpoints.parts(row["uri"])
     return {
         "checkpoint_id": f"{kind}/{name}",
         "checkpoint_type": "training" if kind == "weights" else "sampler",

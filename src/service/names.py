@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, Final, final
 
 from ..errors import CheckpointError
+from .checkpoints import Checkpoints
 from .journal import Journal
 
 __all__ = ["LogicalNames"]
@@ -29,9 +30,9 @@ class LogicalNames:
 
     def listing(self, owner: str) -> list[str]:
         """Return all training checkpoints by the shortest name that `resolve` understands."""
-        uris = [row["uri"] for row in self._journal.checkpoints(owner, None) if _parts(row["uri"])[1] == "weights"]
-        times = Counter(_parts(uri)[2] for uri in uris)
-        return sorted(_parts(uri)[2] if times[_parts(uri)[2]] == 1 else _qualified(uri) for uri in uris)
+        uris = [row["uri"] for row in self._rows(owner)]
+        times = Counter(map(_name, uris))
+        return sorted(_name(uri) if times[_name(uri)] == 1 else _qualified(uri) for uri in uris)
 
     def resolve(self, owner: str, model_id: str, path: Any) -> Any:
         """Return the URI that a path stands for; a bare name is the model's own checkpoint, else the only one so called.
@@ -41,8 +42,7 @@ class LogicalNames:
         """
         if not isinstance(path, str) or path.startswith(_SCHEME):
             return path
-        rows = [row for row in self._journal.checkpoints(owner, None) if _parts(row["uri"])[1] == "weights"]
-        found = [row for row in rows if path in (_parts(row["uri"])[2], _qualified(row["uri"]))]
+        found = [row for row in self._rows(owner) if path in (_name(row["uri"]), _qualified(row["uri"]))]
         found = [row for row in found if row["model"] == model_id] or found
         if len(found) == 1:
             return found[0]["uri"]
@@ -51,12 +51,16 @@ class LogicalNames:
         several = sorted(_qualified(row["uri"]) for row in found)
         raise CheckpointError(f"{path!r} is the name of several checkpoints; give one of {several}")
 
+    def _rows(self, owner: str) -> list[dict[str, Any]]:
+        """Return the owner's checkpoints that training can go on from."""
+        rows = self._journal.checkpoints(owner, None)
+        return [row for row in rows if Checkpoints.parts(row["uri"])[1] == "weights"]
 
-def _parts(uri: str) -> tuple[str, str, str]:
-    model, kind, name = uri.removeprefix(_SCHEME).split("/")
-    return model, kind, name
+
+def _name(uri: str) -> str:
+    return Checkpoints.parts(uri)[2]
 
 
 def _qualified(uri: str) -> str:
-    model, _, name = _parts(uri)
+    model, _, name = Checkpoints.parts(uri)
     return f"{_ACCOUNT}/run-{hashlib.sha256(model.encode()).hexdigest()[:32]}/{name}"

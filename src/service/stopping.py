@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ..backends import SamplingParams
+from ..backends.native.sampling import Ends
 from ..datums.types import ModelInput
 from ..errors import ConfigError
 from .tenants import Base
@@ -14,7 +15,6 @@ __all__ = ["sampling_of"]
 
 _KNOWN: Final = {"max_tokens", "temperature", "top_k", "top_p", "stop", "seed"}
 _BYTES: Final = 4  # a character's most, and a token is at least one
-Ends = Callable[[Sequence[int]], bool]
 
 
 def sampling_of(given: Mapping[str, Any], base: Base, prompt: ModelInput) -> tuple[SamplingParams, Ends | None]:

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
@@ -18,7 +18,7 @@ from ..backends import SamplingParams, TorchBackend
 from ..backends.native.batching import ScoreRequest
 from ..backends.native.hf import HFModel
 from ..backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
-from ..backends.native.sampling import draw
+from ..backends.native.sampling import Ends, draw
 from ..backends.native.scoring import score
 from ..backends.native.state import load_weights
 from ..backends.types import Rollout
@@ -159,9 +159,7 @@ class Sampler:
         """Rows of the head."""
         return self.model.head().weight.shape[0]
 
-    def sample(
-        self, prompt: ModelInput, n: int, params: SamplingParams, ends: Callable[[Sequence[int]], bool] | None = None
-    ) -> list[Rollout]:
+    def sample(self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None) -> list[Rollout]:
         """Draw n completions; one for which ``ends`` says so stops too."""
         return draw(self.model, [prompt], n, params, self._chance(), self.version, ends)
 

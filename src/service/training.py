@@ -64,21 +64,20 @@ class Training:
         model_id = request.model_id
         self._sessions.require_model(owner, model_id)
         require_number("seq_id", request.seq_id)
+        kind = "forward" if request.forward_only else "forward_backward"
 
         def work() -> Answer:
             backend = self._tenants.backend(model_id, scores_only=request.forward_only)
             data = request.data()
             self._limits.check_data(data)
-            kind = "forward" if request.forward_only else "forward_backward"
             self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
             if request.forward_only:
                 return self._forward(backend, model_id, data, request)
             if request.loss_fn == "custom":
-                graph = self._loss(owner, model_id, request.config)
+                graph = self._loss(model_id, request.config)
                 return _settled(backend.forward_backward_custom(data, graph), _output)
             return self._backward(backend, model_id, data, request)
 
-        kind = "forward" if request.forward_only else "forward_backward"
         again = self._journal.numbered(model_id, request.seq_id) is not None
         accepted = self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
         if not request.forward_only and not again:
@@ -135,22 +134,21 @@ class Training:
         """Drop the losses of a session that has ended."""
         self._losses = {k: v for k, v in self._losses.items() if not k.startswith(f"{session}:")}
 
-    def _loss(self, owner: str, model_id: str, config: Mapping[str, Any]) -> LossGraph:
+    def _loss(self, model_id: str, config: Mapping[str, Any]) -> LossGraph:
         loss_id = str(config.get("loss_id"))
         if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
             raise ServiceError(f"there is no custom loss {loss_id!r} in this session; create it again")
         return self._losses[loss_id]
 
     def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
-        room = self.leases.room
-        if not self._may_be_custom(model_id, data, request) or room <= 0 or not self.leases.worth(model_id):
+        room = self.leases.room if self._may_be_custom(model_id, data, request) else 0.0
+        if room <= 0 or not self.leases.worth(model_id):
             return _settled(backend.forward(data, request.loss_fn, request.config), _output)
         # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
         held = backend.hold(data, budget=room).result()
         self.leases.keep(model_id, datum_keys(data), held)
-        outputs = [{"logprobs": TensorData(x)} for x in held.logprobs]
         metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
-        return _output(ForwardBackwardOutput(outputs, {**metrics, "held_tokens:sum": float(held.tokens)}))
+        return _output(ForwardBackwardOutput.of(held.logprobs, {**metrics, "held_tokens:sum": float(held.tokens)}))
 
     def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
         plain = request.loss_fn == "cross_entropy" and not request.config
@@ -189,7 +187,7 @@ def _step_of(body: Json) -> tuple[AdamParams, Any]:
 
 
 def _settled(future: FinishedFuture[T], encode: Callable[[T], Answer]) -> Answer:
-    """Return the answer of a finished operation, or its failure; a step knows of it by `Operations.optim_step`."""
+    """Return the answer of a finished operation, or its failure; a step knows of it by `Training.optim_step`."""
     error = future.exception()
     return encode(future.result()) if error is None else failure_of(error)
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...datums.types import Datum, ModelInput, TensorData
+from ...datums.types import Datum, ModelInput
 from ...errors import BackendError, CheckpointError, ConfigError, InvalidDatumsError, LossTypeError
 from ...losses.base import Counts, Loss
 from ..arguments import as_loss, check_data
@@ -58,7 +58,7 @@ class Engine:
         loss = as_loss(loss_fn, config)
         self.check(data, loss)
         logprobs = [model.score(datum) for datum in data]
-        return _output(logprobs, loss(data, logprobs)[1])
+        return ForwardBackwardOutput.of(logprobs, loss(data, logprobs)[1])
 
     def registered(self, data: Sequence[Datum], loss: Loss, counts: Counts | None) -> ForwardBackwardOutput:
         self.check(data, loss)
@@ -137,14 +137,10 @@ class Engine:
         pulled = torch.stack([self.model.pull(d, c) for d, c in zip(found.data, found.cotangents, strict=True)]).sum(0)
         self.gradient = pulled if self.gradient is None else self.gradient + pulled
         self._record(found)
-        return _output(logprobs, found.metrics)
+        return ForwardBackwardOutput.of(logprobs, found.metrics)
 
     def _record(self, found: Cotangents) -> None:
         self.operations += 1
         counted = (len(found.data), found.tokens, found.sequences)
         entry = LedgerEntry(self.operations, found.name, *counted, found.denominator, found.count)
         self.ledger.record(entry, found.fitting)
-
-
-def _output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput([{"logprobs": TensorData(x)} for x in logprobs], metrics)

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GraphMeter", "available_bytes", "ran_out"]
+__all__ = ["GraphMeter", "available_bytes", "ran_out", "room_for_graphs"]
 
 
 @final
@@ -107,6 +107,11 @@ def _kept_by_malloc() -> int:
         return 0
     mallinfo.restype = _Mallinfo2
     return int(mallinfo().fordblks)
+
+
+def room_for_graphs(device: torch.device) -> float:
+    """Half of what is free: the rest is for the backward and for others."""
+    return available_bytes(device) / 2
 
 
 def ran_out(error: RuntimeError) -> bool:

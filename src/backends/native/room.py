@@ -11,12 +11,11 @@ import torch
 
 from ...errors import ConfigError, UnsupportedError
 from .batching import Layout
-from .memory import GraphMeter, available_bytes, ran_out
+from .memory import GraphMeter, ran_out, room_for_graphs
 from .tape import Overflow, TapeSettings
 
 __all__ = ["Room"]
 
-_SHARE_OF_FREE = 0.5  # of free memory, for graphs; the rest is for the backward and for others
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -55,7 +54,7 @@ class Room:
 
     def settings(self, layout: Layout) -> TapeSettings:
         """Return how forwards are kept now."""
-        budget = _SHARE_OF_FREE * available_bytes(self.device) if self.graphs is None else self.graphs
+        budget = room_for_graphs(self.device) if self.graphs is None else self.graphs
         return TapeSettings(layout, budget, self.overflow, self.meter)
 
     def fitting(self, attempt: Callable[[], _T], lengths: Sequence[int]) -> _T:

@@ -18,7 +18,7 @@ from .head import head_logits
 from .hf import HFModel
 from .scoring import model_device
 
-__all__ = ["choose_tokens", "draw"]
+__all__ = ["Ends", "choose_tokens", "draw"]
 
 _MAX_ROWS = 128
 Ends = Callable[[Sequence[int]], bool]

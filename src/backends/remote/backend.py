@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, final
 
-from torch import Tensor
-
-from ...datums.types import Datum, ModelInput, TensorData
+from ...datums.types import Datum, ModelInput
 from ...errors import (
     ConfigError,
     LossTypeError,
@@ -103,7 +101,7 @@ class RemoteBackend:
 
             def read(answers: list[Any]) -> ForwardBackwardOutput:
                 logprobs = logprobs_of(answers[0])
-                return _output(logprobs, loss(data, logprobs)[1])
+                return ForwardBackwardOutput.of(logprobs, loss(data, logprobs)[1])
 
             return Pending([sent], read)
 
@@ -286,7 +284,7 @@ class RemoteBackend:
             held = target_cotangents(loss, name, data, logprobs, counts)
             self._window.record(held, deferred=True)
             self._window.held.append(held)
-            return Pending([], lambda _: _output(logprobs, held.metrics))
+            return Pending([], lambda _: ForwardBackwardOutput.of(logprobs, held.metrics))
         local = LocalLoss(loss, name, data, counts, self.capabilities)
         answer = self._wait(self._trainer.forward_backward_custom(self._sdk.datums(bare(data)), local), name)
         if local.error is not None:
@@ -297,7 +295,7 @@ class RemoteBackend:
         if self.capabilities.max_weight_sum is None:
             self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
         self._window.record(held, deferred=False)
-        return Pending([], lambda _: _output(found, held.metrics))
+        return Pending([], lambda _: ForwardBackwardOutput.of(found, held.metrics))
 
     def _send_held(self, divisor: float) -> None:
         """Send what was held, as one operation."""
@@ -320,7 +318,3 @@ class RemoteBackend:
             return Pending([], lambda _: None)
 
         return self._run(operation, send)
-
-
-def _output(logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput([{"logprobs": TensorData(x)} for x in logprobs], metrics)

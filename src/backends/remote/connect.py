@@ -10,7 +10,7 @@ from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready
 from .failures import at_service
-from .sdks import sdk_named, sdk_of
+from .sdks import sdk_named
 
 __all__ = ["connect"]
 
@@ -51,7 +51,6 @@ def connect(
     if not isinstance(service, str):
         with at_service("connect"):
             trainer = create(service)
-        options = {"capabilities": sdk_of(service).plain, **options}
         return RemoteBackend(service, trainer, base_model=base_model, **options)
     chosen = sdk_named(sdk)
     key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")

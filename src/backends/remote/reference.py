@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
-from ...datums.types import Datum, TensorData
+from ...datums.types import Datum
 from ...errors import ConfigError, UnsupportedError
 from ..cotangents import scored
 from ..types import ForwardBackwardOutput
@@ -43,7 +42,7 @@ class BaseView:
         """
         _require_plain(loss_fn, loss_fn_config)
         sent = self._trainer.forward(self._datums(bare(data)), "cross_entropy")
-        pending = Pending([sent], lambda answers: _outputs(logprobs_of(answers[0])))
+        pending = Pending([sent], lambda answers: ForwardBackwardOutput.of(logprobs_of(answers[0]), {}))
         return RemoteFuture(pending, "reference", deadline=self._deadline)
 
 
@@ -76,7 +75,7 @@ class SamplerView:
         ]
 
         def read(answers: list[Any]) -> ForwardBackwardOutput:
-            return _outputs([torch.tensor([float(x) for x in scores[1:]]) for scores in answers])
+            return ForwardBackwardOutput.of([torch.tensor([float(x) for x in one[1:]]) for one in answers], {})
 
         return RemoteFuture(Pending(sent, read), "reference", deadline=self._deadline)
 
@@ -84,10 +83,6 @@ class SamplerView:
 def _require_plain(loss_fn: str, loss_fn_config: Mapping[str, Any] | None) -> None:
     if loss_fn != "cross_entropy" or loss_fn_config:
         raise ConfigError(f"the reference of a service gives log-probs only; drop loss_fn={loss_fn!r} and its config")
-
-
-def _outputs(logprobs: Sequence[Tensor]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput([{"logprobs": TensorData(x)} for x in logprobs], {})
 
 
 def _whole(index: int, datum: Datum) -> list[int]:
