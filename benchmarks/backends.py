@@ -17,7 +17,7 @@ import pullback
 from pullback import AdamParams, Datum, TorchBackend
 from pullback.cli.demo.models import smollm2_file
 from pullback.service import Base
-from pullback.service.tenants import LoraChoice
+from pullback.service.served.registry import LoraChoice
 
 from .custom import nll
 from .models import batch, load
@@ -103,7 +103,7 @@ def _base(model: str) -> Iterator[Base]:
     """The base, in a folder that a service can load."""
     import transformers
 
-    from pullback.backends.native.gguf import convert_gguf
+    from pullback.backends.native.models.gguf import convert_gguf
 
     transformers.utils.logging.disable_progress_bar()
     if model == "smollm2":

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "errors": set(),
     "losses": {"errors"},
     "datums": {"errors", "losses"},
-    "backends": {"errors", "losses", "datums"},
-    "testing": {"errors", "losses", "datums", "backends"},
-    "service": {"errors", "losses", "datums", "backends"},
-    "cli": {"errors", "losses", "datums", "backends", "testing", "service", "__version__"},
+    "ops": {"errors"},
+    "backends": {"errors", "losses", "datums", "ops"},
+    "testing": {"errors", "losses", "datums", "ops", "backends"},
+    "service": {"errors", "losses", "datums", "ops", "backends"},
+    "cli": {"errors", "losses", "datums", "ops", "backends", "testing", "service", "__version__"},
 }
 
 

@@ -14,7 +14,8 @@ from ..datums import Datum, ModelInput
 from ..errors import PullbackError
 from ..losses import loss_names, registry
 from ..losses.registry import config_keys
-from . import conformance, serve
+from . import check_backend as conformance
+from . import serve
 
 __all__ = ["main"]
 

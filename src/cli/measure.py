@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..backends import SamplingParams, TorchBackend
 from ..backends.native import HFModel
-from ..backends.native.batching import ScoreRequest
-from ..backends.native.scoring import score
+from ..backends.native.execution.batching import ScoreRequest
+from ..backends.native.execution.forward import score
 from ..datums import Datum, ModelInput, datum_from_tokens_weights
 from ..testing.agreement import sampling_agreement
-from ..testing.llama import random_llama
+from ..testing.models.llama import random_llama
 from ..testing.numerics import NumericsRow, head_numerics, hidden_of, model_numerics
 from .demo.models import smollm2_file
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.native.gguf import convert_gguf
+from ..backends.native.models.gguf import convert_gguf
 from ..errors import ConfigError, require_extra
+from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
-from ..service.serving import serve_forever
-from ..service.tenants import Base, Tenants
+from ..service.served.registry import Base, Tenants
 from .demo.models import smollm2_file
 
 __all__ = ["add_parser", "load_base"]

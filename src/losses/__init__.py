@@ -10,12 +10,12 @@ from .batch import TokenBatch
 from .kl import KL, kl_value
 from .metrics import Metric, combine_metrics, wire_metrics
 from .numerics import bounded_exp, capped_log_odds, log1mexp
-from .policy import GRPO, PPO, ImportanceSampling
-from .preference import DPO, ORPO, dpo_sigmoid, log_odds_ratio
+from .policy.losses import GRPO, PPO, ImportanceSampling
+from .preference.losses import DPO, ORPO, dpo_sigmoid, log_odds_ratio
 from .ratio import RatioBand, clipped_surrogate
 from .recipes import Recipe, preset, preset_names, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
-from .supervised import CrossEntropy, negative_log_likelihood
+from .supervised.cross_entropy import CrossEntropy, negative_log_likelihood
 
 for _loss in (CrossEntropy, ImportanceSampling, PPO, GRPO, DPO, ORPO):
     register(_loss)

@@ -9,10 +9,10 @@ from ..errors import ConfigError, suggestion
 from .aggregation import Aggregation, fixed_length
 from .base import Loss, Normalization
 from .kl import KL
-from .policy import GRPO, PPO, ImportanceSampling
-from .preference import DPO, ORPO
+from .policy.losses import GRPO, PPO, ImportanceSampling
+from .preference.losses import DPO, ORPO
 from .ratio import RatioBand
-from .supervised import CrossEntropy
+from .supervised.cross_entropy import CrossEntropy
 
 __all__ = ["Recipe", "preset", "preset_names", "recipe"]
 Built = TypeVar("Built")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .app import build_app
-from .serving import serving
-from .tenants import Base, Tenants
+from .http.app import build_app
+from .http.server import serving
+from .served.registry import Base, Tenants
 
 __all__ = ["Base", "Tenants", "build_app", "serving"]

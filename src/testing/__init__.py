@@ -10,13 +10,13 @@ from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, check_backend
 from .examples import example_datums
-from .leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
-from .llama import random_llama
+from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
+from .models.llama import random_llama
+from .models.tiny import TinyLM
 from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
 from .subject import Subject
-from .tiny import TinyLM
 
 __all__ = [
     "PROMISES",

@@ -9,11 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..backends.native.adapter import Head, ModelAdapter
-from ..backends.native.batching import request
-from ..backends.native.head import selected_logprobs
-from ..backends.native.scoring import needed_hidden, score
+from ..backends.native.causal_lm import ModelAdapter
+from ..backends.native.execution.batching import request
+from ..backends.native.execution.forward import needed_hidden, score
 from ..datums.types import Datum
+from ..ops.head import Head
+from ..ops.logprobs import selected_logprobs
 
 __all__ = ["NumericsRow", "head_numerics", "model_numerics"]
 

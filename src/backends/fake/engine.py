@@ -15,7 +15,7 @@ from ...losses.base import Counts, Loss
 from ..arguments import as_loss, check_data
 from ..cotangents import Cotangents, scored, target_cotangents
 from ..custom import custom_name
-from ..ledger import Ledger
+from ..normalization import Ledger
 from ..operations import require_unspoiled
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput, Rollout, SamplingParams

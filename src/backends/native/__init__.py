@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .adapter import Head, ModelAdapter
+from ...ops.logprobs import logprob_surrogate, selected_logprobs
 from .backend import TorchBackend
-from .head import logprob_surrogate, selected_logprobs
-from .held import HeldForward
-from .hf import HFModel
+from .causal_lm import Head, ModelAdapter
+from .execution.retained import HeldForward
+from .models.hf import HFModel
 
 __all__ = [
     "HFModel",

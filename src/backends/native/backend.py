@@ -18,14 +18,14 @@ from ..operations import Operations
 from ..protocol import CustomLoss, NormalizationMode
 from ..reference import ReferenceView
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
-from .batching import Layout
+from .checkpoint import load_checkpoint, save_checkpoint
 from .engine import Engine, Positions, as_adapter
-from .held import HeldForward
-from .plans import plan_call
+from .execution.batching import Layout
+from .execution.deferred_backward import Overflow
+from .execution.retained import HeldForward
+from .plan import plan_call
 from .reference import reference_forward
 from .sampling import draw
-from .state import load_checkpoint, save_checkpoint
-from .tape import Overflow
 
 __all__ = ["TorchBackend"]
 
@@ -125,7 +125,7 @@ class TorchBackend:
         Raises:
             MissingExtraError: transformers, peft or gguf is not installed.
         """
-        from .hf import load_pretrained
+        from .models.hf import load_pretrained
 
         model, tokenizer = load_pretrained(
             path,

@@ -18,18 +18,18 @@ from ..custom import custom_name
 from ..operations import require_unspoiled
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput
-from .adapter import ModelAdapter
-from .batching import Layout, ScoreRequest, loss_units, micro_batches, request
-from .gradient import Gradient, custom_gradient, registered_gradient
-from .held import HeldForward, held_gradient
-from .memory import GraphMeter
+from .accumulator import Window
+from .causal_lm import ModelAdapter
+from .execution.batching import Layout, ScoreRequest, loss_units, micro_batches, request
+from .execution.budget import Room
+from .execution.cost_model import choose_layout, describe_model
+from .execution.deferred_backward import Overflow, Tape
+from .execution.forward import model_device, score, trainable
+from .execution.gradient import Gradient, custom_gradient, registered_gradient
+from .execution.memory import GraphMeter
+from .execution.retained import HeldForward, held_gradient
+from .models.probes import isolated_layouts, measure_graph, require_causal
 from .optimizer import Optimizer
-from .planning import choose_layout, describe_model
-from .probe import isolated_layouts, measure_graph, require_causal
-from .room import Room
-from .scoring import model_device, score, trainable
-from .tape import Overflow, Tape
-from .window import Window
 
 __all__ = ["Engine", "Positions", "as_adapter"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .adapter import ModelAdapter
-from .batching import ScoreRequest
-from .head import head_logits
-from .scoring import needed_hidden
+from ...ops.logprobs import head_logits
+from .causal_lm import ModelAdapter
+from .execution.batching import ScoreRequest
+from .execution.forward import needed_hidden
 
 __all__ = ["drawn_tokens", "likeliest_tokens", "named_tokens"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import MissingReferenceError
 from ..types import ForwardBackwardOutput
-from .adapter import ModelAdapter
+from .causal_lm import ModelAdapter
 from .engine import Engine
 
 __all__ = ["reference_forward"]

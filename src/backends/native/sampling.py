@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...datums.types import ModelInput
 from ...errors import DatumError, InvalidDatumsError, require_extra
+from ...ops.logprobs import head_logits
 from ..types import Rollout, SamplingParams
-from .adapter import ModelAdapter
-from .head import head_logits
-from .hf import HFModel
-from .scoring import model_device
+from .causal_lm import ModelAdapter
+from .execution.forward import model_device
+from .models.hf import HFModel
 
 __all__ = ["Ends", "choose_tokens", "draw"]
 

@@ -27,16 +27,16 @@ from ..types import (
     SamplingParams,
     SaveStateOutput,
 )
-from .audit import SumAudit
-from .callback import LocalLoss
+from .accumulator import RemoteWindow
 from .capabilities import Capabilities, named_data
 from .convert import bare, logprobs_of, output_of, rollouts_of
-from .failures import at_service
+from .dispatch import RemoteOperations
+from .error_mapping import at_service
 from .futures import Pending, RemoteFuture
-from .operations import RemoteOperations
-from .plans import plan_remote
+from .local_loss import LocalLoss
+from .plan import plan_remote
+from .reduction_check import SumAudit
 from .sdks import sdk_of
-from .window import RemoteWindow
 
 __all__ = ["RemoteBackend"]
 

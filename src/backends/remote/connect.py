@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready
-from .failures import at_service
+from .error_mapping import at_service
 from .sdks import sdk_named
 
 __all__ = ["connect"]

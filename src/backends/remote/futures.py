@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
 from ...errors import PullbackError, RemoteError
-from .failures import remote_error
+from .error_mapping import remote_error
 
 __all__ = ["Pending", "RemoteFuture"]
 

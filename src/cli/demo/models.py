@@ -11,10 +11,10 @@ from typing import Any, final
 
 import torch
 
-from ...backends.native.gguf import convert_gguf
+from ...backends.native.models.gguf import convert_gguf
 from ...errors import MissingExtraError, require_extra
-from ...service.tenants import Base, LoraChoice
-from ...testing.llama import random_llama
+from ...service.served.registry import Base, LoraChoice
+from ...testing.models.llama import random_llama
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
 __all__ = ["Studio", "smollm2", "smollm2_file", "tiny"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from ...backends import TorchBackend, connect
 from ...backends.protocol import PolicyBackend
 from ...backends.remote import RemoteBackend
-from ...service.serving import serving
-from ...service.tenants import Tenants
+from ...service.http.server import serving
+from ...service.served.registry import Tenants
 from .models import Studio
 
 __all__ = ["Start", "native", "served", "starting"]

@@ -1,0 +1,1 @@
+"""How the native backend runs a call: micro-batches, forward, backward, memory."""

@@ -1,0 +1,1 @@
+"""Models that the native backend can load, and what it finds out about them."""

@@ -1,0 +1,1 @@
+"""Losses on pairs of answers, a chosen and a rejected one."""

@@ -1,0 +1,63 @@
+"""Supervised losses: the gradient is known before the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+from torch import Tensor
+
+from ..aggregation import AGGREGATIONS, Aggregation
+from ..base import GradientKind, Loss, Term
+from ..batch import TokenBatch
+from ..metrics import Metric
+
+__all__ = ["CrossEntropy", "negative_log_likelihood"]
+
+
+def negative_log_likelihood(logprobs: Tensor) -> Tensor:
+    """``-logprob`` per token, shape of ``logprobs``."""
+    return -logprobs
+
+
+@final
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    r"""Weighted negative log-likelihood, ``-sum_t w_t logprob_t / D``.
+
+    The gradient with respect to a log-prob is ``-w_t / D``. With [T, K] targets and weights the same sum runs over
+    the K candidates too (soft targets). Negative weights are unlikelihood training and pass through.
+
+    Args:
+        aggregation: ``sum`` (the default, as the protocol has it), ``token_mean``, ``weighted_mean``,
+            ``sequence_mean_token_mean``, ``sequence_mean_token_sum``, ``group_mean_token_mean`` or `fixed_length`.
+    """
+
+    aggregation: Aggregation | str = "sum"
+
+    name: ClassVar[str] = "cross_entropy"
+    gradient_kind: ClassVar[GradientKind] = "constant"
+    sources: ClassVar[tuple[str, ...]] = ("Tinker training API, losses: cross_entropy",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation))
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        return ("weights", "group_id")
+
+    @classmethod
+    def from_config(cls, *, aggregation: str = AGGREGATIONS["sum"].name) -> Self:
+        return cls(aggregation)
+
+    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
+        return (Term("nll", negative_log_likelihood(batch.policy), "token", self.main_aggregation),)
+
+    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+        weighted = (batch.weight.double() * terms[0].values.double()).sum()
+        return {"nll": Metric(float(weighted), float(batch.weight.double().sum()), "mean")}

@@ -1,0 +1,8 @@
+"""Operations from hidden states to log-probs, none of which ever holds the logits of all tokens. Torch only."""
+
+from __future__ import annotations
+
+from .head import Head
+from .logprobs import head_logits, logprob_surrogate, selected_logprobs
+
+__all__ = ["Head", "head_logits", "logprob_surrogate", "selected_logprobs"]

@@ -1,0 +1,1 @@
+"""Losses that a client sends as a graph of tensor operations."""

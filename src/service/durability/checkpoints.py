@@ -1,0 +1,95 @@
+"""Checkpoint URIs and the folders behind them: ``tinker://<model id>/<kind>/<name>``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Final, final
+
+from ...errors import CheckpointError
+
+__all__ = ["Checkpoints"]
+
+_SCHEME: Final = "tinker://"
+_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+_KINDS: Final = ("weights", "sampler_weights")
+_ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
+
+
+@final
+class Checkpoints:
+    """Where checkpoints lie.
+
+    Args:
+        root: ``root / model id / kind / name``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def uri(self, model: str, kind: str, name: str) -> str:
+        """Return the URI of a checkpoint."""
+        return f"{_SCHEME}{model}/{kind}/{name}"
+
+    def folder(self, model: str, kind: str) -> Path:
+        """Where a model's checkpoints of one kind lie."""
+        return self.root / model.replace(":", "_") / kind
+
+    @staticmethod
+    def parts(uri: str) -> tuple[str, str, str]:
+        """Return model id, kind and name.
+
+        Raises:
+            CheckpointError: it is no such URI, or leads elsewhere.
+        """
+        parts = uri.removeprefix(_SCHEME).split("/") if isinstance(uri, str) else []
+        known = uri.startswith(_SCHEME) if isinstance(uri, str) else False
+        if not known or len(parts) != 3 or parts[1] not in _KINDS or not all(map(_PART.fullmatch, parts)):
+            raise CheckpointError(
+                f"{uri!r} is no checkpoint of this server: {_SCHEME}<model id>/weights/<name> was expected"
+            )
+        return parts[0], parts[1], parts[2]
+
+    def locate(self, uri: str) -> Path:
+        """Return the folder of a checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        model, kind, name = self.parts(uri)
+        path = self.folder(model, kind) / name
+        if not path.is_dir():
+            raise CheckpointError(f"there is no checkpoint {uri}")
+        return path
+
+    def size(self, uri: str) -> int:
+        """Bytes of a checkpoint."""
+        return sum(file.stat().st_size for file in self.locate(uri).iterdir())
+
+    def fingerprint(self, uri: str) -> str:
+        """Digest of a checkpoint's manifest, which names the digests of its files; empty if there is no checkpoint."""
+        try:
+            manifest = self.locate(uri) / "manifest.json"
+        except CheckpointError:
+            return ""
+        return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else ""
+
+    def delete(self, uri: str) -> None:
+        """Remove a checkpoint, at once and as a whole."""
+        path = self.locate(uri)
+        gone = path.with_name(f".{path.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+
+    def tidy(self) -> None:
+        """Clear up what a killed server left half done: a checkpoint moved aside comes back, anything else goes."""
+        for path in [p for kind in _KINDS for p in self.root.glob(f"*/{kind}/.*")]:
+            whole = path.with_name(path.name[1:].removesuffix(_ASIDE))
+            if path.name.endswith(_ASIDE) and not whole.exists():
+                os.rename(path, whole)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,261 @@
+"""The routes of the Tinker protocol (extra ``serve``)."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, final
+
+from ...errors import require_extra
+from ...losses import loss_names
+from ..durability.journal import Failure, Journal, hold_folder
+from ..durability.sequencer import Sequencer
+from ..limits import Keys, Limits, read_body
+from ..served.handlers import Operations
+from ..served.listings import Listings
+from ..served.registry import Tenants
+from ..wire.json_form import decode_json_request, json_result
+from ..wire.protobuf import decode_request
+from .requests import Call, json_response, refusal
+from .telemetry import Telemetry
+
+__all__ = ["build_app"]
+
+_PROTOBUF: Final = "application/x-protobuf"
+# A pair is never cut into two requests.
+_CLIENT: Final = {
+    "fwdbwd_max_chunk_len": 100_000,
+    "fwdbwd_max_chunk_bytes_count": 200_000_000,
+    "custom_loss_server_side": True,
+}
+Json = dict[str, Any]
+Handler = Callable[[Call], Awaitable[Any]]
+
+
+def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
+    """Return the ASGI application.
+
+    Args:
+        tenants: the models.
+        keys: who is let in.
+        limits: sizes and counts.
+    """
+    require_extra("starlette", "serve", "pullback serve")
+    from starlette.applications import Starlette
+
+    app = _App(tenants, keys, limits)
+    return Starlette(routes=app.routes(), lifespan=app.lifespan)
+
+
+@final
+class _App:
+    """Routes over `Operations`: reading requests, naming owners, writing answers."""
+
+    def __init__(self, tenants: Tenants, keys: Keys, limits: Limits) -> None:
+        self.keys, self.limits, self.telemetry = keys, limits, Telemetry()
+        self.held = hold_folder(tenants.checkpoints.root)
+        self.journal = Journal(tenants.checkpoints.root / "journal.sqlite")
+        self.sequencer = Sequencer(
+            self.journal,
+            max_queue=limits.queue,
+            gap_seconds=limits.gap_seconds,
+            observer=self.telemetry.operation,
+        )
+        self.operations = Operations(tenants, self.journal, self.sequencer, limits, self.telemetry.count)
+        self.listings = Listings(tenants, self.journal)
+        self.tenants = tenants
+        gauge = self.telemetry.gauge
+        gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
+        gauge("models", "models in memory", lambda: len(tenants.backends))
+        gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
+        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.leases.bytes)
+
+    async def _lifespan(self) -> Any:
+        task = asyncio.create_task(self._sweep())
+        yield
+        task.cancel()
+        await asyncio.to_thread(self.sequencer.close)
+        self.journal.close()
+        self.held.close()
+
+    @property
+    def lifespan(self) -> Any:
+        from contextlib import asynccontextmanager
+
+        return asynccontextmanager(lambda _: self._lifespan())
+
+    async def _sweep(self) -> None:
+        """Let go of old leases even where no request comes any more."""
+        while True:
+            await asyncio.sleep(self.limits.lease_seconds / 4)
+            self.sequencer.run(self.operations.training.leases.sweep)
+
+    def routes(self) -> list[Any]:
+        """All routes."""
+        post, get = self._post, self._get
+        do, lists = self.operations, self.listings
+        return [
+            post("client/config", self._constant(_CLIENT)),
+            post("client/dynamic_config", self._constant({})),
+            get("healthz", self._constant({"status": "ok"})),
+            get("get_server_capabilities", self._constant(self._capabilities())),
+            post("telemetry", self._constant({"status": "accepted"})),
+            post("session_heartbeat", self._heartbeat),
+            post("create_session", self._create_session),
+            post("sessions/{id}/finish", self._finish),
+            post("create_model", self._accepted(do.create_model)),
+            post("unload_model", self._accepted(do.unload)),
+            post("get_info", self._now(lambda call: lists.info(call.owner, call.body["model_id"]))),
+            post("create_custom_loss", self._accepted(do.training.create_loss)),
+            post("forward", self._gradient(forward_only=True)),
+            post("forward_backward", self._gradient(forward_only=False)),
+            post("optim_step", self._accepted(do.training.optim_step)),
+            post("save_weights", self._accepted(do.save_weights)),
+            post("load_weights", self._accepted(do.load_weights)),
+            post("load_adapter", self._accepted(do.load_adapter)),
+            get("list_checkpoints", self._now(lambda call: {"checkpoints": do.names.listing(call.owner)})),
+            post("save_weights_for_sampler", self._accepted(do.save_for_sampler)),
+            post("create_sampling_session", self._now(self._create_sampling_session)),
+            get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
+            post("asample", self._now(lambda call: do.samplers.sample(call.owner, call.raw, call.body))),
+            post("retrieve_future", self._retrieve),
+            post("weights_info", self._now(lambda call: lists.weights_info(call.owner, call.body["tinker_path"]))),
+            get("training_runs", self._now(lambda call: lists.runs(call.owner, call.query))),
+            get("training_runs/{id}", self._now(lambda call: lists.run(call.owner, call.path["id"]))),
+            get(
+                "training_runs/{id}/checkpoints",
+                self._now(lambda call: lists.checkpoints(call.owner, call.query, call.path["id"])),
+            ),
+            self._route("training_runs/{id}/checkpoints/{checkpoint:path}", self._delete, "DELETE"),
+            get("checkpoints", self._now(lambda call: lists.checkpoints(call.owner, call.query))),
+            get("sessions", self._now(lambda call: lists.sessions(call.owner, call.query))),
+            get("sessions/{id}", self._now(lambda call: lists.session(call.owner, call.path["id"]))),
+            self._route("/metrics", self._metrics, "GET"),
+        ]
+
+    def _capabilities(self) -> Json:
+        base = self.tenants.base
+        model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
+        ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True, "starts_at_base": True}
+        return {"supported_models": [model], "pullback": ours}
+
+    def _post(self, path: str, handler: Handler) -> Any:
+        return self._route(path, handler, "POST")
+
+    def _get(self, path: str, handler: Handler) -> Any:
+        return self._route(path, handler, "GET")
+
+    def _route(self, path: str, handler: Handler, method: str) -> Any:
+        from starlette.routing import Route
+
+        async def answer(request: Any) -> Any:
+            began, raw = time.perf_counter(), b""
+            owner = self.keys.owner(request.headers.get("x-api-key", ""))
+            try:
+                if owner is None:
+                    response = json_response({"detail": "unknown API key"}, 401)
+                else:
+                    raw = await read_body(request, self.limits.body_bytes)
+                    response = await handler(Call(request, owner, raw))
+            except Exception as error:
+                response = refusal(error)
+            self.telemetry.request(path, response.status_code, time.perf_counter() - began, len(raw))
+            return response
+
+        return Route(path if path.startswith("/") else f"/api/v1/{path}", answer, methods=[method])
+
+    def _constant(self, found: Json) -> Handler:
+        async def handler(_: Call) -> Any:
+            return json_response(found)
+
+        return handler
+
+    def _now(self, work: Callable[[Call], Json]) -> Handler:
+        async def handler(call: Call) -> Any:
+            return json_response(work(call))
+
+        return handler
+
+    def _accepted(self, submit: Callable[[str, bytes, Json], str]) -> Handler:
+        async def handler(call: Call) -> Any:
+            body = call.body
+            return json_response({"request_id": submit(call.owner, call.raw, body), "model_id": body.get("model_id")})
+
+        return handler
+
+    def _gradient(self, *, forward_only: bool) -> Handler:
+        async def handler(call: Call) -> Any:
+            if call.request.headers.get("content-type", "").startswith(_PROTOBUF):
+                request = await asyncio.to_thread(decode_request, call.raw, call.custom)
+            else:
+                # Forks do not say what a request is part of: any may be one half of a custom loss.
+                custom = call.custom or "x-sdk-method" not in call.request.headers
+                request = decode_json_request(call.raw, call.body, forward_only, custom)
+            return json_response(
+                {"request_id": self.operations.training.gradient(call.owner, request), "model_id": request.model_id}
+            )
+
+        return handler
+
+    async def _create_session(self, call: Call) -> Any:
+        session = f"sess-{secrets.token_hex(8)}"
+        self.journal.add_session(session, call.owner, call.body.get("user_metadata"))
+        return json_response({"type": "create_session", "session_id": session, "info_message": None})
+
+    async def _heartbeat(self, call: Call) -> Any:
+        self.operations.sessions.require(call.owner, call.body["session_id"])
+        return json_response({"type": "session_heartbeat"})
+
+    async def _finish(self, call: Call) -> Any:
+        from starlette.responses import Response
+
+        session = self.operations.sessions.require(call.owner, call.path["id"])
+        self.sequencer.run(lambda: self.operations.finish(session))
+        return Response(status_code=204)
+
+    def _create_sampling_session(self, call: Call) -> Json:
+        body = call.body
+        session = self.operations.sessions.require(call.owner, body["session_id"])
+        return self.operations.samplers.create(
+            f"{session}:sample:{int(body['sampling_session_seq_id'])}", call.owner, body
+        )
+
+    async def _retrieve(self, call: Call) -> Any:
+        from starlette.responses import Response
+
+        body = call.body
+        request_id = body["request_id"]
+        future = self.sequencer.result(call.owner, request_id)
+        try:
+            found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
+        except TimeoutError:
+            return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
+        if (
+            body.get("allow_metadata_only") is True
+            and isinstance(found, bytes)
+            and len(found) > self.limits.large_bytes
+        ):
+            return json_response({"status": "complete_metadata", "response_payload_size": len(found)})
+        self.operations.training.delivered(request_id)
+        if isinstance(found, Failure):
+            return json_response({"error": found.text, "category": found.category})
+        if isinstance(found, dict):
+            return json_response(self.operations.names.shown(found) if call.forked else found)
+        accepts = call.request.headers.get("accept", "*/*")
+        if _PROTOBUF in accepts or "*/*" in accepts:
+            return Response(found, media_type=_PROTOBUF)
+        operation = self.journal.operation(request_id)
+        return json_response(json_result(operation.kind if operation else "", found))
+
+    async def _delete(self, call: Call) -> Any:
+        from starlette.responses import Response
+
+        self.listings.delete(call.owner, call.path["id"], call.path["checkpoint"])
+        return Response(status_code=204)
+
+    async def _metrics(self, _: Call) -> Any:
+        from starlette.responses import Response
+
+        return Response(self.telemetry.exposition(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,72 @@
+"""Running the service: in the foreground, or in a thread for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import ConfigError, ServiceError, require_extra
+from ..limits import Keys, Limits
+from ..served.registry import Tenants
+from .app import build_app
+
+__all__ = ["serve_forever", "serving"]
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_START_SECONDS = 20.0
+
+
+def serve_forever(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None = None) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        ConfigError: the address can be reached from elsewhere and there are no keys.
+    """
+    _server(tenants, host, port, keys, limits).run()
+
+
+@contextmanager
+def serving(
+    tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0, limits: Limits | None = None
+) -> Iterator[str]:
+    """Serve on 127.0.0.1 in a thread; yield the base URL.
+
+    Args:
+        tenants: the models.
+        keys: API keys; none: everybody is let in.
+        port: 0 = any that is free.
+        limits: sizes and counts.
+
+    Raises:
+        ServiceError: the server did not come up.
+    """
+    # The protocol must be named: asyncio switches Nagle's algorithm off only then, and each answer would take 40 ms.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as bound:
+        bound.bind(("127.0.0.1", port))
+        server = _server(tenants, "127.0.0.1", bound.getsockname()[1], Keys.of(keys), limits)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise ServiceError("the server did not start")
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _server(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None) -> Any:
+    if host not in _LOOPBACK and not keys:
+        raise ConfigError(
+            f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
+        )
+    uvicorn = require_extra("uvicorn", "serve", "pullback serve")
+    app = build_app(tenants, keys, limits or Limits())
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))

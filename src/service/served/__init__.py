@@ -1,0 +1,1 @@
+"""What the service serves: models, sessions, samplers and their operations."""

@@ -1,0 +1,189 @@
+"""Models and their checkpoints: what the protocol's numbered requests do; each returns the id of its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, final
+
+from ...errors import ServiceError, UnsupportedError
+from ..durability.journal import Journal
+from ..durability.recovery import recover
+from ..durability.sequencer import Sequencer, number_of
+from ..limits import Limits
+from ..wire.fireworks_paths import LogicalNames
+from .create import lora_choice
+from .registry import LoraChoice, Tenants
+from .samplers import Samplers
+from .sessions import Sessions
+from .training import Training
+
+__all__ = ["Operations"]
+
+Json = dict[str, Any]
+Counter = Callable[[str, float], None]
+
+
+@final
+class Operations:
+    """The service below its routes: models, gradients, steps, checkpoints.
+
+    Args:
+        tenants: the models.
+        journal: what was promised; what an earlier process left unfinished is ended at once, as lost.
+        sequencer: runs operations in order.
+        limits: sizes and counts.
+        count: is told what to add to which counter.
+
+    Attributes:
+        sessions, training, samplers, names: the parts that have a theme of their own.
+    """
+
+    def __init__(
+        self, tenants: Tenants, journal: Journal, sequencer: Sequencer, limits: Limits, count: Counter
+    ) -> None:
+        self.tenants, self.journal, self.sequencer, self.limits = tenants, journal, sequencer, limits
+        self.sessions = Sessions(journal, sequencer)
+        self.training = Training(tenants, journal, sequencer, self.sessions, limits, count)
+        self.samplers = Samplers(tenants, journal, sequencer, limits)
+        self.names = LogicalNames(journal)
+        recover(tenants.checkpoints, journal)
+
+    def make_room(self) -> None:
+        """Let go of the models of silent sessions if there is no room for a new one.
+
+        Raises:
+            ServiceError: all are in use.
+        """
+        if len(self.tenants.backends) < self.limits.models:
+            return
+        for session in {model_id.split(":")[0] for model_id in self.tenants.backends}:
+            if self.sessions.silent(session, self.limits.idle_seconds):
+                self.finish(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
+        if len(self.tenants.backends) >= self.limits.models:
+            raise ServiceError(
+                f"this server holds {self.limits.models} models, and all are in use; close one, or try later"
+            )
+
+    def create_model(self, owner: str, raw: bytes, body: Json) -> str:
+        """Make a model with a fresh adapter, or (with ``path``) from a checkpoint; return the request id."""
+        session, number = self.sessions.require(owner, body["session_id"]), number_of(body, "model_seq_id")
+        model_id = f"{session}:train:{number}"
+        line = f"{session}:models"
+        self.sequencer.open(line)
+
+        def work() -> Json:
+            self.make_room()
+            if "path" not in body:
+                lora = lora_choice(body, self.tenants.base.name, self.limits.rank)
+                self._create(model_id, session, owner, lora, body)
+                return {"model_id": model_id, "type": "create_model"}
+            source, _, _ = self.tenants.checkpoints.parts(body["path"])
+            lora = self.sessions.lora_of(owner, source)
+            self.tenants.checkpoints.locate(body["path"])
+            self._create(model_id, session, owner, lora, body)
+            try:
+                self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
+            except Exception:
+                self.tenants.release(model_id)
+                raise
+            return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
+
+        request = self.sequencer.submit(owner, line, number, raw, "create_model", work, ordered=False)
+        self.sequencer.open(model_id)
+        return request
+
+    def release(self, model_id: str) -> None:
+        """Let go of a model."""
+        self.tenants.release(model_id)
+        self.training.forget_model(model_id)
+
+    def finish(self, session: str, why: str = "was finished by its client") -> None:
+        """Let go of all models of a session that has ended; what is asked of them later fails."""
+        for model_id in [m for m in self.tenants.backends if m.startswith(f"{session}:")]:
+            self.release(model_id)
+            last = self.journal.last_checkpoint(model_id)
+            self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
+        self.sessions.forget(session)
+        self.training.forget_session(session)
+
+    def unload(self, owner: str, raw: bytes, body: Json) -> str:
+        """Let go of a model when all before it has run."""
+        model_id = body["model_id"]
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            self.release(model_id)
+            self.sequencer.end(model_id, f"{model_id} was unloaded by its client")
+            return {"type": "unload_model", "model_id": model_id}
+
+        number = body.get("seq_id")
+        if number is None:
+            return self.sequencer.submit(owner, model_id, None, raw, "unload_model", work, ordered=False)
+        return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "unload_model", work)
+
+    def save_weights(self, owner: str, raw: bytes, body: Json) -> str:
+        """A checkpoint with everything."""
+        model_id, number = body["model_id"], number_of(body, "seq_id")
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            return {"path": self._save(owner, model_id, "weights", number, body), "type": "save_weights"}
+
+        return self.sequencer.submit(owner, model_id, number, raw, "save_weights", work)
+
+    def load_weights(self, owner: str, raw: bytes, body: Json) -> str:
+        """Load into a model that exists, or make one from a checkpoint."""
+        if "model_id" not in body:
+            return self.create_model(owner, raw, body)
+        model_id = body["model_id"]
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            uri = self.names.resolve(owner, model_id, body["path"])
+            self.sessions.lora_of(owner, self.tenants.checkpoints.parts(uri)[0])
+            self.tenants.load(model_id, uri, bool(body.get("optimizer", False)))
+            self.training.leases.drop(model_id)
+            return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
+
+        return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "load_weights", work)
+
+    def load_adapter(self, owner: str, raw: bytes, body: Json) -> str:
+        """Fail in turn: a number that was not accepted would be waited for by all that come after it."""
+        model_id = body["model_id"]
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            raise UnsupportedError("load_adapter: this server loads its own checkpoints only, by load_state")
+
+        return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "load_adapter", work)
+
+    def save_for_sampler(self, owner: str, raw: bytes, body: Json) -> str:
+        """Freeze the present weights: on the disk under a name, or in memory for one sampling session."""
+        model_id, number = body["model_id"], number_of(body, "seq_id")
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            if body.get("path") is not None:
+                uri = self._save(owner, model_id, "sampler_weights", number, body)
+                return {"path": uri, "type": "save_weights_for_sampler"}
+            session = f"{model_id.split(':')[0]}:sample:{number_of(body, 'sampling_session_seq_id')}"
+            self.samplers.add(session, owner, self.tenants.sampler(model_id))
+            return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
+
+        # The SDK numbers the session anew each time it asks again, so that number is no part of what must be the same.
+        same = json.dumps({**body, "sampling_session_seq_id": None}, sort_keys=True).encode()
+        return self.sequencer.submit(owner, model_id, number, same, "save_weights_for_sampler", work)
+
+    def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
+        self.tenants.create(model_id, lora)
+        self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
+
+    def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json) -> str:
+        """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
+        checkpoints, metadata = self.tenants.checkpoints, body.get("user_metadata")
+        uri = checkpoints.uri(model_id, kind, body["path"])
+        self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
+        self.tenants.save(model_id, kind, body["path"], bool(body.get("overwrite", False)))
+        self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
+        return uri

@@ -1,0 +1,283 @@
+"""Models of a service: any number of LoRA adapters on one base, isolated from each other, and their checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from ...backends import SamplingParams, TorchBackend
+from ...backends.native.checkpoint import load_weights
+from ...backends.native.execution.batching import ScoreRequest
+from ...backends.native.execution.forward import score
+from ...backends.native.models.hf import HFModel
+from ...backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
+from ...backends.native.sampling import Ends, draw
+from ...backends.types import Rollout
+from ...datums.types import ModelInput
+from ...errors import ConfigError, ServiceError, require_extra
+from ..durability.checkpoints import Checkpoints
+
+__all__ = ["Base", "LoraChoice", "Sampler", "Tenants"]
+
+_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP: Final = ("gate_proj", "up_proj", "down_proj")
+_UNEMBED: Final = ("lm_head",)
+
+
+@final
+@dataclass(frozen=True)
+class LoraChoice:
+    """What of the base gets an adapter.
+
+    Args:
+        rank: of the adapters.
+        seed: of their start.
+        alpha: their scale is ``alpha / rank``; None: the base's own.
+        train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
+        base_only: the model is the frozen base and only scores; its adapter stays at nothing.
+    """
+
+    rank: int
+    seed: int = 0
+    alpha: float | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+    base_only: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"lora_config.rank must be a whole number of at least 1, got {self.rank!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoraChoice:
+        """Read what the journal holds."""
+        return cls(**json.loads(text))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The frozen model that all adapters share.
+
+    Args:
+        name: what clients call it.
+        model: a transformers causal language model.
+        tokenizer_id: a folder that its tokenizer can be loaded from, for clients; None if there is none.
+        options: of every `TorchBackend`.
+        attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean.
+        scale: ``alpha / rank`` of adapters whose client names no alpha.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer_id: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    attention: Sequence[str] = _ATTENTION
+    mlp: Sequence[str] = _MLP
+    unembed: Sequence[str] = _UNEMBED
+    scale: float = 1.0
+
+    def layers(self, lora: LoraChoice) -> list[str]:
+        """Names of the layers to adapt.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found = [
+            *(self.attention if lora.train_attn else ()),
+            *(self.mlp if lora.train_mlp else ()),
+            *(self.unembed if lora.train_unembed else ()),
+        ]
+        if not found:
+            raise ConfigError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
+        return found
+
+    def adapted(self, lora: LoraChoice) -> HFModel:
+        """Return a model with an adapter of its own; its frozen weights are the base's, not copies."""
+        peft = require_extra("peft", "hf", "the service")
+        config = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=self.scale * lora.rank if lora.alpha is None else lora.alpha,
+            target_modules=self.layers(lora),
+            task_type="CAUSAL_LM",
+            ensure_weight_tying=False,
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # The adapter is on the output projection alone, as the protocol has it; the embedding stays the base's.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            torch.manual_seed(lora.seed)
+            return HFModel(peft.get_peft_model(self.copy(), config))
+
+    @property
+    def context(self) -> int | None:
+        """Longest text, tokens; None = not known."""
+        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def tokenizer(self) -> Any:
+        """Return its tokenizer.
+
+        Raises:
+            ConfigError: this server has none.
+        """
+        if self.tokenizer_id is None:
+            raise ConfigError("strings need a tokenizer, and this server has none for its model: give token ids")
+        return _tokenizer(self.tokenizer_id)
+
+    def copy(self) -> nn.Module:
+        """Return the modules anew around the same tensors."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        copied: nn.Module = copy.deepcopy(self.model, {id(t): t for t in tensors})
+        return copied
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Weights to sample from, frozen at the moment they were saved."""
+
+    model: HFModel
+    version: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self.model.head().weight.shape[0]
+
+    def sample(self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None) -> list[Rollout]:
+        """Draw n completions; one for which ``ends`` says so stops too."""
+        return draw(self.model, [prompt], n, params, self._chance(), self.version, ends)
+
+    def likeliest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `likeliest_tokens`."""
+        return likeliest_tokens(self.model, tokens, k)
+
+    def drawn(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `drawn_tokens`."""
+        return drawn_tokens(self.model, tokens, k, temperature, self._chance())
+
+    def named(self, tokens: Tensor, named: Tensor) -> Tensor:
+        """See `named_tokens`."""
+        return named_tokens(self.model, tokens, named)
+
+    @torch.no_grad()
+    def prompt_logprobs(self, prompt: ModelInput) -> list[float]:
+        """Return the log-prob of each prompt token given those before it; NaN for the first."""
+        tokens = prompt.tokens
+        if len(tokens) < 2:
+            return [float("nan")] * len(tokens)
+        needed = torch.ones(len(tokens) - 1, dtype=torch.bool)
+        found: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
+        return [float("nan"), *found.tolist()]
+
+    def _chance(self) -> torch.Generator:
+        generator = torch.Generator(next(self.model.parameters()).device)
+        generator.seed()
+        return generator
+
+
+@final
+class Tenants:
+    """Models by id.
+
+    Args:
+        base: shared by all.
+        root: folder of all checkpoints.
+    """
+
+    def __init__(self, base: Base, root: Path) -> None:
+        self.base, self.checkpoints = base, Checkpoints(root)
+        self.backends: dict[str, TorchBackend] = {}
+        self.choices: dict[str, LoraChoice] = {}
+
+    def create(self, model_id: str, lora: LoraChoice) -> None:
+        """Make a model with a fresh adapter."""
+        folder = self.checkpoints.folder(model_id, "weights")
+        backend = TorchBackend(self.base.adapted(lora), checkpoint_dir=folder, **self.base.options)
+        self.backends[model_id], self.choices[model_id] = backend, lora
+
+    def release(self, model_id: str) -> None:
+        """Let go of a model; its checkpoints stay."""
+        self.backends.pop(model_id, None)
+        self.choices.pop(model_id, None)
+
+    def backend(self, model_id: str, *, scores_only: bool = False) -> TorchBackend:
+        """Return a model.
+
+        Args:
+            model_id: its id.
+            scores_only: nothing about it will change.
+
+        Raises:
+            ServiceError: it could not be created, or is a frozen base and would change.
+        """
+        if model_id not in self.backends:
+            raise ServiceError(f"model {model_id!r} could not be created; read the error of its creation")
+        if self.choices[model_id].base_only and not scores_only:
+            raise ServiceError(f"{model_id!r} was created with base_only: it is the frozen base, and only scores")
+        return self.backends[model_id]
+
+    def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> str:
+        """Write a checkpoint: everything, or (for a sampler) the weights; return the URI.
+
+        Raises:
+            CheckpointError: the name leaves the folder, or is taken.
+        """
+        backend = self.backend(model_id)
+        if kind == "weights":
+            backend.save_state(name, overwrite=overwrite).result()
+        else:
+            folder = self.checkpoints.folder(model_id, kind)
+            backend.save_weights(name, overwrite=overwrite, folder=folder).result()
+        return self.checkpoints.uri(model_id, kind, name)
+
+    def load(self, model_id: str, uri: str, optimizer: bool) -> None:
+        """Load a checkpoint into a model: weights, or everything."""
+        backend, path = self.backend(model_id), self.checkpoints.locate(uri)
+        backend.discard_gradients()
+        (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
+
+    def sampler(self, model_id: str) -> Sampler:
+        """Freeze a model's present weights for sampling."""
+        backend = self.backend(model_id)
+        frozen = self.base.adapted(self.choices[model_id])
+        _copy_adapter(backend.model, frozen)
+        return Sampler(frozen, backend.weights_version)
+
+    def saved_sampler(self, uri: str, lora: LoraChoice) -> Sampler:
+        """Sample from a checkpoint."""
+        model = self.base.adapted(lora)
+        load_weights(model, self.checkpoints.locate(uri))
+        return Sampler(model, 0)
+
+    def base_sampler(self) -> Sampler:
+        """Sample from the base."""
+        return Sampler(HFModel(self.base.copy()), 0)
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Any:
+    return require_extra("transformers", "hf", "strings in stop").AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def _copy_adapter(source: nn.Module, target: nn.Module) -> None:
+    found = dict(source.named_parameters())
+    for name, p in target.named_parameters():
+        if p.requires_grad:
+            p.copy_(found[name])

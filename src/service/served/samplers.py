@@ -1,0 +1,124 @@
+"""Sampling sessions: on weights in memory, on a checkpoint, or on the base."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, final
+
+from ...datums.types import ModelInput
+from ...errors import ServiceError, TooLargeError
+from ..durability.journal import Journal
+from ..durability.sequencer import Sequencer, require_number
+from ..limits import Limits
+from ..wire.protobuf import tokens_of
+from ..wire.sampling import encode_sample
+from .registry import LoraChoice, Sampler, Tenants
+from .scores import Asked
+from .stopping import sampling_of
+
+__all__ = ["Samplers"]
+
+Json = dict[str, Any]
+_USED = "the number of {} was used for another request; numbers go up by one"
+
+
+@final
+class Samplers:
+    """Weights to sample from, by session; those from checkpoints are loaded when they are needed.
+
+    Args:
+        tenants: the models.
+        journal: knows every session, also those of an earlier process.
+        sequencer: runs the sampling.
+        limits: how many are held.
+    """
+
+    def __init__(self, tenants: Tenants, journal: Journal, sequencer: Sequencer, limits: Limits) -> None:
+        self._tenants, self._journal, self._sequencer, self._limits = tenants, journal, sequencer, limits
+        self._held: OrderedDict[str, Sampler] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, session: str, owner: str, sampler: Sampler) -> None:
+        """Open a session on weights in memory; the one used longest ago goes if there are too many."""
+        if self._journal.sampler(session) is not None:
+            raise ServiceError(_USED.format(session))
+        self._journal.add_sampler(session, owner, None, durable=False)
+        self._hold(session, sampler)
+
+    def create(self, session: str, owner: str, body: Json) -> Json:
+        """Open a session on a checkpoint, or on the base."""
+        path, base = body.get("model_path"), self._tenants.base.name
+        if path is not None:
+            self._require_checkpoint(owner, path)
+        elif body.get("base_model") != base:
+            raise ServiceError(f"this server serves {base!r}, not {body.get('base_model')!r}")
+        known = self._journal.sampler(session)
+        if known is not None and (known["path"], known["durable"]) != (path, 1):
+            raise ServiceError(_USED.format(session))
+        self._journal.add_sampler(session, owner, path, durable=True)
+        return {"type": "create_sampling_session", "sampling_session_id": session}
+
+    def info(self, owner: str, session: str) -> Json:
+        """What a session samples from."""
+        row = self._row(owner, session)
+        return {"sampler_id": session, "base_model": self._tenants.base.name, "model_path": row["path"]}
+
+    def sample(self, owner: str, raw: bytes, body: Json) -> Json:
+        """Draw completions of one prompt; with ``prompt_logprobs`` score it."""
+        session, n = body["sampling_session_id"], require_number("num_samples", body.get("num_samples", 1))
+        number = None if body.get("seq_id") is None else require_number("seq_id", body["seq_id"])
+        self._row(owner, session)
+        line = f"{session}:asample"
+        self._sequencer.open(line)
+
+        def work() -> bytes:
+            if not 1 <= n <= self._limits.samples:
+                raise TooLargeError(f"num_samples is {n}; this server draws 1 to {self._limits.samples}")
+            sampler, prompt = self._sampler(owner, session), ModelInput.from_ints(tokens_of(body["prompt"]))
+            params, ends = sampling_of(body.get("sampling_params") or {}, self._tenants.base, prompt)
+            asked = Asked.of(body, prompt, params.temperature)
+            rollouts = sampler.sample(prompt, n, params, ends)
+            scores = asked.answer(sampler, prompt, rollouts)
+            return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
+
+        request = self._sequencer.submit(owner, line, number, raw, "sample", work, ordered=False)
+        ids = [f"{session}:{0 if number is None else number}:{i}" for i in range(min(n, self._limits.samples))]
+        return {"request_id": request, "sample_sequence_ids": ids}
+
+    def _row(self, owner: str, session: Any) -> Json:
+        row = self._journal.sampler(session) if isinstance(session, str) else None
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no sampling session {session!r} on this server")
+        return row
+
+    def _sampler(self, owner: str, session: str) -> Sampler:
+        if session in self._held:
+            self._held.move_to_end(session)
+            return self._held[session]
+        row = self._row(owner, session)
+        if not row["durable"]:
+            raise ServiceError(
+                f"the weights of sampling session {session!r} were in memory only and are gone (the server was restarted, or "
+                "holds too many sessions); make a new sampling client"
+            )
+        if row["path"] is None:
+            sampler = self._tenants.base_sampler()
+        else:
+            sampler = self._tenants.saved_sampler(row["path"], self._require_checkpoint(owner, row["path"]))
+        self._hold(session, sampler)
+        return sampler
+
+    def _require_checkpoint(self, owner: str, path: str) -> LoraChoice:
+        model, _, _ = self._tenants.checkpoints.parts(path)
+        self._tenants.checkpoints.locate(path)
+        row = self._journal.model(model)
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no checkpoint {path!r} on this server")
+        return LoraChoice.from_json(row["lora"])
+
+    def _hold(self, session: str, sampler: Sampler) -> None:
+        self._held[session] = sampler
+        while len(self._held) > self._limits.samplers:
+            self._held.popitem(last=False)

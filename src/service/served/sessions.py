@@ -1,0 +1,71 @@
+"""Sessions: whose they are, whose models they have, and when they were last heard of."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, final
+
+from ...errors import ServiceError
+from ..durability.journal import Journal
+from ..durability.recovery import lost
+from ..durability.sequencer import Sequencer
+from .registry import LoraChoice
+
+__all__ = ["Sessions"]
+
+
+@final
+class Sessions:
+    """Who may do what; a model of another owner does not exist.
+
+    Args:
+        journal: knows every session and model, also those of an earlier process.
+        sequencer: is told of models that did not live on.
+    """
+
+    def __init__(self, journal: Journal, sequencer: Sequencer) -> None:
+        self._journal, self._sequencer = journal, sequencer
+        self._seen: dict[str, float] = {}
+
+    def require_model(self, owner: str, model_id: str) -> None:
+        """Check that a model is this owner's, and that it is known whether it lives.
+
+        Raises:
+            ServiceError: there is none, or it is another's (which is the same).
+        """
+        row = self._journal.model(model_id)
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no model {model_id!r} on this server")
+        self._seen[row["session"]] = time.monotonic()
+        if not self._sequencer.knows(model_id):
+            self._sequencer.end(model_id, lost(self._journal, model_id))
+
+    def require(self, owner: str, session: Any) -> str:
+        """Return a session's id.
+
+        Raises:
+            ServiceError: there is none, or it is another's.
+        """
+        if not isinstance(session, str) or self._journal.session_owner(session) != owner:
+            raise ServiceError(f"there is no session {session!r} on this server")
+        self._seen[session] = time.monotonic()
+        return session
+
+    def lora_of(self, owner: str, model_id: str) -> LoraChoice:
+        """Return a model's adapter choice, also after a restart.
+
+        Raises:
+            ServiceError: there is no such model, or it is another's.
+        """
+        row = self._journal.model(model_id)
+        if row is None or row["owner"] != owner:
+            raise ServiceError(f"there is no model {model_id!r} on this server")
+        return LoraChoice.from_json(row["lora"])
+
+    def silent(self, session: str, seconds: float) -> bool:
+        """Whether nothing was heard of a session for so long."""
+        return self._seen.get(session, 0.0) < time.monotonic() - seconds
+
+    def forget(self, session: str) -> None:
+        """Drop what is known of a session that has ended."""
+        self._seen.pop(session, None)

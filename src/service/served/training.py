@@ -1,0 +1,201 @@
+"""Gradients, custom losses and optimizer steps of the models that are served."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, final
+
+from ...backends import AdamParams, TorchBackend
+from ...backends.arguments import as_loss
+from ...backends.futures import FinishedFuture
+from ...backends.types import ForwardBackwardOutput
+from ...datums.types import Datum, TensorData
+from ...errors import ConfigError, PrecedingOperationFailed, ServiceError
+from ..custom_loss.interpreter import LossGraph
+from ..durability.acknowledgements import Unread
+from ..durability.journal import Answer, Failure, Journal
+from ..durability.sequencer import Sequencer, failure_of, number_of, require_number
+from ..limits import Limits
+from ..wire.protobuf import GradientRequest, encode_output
+from .graph_cache import Leases, datum_keys
+from .registry import Tenants
+from .sessions import Sessions
+
+__all__ = ["Training"]
+
+T = TypeVar("T")
+Json = dict[str, Any]
+_MODES: dict[str, Any] = {"none": None, "num_loss_tokens": "num_loss_tokens", "num_sequences": "num_sequences"}
+
+
+@final
+class Training:
+    """What changes the weights of a model, in the order of its numbers.
+
+    Args:
+        tenants: the models.
+        journal: tells what was accepted before.
+        sequencer: runs operations in order.
+        sessions: whose is what.
+        limits: sizes and counts.
+        count: is told what to add to which counter.
+    """
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        journal: Journal,
+        sequencer: Sequencer,
+        sessions: Sessions,
+        limits: Limits,
+        count: Callable[[str, float], None],
+    ) -> None:
+        self._tenants, self._journal, self._sequencer = tenants, journal, sequencer
+        self._sessions, self._limits, self._count = sessions, limits, count
+        device = next(tenants.base.model.parameters()).device
+        self.leases = Leases(limits.lease_bytes, limits.lease_seconds, device)
+        self._losses: dict[str, LossGraph] = {}
+        self._unread = Unread()
+
+    def gradient(self, owner: str, request: GradientRequest) -> str:
+        """``forward_backward``, or ``forward`` where the request says so."""
+        model_id = request.model_id
+        self._sessions.require_model(owner, model_id)
+        require_number("seq_id", request.seq_id)
+        kind = "forward" if request.forward_only else "forward_backward"
+
+        def work() -> Answer:
+            backend = self._tenants.backend(model_id, scores_only=request.forward_only)
+            data = request.data()
+            self._limits.check_data(data)
+            self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
+            if request.forward_only:
+                return self._forward(backend, model_id, data, request)
+            if request.loss_fn == "custom":
+                graph = self._loss(model_id, request.config)
+                return _settled(backend.forward_backward_custom(data, graph), _output)
+            return self._backward(backend, model_id, data, request)
+
+        again = self._journal.numbered(model_id, request.seq_id) is not None
+        accepted = self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
+        if not request.forward_only and not again:
+            self._unread.accepted(model_id, accepted, request.seq_id)
+        return accepted
+
+    def delivered(self, request: str) -> None:
+        """Note that a client has the result of a request."""
+        self._unread.read(request)
+
+    def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
+        """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
+        session, number = self._sessions.require(owner, body["session_id"]), number_of(body, "custom_loss_seq_id")
+        line = f"{session}:losses"
+        self._sequencer.open(line)
+
+        def work() -> Json:
+            loss_id = f"{session}:loss:{number}"
+            self._losses[loss_id] = LossGraph.of(body)
+            return {"loss_id": loss_id, "type": "create_custom_loss"}
+
+        return self._sequencer.submit(owner, line, number, raw, "create_custom_loss", work, ordered=False)
+
+    def optim_step(self, owner: str, raw: bytes, body: Json) -> str:
+        """One AdamW step, normalised if the request says so.
+
+        A step that was sent before the client had the failure of a gradient is refused: it would be a step without it.
+        """
+        model_id = body["model_id"]
+        self._sessions.require_model(owner, model_id)
+        number, sent = number_of(body, "seq_id"), self._unread.now
+
+        def work() -> Answer:
+            for request in self._unread.behind(model_id, number, sent):
+                found = self._sequencer.result(owner, request).result()
+                if isinstance(found, Failure):
+                    raise PrecedingOperationFailed(
+                        f"an earlier gradient operation failed ({found.text}) and this step was sent before that was known; "
+                        "the window holds the other gradients: step again, or go on without them"
+                    )
+            self._unread.stepped(model_id, number)
+            future = self._tenants.backend(model_id).optim_step(*_step_of(body))
+            self.leases.drop(model_id)
+            return _settled(future, lambda output: {"metrics": finite(output.metrics)})
+
+        return self._sequencer.submit(owner, model_id, number, raw, "optim_step", work)
+
+    def forget_model(self, model_id: str) -> None:
+        """Drop what is kept for a model that has gone."""
+        self.leases.forget(model_id)
+        self._unread.forget(model_id)
+
+    def forget_session(self, session: str) -> None:
+        """Drop the losses of a session that has ended."""
+        self._losses = {k: v for k, v in self._losses.items() if not k.startswith(f"{session}:")}
+
+    def _loss(self, model_id: str, config: Mapping[str, Any]) -> LossGraph:
+        loss_id = str(config.get("loss_id"))
+        if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
+            raise ServiceError(f"there is no custom loss {loss_id!r} in this session; create it again")
+        return self._losses[loss_id]
+
+    def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
+        room = self.leases.room if self._may_be_custom(model_id, data, request) else 0.0
+        if room <= 0 or not self.leases.worth(model_id):
+            return _settled(backend.forward(data, request.loss_fn, request.config), _output)
+        # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
+        held = backend.hold(data, budget=room).result()
+        self.leases.keep(model_id, datum_keys(data), held)
+        metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
+        return _output(ForwardBackwardOutput.of(held.logprobs, {**metrics, "held_tokens:sum": float(held.tokens)}))
+
+    def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
+        plain = request.loss_fn == "cross_entropy" and not request.config
+        whole = all("target_tokens" in datum.loss_fn_inputs for datum in data)
+        return request.custom and plain and whole and not self._tenants.choices[model_id].base_only
+
+    def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
+        held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}
+        if held and not request.config:
+            self._count("lease_tokens_reused", sum(one.tokens for one in held))
+            return _settled(backend.pull(held, data, request.loss_fn), _output)
+        if request.custom:
+            self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
+        return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out metrics that JSON cannot hold: a client would ask again for ever."""
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+
+def _step_of(body: Json) -> tuple[AdamParams, Any]:
+    """Return parameters and normalisation of a step; the latter has a place of its own (Fireworks' client), or lies among
+    the parameters of an optimizer that is named (the tinker SDK's form for what it does not know)."""
+    given = {k: v for k, v in (body.get("adam_params") or body["optimizer_params"]).items() if v is not None}
+    given.pop("emit_grad_norm_metrics", None)
+    if given.pop("type", "adamw") != "adamw":
+        raise ConfigError(f"this server's optimizer is adamw, got {body['optimizer_params']['type']!r}")
+    mode = body.get("grad_accumulation_normalization") or given.pop("grad_accumulation_normalization", None) or "none"
+    if mode not in _MODES:
+        raise ConfigError(f"grad_accumulation_normalization must be one of {sorted(_MODES)}, got {mode!r}")
+    unknown = sorted(set(given) - {field.name for field in fields(AdamParams)})
+    if unknown:
+        raise ConfigError(f"the optimizer's parameters have keys that this server does not know: {unknown}")
+    return AdamParams(**given), _MODES[mode]
+
+
+def _settled(future: FinishedFuture[T], encode: Callable[[T], Answer]) -> Answer:
+    """Return the answer of a finished operation, or its failure; a step knows of it by `Training.optim_step`."""
+    error = future.exception()
+    return encode(future.result()) if error is None else failure_of(error)
+
+
+def _output(output: ForwardBackwardOutput) -> bytes:
+    outputs = [dict(one) for one in output.loss_fn_outputs]
+    if any("scored" in one for one in outputs):
+        for one in outputs:
+            ones = one["logprobs"].to_torch().new_ones(one["logprobs"].shape[:1])
+            one.setdefault("scored", TensorData(ones))
+    return encode_output(outputs, output.metrics)

@@ -1,0 +1,116 @@
+"""The JSON form of datums and results, for clients that do not speak protobuf."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...datums.types import Datum, ModelInput, TensorData
+from ...errors import DatumError
+from .protobuf import GradientRequest, decode_tensor, message, tokens_of
+from .sampling import NOT_SCORED
+
+__all__ = ["decode_json_request", "decode_json_tensor", "json_result"]
+
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+
+
+def decode_json_request(body: bytes, given: Mapping[str, Any], forward_only: bool, custom: bool) -> GradientRequest:
+    """Read the JSON form of ``forward`` or ``forward_backward``; its datums are read later."""
+    inner = given["forward_input" if forward_only else "forward_backward_input"]
+    data, config = inner["data"], inner.get("loss_fn_config") or {}
+    return GradientRequest(
+        model_id=given["model_id"],
+        seq_id=given["seq_id"],
+        payload=json.dumps(inner, sort_keys=True).encode(),
+        loss_fn=inner["loss_fn"],
+        config=dict(config),
+        forward_only=forward_only,
+        custom=custom,
+        data=lambda: [_datum(datum, i) for i, datum in enumerate(data)],
+    )
+
+
+def json_result(kind: str, answer: bytes) -> dict[str, Any]:
+    """Write a protobuf answer as JSON; numbers that JSON does not have become null."""
+    if kind == "sample":
+        return _sample(message("SampleResponse").FromString(answer))
+    found = message("ForwardBackwardOutput").FromString(answer)
+    outputs: list[dict[str, Any]] = []
+    for record in found.loss_fn_outputs:
+        columns = {key: _split(field) for key, field in record.fields.items()}
+        outputs += [{key: _json_tensor(parts[i]) for key, parts in columns.items()} for i in range(record.num_datums)]
+    metrics = {key: value for key, value in found.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": found.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": metrics}
+
+
+def _datum(datum: Mapping[str, Any], index: int) -> Datum:
+    inputs = {}
+    for key, value in datum["loss_fn_inputs"].items():
+        try:
+            inputs[key] = TensorData(decode_json_tensor(value))
+        except (RuntimeError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise DatumError(f"datum {index}: {key} cannot be read: {error}") from error
+    return Datum(ModelInput.from_ints(tokens_of(datum["model_input"])), inputs)
+
+
+def decode_json_tensor(value: Any) -> Tensor:
+    """Read a tensor; raises what torch or a lookup raises."""
+    if value.get("sparse_crow_indices") is not None:
+        raise ValueError("sparse tensors travel by protobuf")
+    found = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
+    shape = value.get("shape")
+    return found if shape is None else found.reshape(shape)
+
+
+def _split(field: Any) -> list[Tensor]:
+    offsets = torch.frombuffer(bytearray(field.offsets), dtype=torch.int64).tolist()
+    shape = [-1, *field.trailing_shape]
+    return [decode_tensor(field.data[a:b], field.dtype).reshape(shape) for a, b in itertools.pairwise(offsets)]
+
+
+def _json_tensor(values: Tensor) -> dict[str, Any]:
+    numbers = [x if math.isfinite(x) else None for x in values.flatten().tolist()]
+    dtype = "float32" if values.is_floating_point() else "int64"
+    return {"data": numbers, "dtype": dtype, "shape": list(values.shape)}
+
+
+def _sample(found: Any) -> dict[str, Any]:
+    sequences = []
+    for one in found.sequences:
+        tokens, logprobs = decode_tensor(one.tokens, 3).tolist(), decode_tensor(one.logprobs, 1).tolist()
+        reason = "length" if one.stop_reason == 1 else "stop"
+        sequences.append({"stop_reason": reason, "tokens": tokens, "logprobs": logprobs})
+        if one.HasField("topk_sampled_logprobs"):
+            sequences[-1]["topk_logprobs"] = _rows(one.topk_sampled_logprobs)
+    written: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_logprobs": None}
+    if found.HasField("prompt_logprobs"):
+        scores = decode_tensor(found.prompt_logprobs, 1).tolist()
+        written["prompt_logprobs"] = [x if math.isfinite(x) else None for x in scores]
+    if found.HasField("topk_prompt_logprobs"):
+        written["topk_prompt_logprobs"] = _rows(found.topk_prompt_logprobs)
+    if found.HasField("target_prompt_logprobs"):
+        written["target_prompt_logprobs"] = _dense(found.target_prompt_logprobs)
+    if found.HasField("prompt_alt_tokens"):
+        drawn = found.prompt_alt_tokens
+        written["prompt_alt_tokens"] = {"tokens": _dense(drawn.tokens), "logprobs": _dense(drawn.logprobs)}
+    return written
+
+
+def _rows(top: Any) -> list[list[tuple[int, float]] | None]:
+    """Pairs of id and log-prob of each position; None where there are none."""
+    ids, logprobs = (
+        decode_tensor(x, d).reshape(-1, top.k).tolist() for x, d in ((top.token_ids, 3), (top.logprobs, 1))
+    )
+    pairs = [list(zip(*row, strict=True)) for row in zip(ids, logprobs, strict=True)]
+    return [None if row[0] == (0, NOT_SCORED) else row for row in pairs]
+
+
+def _dense(tensor: Any) -> dict[str, Any]:
+    return _json_tensor(decode_tensor(tensor.dense, tensor.dtype).reshape(list(tensor.shape)))

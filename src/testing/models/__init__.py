@@ -1,0 +1,1 @@
+"""Small models for tests: exact ones, and ones with a planted leak."""

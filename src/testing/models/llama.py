@@ -1,0 +1,31 @@
+"""A random Llama of transformers: a real architecture, no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import require_extra
+
+__all__ = ["random_llama"]
+
+
+def random_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """Return a ``LlamaForCausalLM`` with two layers and random weights, the same for the same arguments.
+
+    Args:
+        seed: of the weights; the global random state is left as it was.
+        dtype: of the weights.
+        config: of ``transformers.LlamaConfig``, e.g. ``vocab_size=512``; no token begins or ends a text unless it says so.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = require_extra("transformers", "hf", "a random Llama")
+    small = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    chosen: dict[str, Any] = {**small, "bos_token_id": None, "eos_token_id": None, **config}
+    chosen.setdefault("intermediate_size", 2 * chosen["hidden_size"])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**chosen)).to(dtype)

@@ -1,0 +1,1 @@
+"""A network that fails, for tests of clients and services."""

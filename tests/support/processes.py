@@ -1,0 +1,106 @@
+"""The service over a tiny model in a process of its own, which can be killed and started again on the same folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+__all__ = ["CommandProcess", "ServerProcess"]
+
+ROOT = Path(__file__).parents[2]
+
+# A server process that begins from these is there in a fraction of a second.
+_HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]
+_START_SECONDS = 60.0
+
+
+def _serve(folder: Path, options: dict[str, Any], connection: Connection) -> None:
+    import torch
+    from servers import KEY, tiny_tenants
+
+    from pullback.service import serving
+    from pullback.service.limits import Limits
+
+    torch.set_num_threads(1)
+    with serving(tiny_tenants(folder), keys=[KEY], limits=Limits(**options)) as url:
+        connection.send(url)
+        connection.recv()
+
+
+class ServerProcess:
+    """A service on a folder; `kill` is SIGKILL.
+
+    Attributes:
+        url: where it is.
+    """
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_HEAVY)
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(folder, limits, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._ours.poll(_START_SECONDS):
+            raise RuntimeError("the server process did not start")
+        self.url: str = self._ours.recv()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
+
+
+class CommandProcess:
+    """``pullback serve`` itself, on a model folder.
+
+    Attributes:
+        url: where it is.
+    """
+
+    def __init__(self, folder: Path, model: Path, key: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        given = ["--model", model, "--name", "tiny", "--port", port, "--checkpoints", folder, "--token-budget", 64]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / ".alias"),
+            "PULLBACK_API_KEYS": key,
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pullback.cli", "serve", *map(str, given)]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self._await(key)
+
+    def _await(self, key: str) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                httpx.get(f"{self.url}/api/v1/healthz", headers={"x-api-key": key})
+                return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise RuntimeError("pullback serve did not start")
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.wait()

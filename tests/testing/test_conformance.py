@@ -1,0 +1,274 @@
+"""Every backend of ours keeps every promise; a backend that breaks one is found out."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import distance, make_data, tiny_backend, tiny_llama
+from servers import KEY
+from torch import Tensor
+
+import pullback
+from pullback.backends import AdamParams, FakeBackend, Rollout, SamplingParams, TorchBackend
+from pullback.backends.fake.engine import Engine
+from pullback.backends.fake.table import TableModel
+from pullback.backends.normalization import Divisor, Ledger
+from pullback.backends.remote.capabilities import detect
+from pullback.cli import main
+from pullback.datums import Datum, ModelInput
+from pullback.losses import get_loss
+from pullback.testing import PROMISES, Subject, TinyLM, check_backend
+
+DATA = make_data([5, 3, 7, 4])
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_the_fake_backend(promise: str) -> None:
+    """On a table, in closed form."""
+    PROMISES[promise](Subject(FakeBackend))
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.parametrize("model", ["exact", "llama", "adapter"])
+def test_the_native_backend(promise: str, model: str, tmp_path: Path) -> None:
+    """On our exact model, and on transformers', whole and with an adapter."""
+    makers: dict[str, Callable[[], Any]] = {
+        "exact": TinyLM,
+        "llama": lambda: tiny_llama(torch.float32),
+        "adapter": lambda: tiny_llama(torch.float32, lora=4),
+    }
+    count = itertools.count()
+    PROMISES[promise](
+        Subject(lambda: TorchBackend(makers[model](), checkpoint_dir=tmp_path / str(next(count)), token_budget=12))
+    )
+
+
+@pytest.fixture
+def connected(url: str, service: Any) -> Callable[[bool], Subject]:
+    def subject(deferred: bool) -> Subject:
+        def make() -> Any:
+            capabilities = detect(url, KEY, "tiny")
+            return pullback.connect(
+                service,
+                base_model="tiny",
+                rank=4,
+                lora={"seed": 3},
+                capabilities=capabilities,
+                defer_backward=deferred,
+            )
+
+        return Subject(make)
+
+    return subject
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.parametrize("deferred", [False, True], ids=["sent", "held"])
+def test_the_remote_backend(connected: Callable[[bool], Subject], promise: str, deferred: bool) -> None:
+    """Over HTTP, by the official SDK, on our own service."""
+    PROMISES[promise](connected(deferred))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "ppo", "grpo", "dpo", "orpo"])
+def test_closed_forms_are_autograds(loss: str) -> None:
+    """The fake's gradient and step are those of autograd and of torch.optim.AdamW on the same table."""
+    fake, table = FakeBackend(), torch.nn.Parameter(FakeBackend().table)
+    adamw = torch.optim.AdamW([table], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for _ in range(3):
+        fake.forward_backward(DATA, loss).result()
+        rows = [table.log_softmax(-1)[d.model_input.tokens] for d in DATA]
+        targets = [d.loss_fn_inputs["target_tokens"].to_torch() for d in DATA]
+        logprobs = [r.gather(-1, t[:, None])[:, 0] for r, t in zip(rows, targets, strict=True)]
+        value, _ = get_loss(loss)(DATA, logprobs)
+        (table.grad,) = torch.autograd.grad(value, table)
+        assert distance(fake.gradients(), {"table": table.grad}) < 1e-12
+        torch.nn.utils.clip_grad_norm_([table], 0.5)
+        adamw.step()
+        fake.optim_step(AdamParams(1e-2, 0.9, 0.95, 1e-8, 0.1, grad_clip_norm=0.5)).result()
+        assert distance({"table": fake.table}, {"table": table}) < 1e-12
+
+
+def test_candidates_on_a_table() -> None:
+    """[T, K] targets have the gradient of all their candidates."""
+    data = [
+        Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [[3, 4], [5, 5]], "weights": [[0.25, 0.75], [0.5, 0.0]]})
+    ]
+    fake, table = FakeBackend(), torch.nn.Parameter(FakeBackend().table)
+    fake.forward_backward(data, "cross_entropy").result()
+    rows = table.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(0.25 * rows[1, 3] + 0.75 * rows[1, 4] + 0.5 * rows[2, 5]), table)
+    assert distance(fake.gradients(), {"table": expected}) < 1e-12
+
+
+def test_scripted_faults_and_written_calls() -> None:
+    """A fault comes in place of its operation and spoils the window; everything asked is in `calls`."""
+    fake = FakeBackend(faults={2: TimeoutError("lost on the way")})
+    fake.forward_backward(DATA, "dpo").result()
+    lost = fake.forward_backward(DATA, "dpo")
+    with pytest.raises(pullback.errors.PrecedingOperationFailed, match="lost on the way"):
+        fake.optim_step(AdamParams()).result()
+    with pytest.raises(TimeoutError):
+        lost.result()
+    assert fake.optim_step(AdamParams()).result().normalization == "pairs over 1 call"
+    assert [(c.operation, c.name, c.datums) for c in fake.calls[:3]] == [
+        ("forward_backward", "dpo", 4),
+        ("forward_backward", "dpo", 4),
+        ("optim_step", "", 0),
+    ]
+    fake.close()
+
+
+def test_samples_of_a_table() -> None:
+    """Samples end at stop tokens, carry the untempered log-probs, and repeat with a seed; the reference stays."""
+    fake = FakeBackend(stop=[3])
+    params = SamplingParams(max_tokens=30, temperature=0.7, seed=5)
+    prompts = [ModelInput.from_ints([1, 2]), ModelInput.from_ints([4])]
+    rollouts: list[Rollout] = fake.sample(prompts, 2, params).result()
+    assert rollouts == fake.sample(prompts, 2, params).result()
+    assert [r.prompt_index for r in rollouts] == [0, 0, 1, 1]
+    for r in rollouts:
+        assert (r.stop_reason == "stop") == (r.tokens[-1] == 3)
+        before = [prompts[r.prompt_index].to_ints()[-1], *r.tokens[:-1]]
+        expected = fake.table.log_softmax(-1)[before, r.tokens]
+        assert r.logprobs == pytest.approx(expected.tolist())
+    reference = fake.reference().forward(DATA).result()
+    fake.forward_backward(DATA, "dpo").result()
+    fake.optim_step(AdamParams(0.1)).result()
+    assert fake.reference().forward(DATA).result() == reference
+    assert fake.forward(DATA).result() != reference
+
+
+def _each_call_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
+    original = Engine.registered
+
+    def registered(self: Engine, data: Any, loss: Any, counts: Any) -> Any:
+        mean = loss.main_aggregation.denominator
+        own = {"tokens": 13.0, "pairs": len(data) / 2, "sequences": float(len(data))}
+        return original(self, data, loss, counts or (None if mean == "none" else own))
+
+    patch.setattr(Engine, "registered", registered)
+
+
+def _applied_twice(patch: pytest.MonkeyPatch) -> None:
+    adamw = TableModel.adamw
+    patch.setattr(TableModel, "adamw", lambda self, g, p: (adamw(self, g, p), adamw(self, g, p)))
+
+
+def _sign(patch: pytest.MonkeyPatch) -> None:
+    pull = TableModel.pull
+    patch.setattr(TableModel, "pull", lambda self, d, c: -pull(self, d, c))
+
+
+def _first_token_lost(patch: pytest.MonkeyPatch) -> None:
+    pull = TableModel.pull
+    patch.setattr(TableModel, "pull", lambda self, d, c: pull(self, d, c * (torch.arange(len(c)) > 0)))
+
+
+def _normalisation_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Ledger, "divisor", lambda self, mode: Divisor(1.0, "nothing"))
+
+
+def _failures_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("pullback.backends.fake.engine.require_unspoiled", lambda window: None)
+
+
+def _moments_not_saved(patch: pytest.MonkeyPatch) -> None:
+    load = Engine.load
+    patch.setattr(Engine, "load", lambda self, name, everything: load(self, name, False))
+
+
+def _keys_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("pullback.backends.fake.backend.as_loss", lambda given, config: get_loss(given))
+
+
+def _steps_on_nothing(patch: pytest.MonkeyPatch) -> None:
+    adamw = TableModel.adamw
+    step = Engine.step
+
+    def stepped(self: Engine, params: Any, mode: Any) -> Any:
+        if self.ledger.tokens == 0:
+            adamw(self.model, self.model.logits, params)
+        return step(self, params, mode)
+
+    patch.setattr(Engine, "step", stepped)
+
+
+def _rows_leak(patch: pytest.MonkeyPatch) -> None:
+    score = TableModel.score
+    state = {"before": 0.0}
+
+    def leaking(self: TableModel, datum: Datum) -> Tensor:
+        found = score(self, datum) + 0.01 * state["before"]
+        state["before"] = float(found[-1].detach())
+        return found
+
+    patch.setattr(TableModel, "score", leaking)
+
+
+def _never_closes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(FakeBackend, "close", lambda self: None)
+
+
+def _functions_doubled(patch: pytest.MonkeyPatch) -> None:
+    custom = Engine.custom
+
+    def doubled(self: Engine, data: Any, function: Any) -> Any:
+        other = copy.copy(function)
+        return custom(self, data, lambda d, x: (2 * other(d, x)[0], {}))
+
+    patch.setattr(Engine, "custom", doubled)
+
+
+BUGS = {
+    "calls_add_up": _each_call_by_its_own_count,
+    "gradients_are_the_losses": _sign,
+    "every_token_counts": _first_token_lost,
+    "one_normalizer": _normalisation_ignored,
+    "failures_are_felt": _failures_forgotten,
+    "checkpoints_hold_everything": _moments_not_saved,
+    "mistakes_are_refused": _keys_ignored,
+    "nothing_trained_changes_nothing": _steps_on_nothing,
+    "scores_are_aligned": _rows_leak,
+    "the_end_is_honest": _never_closes,
+    "functions_cost_no_meaning": _functions_doubled,
+}
+
+
+@pytest.mark.parametrize("promise", BUGS)
+def test_a_broken_promise_is_noticed(promise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls: a bug for every promise."""
+    assert set(BUGS) == set(PROMISES)
+    BUGS[promise](monkeypatch)
+    assert promise in check_backend(Subject(FakeBackend))
+
+
+def test_a_double_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an update that is applied twice is not what the gradient says."""
+    _applied_twice(monkeypatch)
+    assert "gradients_are_the_losses" in check_backend(Subject(FakeBackend))
+
+
+def test_native_and_fake_say_the_same_of_a_step() -> None:
+    """Both report the divisor in the same words."""
+    words = []
+    for backend in (tiny_backend(), FakeBackend()):
+        backend.forward_backward(DATA[:2], "dpo").result()
+        backend.forward_backward(DATA[2:], "dpo").result()
+        words.append(backend.optim_step(AdamParams()).result().normalization)
+    assert words[0] == words[1] == "pairs over 2 calls"
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pullback check backend` prints a line for each promise, and fails if one is broken."""
+    assert main(["check", "backend", "--kind", "fake"]) == 0
+    assert capsys.readouterr().out.count("kept") == len(PROMISES) + 1
+    _sign(monkeypatch)
+    assert main(["check", "backend", "--kind", "fake"]) == 1
+    assert "BROKEN: AssertionError: cross_entropy: the loss fell by -1" in capsys.readouterr().out
