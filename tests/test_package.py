@@ -15,19 +15,21 @@ import pytest
 import pullback
 from pullback import errors
 from pullback.backends import TorchBackend, TrainerBackend
+from pullback.deprecation import moved
 from pullback.losses import loss_names, registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(pullback.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
-    "losses": {"errors"},
-    "datums": {"errors", "losses"},
-    "ops": {"errors"},
-    "backends": {"errors", "losses", "datums", "ops"},
-    "testing": {"errors", "losses", "datums", "ops", "backends"},
-    "service": {"errors", "losses", "datums", "ops", "backends"},
-    "cli": {"errors", "losses", "datums", "ops", "backends", "testing", "service", "__version__"},
+    "deprecation": set(),
+    "losses": {"errors", "deprecation"},
+    "ops": {"errors", "deprecation"},
+    "datums": {"errors", "deprecation", "losses"},
+    "backends": {"errors", "deprecation", "losses", "datums", "ops"},
+    "testing": {"errors", "deprecation", "losses", "datums", "ops", "backends"},
+    "service": {"errors", "deprecation", "losses", "datums", "ops", "backends"},
+    "cli": {"errors", "deprecation", "losses", "datums", "ops", "backends", "testing", "service", "__version__"},
 }
 
 
@@ -69,6 +71,15 @@ def test_dependencies_point_one_way() -> None:
         if part != "__init__":
             assert imported_parts(path.read_text(), part) <= MAY_IMPORT[part], path
     assert not imported_parts("from ..backends.types import Plan", "losses") <= MAY_IMPORT["losses"]
+
+
+def test_an_old_name_is_found_with_a_warning() -> None:
+    """A renamed name still works, says the new one, and an unknown one is an AttributeError as ever."""
+    find = moved("pullback.somewhere", {"Old": ("errors", "ConfigError")})
+    with pytest.warns(DeprecationWarning, match=r"pullback\.somewhere\.Old is now pullback\.errors\.ConfigError"):
+        assert find("Old") is errors.ConfigError
+    with pytest.raises(AttributeError, match="no attribute 'Other'"):
+        find("Other")
 
 
 def test_every_error_is_in_the_tree() -> None:
