@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ..deprecation import moved
+from ..ops import Head, logprob_surrogate, selected_logprobs
 from .fake import FakeBackend
 from .futures import FinishedFuture, Future
-from .native import Head, ModelAdapter, TorchBackend, logprob_surrogate, selected_logprobs
+from .native import CausalLM, HFModel, TorchBackend
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
 from .reference import with_reference
 from .remote import RemoteBackend, connect
@@ -21,14 +23,15 @@ from .types import (
 
 __all__ = [
     "AdamParams",
+    "CausalLM",
     "CustomLoss",
     "FakeBackend",
     "FinishedFuture",
     "ForwardBackwardOutput",
     "Future",
+    "HFModel",
     "Head",
     "LedgerEntry",
-    "ModelAdapter",
     "NormalizationMode",
     "OptimStepOutput",
     "Plan",
@@ -45,3 +48,5 @@ __all__ = [
     "selected_logprobs",
     "with_reference",
 ]
+
+__getattr__ = moved(__name__, {"ModelAdapter": ("backends", "CausalLM")})

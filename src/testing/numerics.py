@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..backends.native.causal_lm import ModelAdapter
+from ..backends.native.causal_lm import CausalLM
 from ..backends.native.execution.batching import request
 from ..backends.native.execution.forward import needed_hidden, score
 from ..datums.types import Datum
@@ -66,7 +66,7 @@ def head_numerics(hidden: Tensor, head: Head, targets: Tensor, dtypes: Sequence[
 
 
 @torch.no_grad()
-def model_numerics(exact: ModelAdapter, others: dict[str, Any], data: Sequence[Datum]) -> list[NumericsRow]:
+def model_numerics(exact: CausalLM, others: dict[str, Any], data: Sequence[Datum]) -> list[NumericsRow]:
     """Compare whole models with one in fp64.
 
     Args:
@@ -79,15 +79,13 @@ def model_numerics(exact: ModelAdapter, others: dict[str, Any], data: Sequence[D
     rows = []
     for name, model in others.items():
         found = (
-            model(requests)
-            if callable(model) and not isinstance(model, ModelAdapter)
-            else score(model, requests, "single")
+            model(requests) if callable(model) and not isinstance(model, CausalLM) else score(model, requests, "single")
         )
         rows.append(NumericsRow.of(name, found, truth))
     return rows
 
 
-def hidden_of(model: ModelAdapter, data: Sequence[Datum]) -> tuple[Tensor, Tensor]:
+def hidden_of(model: CausalLM, data: Sequence[Datum]) -> tuple[Tensor, Tensor]:
     """Return the hidden states and targets of all positions, [N, H] and [N]."""
     requests = [request(datum, only_trained=False) for datum in data]
     with torch.no_grad():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from ...ops.logprobs import logprob_surrogate, selected_logprobs
+from ...deprecation import moved
+from ...ops import Head, logprob_surrogate, selected_logprobs
 from .backend import TorchBackend
-from .causal_lm import Head, ModelAdapter
+from .causal_lm import CausalLM
 from .execution.retained import HeldForward
 from .models.hf import HFModel
 
 __all__ = [
+    "CausalLM",
     "HFModel",
     "Head",
     "HeldForward",
-    "ModelAdapter",
     "TorchBackend",
     "logprob_surrogate",
     "selected_logprobs",
 ]
+
+__getattr__ = moved(__name__, {"ModelAdapter": ("backends", "CausalLM")})

@@ -19,7 +19,7 @@ from ..protocol import CustomLoss, NormalizationMode
 from ..reference import ReferenceView
 from ..types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 from .checkpoint import load_checkpoint, save_checkpoint
-from .engine import Engine, Positions, as_adapter
+from .engine import Engine, Positions, as_causal_lm
 from .execution.batching import Layout
 from .execution.deferred_backward import Overflow
 from .execution.retained import HeldForward
@@ -37,7 +37,7 @@ class TorchBackend:
     Every operation runs in the caller's thread (under its autocast, its FLOP counters) and returns a finished future.
 
     Args:
-        model: an ``nn.Module`` with ``hidden_states`` and ``head`` (see `ModelAdapter`); `HFModel` wraps transformers.
+        model: an ``nn.Module`` with ``hidden_states`` and ``head`` (see `CausalLM`); `HFModel` wraps transformers.
             Parameters with ``requires_grad`` are trained.
         reference: a second such module, frozen, for full tuning; a LoRA model is its own reference.
         tokenizer: kept as ``backend.tokenizer``; not used.
@@ -74,7 +74,7 @@ class TorchBackend:
         self._operations = Operations(self._engine.window)
         self._run = self._operations.run
         self._directory = Path(checkpoint_dir)
-        self._reference = None if reference is None else as_adapter(reference.eval().requires_grad_(False))
+        self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
 
     @property
     def model(self) -> nn.Module:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ...ops.head import Head
 
-__all__ = ["Head", "ModelAdapter"]
+__all__ = ["CausalLM", "Head"]
 
 
 @runtime_checkable
-class ModelAdapter(Protocol):
+class CausalLM(Protocol):
     """An ``nn.Module`` with these two methods can be trained. Rows are sequences, or several packed end to end."""
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..operations import require_unspoiled
 from ..protocol import CustomLoss, NormalizationMode
 from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput
 from .accumulator import Window
-from .causal_lm import ModelAdapter
+from .causal_lm import CausalLM
 from .execution.batching import Layout, ScoreRequest, loss_units, micro_batches, request
 from .execution.budget import Room
 from .execution.cost_model import choose_layout, describe_model
@@ -31,7 +31,7 @@ from .execution.retained import HeldForward, held_gradient
 from .models.probes import isolated_layouts, measure_graph, require_causal
 from .optimizer import Optimizer
 
-__all__ = ["Engine", "Positions", "as_adapter"]
+__all__ = ["Engine", "Positions", "as_causal_lm"]
 
 Positions = Literal["all", "trained"]
 
@@ -61,7 +61,7 @@ class Engine:
         max_length: int | None,
         seed: int,
     ) -> None:
-        self.model, self.module = as_adapter(model), model
+        self.model, self.module = as_causal_lm(model), model
         self.parameters = trainable(model)
         if not self.parameters:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
@@ -94,7 +94,7 @@ class Engine:
     @torch.no_grad()
     def forward(
         self,
-        model: ModelAdapter,
+        model: CausalLM,
         data: Sequence[Datum],
         loss_fn: str | Loss = "cross_entropy",
         config: Mapping[str, Any] | None = None,
@@ -247,8 +247,8 @@ class Engine:
         return "no single datum (their sum overflows)"
 
 
-def as_adapter(model: Any) -> ModelAdapter:
-    if not isinstance(model, nn.Module) or not isinstance(model, ModelAdapter):
+def as_causal_lm(model: Any) -> CausalLM:
+    if not isinstance(model, nn.Module) or not isinstance(model, CausalLM):
         raise BackendError(
             f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
             "a transformers model is wrapped by HFModel(model), or loaded by TorchBackend.from_pretrained"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops.logprobs import head_logits
-from .causal_lm import ModelAdapter
+from .causal_lm import CausalLM
 from .execution.batching import ScoreRequest
 from .execution.forward import needed_hidden
 
@@ -17,7 +17,7 @@ __all__ = ["drawn_tokens", "likeliest_tokens", "named_tokens"]
 _ROWS = 256  # positions whose logits exist together
 
 
-def likeliest_tokens(model: ModelAdapter, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def likeliest_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` likeliest tokens after each but the last, the likeliest first.
 
     Args:
@@ -33,7 +33,7 @@ def likeliest_tokens(model: ModelAdapter, tokens: Tensor, k: int) -> tuple[Tenso
 
 
 def drawn_tokens(
-    model: ModelAdapter, tokens: Tensor, k: int, temperature: float, generator: torch.Generator
+    model: CausalLM, tokens: Tensor, k: int, temperature: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw ``k`` tokens, with replacement, after each but the last; shapes as of `likeliest_tokens`, log-probs untempered."""
     ids, values = [], []
@@ -47,7 +47,7 @@ def drawn_tokens(
     return torch.cat(ids).cpu(), torch.cat(values).float().cpu()
 
 
-def named_tokens(model: ModelAdapter, tokens: Tensor, named: Tensor) -> Tensor:
+def named_tokens(model: CausalLM, tokens: Tensor, named: Tensor) -> Tensor:
     """Return the log-probs of ``named`` [T - 1, K] tokens, each row after the token of its place; 0.0 where it is negative."""
     parts, first = [], 0
     for logprobs in _logprobs(model, tokens):
@@ -59,7 +59,7 @@ def named_tokens(model: ModelAdapter, tokens: Tensor, named: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logprobs(model: ModelAdapter, tokens: Tensor) -> Iterator[Tensor]:
+def _logprobs(model: CausalLM, tokens: Tensor) -> Iterator[Tensor]:
     """Yield log-probs of the whole vocabulary after each token but the last, some rows at a time, [R, V]."""
     if len(tokens) < 2:
         yield torch.empty(0, model.head().weight.shape[0])

@@ -7,13 +7,13 @@ from typing import Any
 
 from ...errors import MissingReferenceError
 from ..types import ForwardBackwardOutput
-from .causal_lm import ModelAdapter
+from .causal_lm import CausalLM
 from .engine import Engine
 
 __all__ = ["reference_forward"]
 
 
-def reference_forward(engine: Engine, frozen: ModelAdapter | None) -> Callable[..., ForwardBackwardOutput]:
+def reference_forward(engine: Engine, frozen: CausalLM | None) -> Callable[..., ForwardBackwardOutput]:
     """Return what scores with a frozen copy, or with the base below the model's adapters.
 
     Raises:

@@ -14,7 +14,7 @@ from ...datums.types import ModelInput
 from ...errors import DatumError, InvalidDatumsError, require_extra
 from ...ops.logprobs import head_logits
 from ..types import Rollout, SamplingParams
-from .causal_lm import ModelAdapter
+from .causal_lm import CausalLM
 from .execution.forward import model_device
 from .models.hf import HFModel
 
@@ -37,7 +37,7 @@ class Decoder(Protocol):
 
 
 def draw(
-    model: ModelAdapter,
+    model: CausalLM,
     prompts: Sequence[ModelInput],
     n: int,
     params: SamplingParams,
@@ -132,7 +132,7 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(cut, -torch.inf)
 
 
-def _check(model: ModelAdapter, prompts: Sequence[ModelInput], n: int) -> None:
+def _check(model: CausalLM, prompts: Sequence[ModelInput], n: int) -> None:
     if n < 1:
         raise DatumError(f"n must be at least 1 completion per prompt, got {n}")
     if not prompts:
@@ -150,7 +150,7 @@ def _check(model: ModelAdapter, prompts: Sequence[ModelInput], n: int) -> None:
         raise InvalidDatumsError(problems)
 
 
-def _decoder(model: ModelAdapter) -> Decoder:
+def _decoder(model: CausalLM) -> Decoder:
     return CachedDecoder(model) if isinstance(model, HFModel) else PlainDecoder(model)
 
 
@@ -158,7 +158,7 @@ def _decoder(model: ModelAdapter) -> Decoder:
 class PlainDecoder:
     """Runs the whole rows again at every step: for any model, at quadratic cost."""
 
-    def __init__(self, model: ModelAdapter) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self._model = model
         self._rows: list[Tensor] = []
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....errors import BackendError
 from ....losses.metrics import Metric, total
 from ....ops.logprobs import logprob_surrogate, selected_logprobs
-from ..causal_lm import ModelAdapter
+from ..causal_lm import CausalLM
 from .batching import Layout, ScoreRequest, own_lengths
 from .forward import Wanted, model_device, needed_hidden
 from .memory import GraphMeter
@@ -65,7 +65,7 @@ class Tape:
     micro-batch beyond the budget runs only its trunk a second time.
     """
 
-    def __init__(self, model: ModelAdapter, settings: TapeSettings) -> None:
+    def __init__(self, model: CausalLM, settings: TapeSettings) -> None:
         self._model, self._settings = model, settings
         self._forwards: list[_Forward] = []
         self._peak = 0.0

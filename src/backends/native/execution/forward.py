@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....ops.logprobs import selected_logprobs
-from ..causal_lm import ModelAdapter
+from ..causal_lm import CausalLM
 from .batching import Layout, ScoreRequest, arrange
 
 __all__ = ["Wanted", "model_device", "needed_hidden", "score", "trainable"]
@@ -43,13 +43,13 @@ class Wanted:
         return logprobs.new_zeros(self.shape).index_put((self.at,), logprobs)
 
 
-def model_device(model: ModelAdapter) -> torch.device:
+def model_device(model: CausalLM) -> torch.device:
     """Where the head, and so the log-probs, live."""
     known = getattr(model, "device", None)  # a head may have to be computed
     return known if isinstance(known, torch.device) else model.head().weight.device
 
 
-def needed_hidden(model: ModelAdapter, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
+def needed_hidden(model: CausalLM, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
     """Return the hidden states before the head at the needed positions, [M, H]."""
     if layout == "single":
         return torch.cat([needed_hidden(model, [r], "padded") for r in requests])
@@ -59,7 +59,7 @@ def needed_hidden(model: ModelAdapter, requests: Sequence[ScoreRequest], layout:
     return hidden.flatten(0, 1)[rows.place[needed.to(rows.place.device)]]
 
 
-def score(model: ModelAdapter, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
+def score(model: CausalLM, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
     """Return the log-probs of all target tokens end to end, [N] or [N, K]; 0.0 where not needed.
 
     Differentiable with respect to the model's parameters.

@@ -15,7 +15,7 @@ from ....losses.base import Counts, Loss, Part
 from ....losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
 from ...custom import call_custom, custom_cotangents, custom_name
 from ...protocol import CustomLoss
-from ..causal_lm import ModelAdapter
+from ..causal_lm import CausalLM
 from .batching import ScoreRequest
 from .deferred_backward import Tape, TapeSettings
 
@@ -63,14 +63,14 @@ class Done(NamedTuple):
 Evaluate = Callable[[Mapping[int, Tensor]], Done]
 
 
-def streams_known(model: ModelAdapter, loss: Loss, requests: Sequence[ScoreRequest]) -> bool:
+def streams_known(model: CausalLM, loss: Loss, requests: Sequence[ScoreRequest]) -> bool:
     """Whether the cotangent can be had in the pass that scores, which saves a trainable head a product."""
     one_target = all(r.targets.dim() == 1 for r in requests)
     return model.head().trainable and loss.gradient_kind in ("constant", "token") and one_target
 
 
 def registered_gradient(
-    model: ModelAdapter,
+    model: CausalLM,
     loss: Loss,
     data: Sequence[Datum],
     requests: Sequence[ScoreRequest],
@@ -108,7 +108,7 @@ def registered_gradient(
 
 
 def custom_gradient(
-    model: ModelAdapter,
+    model: CausalLM,
     function: CustomLoss,
     data: Sequence[Datum],
     requests: Sequence[ScoreRequest],

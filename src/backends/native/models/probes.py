@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ....errors import LeakyModelError
-from ..causal_lm import ModelAdapter
+from ..causal_lm import CausalLM
 from ..execution.batching import Layout, ScoreRequest, arrange
 from ..execution.forward import model_device, needed_hidden
 from ..execution.memory import GraphMeter
@@ -17,7 +17,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
 
 
-def require_causal(model: ModelAdapter, vocab_size: int) -> None:
+def require_causal(model: CausalLM, vocab_size: int) -> None:
     """Check that the last token does not change what comes before it.
 
     Raises:
@@ -35,7 +35,7 @@ def require_causal(model: ModelAdapter, vocab_size: int) -> None:
         )
 
 
-def isolated_layouts(model: ModelAdapter, vocab_size: int) -> tuple[Layout, ...]:
+def isolated_layouts(model: CausalLM, vocab_size: int) -> tuple[Layout, ...]:
     """Return the layouts in which several sequences together give what each gives alone, cheapest first.
 
     ``single`` is always among them.
@@ -49,7 +49,7 @@ def isolated_layouts(model: ModelAdapter, vocab_size: int) -> tuple[Layout, ...]
     return (*kept, "single")
 
 
-def measure_graph(model: ModelAdapter, vocab_size: int, layout: Layout, meter: GraphMeter) -> None:
+def measure_graph(model: CausalLM, vocab_size: int, layout: Layout, meter: GraphMeter) -> None:
     """Build one small graph, so that the first real one can be predicted."""
     pair = list(_sequences(vocab_size))
     with torch.enable_grad(), meter.measuring(sum(r.length for r in pair)):
@@ -71,7 +71,7 @@ def _fork(vocab_size: int) -> ScoreRequest:
 
 
 @torch.no_grad()
-def _hidden(model: ModelAdapter, requests: list[ScoreRequest], layout: Layout) -> Tensor:
+def _hidden(model: CausalLM, requests: list[ScoreRequest], layout: Layout) -> Tensor:
     rows = arrange(requests, layout, model_device(model))
     return model.hidden_states(rows.tokens, rows.positions).flatten(0, 1)[rows.place]
 
