@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ...backends import SamplingParams, TorchBackend
 from ...backends.native.checkpoint import load_weights
-from ...backends.native.execution.batching import ScoreRequest
 from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
 from ...backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
 from ...backends.native.sampling import Ends, draw
+from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
 from ...errors import ConfigError, ServiceError, require_extra
