@@ -49,9 +49,15 @@ class RemoteBackend(Backend):
         self._service, self._base_model, self._timeout = service, base_model, timeout
         self._sdk = sdk_of(service)
         self.capabilities = capabilities or self._sdk.plain
-        super().__init__(
-            RemoteEngine(self._sdk, service, trainer, self.capabilities, defer_backward, timeout, owns_service)
+        self._remote = RemoteEngine(
+            self._sdk, service, trainer, self.capabilities, defer_backward, timeout, owns_service
         )
+        super().__init__(self._remote)
+
+    @property
+    def trainer(self) -> Any:
+        """The SDK's ``TrainingClient``, for what is not one of our verbs."""
+        return self._remote.trainer
 
     def reference(self) -> ReferenceModel:
         """Return a forward-only view of the base model."""

@@ -61,7 +61,7 @@ class RemoteEngine(Engine):
         self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
         self.weights_version = 0
         self.accumulator = RemoteAccumulator(capabilities, defer_backward)
-        self._sdk, self._service, self._trainer = sdk, service, trainer
+        self._sdk, self._service, self.trainer = sdk, service, trainer
         self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
         self._dispatch = Dispatch(timeout, self.accumulator.operation_failed)
         self._audit = SumAudit()
@@ -73,7 +73,7 @@ class RemoteEngine(Engine):
 
     @at_service("forward")
     def score(self, call: PreparedCall) -> Answer[Sequence[Tensor]]:
-        request = self._trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
+        request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
         return self._dispatch.sent([request], lambda answers: logprobs_of(answers[0]))
 
     def deferred_denominator(self, call: PreparedCall) -> str:
@@ -93,7 +93,7 @@ class RemoteEngine(Engine):
     def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
         self._send_held_back(divisor.value)
         mode = (divisor.elsewhere or "none") if self._capabilities.normalizes else None
-        request = self._sdk.step(self._trainer, params, mode)
+        request = self._sdk.step(self.trainer, params, mode)
         self.clear()
         self._sampler = None
         self.weights_version += 1
@@ -109,19 +109,19 @@ class RemoteEngine(Engine):
     @at_service("sample")
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Answer[list[Rollout]]:
         if self._sampler is None:
-            self._sampler = self._sdk.sampler(self._trainer, self._timeout)
+            self._sampler = self._sdk.sampler(self.trainer, self._timeout)
         version, each = self.weights_version, [(p, params.for_prompt(i)) for i, p in enumerate(prompts)]
         requests = [self._sdk.sample(self._sampler, prompt, n, how) for prompt, how in each]
         return self._dispatch.sent(requests, lambda answers: rollouts_of(answers, params, version))
 
     @at_service("save_state")
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> Answer[str]:
-        request = self._sdk.save(self._trainer, name, overwrite)
+        request = self._sdk.save(self.trainer, name, overwrite)
         return self._dispatch.sent([request], lambda answers: str(answers[0].path))
 
     @at_service("load_state")
     def load(self, path: str, everything: bool) -> Ledger:
-        self._trainer = self._sdk.load(self._service, self._trainer, path, everything, self._timeout)
+        self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
         self._sampler = None
         self.clear()
         self.accumulator.unknown = None
@@ -133,13 +133,13 @@ class RemoteEngine(Engine):
     def close(self) -> None:
         self.clear()
         if self._owns:
-            self._sdk.close(self._service, self._trainer)
+            self._sdk.close(self._service, self.trainer)
 
     def _by_name(self, call: PreparedCall) -> Gradient:
         loss = call.registered
         assert loss is not None, "see RemoteAccumulator.by_name"
         wire = self._sdk.datums(named_data(call.data, loss, self._capabilities))
-        request = self._trainer.forward_backward(wire, loss.name, config_of(loss))
+        request = self.trainer.forward_backward(wire, loss.name, config_of(loss))
         self.accumulator.add(call)
         output = self._dispatch.sent(
             [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0]))
@@ -150,7 +150,7 @@ class RemoteEngine(Engine):
     def _by_weights(self, call: PreparedCall) -> Gradient:
         """Forward there, the loss here, the cotangent back: the SDK's own custom call."""
         local = LocalLoss(call, self._capabilities)
-        request = self._trainer.forward_backward_custom(self._sdk.datums(bare(call.data)), local)
+        request = self.trainer.forward_backward_custom(self._sdk.datums(bare(call.data)), local)
         answer = self._dispatch.wait(request, call.name)
         if local.error is not None:
             raise local.error
@@ -161,7 +161,7 @@ class RemoteEngine(Engine):
         return _gradient(call, local.logprobs, local.cotangents, "none", 1.0)
 
     def _held_back(self, call: PreparedCall) -> Gradient:
-        request = self._trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
+        request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
         logprobs = logprobs_of(self._dispatch.wait(request, "forward", changes=False))
         cotangents = evaluate_all(call, logprobs)
         self.accumulator.hold_back(call, cotangents)
@@ -173,7 +173,7 @@ class RemoteEngine(Engine):
         self._capabilities.require_fits([c / divisor for _, c in held_back])
         if held_back:
             weighted = self._sdk.datums(weighted_datums(held_back, divisor))
-            self._dispatch.wait(self._trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
+            self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
 
 
 def _gradient(
