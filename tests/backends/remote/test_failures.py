@@ -30,7 +30,7 @@ from pullback.errors import (
     UnknownLossError,
     UnsupportedError,
 )
-from pullback.losses import DPO, GRPO, KL, CrossEntropy, RatioBand, get_loss, loss_names
+from pullback.losses import DPO, GRPO, KL, ClipRange, CrossEntropy, get_loss, loss_names
 from pullback.losses.registry import config_of
 
 pytestmark = SDK_WARNINGS
@@ -275,7 +275,7 @@ def test_a_loss_and_its_config_are_the_same(name: str) -> None:
 
 def test_configs_of_losses() -> None:
     """Flat keys of nested hyperparameters, or none at all."""
-    kl = GRPO(RatioBand(0.7, 1.3), KL("k2", 0.2, "pathwise"), aggregation="sum")
+    kl = GRPO(ClipRange(0.7, 1.3), KL("k2", 0.2, "pathwise"), aggregation="sum")
     config = config_of(kl)
     assert config is not None
     assert get_loss("grpo", config) == kl
