@@ -18,7 +18,7 @@ from servers import KEY, SDK_WARNINGS, Counting, finished, json_datum, new_model
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.native import HeldForward
+from pullback.backends.native import RetainedForward
 from pullback.backends.native.execution.memory import available_bytes
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.errors import ConfigError
@@ -64,7 +64,7 @@ def test_a_custom_loss_costs_one_forward(service: Any, tenants: Any, unembed: bo
     assert distance(served(tenants, trainer).gradients(), native.gradients()) < 1e-5
 
 
-def held(tokens: list[int]) -> tuple[list[str], HeldForward]:
+def held(tokens: list[int]) -> tuple[list[str], RetainedForward]:
     backend, given = TorchBackend(TinyLM()), make_data(tokens)
     return datum_keys(given), backend.hold(given).result()
 

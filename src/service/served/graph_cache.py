@@ -10,7 +10,7 @@ from typing import Final, final
 
 import torch
 
-from ...backends.native import HeldForward
+from ...backends.native import RetainedForward
 from ...backends.native.execution.memory import graph_allowance
 from ...datums.types import Datum
 
@@ -37,7 +37,7 @@ def datum_keys(data: Sequence[Datum]) -> list[str]:
 class _Lease:
     model: str
     keys: list[str]
-    held: HeldForward
+    held: RetainedForward
     until: float
 
 
@@ -93,18 +93,18 @@ class Leases:
             return True
         return record.calls % _PROBE_EVERY == 0
 
-    def keep(self, model: str, keys: list[str], held: HeldForward) -> None:
+    def keep(self, model: str, keys: list[str], held: RetainedForward) -> None:
         """Keep a forward."""
         self._records.setdefault(model, _Record()).kept += 1
         self._leases.append(_Lease(model, keys, held, self._clock() + self._seconds))
 
-    def take(self, model: str, keys: Sequence[str]) -> dict[HeldForward, list[int]]:
+    def take(self, model: str, keys: Sequence[str]) -> dict[RetainedForward, list[int]]:
         """Hand out the forwards of which every datum is among these; say which datum is which."""
         self.sweep()
         free: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
             free.setdefault(key, []).append(i)
-        found: dict[HeldForward, list[int]] = {}
+        found: dict[RetainedForward, list[int]] = {}
         for lease in [one for one in self._leases if one.model == model]:
             if all(len(free.get(key, ())) >= lease.keys.count(key) for key in set(lease.keys)):
                 found[lease.held] = [free[key].pop(0) for key in lease.keys]
