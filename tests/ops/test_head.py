@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import Head, logprob_surrogate, selected_logprobs
 from pullback.errors import ConfigError, ShapeError
-from pullback.ops import online
+from pullback.ops import softmax
 
 
 def materialised(hidden: Tensor, head: Head, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -188,13 +188,14 @@ def test_unit_gradient_of_confident_tokens(rest: float) -> None:
 
 def test_one_minus_p_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: 1 - p_t taken by subtraction loses the gradient of a confident token."""
-    result = online._State.result
+    join = softmax.TileSoftmax.join
 
-    def careless(self: Any, *call: Any) -> Any:
-        self._others = 1 - (self._chosen[:, 0] - self._lse).float().exp()
-        return result(self, *call)
+    def careless(self: softmax.TileSoftmax, other: softmax.TileSoftmax) -> Any:
+        found, *shares = join(self, other)
+        target = (found.target_logits[:, 0] - found.lse).float().exp()
+        return found._replace(one_minus_target=(1 - target).double()), *shares
 
-    monkeypatch.setattr(online._State, "result", careless)
+    monkeypatch.setattr(softmax.TileSoftmax, "join", careless)
     _, ours, _ = relative_errors(*confident_case(1e-6, torch.float32))
     assert ours > 1e-3
 
