@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
-from .softmax import Tile, TileSoftmax, Transform, exact_dtype, softmax_
+from .softmax import Tile, TileSoftmax, Transform, exact_dtype, p_log_p, softmax_
 
 __all__ = ["HeadGradients", "HeadPass", "Scores"]
 
@@ -189,8 +189,8 @@ def _full_gradient(tile: Tile, cotangent: Tensor | None, of_entropy: Tensor | No
         p.scatter_(-1, targets[:, :1], found.logprobs(targets)[:, :1].exp())
         extra = None
         if of_entropy is not None and found.entropy is not None:
-            extra = torch.special.entr(p).sub_(p * found.entropy[:, None].to(p.dtype))
-            extra.mul_(of_entropy[at, None].to(p.dtype))
+            extra = p_log_p(p).addcmul_(p, found.entropy[:, None].to(p.dtype))
+            extra.mul_(-of_entropy[at, None].to(p.dtype))
         g = p.new_zeros(targets.shape) if cotangent is None else cotangent[at].to(p.dtype)
         p.mul_(-g.sum(-1, keepdim=True)).scatter_add_(-1, targets, g)
         if extra is not None:

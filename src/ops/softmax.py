@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .head import Head
 
-__all__ = ["Tile", "TileSoftmax", "exact_dtype", "is_available", "softmax_"]
+__all__ = ["Tile", "TileSoftmax", "exact_dtype", "is_available", "p_log_p", "softmax_"]
 
-_CACHE_BYTES = 2**20  # a block of rows that stays in a CPU core's cache from the maximum to the last write
+_CACHE_BYTES = 2**21  # a block of rows that stays in a CPU core's cache from the maximum to the last write
 _TRITON_BLOCK = 2048
 _logger = logging.getLogger(__name__)
 
@@ -139,26 +139,26 @@ def softmax_(z: Tensor, tile: Tile, transform: Transform | None = None) -> TileS
         transform: given a block's softmax (fp32 or better, to be changed in place), what was found, and its rows.
     """
     exact = exact_dtype(z.dtype)
-    size = len(z) if z.is_cuda else max(1, _CACHE_BYTES // (z.shape[1] * exact.itemsize))
+    bytes_each = exact.itemsize * (1 if tile.head.softcap is None else 2) + (z.itemsize if z.dtype != exact else 0)
+    size = len(z) if z.is_cuda else max(1, _CACHE_BYTES // (z.shape[1] * bytes_each))
     blocks = []
     for first in range(0, len(z), size):
         at = slice(first, min(first + size, len(z)))
         p = z[at].to(exact)
-        found = _block_(p, tile.rows(at))
-        if transform is not None:
-            transform(p, found, at)
+        blocks.append(_block_(p, tile.rows(at), at, transform))
         if z.dtype != exact:
             z[at] = p
-        blocks.append(found._replace(slope=None))
     return blocks[0] if len(blocks) == 1 else TileSoftmax.stack(blocks)
 
 
-def _block_(z: Tensor, tile: Tile) -> TileSoftmax:
+def _block_(z: Tensor, tile: Tile, at: slice, transform: Transform | None) -> TileSoftmax:
     if tile.rounded:
         recompute_target_logit_(z, tile)
-    if tile.elementary and z.dtype == torch.float32 and is_available(z.device):
-        return fused_softmax_(z, tile)
-    return plain_softmax_(z, tile)
+    fused = tile.elementary and z.dtype == torch.float32 and is_available(z.device)
+    found = fused_softmax_(z, tile) if fused else plain_softmax_(z, tile)
+    if transform is not None:
+        transform(z, found, at)
+    return found._replace(slope=None)
 
 
 def recompute_target_logit_(z: Tensor, tile: Tile) -> None:
@@ -168,7 +168,8 @@ def recompute_target_logit_(z: Tensor, tile: Tile) -> None:
     target's own logit they do not.
     """
     rows, column = tile.first_targets()
-    z[rows, column] = (tile.hidden[rows].float() * tile.weight[column].float()).sum(-1)
+    if len(rows):
+        z[rows, column] = (tile.hidden[rows].float() * tile.weight[column].float()).sum(-1)
 
 
 def plain_softmax_(z: Tensor, tile: Tile) -> TileSoftmax:
@@ -180,12 +181,25 @@ def plain_softmax_(z: Tensor, tile: Tile) -> TileSoftmax:
     highest = z.amax(-1).double()
     torch.softmax(z, -1, out=z)
     lse = highest - z.amax(-1).double().log()
-    entropy = torch.special.entr(z).sum(-1, dtype=torch.float64) if tile.entropy else None
-    rows, first = tile.first_targets()
-    z[rows, first] = 0.0
-    rest = torch.ones_like(lse)
-    rest[rows] = (z if len(rows) == len(z) else z[rows]).sum(-1).double()
-    return TileSoftmax(lse, rest, logits, entropy, slope)
+    entropy = p_log_p(z).sum(-1, dtype=torch.float64).neg_() if tile.entropy else None
+    return TileSoftmax(lse, _without_target_(z, tile), logits, entropy, slope)
+
+
+def _without_target_(p: Tensor, tile: Tile) -> Tensor:
+    """Leave the first targets out, in place, and return the mass that is left, fp64 [C]."""
+    rows, column = tile.first_targets()
+    if len(rows) == len(p):
+        return p.scatter_(-1, column[:, None], 0.0).sum(-1).double()
+    p[rows, column] = 0.0
+    rest = p.new_ones(len(p), dtype=torch.float64)
+    few = 4 * len(rows) < len(p)
+    rest[rows] = (p[rows].sum(-1) if few else p.sum(-1)[rows]).double()
+    return rest
+
+
+def p_log_p(p: Tensor) -> Tensor:
+    """Return ``p log p``, 0 at p = 0; several times as fast as ``torch.special.entr`` on a CPU."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log_().mul_(p)
 
 
 def shape_logits_(z: Tensor, tile: Tile) -> Tensor | None:
@@ -197,7 +211,7 @@ def shape_logits_(z: Tensor, tile: Tile) -> Tensor | None:
         z.add_(head.bias[tile.columns].to(z.dtype))
     if head.softcap is not None:
         z.div_(head.softcap).tanh_()
-        slope = 1 - z.square()
+        slope = z.square().neg_().add_(1)
         z.mul_(head.softcap)
     if tile.temperature != 1.0:
         z.div_(tile.temperature)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pullback.backends import Head, selected_logprobs
-from pullback.ops import softmax
+from pullback.ops import Head, selected_logprobs, softmax
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (Linux)")
 
