@@ -45,7 +45,7 @@ class HeadGradients:
 @final
 @dataclass(frozen=True, eq=False)
 class HeadPass:
-    """One head on N positions: what stays the same from chunk to chunk.
+    """A head and the N positions that it scores: what stays the same from chunk to chunk.
 
     Attributes:
         hidden: [N, H], detached, any dtype.
@@ -130,26 +130,26 @@ class HeadPass:
         """Score positions by an online softmax over tiles of ``width`` columns: each tile of W is read once."""
         h, targets = self.hidden[at].to(self.head.weight.dtype), self.targets[at]
         sums = _FrozenGradient(h, self.exact) if gradient else None
-        found = self._join(h, targets, width, sums)  # the products are gone before `result` takes rows of W
-        entropy = None if found.entropy is None else found.entropy.to(self.exact)
-        result = None if sums is None else sums.result(self.head.weight[targets[:, 0]], found, self.factor)
-        return Scores(found.logprobs(targets), entropy, result)
+        joined = self._join(h, targets, width, sums)  # the products are gone before `result` takes rows of W
+        entropy = None if joined.entropy is None else joined.entropy.to(self.exact)
+        result = None if sums is None else sums.result(self.head.weight[targets[:, 0]], joined, self.factor)
+        return Scores(joined.logprobs(targets), entropy, result)
 
     def _join(self, h: Tensor, targets: Tensor, width: int, sums: _FrozenGradient | None) -> TileSoftmax:
         weight = self.head.weight
         wide = h.is_cuda and h.dtype in _HALF  # a GPU gives their products in fp32, unrounded
         scratch = h.new_empty(0 if wide else len(h) * min(width, len(weight)))
-        found = TileSoftmax.empty(targets, self.exact, self.entropy)
+        joined = TileSoftmax.empty(targets, self.exact, self.entropy)
         for first in range(0, len(weight), width):
             tile = self._tile(h, targets, slice(first, min(first + width, len(weight))), rounded=not wide)
             if wide:
                 z = torch.mm(h, tile.weight.T, out_dtype=torch.float32)
             else:
                 z = torch.mm(h, tile.weight.T, out=scratch[: len(h) * len(tile.weight)].view(len(h), -1))
-            found, before, now = found.join(softmax_(z, tile, None if sums is None else sums.through_cap(tile)))
+            joined, before, now = joined.join(softmax_(z, tile, None if sums is None else sums.through_cap(tile)))
             if sums is not None:
                 sums.add(z, tile, before, now)
-        return found
+        return joined
 
     def _chunks(self) -> Iterator[tuple[slice, Tensor, Tile]]:
         """Yield where a chunk of rows lies, and its products with the whole weight, as fp32 or better."""
@@ -173,10 +173,10 @@ def _nll_gradient(tile: Tile) -> Transform:
     The subtraction comes before the product with W: ``p @ W - W[t]`` cancels where the model is confident.
     """
 
-    def transform(p: Tensor, found: TileSoftmax, at: slice) -> None:
-        p.scatter_(-1, tile.targets[at], -found.one_minus_target[:, None].to(p.dtype))
-        if found.slope is not None:
-            p.mul_(found.slope)
+    def transform(p: Tensor, softmax: TileSoftmax, at: slice) -> None:
+        p.scatter_(-1, tile.targets[at], -softmax.one_minus_target[:, None].to(p.dtype))
+        if softmax.slope is not None:
+            p.mul_(softmax.slope)
 
     return transform
 
@@ -184,19 +184,19 @@ def _nll_gradient(tile: Tile) -> Transform:
 def _full_gradient(tile: Tile, cotangent: Tensor | None, of_entropy: Tensor | None) -> Transform:
     """Turn a softmax into ``sum_k g_k (onehot(t_k) - p) - g_entropy p (log p + entropy)``."""
 
-    def transform(p: Tensor, found: TileSoftmax, at: slice) -> None:
+    def transform(p: Tensor, softmax: TileSoftmax, at: slice) -> None:
         targets = tile.targets[at]
-        p.scatter_(-1, targets[:, :1], found.logprobs(targets)[:, :1].exp())
+        p.scatter_(-1, targets[:, :1], softmax.logprobs(targets)[:, :1].exp())
         extra = None
-        if of_entropy is not None and found.entropy is not None:
-            extra = p_log_p(p).addcmul_(p, found.entropy[:, None].to(p.dtype))
+        if of_entropy is not None and softmax.entropy is not None:
+            extra = p_log_p(p).addcmul_(p, softmax.entropy[:, None].to(p.dtype))
             extra.mul_(-of_entropy[at, None].to(p.dtype))
         g = p.new_zeros(targets.shape) if cotangent is None else cotangent[at].to(p.dtype)
         p.mul_(-g.sum(-1, keepdim=True)).scatter_add_(-1, targets, g)
         if extra is not None:
             p.add_(extra)
-        if found.slope is not None:
-            p.mul_(found.slope)
+        if softmax.slope is not None:
+            p.mul_(softmax.slope)
 
     return transform
 
@@ -217,11 +217,11 @@ class _FrozenGradient:
     def through_cap(self, tile: Tile) -> Transform:
         """Return what multiplies a tile's softmax by the slope of the soft cap."""
 
-        def transform(p: Tensor, found: TileSoftmax, at: slice) -> None:
-            if found.slope is not None:
+        def transform(p: Tensor, softmax: TileSoftmax, at: slice) -> None:
+            if softmax.slope is not None:
                 rows, column = tile.rows(at).first_targets()
-                self._slope[at][rows] = found.slope[rows, column]
-                p.mul_(found.slope)
+                self._slope[at][rows] = softmax.slope[rows, column]
+                p.mul_(softmax.slope)
 
         return transform
 
@@ -231,9 +231,9 @@ class _FrozenGradient:
         torch.mm(p.to(tile.weight.dtype), tile.weight, out=self._product)
         self._sum.mul_(before[:, None].to(exact)).addcmul_(self._product.to(exact), now[:, None].to(exact))
 
-    def result(self, target_weight: Tensor, found: TileSoftmax, factor: float) -> Tensor:
+    def result(self, target_weight: Tensor, joined: TileSoftmax, factor: float) -> Tensor:
         """Return the gradient, [C, H]."""
-        share = found.one_minus_target.to(self._sum.dtype) * self._slope
+        share = joined.one_minus_target.to(self._sum.dtype) * self._slope
         return target_weight.to(self._sum.dtype).mul_(share[:, None]).sub_(self._sum).mul_(factor)
 
 

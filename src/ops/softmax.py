@@ -68,7 +68,7 @@ class Tile:
 
 
 class TileSoftmax(NamedTuple):
-    """What one pass over a tile found, or over several that were joined.
+    """The softmax of a tile, or of several that were joined, by rows.
 
     Attributes:
         lse: fp64 [C]; log-sum-exp of the logits.
@@ -113,7 +113,7 @@ class TileSoftmax(NamedTuple):
     def logprobs(self, targets: Tensor) -> Tensor:
         """Return log-probs of the targets, [C, K], where the tile is the whole vocabulary.
 
-        One near zero comes from the sum of the other tokens' probabilities, ``log1p(-sum)``: it keeps its relative
+        A log-prob near zero comes from the sum of the other tokens' probabilities, ``log1p(-sum)``: it keeps its relative
         precision where ``logit - logsumexp`` has none left.
         """
         confident = (targets == targets[:, :1]) & (self.one_minus_target < 0.5)[:, None]
@@ -136,7 +136,7 @@ def softmax_(z: Tensor, tile: Tile, transform: Transform | None = None) -> TileS
     Args:
         z: any float dtype [C, v]; computed in fp32 or better, a block of rows at a time.
         tile: where it comes from; scale, bias, soft cap and temperature are applied here.
-        transform: given a block's softmax (fp32 or better, to be changed in place), what was found, and its rows.
+        transform: given a block's probabilities (fp32 or better, to be changed in place), its sums, and where its rows lie.
     """
     exact = exact_dtype(z.dtype)
     bytes_each = exact.itemsize * (1 if tile.head.softcap is None else 2) + (z.itemsize if z.dtype != exact else 0)
@@ -155,10 +155,10 @@ def _block_(z: Tensor, tile: Tile, at: slice, transform: Transform | None) -> Ti
     if tile.rounded:
         recompute_target_logit_(z, tile)
     fused = tile.elementary and z.dtype == torch.float32 and is_available(z.device)
-    found = fused_softmax_(z, tile) if fused else plain_softmax_(z, tile)
+    softmax = fused_softmax_(z, tile) if fused else plain_softmax_(z, tile)
     if transform is not None:
-        transform(z, found, at)
-    return found._replace(slope=None)
+        transform(z, softmax, at)
+    return softmax._replace(slope=None)
 
 
 def recompute_target_logit_(z: Tensor, tile: Tile) -> None:
@@ -252,8 +252,8 @@ def agrees(device: torch.device) -> bool:
     hidden, weight = z.new_empty(8, 1), z.new_empty(3010, 1)
     tile = Tile(hidden, Head(weight, scale=0.7), targets, slice(10, 3010))
     ours, theirs = z.clone(), z.clone()
-    found, expected = fused_softmax_(ours, tile)[:3], plain_softmax_(theirs, tile)[:3]
-    same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    our_sums, their_sums = fused_softmax_(ours, tile)[:3], plain_softmax_(theirs, tile)[:3]
+    same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(our_sums, their_sums, strict=True))
     if not (same and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)):
         _logger.warning("the fused softmax is not used: it does not give PyTorch's result on %s", device)
         return False

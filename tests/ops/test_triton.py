@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 INTERPRETED = """
 import torch
-from pullback.ops import Head, selected_logprobs, softmax
+from pullback.ops import Head, logprob_surrogate, selected_logprobs, softmax
 fused, plain = softmax.fused_softmax_, softmax.plain_softmax_
 assert softmax.agrees(torch.device("cpu"))
 hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(300, 16)
@@ -31,6 +31,16 @@ for kernel in (False, True):
 for theirs, ours in zip(*results):
     assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5), (theirs, ours)
 assert len(calls) == 5  # tiles of 64 columns
+results, weight = [], weight.requires_grad_()
+for kernel in (False, True):
+    softmax.is_available = lambda device: kernel
+    value, logprobs = logprob_surrogate(hidden, Head(weight), targets, torch.arange(9.0))
+    again = selected_logprobs(hidden, Head(weight), targets)
+    grads = [torch.autograd.grad(x, (hidden, weight)) for x in (value, again.sum())]
+    results.append((logprobs, again, *grads[0], *grads[1]))
+for theirs, ours in zip(*results):
+    assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5), (theirs, ours)
+assert len(calls) == 8  # scored in one pass; scored, and recomputed in the backward
 targets = torch.tensor([0, -1, 69, 3, -1, 5])[:, None] + 1
 tile = softmax.Tile(torch.empty(6, 1), Head(torch.empty(71, 1), scale=1.3), targets, slice(1, 71))
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
