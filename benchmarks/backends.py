@@ -15,7 +15,7 @@ import torch
 
 import pullback
 from pullback import AdamParams, Datum, TorchBackend
-from pullback.cli.demo.models import smollm2_file
+from pullback.cli.models import smollm2_file
 from pullback.service import Base
 from pullback.service.served.registry import LoraChoice
 
