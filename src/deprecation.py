@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["moved"]
+__all__ = ["moved", "renamed_keyword"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def moved(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
@@ -27,3 +31,20 @@ def moved(module: str, names: Mapping[str, tuple[str, str]]) -> Callable[[str], 
         return getattr(importlib.import_module(f"{package}.{home}"), new)
 
     return find
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator under which a function still takes the keyword ``old`` for its argument ``new``."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if old in kwargs:
+                message = f"the argument {old} of {function.__qualname__} is now {new}"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -31,7 +31,7 @@ from pullback.errors import (
     PullbackError,
     UnknownLossError,
 )
-from pullback.losses import DPO, GRPO, KL, ORPO, PPO, CrossEntropy, RatioBand, fixed_length, preset, recipe
+from pullback.losses import DPO, GRPO, KL, ORPO, PPO, ClipRange, CrossEntropy, fixed_length, preset, recipe
 
 DATA = make_data([4, 3, 5, 2])
 NAN, INF = math.nan, math.inf
@@ -169,8 +169,8 @@ LOSS_ROWS = [
     Bad("unknown estimator", make(lambda: KL("k4")), ConfigError, ["k4", "k3"]),  # type: ignore[arg-type]
     Bad("biased KL", named(DATA, "grpo", {"kl_beta": 0.1, "kl_estimator": "k1", "kl_gradient": "pathwise"}), BiasedGradientError, ["acknowledge_biased"]),
     Bad("KL without its weight", named(DATA, "grpo", {"kl_estimator": "k2"}), ConfigError, ["kl_estimator='k2'", "kl_beta"]),
-    Bad("offsets as bounds", make(lambda: RatioBand(0.2, 0.2)), ConfigError, ["from_offsets"]),
-    Bad("inverted band", named(DATA, "ppo", {"clip_low_threshold": 1.5}), ConfigError, ["clip band low"]),
+    Bad("epsilons as bounds", make(lambda: ClipRange(0.2, 0.2)), ConfigError, ["from_epsilon"]),
+    Bad("inverted clip range", named(DATA, "ppo", {"clip_low_threshold": 1.5}), ConfigError, ["clip range low"]),
     Bad("aggregation misspelt", named(DATA, "grpo", {"aggregation": "token_men"}), ConfigError, ["did you mean 'token_mean'"]),
     Bad("DPO by tokens", make(lambda: DPO(aggregation="token_mean")), ConfigError, ["pair_mean"]),
     Bad("smoothing too large", make(lambda: DPO(label_smoothing=0.7)), ConfigError, ["label_smoothing"]),

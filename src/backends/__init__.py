@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ..deprecation import moved
 from ..ops import Head, logprob_surrogate, selected_logprobs
+from .base import Backend
+from .engine import Call, Engine, EngineLimits, Gradient
 from .fake import FakeBackend
 from .futures import FinishedFuture, Future
 from .native import CausalLM, HFModel, TorchBackend
+from .prepared import PreparedCall, ScoreRequest
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
 from .reference import with_reference
 from .remote import RemoteBackend, connect
@@ -23,24 +26,31 @@ from .types import (
 
 __all__ = [
     "AdamParams",
+    "Backend",
+    "Call",
     "CausalLM",
     "CustomLoss",
+    "Engine",
+    "EngineLimits",
     "FakeBackend",
     "FinishedFuture",
     "ForwardBackwardOutput",
     "Future",
+    "Gradient",
     "HFModel",
     "Head",
     "LedgerEntry",
     "NormalizationMode",
     "OptimStepOutput",
     "Plan",
+    "PreparedCall",
     "ReferenceModel",
     "RemoteBackend",
     "Rollout",
     "SamplingBackend",
     "SamplingParams",
     "SaveStateOutput",
+    "ScoreRequest",
     "TorchBackend",
     "TrainerBackend",
     "connect",

@@ -1,96 +1,147 @@
-"""A loss on log-probs that came from elsewhere: cotangents, and all that must be known of them until they are divided."""
+"""From log-probs to cotangents: a loss, or a user's function, on detached leaves."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ..datums.types import Datum, TensorData
-from ..losses.base import Counts, Loss, Part
-from ..losses.metrics import wire_metrics
-from .custom import call_custom, custom_cotangents
+from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
+from ..losses.base import Loss, Part
+from ..losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
+from .prepared import PreparedCall, loss_name
 from .protocol import CustomLoss
 
-__all__ = ["Cotangents", "scored", "target_cotangents", "with_cotangents"]
+__all__ = ["Cotangents", "evaluate", "evaluate_all", "signal_metrics", "summarize"]
+
+_logger = logging.getLogger(__name__)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Cotangents:
-    """One gradient operation whose cotangents are known and not yet divided.
+    """dL/dlogprob of some datums of a call, not divided yet.
 
     Attributes:
-        name: of the loss or function.
-        data: as it is scored, with ``target_tokens``.
-        cotangents: one per datum.
-        denominator, count: what they wait to be divided by.
-        metrics: by wire name.
-        fitting: the normalisation that the loss declares (``function``: unknown).
+        by_datum: one tensor per datum index, of the shape of its targets.
+        denominator, count: what they wait to be divided by, and this part's share of it.
+        metrics: the loss's.
+        own: what a user's function reported, under its own names.
     """
 
-    name: str
-    data: Sequence[Datum]
-    cotangents: Sequence[Tensor]
+    by_datum: Mapping[int, Tensor]
     denominator: str
     count: float
-    metrics: Mapping[str, float]
-    fitting: str | None
+    metrics: Mapping[str, Metric]
+    own: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """With a non-zero cotangent."""
-        return sum(int((c != 0).sum()) for c in self.cotangents)
+        return sum(int((c != 0).sum()) for c in self.by_datum.values())
 
     @property
     def sequences(self) -> int:
         """With a non-zero cotangent."""
-        return sum(1 for c in self.cotangents if bool((c != 0).any()))
+        return sum(1 for c in self.by_datum.values() if bool((c != 0).any()))
 
 
-def scored(datum: Datum) -> Datum:
-    """Return the datum with the targets it is scored on: without ``target_tokens``, its own next tokens."""
-    if "target_tokens" in datum.loss_fn_inputs:
-        return datum
-    tokens = datum.model_input.tokens
-    return Datum(type(datum.model_input).from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
-
-
-def target_cotangents(
-    loss: Loss | CustomLoss, name: str, data: Sequence[Datum], logprobs: Sequence[Tensor], counts: Counts | None
-) -> Cotangents:
-    """Evaluate a loss on log-probs from elsewhere.
+def evaluate(call: PreparedCall, logprobs: Mapping[int, Tensor]) -> Cotangents:
+    """Evaluate the loss of a call on the log-probs of some of its datums, whole units only.
 
     Raises:
-        LossError: the function breaks its contract, or a registered loss cannot be computed.
+        LossError: a function breaks its contract (it needs all datums), or the loss cannot be computed.
     """
-    leaves = [x.detach().clone().requires_grad_() for x in logprobs]
-    if isinstance(loss, Loss):
-        output = loss.evaluate(loss.batch(data, leaves), counts)
-        part = output.deferred() if counts is None else Part("loss", output.loss, "none", 1.0)
-        found: list[Tensor] = list(torch.autograd.grad(part.numerator, leaves))
-        metrics: Mapping[str, float] = wire_metrics(output.metrics)
-        fitting: str | None = loss.normalization
-    else:
-        value, own = call_custom(loss, data, leaves)
-        found = custom_cotangents(loss, value, leaves)
-        part = Part("loss", value.detach(), "none", 1.0)
-        metrics, fitting = {"loss:sum": float(value.detach()), **own}, "function"
-    return Cotangents(name, [scored(d) for d in data], found, part.denominator, part.count, metrics, fitting)
+    members = sorted(logprobs)  # neighbours stay neighbours
+    if call.registered is None:
+        return _of_function(call, [logprobs[i] for i in members])
+    leaf = torch.cat([logprobs[i].detach() for i in members]).requires_grad_()
+    with torch.enable_grad():
+        output = call.registered.evaluate(call.batch(members, leaf), call.counts)
+        part = output.deferred() if call.counts is None else Part("loss", output.loss, "none", 1.0)
+        (cotangent,) = torch.autograd.grad(part.numerator, leaf)
+    apart = torch.split(cotangent, [len(logprobs[i]) for i in members])
+    return Cotangents(dict(zip(members, apart, strict=True)), part.denominator, part.count, output.metrics)
 
 
-def with_cotangents(held: Cotangents, divisor: float) -> list[Datum]:
-    """Return datums whose cross-entropy has the held gradient: ``weights = -cotangent / divisor``."""
-    return [
-        Datum(
-            datum.model_input,
-            {
-                "target_tokens": datum.loss_fn_inputs["target_tokens"],
-                "weights": TensorData((-cotangent / divisor).float()),
-            },
+def evaluate_all(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
+    """Evaluate the loss of a call on the log-probs of all its datums; see `evaluate`."""
+    return evaluate(call, dict(enumerate(logprobs)))
+
+
+def summarize(parts: Sequence[Cotangents], more: Sequence[Mapping[str, Metric]] = ()) -> Mapping[str, float]:
+    """Return the metrics of a call from those of its parts and ``more``, by their names on the wire."""
+    metrics = {**combine_metrics([*(part.metrics for part in parts), *more]), **signal_metrics(parts)}
+    return {**wire_metrics(metrics), **{key: value for part in parts for key, value in part.own.items()}}
+
+
+def signal_metrics(parts: Sequence[Cotangents]) -> dict[str, Metric]:
+    """Return how large the gradient's signal is, so that a loss of 0 is not taken for a bug."""
+    absolute = torch.cat([c.detach().cpu().abs().reshape(-1).double() for p in parts for c in p.by_datum.values()])
+    return {"cotangent_abs": mean(absolute), "tokens_with_gradient": total(float(sum(p.tokens for p in parts)))}
+
+
+def _of_function(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
+    leaves = [x.detach().cpu().clone().requires_grad_() for x in logprobs]
+    with torch.enable_grad():
+        loss, own = _call_function(call.loss, call.data, leaves)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    if all(g is None for g in gradients):
+        raise NotDifferentiableError(_no_path(call.loss))
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+    return Cotangents(dict(enumerate(filled)), "none", 1.0, {"loss": total(float(loss.detach()))}, own)
+
+
+def _call_function(
+    function: CustomLoss | Loss, data: Sequence[Any], leaves: list[Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Call a user's function and hold it to its contract.
+
+    Raises:
+        LossTypeError: it did not return a scalar tensor and a mapping.
+        NotDifferentiableError: the loss has no path to the log-probs.
+        NonFiniteError: the loss is NaN or inf.
+    """
+    name = loss_name(function)
+    returned = function(data, leaves)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        size = f" of {len(returned)}" if isinstance(returned, tuple) else ""
+        raise LossTypeError(
+            f"{name} must return (loss, metrics), a scalar tensor and a dict, got {type(returned).__name__}{size}"
         )
-        for datum, cotangent in zip(held.data, held.cotangents, strict=True)
-    ]
+    loss, metrics = returned
+    if not isinstance(loss, Tensor):
+        raise LossTypeError(
+            f"{name} returned a {type(loss).__name__} as loss; return a tensor computed from the log-probs "
+            "(.item() and float() cut the gradient)"
+        )
+    if loss.dim() != 0:
+        raise LossTypeError(f"{name} returned a loss of shape {tuple(loss.shape)}; reduce it to a scalar (sum or mean)")
+    if not isinstance(metrics, Mapping):
+        raise LossTypeError(f"{name} returned {type(metrics).__name__} as metrics; return a dict of name to number")
+    if not loss.requires_grad:
+        raise NotDifferentiableError(_no_path(function))
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"{name} returned the loss {loss.item()}; its metrics: {dict(metrics)}")
+    return loss, {str(key): _as_float(str(key), value) for key, value in metrics.items()}
+
+
+def _no_path(function: object) -> str:
+    return (
+        f"the loss of {loss_name(function)} does not depend on any log-prob through differentiable operations, so every "
+        "gradient would be zero; compute it from logprobs_list without .detach(), .item(), .data or torch.tensor(...)"
+    )
+
+
+def _as_float(name: str, value: object) -> float:
+    """A metric must never cost a training step: what is no number reads NaN."""
+    try:
+        return float(value.detach()) if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]  # any object
+    except (TypeError, ValueError, RuntimeError):
+        _logger.warning("metric %r is no number but %s; reported as NaN", name, type(value).__name__)
+        return math.nan

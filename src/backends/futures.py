@@ -1,15 +1,18 @@
-"""Futures: a result or an error that somebody must read."""
+"""Futures: a result or an error that somebody must retrieve."""
 
 from __future__ import annotations
 
+import abc
 import logging
 from collections.abc import Callable, Generator
-from typing import Any, Generic, Protocol, TypeVar, final
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, final
 
-__all__ = ["FinishedFuture", "Future"]
+__all__ = ["Answer", "Failure", "FinishedFuture", "Future", "Outcome", "Pending", "then"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+U = TypeVar("U")
 _logger = logging.getLogger(__name__)
 
 
@@ -21,7 +24,7 @@ class Future(Protocol[T_co]):
         ...
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return the operation's error, or None. Counts as reading it."""
+        """Return the operation's error, or None. Counts as retrieving it."""
         ...
 
     def done(self) -> bool:
@@ -31,37 +34,85 @@ class Future(Protocol[T_co]):
     def __await__(self) -> Generator[Any, None, T_co]: ...
 
 
+class Outcome(Protocol):
+    """How an operation ended, as its backend remembers it.
+
+    Attributes:
+        retrieved: somebody has asked for the result or the error.
+        deadline: seconds that `settle` should wait; None = for ever.
+    """
+
+    retrieved: bool
+    deadline: float | None
+
+    def settle(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end; return the error, without counting as retrieving it."""
+        ...
+
+
+@final
+@dataclass(eq=False)
+class Failure:
+    """An operation that has failed, and whether its error has been retrieved."""
+
+    error: BaseException
+    retrieved: bool = False
+    deadline: float | None = None
+
+    def settle(self, timeout: float | None = None) -> BaseException:
+        """Return the error."""
+        return self.error
+
+
+class Pending(abc.ABC, Generic[T]):
+    """What an engine returns for an operation that runs elsewhere: the answer is under way."""
+
+    @abc.abstractmethod
+    def map(self, convert: Callable[[T], U]) -> Pending[U]:
+        """Return the same answer, converted once it is here."""
+
+    @abc.abstractmethod
+    def future(self, operation: str) -> Any:
+        """Return its future, which is an `Outcome` too.
+
+        Args:
+            operation: for messages.
+        """
+
+
+Answer: TypeAlias = T | Pending[T]
+
+
+def then(answer: Answer[T], convert: Callable[[T], U]) -> Answer[U]:
+    """Convert an answer, now or once it is here."""
+    return answer.map(convert) if isinstance(answer, Pending) else convert(answer)
+
+
 @final
 class FinishedFuture(Generic[T]):
     """The future of an operation that has already run, in the caller's thread.
 
-    An error that is never read is logged when the future dies; `on_read` lets the backend know that it was read.
+    An error that is never retrieved is logged when the future dies.
     """
 
-    def __init__(
-        self,
-        value: T | None = None,
-        error: BaseException | None = None,
-        on_read: Callable[[], None] | None = None,
-        operation: str = "operation",
-    ) -> None:
+    def __init__(self, value: T | None = None, failure: Failure | None = None, operation: str = "operation") -> None:
         self._value = value
-        self._error = error
-        self._on_read = on_read
+        self._failure = failure
         self._operation = operation
-        self._unread = error is not None
 
     def result(self, timeout: float | None = None) -> T:
         """Return the result, or raise the operation's error (``timeout`` is never needed)."""
-        if self._error is not None:
-            self._mark_read()
-            raise self._error
+        error = self.exception()
+        if error is not None:
+            raise error
         return self._value  # type: ignore[return-value]  # None is the value of operations that return nothing
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return the operation's error, or None. Counts as reading it."""
-        self._mark_read()
-        return self._error
+        """Return the operation's error, or None. Counts as retrieving it."""
+        if self._failure is None:
+            return None
+        self._failure.retrieved = True
+        return self._failure.error
 
     def done(self) -> bool:
         """Always True."""
@@ -71,11 +122,6 @@ class FinishedFuture(Generic[T]):
         return self.result()
         yield  # a function with a yield is a generator, which is what `await` wants
 
-    def _mark_read(self) -> None:
-        if self._unread and self._on_read is not None:
-            self._on_read()
-        self._unread = False
-
     def __del__(self) -> None:
-        if self._unread:
-            _logger.error("%s failed and nobody read its future: %s", self._operation, self._error)
+        if self._failure is not None and not self._failure.retrieved:
+            _logger.error("%s failed and nobody retrieved its error: %s", self._operation, self._failure.error)

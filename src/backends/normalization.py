@@ -1,4 +1,4 @@
-"""The ledger of a gradient window: which operations it holds, and by what one number their sum is divided."""
+"""What has accumulated since the last optimizer step, and by what one number it will be divided."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ __all__ = ["Divisor", "Ledger"]
 @final
 @dataclass(frozen=True)
 class Divisor:
-    """The one number a window's gradient is divided by, and in words why."""
+    """The one number by which the accumulated gradient is divided, and why.
+
+    Attributes:
+        value: the number that the engine divides by.
+        reason: in words, e.g. ``tokens over 7 calls``.
+        elsewhere: the normalisation that is left to a service.
+    """
 
     value: float
-    words: str
+    reason: str
+    elsewhere: NormalizationMode = None
 
 
 @final
@@ -29,11 +36,13 @@ class Ledger:
 
     Attributes:
         entries: one per operation.
-        fitting: for each, the normalisation its loss declares (None: a mean; ``function``: unknown).
+        declared: for each, the normalisation that its loss declares (None: a mean; ``function``: unknown).
+        operations: gradient operations ever, which number the entries.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
-    fitting: list[str | None] = field(default_factory=list)
+    declared: list[str | None] = field(default_factory=list)
+    operations: int = 0
 
     @property
     def tokens(self) -> int:
@@ -47,7 +56,7 @@ class Ledger:
 
     @property
     def denominator(self) -> str | None:
-        """What the accumulated gradient waits to be divided by; None while the window is empty."""
+        """What the accumulated gradient waits to be divided by; None before the first."""
         return self.entries[0].denominator if self.entries else None
 
     def admit(self, name: str, denominator: str) -> None:
@@ -58,15 +67,20 @@ class Ledger:
         """
         if self.denominator not in (None, denominator):
             raise MixedDenominatorsError(
-                f"{name} is divided by {_words(denominator)}, but the window already holds gradients to be divided by "
+                f"{name} is divided by {_words(denominator)}, but gradients have accumulated that are to be divided by "
                 f"{_words(self.denominator)} (from {self.entries[0].loss}): one division cannot serve both; "
                 "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
             )
 
-    def record(self, entry: LedgerEntry, fitting: str | None) -> None:
-        """Note an operation whose gradient has been added."""
-        self.entries.append(entry)
-        self.fitting.append(fitting)
+    def record(self, *, loss: str, datums: int, declared: str | None, **counted: Any) -> None:
+        """Note an operation whose gradient has been added; ``counted`` are the other fields of its `LedgerEntry`."""
+        self.operations += 1
+        self.entries.append(LedgerEntry(self.operations, loss, datums, **counted))
+        self.declared.append(declared)
+
+    def emptied(self) -> Ledger:
+        """Return the ledger of the next step."""
+        return Ledger(operations=self.operations)
 
     def divisor(self, mode: NormalizationMode) -> Divisor:
         """Return what the gradient must be divided by.
@@ -82,7 +96,7 @@ class Ledger:
             raise ConfigError(
                 f"grad_accumulation_normalization must be None, 'auto', 'num_loss_tokens' or 'num_sequences', got {mode!r}"
             )
-        means = [e.loss for e, fitting in zip(self.entries, self.fitting, strict=True) if fitting is None]
+        means = [e.loss for e, declared in zip(self.entries, self.declared, strict=True) if declared is None]
         if means:
             raise DoubleNormalizationError(
                 f"{means[0]} is already a mean; {mode!r} would divide a second time; leave "
@@ -92,14 +106,14 @@ class Ledger:
         return Divisor(float(count), f"{mode} over {_calls(self.entries)}")
 
     def resolve(self, mode: NormalizationMode) -> NormalizationMode:
-        """Return the mode that ``auto`` stands for in this window, any other mode as it is.
+        """Return the mode that ``auto`` stands for here, any other mode as it is.
 
         Raises:
             ConfigError: the losses do not say, or disagree.
         """
         if mode != "auto":
             return mode
-        modes = set(self.fitting)
+        modes = set(self.declared)
         if "function" in modes:
             raise ConfigError(
                 "'auto' needs registered losses: a function does not say whether it returns a sum or a mean; "
@@ -107,19 +121,19 @@ class Ledger:
             )
         if len(modes) > 1:
             raise ConfigError(
-                f"'auto' found losses of different normalisations in one window: {sorted(map(str, modes))}"
+                f"'auto' found losses of different normalisations in one accumulation: {sorted(map(str, modes))}"
             )
-        found = modes.pop() if modes else None
-        return found  # type: ignore[return-value]  # `function` was refused above
+        declared = modes.pop() if modes else None
+        return declared  # type: ignore[return-value]  # `function` was refused above
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
-        return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.fitting)}
+        return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.declared)}
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> Ledger:
+    def from_json(cls, saved: Mapping[str, Any], operations: int = 0) -> Ledger:
         """Read what `to_json` wrote."""
-        return cls([LedgerEntry(**entry) for entry in saved["ledger"]], list(saved["fitting"]))
+        return cls([LedgerEntry(**entry) for entry in saved["ledger"]], list(saved["fitting"]), operations)
 
     def _deferred(self) -> Divisor:
         if self.denominator in (None, "none"):

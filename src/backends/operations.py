@@ -1,101 +1,89 @@
-"""Operations become futures; failures are kept until somebody reads them."""
+"""Operations become futures, in order; failures are remembered until somebody has retrieved them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar, final
+from collections.abc import Callable
+from typing import TypeVar, cast, final
 
-from ..errors import ClosedError, PrecedingOperationFailed, UnreadFailureError
-from .futures import FinishedFuture
+from ..errors import ClosedError
+from .accumulation import Accumulation, unretrieved
+from .engine import Call, Engine
+from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
 
-__all__ = ["Operations", "Spoilable", "never_read", "require_unspoiled", "spoiled"]
+__all__ = ["Operations"]
 
 T = TypeVar("T")
 
 
-class Spoilable(Protocol):
-    """A gradient window that knows of operations that should have added to it and did not.
-
-    Attributes:
-        failures: gradient operations that failed and whose error nobody has read.
-    """
-
-    failures: list[BaseException]
-
-
-def require_unspoiled(window: Spoilable) -> None:
-    """Raise if a gradient operation failed and its error was not read.
-
-    Raises:
-        PrecedingOperationFailed: the window lacks a batch.
-    """
-    if window.failures:
-        raise spoiled(window.failures[0]) from window.failures[0]
-
-
-def spoiled(cause: BaseException) -> PrecedingOperationFailed:
-    """Word the refusal of a window that lacks a batch."""
-    return PrecedingOperationFailed(
-        f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been read, "
-        "so this window lacks a batch; read that operation's .result(), or call discard_gradients()"
-    )
-
-
-def never_read(failures: Sequence[BaseException]) -> UnreadFailureError:
-    """Word the failures that nobody has read."""
-    first = failures[0]
-    return UnreadFailureError(
-        f"{len(failures)} operation(s) failed and their futures were never read; the first: "
-        f"{type(first).__name__}: {first}"
-    )
-
-
 @final
 class Operations:
-    """Runs operations in the caller's thread. A failed gradient operation spoils the window until it is read."""
+    """Runs the operations of one backend.
 
-    def __init__(self, window: Spoilable) -> None:
-        self._window = window
-        self._unread: list[BaseException] = []
+    Attributes:
+        accumulation: is told of gradient operations.
+        closed: nothing runs any more.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._outcomes: list[Outcome] = []
+        self.accumulation = Accumulation()
         self.closed = False
 
-    def run(self, operation: str, work: Callable[[], T], gradient: bool = False) -> FinishedFuture[T]:
-        """Run ``work`` and return its finished future.
+    def run(self, call: Call, work: Callable[[], Answer[T]], gradient: bool = False) -> Future[T]:
+        """Run an operation; its result, or its error, comes through the future.
 
         Raises:
             ClosedError: the backend has been closed.
         """
         if self.closed:
-            raise ClosedError(f"{operation} on a backend that has been closed")
+            raise ClosedError(f"{call.operation} on a backend that has been closed")
         try:
-            return FinishedFuture(work(), operation=operation)
+            self._engine.begin(call)
+            answer = work()
         except Exception as error:
-            failure = error
-        except BaseException as error:  # cancelled (Ctrl-C): it goes up at once, but the window lacks a batch
+            failure = Failure(error)
+            self._remember(failure, gradient)
+            return FinishedFuture(failure=failure, operation=call.operation)
+        except BaseException as error:  # cancelled (Ctrl-C): it goes up at once, but the accumulation lacks a batch
             if gradient:
-                self._window.failures.append(error)
+                self.accumulation.outcomes.append(Failure(error))
             raise
-        self._unread.append(failure)
-        if gradient:
-            self._window.failures.append(failure)
-        return FinishedFuture(error=failure, on_read=lambda: self.read(failure), operation=operation)
-
-    def read(self, failure: BaseException) -> None:
-        """Note that somebody knows of this failure."""
-        self._unread = [f for f in self._unread if f is not failure]
-        self._window.failures = [f for f in self._window.failures if f is not failure]
-
-    def forgive(self) -> None:
-        """Count every failure as read."""
-        self._unread = []
+        if not isinstance(answer, Pending):
+            return FinishedFuture(answer, operation=call.operation)
+        future = answer.future(call.operation)
+        self._remember(future, gradient)
+        return cast(Future[T], future)
 
     def close(self) -> None:
-        """Refuse further operations.
+        """Refuse what follows; wait for what is under way, and give back what the engine holds.
 
         Raises:
-            UnreadFailureError: an operation failed and nobody read its error.
+            UnretrievedFailureError: an operation failed and nobody retrieved its error.
         """
+        if self.closed:
+            return
         self.closed = True
-        failures, self._unread = self._unread, []
+        try:
+            self._require_retrieved()
+        finally:
+            self._engine.close()
+
+    def abandon(self) -> None:
+        """Close without asking for failures: an error that is on its way out matters more."""
+        if not self.closed:
+            self.closed = True
+            self._engine.close()
+
+    def _require_retrieved(self) -> None:
+        lost = [o for o in self._outcomes if not o.retrieved and o.settle(o.deadline) is not None]
+        failures = [error for o in lost if (error := o.settle()) is not None]
+        for outcome in lost:
+            outcome.retrieved = True
         if failures:
-            raise never_read(failures) from failures[0]
+            raise unretrieved(failures) from failures[0]
+
+    def _remember(self, outcome: Outcome, gradient: bool) -> None:
+        self._outcomes = [*(o for o in self._outcomes if not o.retrieved), outcome]
+        if gradient:
+            self.accumulation.outcomes.append(outcome)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..backends import TorchBackend
 from ..backends.native import HFModel
-from ..backends.native.execution.batching import ScoreRequest
 from ..backends.native.execution.forward import score
+from ..backends.prepared import ScoreRequest
 from ..datums import Datum, ModelInput, datum_from_tokens_weights
 from ..testing.agreement import sampling_agreement
 from ..testing.numerics import NumericsRow, head_numerics, hidden_of, model_numerics

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 
 from ..backends.native.models.gguf import convert_gguf
-from ..backends.native.models.hf import load_pretrained, torch_dtype
+from ..backends.native.models.load import load_pretrained, torch_dtype
 from ..errors import ConfigError, MissingExtraError
 from ..testing.models.llama import random_llama
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from ..deprecation import moved
 from .adapt import batch_from_datums
 from .advantages import GroupAdvantages, group_advantages
 from .aggregation import AGGREGATIONS, Aggregation, fixed_length
 from .base import Loss, LossOutput, Part, Term
 from .batch import TokenBatch
-from .kl import KL, kl_value
+from .clip import ClipRange
+from .functional import (
+    bounded_exp,
+    capped_log_odds,
+    clipped_surrogate,
+    dpo_sigmoid,
+    kl_value,
+    log1mexp,
+    log_odds_ratio,
+    negative_log_likelihood,
+)
+from .kl import KL
 from .metrics import Metric, combine_metrics, wire_metrics
-from .numerics import bounded_exp, capped_log_odds, log1mexp
-from .policy.losses import GRPO, PPO, ImportanceSampling
-from .preference.losses import DPO, ORPO, dpo_sigmoid, log_odds_ratio
-from .ratio import RatioBand, clipped_surrogate
+from .policy import GRPO, PPO, ImportanceSampling
+from .preference import DPO, ORPO
 from .recipes import Recipe, preset, preset_names, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
-from .supervised.cross_entropy import CrossEntropy, negative_log_likelihood
+from .streaming import TokenStream
+from .supervised import CrossEntropy
 
 for _loss in (CrossEntropy, ImportanceSampling, PPO, GRPO, DPO, ORPO):
     register(_loss)
@@ -28,6 +39,7 @@ __all__ = [
     "ORPO",
     "PPO",
     "Aggregation",
+    "ClipRange",
     "CrossEntropy",
     "GroupAdvantages",
     "ImportanceSampling",
@@ -35,11 +47,11 @@ __all__ = [
     "LossOutput",
     "Metric",
     "Part",
-    "RatioBand",
     "Recipe",
     "Registry",
     "Term",
     "TokenBatch",
+    "TokenStream",
     "batch_from_datums",
     "bounded_exp",
     "capped_log_odds",
@@ -61,3 +73,5 @@ __all__ = [
     "registry",
     "wire_metrics",
 ]
+
+__getattr__ = moved(__name__, {"RatioBand": ("losses.clip", "ClipRange")})

@@ -12,7 +12,7 @@ from ..errors import DatumError, LengthError, MissingFieldError
 from .batch import TokenBatch
 from .keys import INPUT_KEYS
 
-__all__ = ["as_tensor", "batch_from_datums"]
+__all__ = ["as_tensor", "batch_field", "batch_from_datums"]
 
 
 def batch_from_datums(
@@ -35,7 +35,7 @@ def batch_from_datums(
     if not data:
         raise DatumError("data is empty: a loss needs at least one datum")
     inputs = [_inputs(datum, i) for i, datum in enumerate(data)]
-    packed = {_field(key): _pack(key, inputs, logprobs) for key in _keys(inputs, required, optional)}
+    packed = {batch_field(key): _pack(key, inputs, logprobs) for key in _keys(inputs, required, optional)}
     lengths = [lp.shape[0] for lp in logprobs]
     return TokenBatch.from_packed(_concat(logprobs), lengths, **packed)
 
@@ -52,9 +52,9 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.as_tensor(value, dtype=dtype)
 
 
-def _field(key: str) -> str:
-    # The datum key `logprobs` is the sampler's; the batch's `logprobs` are the current policy's.
-    return "behaviour_logprobs" if key == "logprobs" else key
+def batch_field(key: str) -> str:
+    """Return the `TokenBatch` field of a datum key: its ``logprobs`` are the sampler's, the batch's the current policy's."""
+    return "rollout_logprobs" if key == "logprobs" else key
 
 
 def _inputs(datum: Any, index: int) -> Mapping[str, Any]:
@@ -66,14 +66,14 @@ def _inputs(datum: Any, index: int) -> Mapping[str, Any]:
 
 def _keys(inputs: list[Mapping[str, Any]], required: Sequence[str], optional: Sequence[str]) -> list[str]:
     for key in required:
-        for i, given in enumerate(inputs):
-            if key not in given:
+        for i, present in enumerate(inputs):
+            if key not in present:
                 raise MissingFieldError(
-                    f"datum {i}: missing required field {key!r} (has: {', '.join(given) or 'none'})"
+                    f"datum {i}: missing required field {key!r} (has: {', '.join(present) or 'none'})"
                 )
-    used = [key for key in optional if any(key in given for given in inputs)]
+    used = [key for key in optional if any(key in present for present in inputs)]
     for key in used:
-        without = [i for i, given in enumerate(inputs) if key not in given]
+        without = [i for i, present in enumerate(inputs) if key not in present]
         if without:
             raise MissingFieldError(f"{key!r} is given for some datums but not for {without}; give it for all or none")
     return [*required, *used]
@@ -81,21 +81,15 @@ def _keys(inputs: list[Mapping[str, Any]], required: Sequence[str], optional: Se
 
 def _pack(key: str, inputs: list[Mapping[str, Any]], logprobs: Sequence[Tensor]) -> Tensor:
     spec = INPUT_KEYS[key]
-    found = []
-    for i, (given, lp) in enumerate(zip(inputs, logprobs, strict=True)):
-        tensor = as_tensor(given[key], torch.int64 if spec.dtype == "int64" else None)
-        wanted = tuple(lp.shape) if spec.per_token else (1,)
-        if tuple(tensor.shape) != wanted:
-            raise LengthError(
-                f"datum {i}: {key!r} has shape {tuple(tensor.shape)}, expected {wanted}"
-                + (
-                    ", the shape of its log-probs (one per target token; nothing is truncated)"
-                    if spec.per_token
-                    else ""
-                )
-            )
-        found.append(tensor)
-    return torch.cat(found)
+    reason = ", the shape of its log-probs (one per target token; nothing is truncated)" if spec.per_token else ""
+    tensors = []
+    for i, (present, lp) in enumerate(zip(inputs, logprobs, strict=True)):
+        tensor = as_tensor(present[key], torch.int64 if spec.dtype == "int64" else None)
+        expected = tuple(lp.shape) if spec.per_token else (1,)
+        if tuple(tensor.shape) != expected:
+            raise LengthError(f"datum {i}: {key!r} has shape {tuple(tensor.shape)}, expected {expected}{reason}")
+        tensors.append(tensor)
+    return torch.cat(tensors)
 
 
 def _concat(logprobs: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DatumError, LengthError
+from ..errors import DatumError, LengthError
+from .checks import choice, number
 
 __all__ = ["GroupAdvantages", "group_advantages"]
 
@@ -54,37 +55,37 @@ def group_advantages(
     Raises:
         LengthError: the shapes differ or are not [B].
         DatumError: a reward is NaN or inf.
+        ConfigError: an unknown baseline or scale, or a negative eps.
 
     Source: DeepSeekMath (arXiv:2402.03300, section 4.1.2), Dr. GRPO (arXiv:2503.20783), RLOO (arXiv:2402.14740).
     """
-    if baseline not in ("mean", "leave_one_out") or scale not in ("std", "none"):
-        raise ConfigError(
-            f"baseline is 'mean' or 'leave_one_out' and scale 'std' or 'none', got {baseline!r}, {scale!r}"
-        )
+    choice("baseline", baseline, ("mean", "leave_one_out"))
+    choice("scale", scale, ("std", "none"))
+    number("eps", eps, low=0.0, strict=False)
     if rewards.dim() != 1 or rewards.shape != group_id.shape:
         raise LengthError(
             f"rewards and group_id must both be [B], got {tuple(rewards.shape)} and {tuple(group_id.shape)}"
         )
     if not bool(torch.isfinite(rewards).all()):
-        bad = (~torch.isfinite(rewards)).nonzero().squeeze(1).tolist()
-        raise DatumError(f"rewards must be finite; sequences {bad} are not")
-    wide = rewards.double()
+        broken = (~torch.isfinite(rewards)).nonzero().squeeze(1).tolist()
+        raise DatumError(f"rewards must be finite; sequences {broken} are not")
+    exact = rewards.double()
     ids, index = torch.unique(group_id, return_inverse=True)
     size = torch.bincount(index, minlength=ids.numel()).double()
-    centred = wide - (torch.zeros_like(size).index_add(0, index, wide) / size)[index]
-    flat = _flat_groups(wide, index, ids.numel())
+    centred = exact - (torch.zeros_like(size).index_add(0, index, exact) / size)[index]
+    silent = _without_signal(exact, index, ids.numel())
     if scale == "std":
         variance = torch.zeros_like(size).index_add(0, index, centred.square()) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)[index]
     if baseline == "leave_one_out":
         # r_i - mean of the others = (n / (n - 1)) (r_i - mean)
         centred = centred * (size / (size - 1).clamp(min=1))[index]
-    advantages = torch.where(flat[index], torch.zeros_like(centred), centred)
+    advantages = torch.where(silent[index], torch.zeros_like(centred), centred)
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
-    return GroupAdvantages(advantages.to(dtype), int((size == 1).sum()), int((flat & (size > 1)).sum()))
+    return GroupAdvantages(advantages.to(dtype), int((size == 1).sum()), int((silent & (size > 1)).sum()))
 
 
-def _flat_groups(rewards: Tensor, index: Tensor, groups: int) -> Tensor:
+def _without_signal(rewards: Tensor, index: Tensor, groups: int) -> Tensor:
     low = rewards.new_full((groups,), float("inf")).scatter_reduce(0, index, rewards, "amin")
     high = rewards.new_full((groups,), float("-inf")).scatter_reduce(0, index, rewards, "amax")
     return low == high

@@ -8,18 +8,20 @@ calls, so one call or seven give the same update.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Final, Literal, final, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, suggestion
+from ..errors import ConfigError, EmptyUnitError
 from .batch import TokenBatch
+from .checks import choice, number
 
-__all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "count_units", "fixed_length"]
+__all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "Unit", "count_units", "fixed_length"]
 
 Denominator = Literal["tokens", "weight_sum", "sequences", "pairs", "groups", "none"]
 Local = Literal["one", "sequence", "group", "fixed"]
+Unit = Literal["token", "pair"]
 
 
 @final
@@ -34,6 +36,9 @@ class Aggregation:
         denominator: what the sum is divided by: trained tokens, the sum of the weights, sequences with a trained
             token, pairs, groups with a trained token, or nothing.
         length: the constant of ``fixed``, tokens.
+
+    Raises:
+        ConfigError: a field is none of these.
     """
 
     name: str
@@ -41,10 +46,21 @@ class Aggregation:
     denominator: Denominator
     length: float = 1.0
 
+    def __post_init__(self) -> None:
+        choice("aggregation local", self.local, get_args(Local))
+        choice("aggregation denominator", self.denominator, get_args(Denominator))
+        number("aggregation length", self.length, low=0.0)
+
     @property
     def is_mean(self) -> bool:
         """True if something is divided: a second normalisation on top would be one too many."""
         return self.denominator != "none"
+
+    def fits(self, unit: Unit) -> bool:
+        """Return whether values of that unit can be put together so."""
+        if unit == "pair":
+            return self.local == "one" and self.denominator in ("pairs", "none")
+        return self.denominator != "pairs"
 
     def coefficients(self, batch: TokenBatch) -> Tensor:
         """Return c for every token; float64 [N]."""
@@ -59,30 +75,45 @@ class Aggregation:
             case _:
                 return ones
 
+    def weighted_coefficients(self, batch: TokenBatch) -> Tensor:
+        """Return ``c_u w_u``, what each token's value is multiplied by; float64, shape of the batch's log-probs."""
+        weight, coefficients = batch.weight.double(), self.coefficients(batch)
+        return weight * (coefficients if weight.dim() == 1 else coefficients[:, None])
+
     @classmethod
-    def of(cls, given: Aggregation | str) -> Aggregation:
-        """Return ``given``, looked up by name if it is a string.
+    def of(cls, value: Aggregation | str, unit: Unit | None = None) -> Aggregation:
+        """Return ``value``, looked up by name if it is a string.
+
+        Args:
+            value: an aggregation, or the name of one.
+            unit: what the loss has one value of, if that is known.
 
         Raises:
-            ConfigError: no aggregation has that name.
+            ConfigError: no aggregation has that name, or it does not fit the unit.
         """
-        if isinstance(given, Aggregation):
-            return given
-        if given not in AGGREGATIONS:
-            known = ", ".join(AGGREGATIONS)
-            raise ConfigError(f"unknown aggregation {given!r}{suggestion(given, AGGREGATIONS)}; known: {known}")
-        return AGGREGATIONS[given]
+        if not isinstance(value, Aggregation):
+            choice("aggregation", value, AGGREGATIONS)
+            value = AGGREGATIONS[value]
+        if unit is not None and not value.fits(unit):
+            fitting = ", ".join(name for name, known in AGGREGATIONS.items() if known.fits(unit))
+            raise ConfigError(f"a loss with one value per {unit} is aggregated by one of {fitting}, got {value.name!r}")
+        return value
 
 
 def fixed_length(length: float) -> Aggregation:
-    """Token sums divided by a constant length, averaged over sequences (Dr. GRPO, arXiv:2503.20783, section 3).
+    """Return token sums divided by a constant length, averaged over sequences.
 
     Args:
         length: tokens; usually the generation limit. Must not depend on the batch.
+
+    Raises:
+        ConfigError: not a positive, finite number.
+
+    Source: Dr. GRPO, arXiv:2503.20783, section 3.
     """
-    if not length > 0:
-        raise ConfigError(f"fixed_length needs a positive number of tokens, got {length}")
-    return Aggregation("fixed_length", "fixed", "sequences", float(length))
+    return Aggregation(
+        "fixed_length", "fixed", "sequences", number("fixed_length, a positive number of tokens,", length, low=0.0)
+    )
 
 
 AGGREGATIONS: Final[dict[str, Aggregation]] = {
@@ -100,13 +131,22 @@ AGGREGATIONS: Final[dict[str, Aggregation]] = {
 
 
 def count_units(batch: TokenBatch, denominator: Denominator, where: Tensor | None = None) -> float:
-    """Count what ``denominator`` names in ``batch``, over the tokens of ``where`` (bool [N]) if it is given."""
+    """Return how many of what ``denominator`` names are in ``batch``.
+
+    Args:
+        batch: the tensors.
+        denominator: what is counted.
+        where: bool [N]; the tokens that count, if not all trained ones.
+
+    Raises:
+        EmptyUnitError: the sum of the weights is not positive, though something is trained.
+    """
     kept = batch.trained_positions if where is None else batch.trained_positions & where
     match denominator:
         case "tokens":
             return float(kept.sum())
         case "weight_sum":
-            return float(batch.weight.double()[kept].sum())
+            return _weight_sum(batch, kept)
         case "sequences":
             return float(torch.unique(batch.sequence_index[kept]).numel())
         case "pairs":
@@ -115,6 +155,15 @@ def count_units(batch: TokenBatch, denominator: Denominator, where: Tensor | Non
             return float(torch.unique(batch.groups.index[batch.sequence_index[kept]]).numel())
         case "none":
             return 1.0
+
+
+def _weight_sum(batch: TokenBatch, kept: Tensor) -> float:
+    weights = float(batch.weight.double()[kept].sum())
+    if weights <= 0 and bool(batch.trained.any()):
+        raise EmptyUnitError(
+            f"weighted_mean divides by the sum of the weights, which is {weights:g}; it must be positive"
+        )
+    return weights
 
 
 def _tokens_per_group(batch: TokenBatch) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from ..errors import IncompleteUnitError, LengthError
+from ..deprecation import renamed_keyword
+from ..errors import DatumError, IncompleteUnitError, LengthError, MissingFieldError
 from .keys import ROLE_CHOSEN, ROLE_REJECTED
 
 __all__ = ["Groups", "Pairs", "TokenBatch"]
 
-_TOKEN_FIELDS: Final = ("weights", "advantages", "behaviour_logprobs", "old_logprobs", "ref_logprobs")
+_TOKEN_FIELDS: Final = ("weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 _SEQUENCE_FIELDS: Final = ("pair_id", "role", "group_id", "label")
+_DATUM_KEYS: Final = {"rollout_logprobs": "logprobs"}  # the batch's own `logprobs` are the current policy's
 
 
 class Pairs(NamedTuple):
@@ -44,7 +48,7 @@ class TokenBatch:
         offsets: int64 [B + 1]; sequence b is ``logprobs[offsets[b]:offsets[b + 1]]``.
         weights: shape of ``logprobs``; 0 = not trained. Absent: every token has weight 1.
         advantages: [N]; positive = more of this token.
-        behaviour_logprobs: [N]; the sampler's log-probs (the datum key ``logprobs``).
+        rollout_logprobs: [N]; the rollout policy's (the sampler's) log-probs, in datums the key ``logprobs``.
         old_logprobs: [N]; the proximal anchor, where it differs from the sampler.
         ref_logprobs: [N]; the frozen reference's log-probs.
         pair_id, role, group_id, label: int64 [B]; see `pullback.losses.keys`.
@@ -57,7 +61,7 @@ class TokenBatch:
     offsets: Tensor
     weights: Tensor | None = None
     advantages: Tensor | None = None
-    behaviour_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     pair_id: Tensor | None = None
@@ -77,6 +81,7 @@ class TokenBatch:
             _check_shape(name, getattr(self, name), (self.num_sequences,), "one number per sequence")
 
     @classmethod
+    @renamed_keyword("behaviour_logprobs", "rollout_logprobs")
     def from_packed(cls, logprobs: Tensor, lengths: Tensor | list[int], **inputs: Tensor | None) -> TokenBatch:
         """Build from packed tensors and the length of each sequence (int64 [B])."""
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
@@ -84,6 +89,7 @@ class TokenBatch:
         return cls(logprobs, offsets, **_to_device(logprobs, inputs))
 
     @classmethod
+    @renamed_keyword("behaviour_logprobs", "rollout_logprobs")
     def from_padded(cls, logprobs: Tensor, weights: Tensor, **inputs: Tensor | None) -> TokenBatch:
         """Build from right- or left-padded [B, T] tensors; padding is a position of weight 0.
 
@@ -99,6 +105,7 @@ class TokenBatch:
         flat: dict[str, Tensor | None] = {}
         for name, value in {"weights": weights, **inputs}.items():
             if value is not None and name in _TOKEN_FIELDS:
+                value = _tensor(name, value)
                 if name == "advantages" and value.dim() == 1:
                     value = value[:, None].expand(-1, width)
                 _check_shape(name, value, (rows, width), "the shape of logprobs")
@@ -106,6 +113,14 @@ class TokenBatch:
             flat[name] = value
         offsets = torch.arange(rows + 1, device=logprobs.device) * width
         return cls(logprobs.reshape(-1), offsets, **_to_device(logprobs, flat))
+
+    @property
+    def behaviour_logprobs(self) -> Tensor | None:
+        """Deprecated spelling of ``rollout_logprobs``."""
+        warnings.warn(
+            "TokenBatch.behaviour_logprobs is now TokenBatch.rollout_logprobs", DeprecationWarning, stacklevel=2
+        )
+        return self.rollout_logprobs
 
     @property
     def num_sequences(self) -> int:
@@ -157,6 +172,50 @@ class TokenBatch:
         wide = values if values.dtype == torch.float64 else values.float()
         return torch.where(self.trained, wide, torch.zeros((), dtype=wide.dtype, device=wide.device))
 
+    def masked(self, name: str) -> Tensor:
+        """Return an input of the batch, detached, as `select` does.
+
+        Args:
+            name: a per-token field, e.g. ``advantages``.
+
+        Raises:
+            MissingFieldError: the batch has none.
+        """
+        values: Tensor | None = getattr(self, name)
+        if values is None:
+            raise MissingFieldError(
+                f"missing required field {_DATUM_KEYS.get(name, name)!r}: the TokenBatch has no {name}"
+            )
+        return self.select(values.detach())
+
+    def select_tokens(self, at: Tensor) -> TokenBatch:
+        """Return a batch of some of the tokens; every sequence stays, with fewer tokens or none.
+
+        Args:
+            at: int64 [n]; positions of the tokens, ascending.
+        """
+        sequence = self.sequence_index[at]
+        counts = torch.zeros_like(self.offsets).index_add(0, sequence + 1, torch.ones_like(sequence))
+        chosen = {name: self.__dict__[name] for name in _FIELDS}
+        for name in ("logprobs", *_TOKEN_FIELDS):
+            chosen[name] = None if chosen[name] is None else chosen[name][at]
+        # Right by construction; a check of the offsets would wait for the device at every chunk of tokens.
+        batch = object.__new__(TokenBatch)
+        batch.__dict__.update(chosen, offsets=counts.cumsum(0), sequence_index=sequence)
+        return batch
+
+    def with_logprobs(self, logprobs: Tensor) -> TokenBatch:
+        """Return the batch with other log-probs of the policy; what does not depend on them is not computed again.
+
+        Raises:
+            LengthError: the shape is another one.
+        """
+        _check_shape("logprobs", logprobs, tuple(self.logprobs.shape), "that of the log-probs in their place")
+        batch = copy.copy(self)
+        batch.__dict__.pop("weight", None)  # is of the log-probs' dtype
+        batch.__dict__["logprobs"] = logprobs
+        return batch
+
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """Sum packed ``values`` ([N] or [N, K]) within each sequence; [B], dtype of ``values``."""
         flat = values if values.dim() == 1 else values.sum(-1)
@@ -164,13 +223,18 @@ class TokenBatch:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """The preference pairs: by ``pair_id`` and ``role``, else neighbours (2i chosen, 2i + 1 rejected).
+        """The preference pairs, by ``pair_id`` and ``role``.
+
+        Without ``pair_id`` neighbours are pairs, without ``role`` too the first of them (2i) is the chosen one.
 
         Raises:
             IncompleteUnitError: a pair lacks a side, or has one twice.
         """
         if self.pair_id is None:
-            return _neighbour_pairs(self.num_sequences, self.offsets.device)
+            neighbours = _neighbour_pairs(self.num_sequences, self.offsets.device)
+            if self.role is None:
+                return neighbours
+            return _pairs_by_id(torch.arange(self.num_sequences, device=self.offsets.device) // 2, self.role)
         if self.role is None:
             raise IncompleteUnitError(
                 "pair_id is given without role; give role 1 to chosen and 0 to rejected sequences"
@@ -186,17 +250,28 @@ class TokenBatch:
         return Groups(index, ids.numel())
 
 
-def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], wanted: str) -> None:
+_FIELDS: Final = tuple(field.name for field in fields(TokenBatch))
+
+
+def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
     if value is not None and tuple(value.shape) != shape:
-        raise LengthError(f"{name} has shape {tuple(value.shape)}, expected {shape} ({wanted})")
+        raise LengthError(f"{name} has shape {tuple(value.shape)}, expected {shape} ({meaning})")
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise DatumError(f"{name} of a TokenBatch must be a tensor, got {type(value).__name__}")
+    return value
 
 
 def _to_device(logprobs: Tensor, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    known = {field.name for field in fields(TokenBatch)} - {"logprobs", "offsets"}
+    known = set(_FIELDS) - {"logprobs", "offsets"}
     for name in inputs:
         if name not in known:
             raise TypeError(f"TokenBatch has no input {name!r}; it has {sorted(known)}")
-    return {name: value.detach().to(logprobs.device) for name, value in inputs.items() if value is not None}
+    return {
+        name: _tensor(name, value).detach().to(logprobs.device) for name, value in inputs.items() if value is not None
+    }
 
 
 def _neighbour_pairs(sequences: int, device: torch.device) -> Pairs:
@@ -211,12 +286,14 @@ def _neighbour_pairs(sequences: int, device: torch.device) -> Pairs:
 
 def _pairs_by_id(pair_id: Tensor, role: Tensor) -> Pairs:
     ids, index = torch.unique(pair_id, return_inverse=True)
-    found = []
-    for wanted, word in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
-        count = torch.zeros_like(ids).index_add(0, index, (role == wanted).to(ids.dtype))
+    sides = []
+    for side, side_name in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
+        count = torch.zeros_like(ids).index_add(0, index, (role == side).to(ids.dtype))
         if bool((count != 1).any()):
-            bad = {int(i): int(c) for i, c in zip(ids[count != 1], count[count != 1], strict=True)}
-            raise IncompleteUnitError(f"each pair needs exactly one {word} sequence in a call; pair_id: found {bad}")
-        members = (role == wanted).nonzero().squeeze(1)
-        found.append(members[index[members].argsort()])
-    return Pairs(found[0], found[1])
+            wrong = {int(i): int(c) for i, c in zip(ids[count != 1], count[count != 1], strict=True)}
+            raise IncompleteUnitError(
+                f"each pair needs exactly one {side_name} sequence in a call; pair_id: number of them {wrong}"
+            )
+        members = (role == side).nonzero().squeeze(1)
+        sides.append(members[index[members].argsort()])
+    return Pairs(sides[0], sides[1])

@@ -31,7 +31,7 @@ _KEYS = (
     InputKey("target_tokens", "int64", True, "token that follows each input token"),
     InputKey("weights", "float32", True, "0 = not trained; otherwise the weight of the token"),
     InputKey("advantages", "float32", True, "advantage of each token; positive = more of this"),
-    InputKey("logprobs", "float32", True, "log-probs of the behaviour policy: the sampler's, untempered"),
+    InputKey("logprobs", "float32", True, "log-probs of the rollout policy (the sampler), untempered"),
     InputKey("old_logprobs", "float32", True, "log-probs of the proximal anchor, where it differs from the sampler"),
     InputKey("ref_logprobs", "float32", True, "log-probs of the frozen reference"),
     InputKey("pair_id", "int64", False, "which preference pair the sequence belongs to"),

@@ -50,25 +50,25 @@ Metrics = Mapping[str, Metric]
 
 
 def mean(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Mean of ``values`` over the True entries of ``where`` (all, if absent)."""
+    """Return the mean of ``values`` over the True entries of ``where`` (all, if absent)."""
     kept = values.detach() if where is None else values.detach()[where]
     return Metric(float(kept.double().sum()), float(kept.numel()), "mean")
 
 
 def total(value: Tensor | float) -> Metric:
-    """Sum of ``value``."""
-    number = float(value.detach().double().sum()) if isinstance(value, Tensor) else value
-    return Metric(number, 1.0, "sum")
+    """Return the sum of ``value``."""
+    amount = float(value.detach().double().sum()) if isinstance(value, Tensor) else value
+    return Metric(amount, 1.0, "sum")
 
 
 def maximum(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Largest of ``values``; minus infinity of nothing."""
+    """Return the largest of ``values``; minus infinity of nothing."""
     kept = values.detach() if where is None else values.detach()[where]
     return Metric(float(kept.max()) if kept.numel() else -math.inf, 1.0, "max")
 
 
 def minimum(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Smallest of ``values``; infinity of nothing."""
+    """Return the smallest of ``values``; infinity of nothing."""
     kept = values.detach() if where is None else values.detach()[where]
     return Metric(float(kept.min()) if kept.numel() else math.inf, 1.0, "min")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import ConfigError, suggestion
 from .aggregation import Aggregation, fixed_length
 from .base import Loss, Normalization
+from .clip import ClipRange
 from .kl import KL
-from .policy.losses import GRPO, PPO, ImportanceSampling
-from .preference.losses import DPO, ORPO
-from .ratio import RatioBand
-from .supervised.cross_entropy import CrossEntropy
+from .policy import GRPO, PPO, ImportanceSampling
+from .preference import DPO, ORPO
+from .supervised import CrossEntropy
 
 __all__ = ["Recipe", "preset", "preset_names", "recipe"]
 Built = TypeVar("Built")
@@ -64,11 +65,10 @@ def _trl_grpo(
     epsilon_high: float | None,
     use_bias_correction_kl: bool,
 ) -> Loss:
-    band = RatioBand.from_offsets(epsilon, epsilon if epsilon_high is None else epsilon_high)
     # The corrected k3 has exactly the gradient of the reverse KL; the uncorrected one is k3's own derivative.
     corrected, plain = KL("k3", beta), KL("k3", beta, "pathwise", importance=False)
     kl = corrected if use_bias_correction_kl else plain
-    return GRPO(clip=band, kl=kl if beta else None, aggregation=aggregation)
+    return GRPO(clip=ClipRange.from_epsilon(epsilon, epsilon_high), kl=kl if beta else None, aggregation=aggregation)
 
 
 def _trl(aggregation: str) -> Callable[..., Loss]:
@@ -116,9 +116,15 @@ def preset(name: str, **overrides: Any) -> Loss:
     zero; it reproduces a published example exactly and is not advice.
 
     Raises:
-        ConfigError: no preset has that name.
+        ConfigError: no preset has that name, or it has no such option.
     """
-    return _lookup("preset", name, _PRESETS)(**overrides)
+    build = _lookup("preset", name, _PRESETS)
+    options = inspect.signature(build).parameters
+    for key in overrides:
+        if key not in options:
+            known = ", ".join(options) or "none"
+            raise ConfigError(f"preset {name!r} has no option {key!r}{suggestion(key, options)}; it has: {known}")
+    return build(**overrides)
 
 
 def preset_names() -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Registry:
         return loss.from_config(**dict(config or {}))
 
     def names(self) -> tuple[str, ...]:
-        """The registered names, sorted."""
+        """Return the registered names, sorted."""
         return tuple(sorted(self._classes))
 
     def _load_plugins(self) -> None:
@@ -88,13 +88,13 @@ def config_of(loss: Loss) -> dict[str, Any] | None:
     """Return the flat config that builds this very loss by its name; None if a hyperparameter has no key, or it has no name."""
     if registry._classes.get(loss.name) is not type(loss):
         return None
-    found = {}
+    config = {}
     for key, default in config_keys(type(loss)).items():
         value = _flat(loss, key)
         if value is not None and value != default:
-            found[key] = value
+            config[key] = value
     try:
-        return found if type(loss).from_config(**found) == loss else None
+        return config if type(loss).from_config(**config) == loss else None
     except (ConfigError, TypeError):
         return None
 
@@ -103,8 +103,8 @@ def _flat(loss: object, key: str) -> Any:
     """Look a flat key up: ``aggregation`` by its name, ``kl_beta`` is ``kl.beta``, ``clip_low_threshold`` is ``clip.low``."""
     if hasattr(loss, key):
         return getattr(getattr(loss, key), "name", getattr(loss, key))
-    part, _, rest = key.partition("_")
-    return getattr(getattr(loss, part, None), rest.removesuffix("_threshold"), None)
+    part, _, attribute = key.partition("_")
+    return getattr(getattr(loss, part, None), attribute.removesuffix("_threshold"), None)
 
 
 registry: Final = Registry(ENTRY_POINT_GROUP)
@@ -121,5 +121,5 @@ def get_loss(name: str, config: Mapping[str, Any] | None = None) -> Loss:
 
 
 def loss_names() -> tuple[str, ...]:
-    """The names in the default registry, sorted."""
+    """Return the names in the default registry, sorted."""
     return registry.names()

@@ -14,7 +14,7 @@ from ..losses.batch import TokenBatch
 
 __all__ = ["Case", "CaseSequence"]
 
-_FIELDS = ("weights", "advantages", "behaviour_logprobs", "old_logprobs", "ref_logprobs")
+_FIELDS = ("weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 
 
 @final
@@ -25,7 +25,7 @@ class CaseSequence:
     logprobs: Sequence[float]
     weights: Sequence[float]
     advantages: Sequence[float]
-    behaviour_logprobs: Sequence[float]
+    rollout_logprobs: Sequence[float]
     old_logprobs: Sequence[float]
     ref_logprobs: Sequence[float]
     group: int = 0
@@ -74,7 +74,7 @@ class Case:
         data = []
         for s in self.sequences:
             inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in self._fields()}
-            inputs["logprobs"] = inputs.pop("behaviour_logprobs")
+            inputs["logprobs"] = inputs.pop("rollout_logprobs")
             inputs |= {"target_tokens": [0] * len(s.logprobs), "group_id": [s.group]}
             data.append(Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs))
         return data, [_double(s.logprobs).requires_grad_() for s in self.sequences]

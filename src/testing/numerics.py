@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends.native.causal_lm import CausalLM
-from ..backends.native.execution.batching import request
 from ..backends.native.execution.forward import needed_hidden, score
+from ..backends.prepared import ScoreRequest
 from ..datums.types import Datum
 from ..ops.head import Head
 from ..ops.logprobs import selected_logprobs
@@ -73,7 +73,7 @@ def model_numerics(exact: CausalLM, others: dict[str, Any], data: Sequence[Datum
         others: name -> the same model in another dtype, or a function of score requests that returns all log-probs.
         data: datums.
     """
-    requests = [request(datum, only_trained=False) for datum in data]
+    requests = [ScoreRequest.of(datum) for datum in data]
     expected = score(exact, requests, "single")
     rows = []
     for name, model in others.items():
@@ -84,6 +84,6 @@ def model_numerics(exact: CausalLM, others: dict[str, Any], data: Sequence[Datum
 
 def hidden_of(model: CausalLM, data: Sequence[Datum]) -> tuple[Tensor, Tensor]:
     """Return the hidden states and targets of all positions, [N, H] and [N]."""
-    requests = [request(datum, only_trained=False) for datum in data]
+    requests = [ScoreRequest.of(datum) for datum in data]
     with torch.no_grad():
         return needed_hidden(model, requests, "single"), torch.cat([r.targets for r in requests])

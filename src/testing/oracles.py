@@ -59,7 +59,7 @@ def grpo(
     factor = scale(case, aggregation)
 
     def token(s: CaseSequence, j: int) -> float:
-        anchor = s.old_logprobs if case.with_old else s.behaviour_logprobs
+        anchor = s.old_logprobs if case.with_old else s.rollout_logprobs
         r = math.exp(s.logprobs[j] - anchor[j]) if ratio else 1.0
         a = s.advantages[j]
         clipped = clip_range is not None and ((a > 0 and r > clip_range[1]) or (a < 0 and r < clip_range[0]))

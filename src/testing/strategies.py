@@ -39,7 +39,7 @@ def sequences(
         logprobs=numbers(low, high),
         weights=weights,
         advantages=numbers(-2.0, 2.0),
-        behaviour_logprobs=numbers(low, high),
+        rollout_logprobs=numbers(low, high),
         old_logprobs=numbers(low, high),
         ref_logprobs=numbers(low, high),
         group=draw(st.integers(0, 2)),

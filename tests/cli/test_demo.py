@@ -39,4 +39,4 @@ def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any
             near = 1e-7 * shared["tokens:sum"]  # a sum over tokens may cancel
             assert {key: found[key] for key in shared} == pytest.approx(shared, rel=1e-5, abs=near)
         assert theirs.evaluate(remote) == pytest.approx(ours.evaluate(backend), rel=1e-5, abs=1e-6)
-        assert distance(weights_of(served(tenants, remote._trainer)), weights_of(backend)) < 1e-5
+        assert distance(weights_of(served(tenants, remote.trainer)), weights_of(backend)) < 1e-5

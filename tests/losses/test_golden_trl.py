@@ -32,7 +32,7 @@ def agrees(loss: Loss, case: dict[str, Any], tolerance: float, **inputs: Tensor)
 
 
 def grpo_inputs(case: dict[str, Any]) -> dict[str, Tensor]:
-    named = {"advantages": "advantages", "behaviour_logprobs": "old", "ref_logprobs": "ref"}
+    named = {"advantages": "advantages", "rollout_logprobs": "old", "ref_logprobs": "ref"}
     return {ours: torch.tensor(case[theirs], dtype=torch.float64) for ours, theirs in named.items()}
 
 

@@ -25,10 +25,10 @@ from pullback.losses import (
     KL,
     ORPO,
     PPO,
+    ClipRange,
     CrossEntropy,
     ImportanceSampling,
     Loss,
-    RatioBand,
     Registry,
     TokenBatch,
     bounded_exp,
@@ -60,12 +60,13 @@ IDS = [f"{i}-{loss.name}" for i, loss in enumerate(LOSSES)]
 
 
 def away_from_kinks(loss: Loss, case: Case) -> bool:
-    """True if no ratio is near an edge of a clip band."""
+    """True if no ratio is near an edge of a clip range."""
     if not isinstance(loss, (PPO, GRPO)) or loss.clip is None:
         return True
-    edges = (loss.clip.low, loss.clip.high)
+    clip = ClipRange.of(loss.clip)
+    edges = (clip.low, clip.high)
     for s in case.sequences:
-        anchor = s.old_logprobs if case.with_old else s.behaviour_logprobs
+        anchor = s.old_logprobs if case.with_old else s.rollout_logprobs
         if any(abs(math.exp(s.logprobs[j] - anchor[j]) - edge) < 1e-3 for j in s.trained() for edge in edges):
             return False
     return True
@@ -148,9 +149,9 @@ def test_shifted_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kl_gradients_by_enumeration() -> None:
     """Expected gradients on a softmax policy: reverse is exact on and off policy, k1 is zero, k3 is the forward KL's."""
     generator = torch.Generator().manual_seed(0)
-    logits, reference, behaviour = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits, reference, rollout = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(3))
     logits.requires_grad_()
-    log_ref, log_behaviour = reference.log_softmax(-1), behaviour.log_softmax(-1)
+    log_ref, log_rollout = reference.log_softmax(-1), rollout.log_softmax(-1)
 
     def expected(kl: KL, sampler: Tensor) -> Tensor:
         policy = logits.log_softmax(-1)
@@ -162,12 +163,12 @@ def test_kl_gradients_by_enumeration() -> None:
     (reverse,) = torch.autograd.grad((policy.exp() * (policy - log_ref)).sum(), logits, retain_graph=True)
     (forward,) = torch.autograd.grad((log_ref.exp() * (log_ref - policy)).sum(), logits)
     on = logits.detach().log_softmax(-1)
-    for estimator, sampler in itertools.product(("k1", "k2", "k3"), (on, log_behaviour)):
+    for estimator, sampler in itertools.product(("k1", "k2", "k3"), (on, log_rollout)):
         assert torch.allclose(expected(KL(estimator, gradient="reverse"), sampler), reverse, atol=1e-14)  # type: ignore[arg-type]
     assert torch.allclose(expected(KL("k2", gradient="pathwise"), on), reverse, atol=1e-14)
     assert torch.allclose(expected(KL("k3", gradient="pathwise"), on), forward, atol=1e-14)
     assert float(expected(KL("k1", gradient="pathwise", acknowledge_biased=True), on).norm()) < 1e-15
-    assert not torch.allclose(expected(KL("k3", importance=False), log_behaviour), reverse, atol=1e-3)
+    assert not torch.allclose(expected(KL("k3", importance=False), log_rollout), reverse, atol=1e-3)
     assert not torch.allclose(forward, reverse, atol=1e-3)
 
 
@@ -287,8 +288,18 @@ def test_pairs_by_id_in_any_order() -> None:
         _ = half.pairs
 
 
-def test_clip_band_is_absolute() -> None:
-    """Offsets given as bounds are refused, with the constructor that takes them."""
-    with pytest.raises(ConfigError, match="from_offsets"):
-        RatioBand(0.2, 0.28)
-    assert RatioBand.from_offsets(0.2, 0.28) == RatioBand(0.8, 1.28)
+def test_clip_range_is_absolute() -> None:
+    """Epsilons given as bounds are refused, with the constructor that takes them."""
+    with pytest.raises(ConfigError, match="from_epsilon"):
+        ClipRange(0.2, 0.28)
+    assert ClipRange.from_epsilon(0.2, 0.28) == ClipRange(0.8, 1.28)
+    assert ClipRange.from_log(math.log(2), math.log(3)) == ClipRange(0.5, math.exp(math.log(3)))
+
+
+def test_bare_number_is_an_epsilon() -> None:
+    """PPO(0.2) and GRPO(clip=0.2) hold the range 0.8 to 1.2; what is neither number nor range is refused."""
+    assert PPO(0.2) == PPO(ClipRange(0.8, 1.2)) == PPO()
+    assert GRPO(clip=0.3).clip == ClipRange(0.7, 1.3)
+    for wrong in ("0.2", True, KL(), 1.2, math.nan):
+        with pytest.raises(ConfigError, match="clip"):
+            GRPO(wrong)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def side(request: pytest.FixtureRequest, url: str, service: Any, tenants: Any) -
     backend = pullback.connect(
         service, base_model="tiny", rank=4, lora={"seed": 3}, defer_backward=request.param == "deferred"
     )
-    own = backend._trainer
+    own = backend.trainer
     yield Side(backend, twin(tenants, own), served(tenants, own), weight_datums(), {})
     backend.close()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,18 @@ from servers import KEY
 from torch import Tensor
 
 import pullback
-from pullback.backends import AdamParams, FakeBackend, Rollout, SamplingParams, TorchBackend
-from pullback.backends.fake.engine import Engine
+from pullback.backends import (
+    AdamParams,
+    Backend,
+    FakeBackend,
+    PreparedCall,
+    Rollout,
+    SamplingParams,
+    ScoreRequest,
+    TorchBackend,
+)
+from pullback.backends.accumulation import Accumulation
+from pullback.backends.fake.engine import FakeEngine
 from pullback.backends.fake.table import TableModel
 from pullback.backends.normalization import Divisor, Ledger
 from pullback.backends.remote.capabilities import detect
@@ -148,14 +158,13 @@ def test_samples_of_a_table() -> None:
 
 
 def _each_call_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
-    original = Engine.registered
+    original = FakeEngine.accumulate
 
-    def registered(self: Engine, data: Any, loss: Any, counts: Any) -> Any:
-        mean = loss.main_aggregation.denominator
-        own = {"tokens": 13.0, "pairs": len(data) / 2, "sequences": float(len(data))}
-        return original(self, data, loss, counts or (None if mean == "none" else own))
+    def accumulate(self: FakeEngine, call: PreparedCall) -> Any:
+        own = {"tokens": 13.0, "pairs": len(call.data) / 2, "sequences": float(len(call.data))}
+        return original(self, call if call.denominator == "none" else replace(call, counts=own))
 
-    patch.setattr(Engine, "registered", registered)
+    patch.setattr(FakeEngine, "accumulate", accumulate)
 
 
 def _applied_twice(patch: pytest.MonkeyPatch) -> None:
@@ -164,13 +173,13 @@ def _applied_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def _sign(patch: pytest.MonkeyPatch) -> None:
-    pull = TableModel.pull
-    patch.setattr(TableModel, "pull", lambda self, d, c: -pull(self, d, c))
+    backward = TableModel.backward
+    patch.setattr(TableModel, "backward", lambda self, r, c: -backward(self, r, c))
 
 
 def _first_token_lost(patch: pytest.MonkeyPatch) -> None:
-    pull = TableModel.pull
-    patch.setattr(TableModel, "pull", lambda self, d, c: pull(self, d, c * (torch.arange(len(c)) > 0)))
+    backward = TableModel.backward
+    patch.setattr(TableModel, "backward", lambda self, r, c: backward(self, r, c * (torch.arange(len(c)) > 0)))
 
 
 def _normalisation_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -178,36 +187,36 @@ def _normalisation_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def _failures_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("pullback.backends.fake.engine.require_unspoiled", lambda window: None)
+    patch.setattr(Accumulation, "require_complete", lambda self, on_failure: None)
 
 
 def _moments_not_saved(patch: pytest.MonkeyPatch) -> None:
-    load = Engine.load
-    patch.setattr(Engine, "load", lambda self, name, everything: load(self, name, False))
+    load = FakeEngine.load
+    patch.setattr(FakeEngine, "load", lambda self, name, everything: load(self, name, False))
 
 
 def _keys_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("pullback.backends.fake.backend.as_loss", lambda given, config: get_loss(given))
+    patch.setattr("pullback.backends.base.as_loss", lambda given, config: get_loss(given))
 
 
 def _steps_on_nothing(patch: pytest.MonkeyPatch) -> None:
     adamw = TableModel.adamw
-    step = Engine.step
+    step = Backend._step
 
-    def stepped(self: Engine, params: Any, mode: Any) -> Any:
-        if self.ledger.tokens == 0:
-            adamw(self.model, self.model.logits, params)
+    def stepped(self: Any, params: Any, mode: Any) -> Any:
+        if self._accumulation.ledger.tokens == 0:
+            adamw(self._fake.model, self._fake.model.logits, params)
         return step(self, params, mode)
 
-    patch.setattr(Engine, "step", stepped)
+    patch.setattr(Backend, "_step", stepped)
 
 
 def _rows_leak(patch: pytest.MonkeyPatch) -> None:
     score = TableModel.score
     state = {"before": 0.0}
 
-    def leaking(self: TableModel, datum: Datum) -> Tensor:
-        found = score(self, datum) + 0.01 * state["before"]
+    def leaking(self: TableModel, request: ScoreRequest) -> Tensor:
+        found = score(self, request) + 0.01 * state["before"]
         state["before"] = float(found[-1].detach())
         return found
 
@@ -219,13 +228,14 @@ def _never_closes(patch: pytest.MonkeyPatch) -> None:
 
 
 def _functions_doubled(patch: pytest.MonkeyPatch) -> None:
-    custom = Engine.custom
+    original = FakeEngine.accumulate
 
-    def doubled(self: Engine, data: Any, function: Any) -> Any:
-        other = copy.copy(function)
-        return custom(self, data, lambda d, x: (2 * other(d, x)[0], {}))
+    def doubled(self: FakeEngine, call: PreparedCall) -> Any:
+        if call.registered is not None:
+            return original(self, call)
+        return original(self, replace(call, loss=lambda d, x: (2 * call.loss(d, x)[0], {})))
 
-    patch.setattr(Engine, "custom", doubled)
+    patch.setattr(FakeEngine, "accumulate", doubled)
 
 
 BUGS = {

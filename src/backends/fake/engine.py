@@ -1,4 +1,4 @@
-"""What the operations of the fake backend do; they raise, they return plain results."""
+"""The fake backend's engine: a table of logits, in closed form."""
 
 from __future__ import annotations
 
@@ -9,93 +9,79 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...datums.types import Datum, ModelInput
-from ...errors import BackendError, CheckpointError, ConfigError, InvalidDatumsError, LossTypeError
-from ...losses.base import Counts, Loss
-from ..arguments import as_loss, check_data
-from ..cotangents import Cotangents, scored, target_cotangents
-from ..custom import custom_name
-from ..normalization import Ledger
-from ..operations import require_unspoiled
-from ..protocol import CustomLoss, NormalizationMode
-from ..types import AdamParams, ForwardBackwardOutput, LedgerEntry, OptimStepOutput, Rollout, SamplingParams
+from ...datums.types import ModelInput
+from ...errors import CheckpointError
+from ..cotangents import evaluate_all, summarize
+from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
+from ..normalization import Divisor, Ledger
+from ..prepared import PreparedCall
+from ..types import AdamParams, Rollout, SamplingParams
 from .table import TableModel
 
-__all__ = ["Engine"]
+__all__ = ["FakeEngine"]
 
 
 @final
-class Engine:
-    """A table, its window and its checkpoints.
+class FakeEngine(Engine):
+    """A table, its accumulated gradient and its checkpoints.
 
     Attributes:
         model, base: the table, and a copy of how it began.
-        gradient, ledger, failures: the window.
-        weights_version, operations: steps and gradient operations so far.
+        gradient: what has accumulated.
         saved: checkpoints by name.
+        calls: every operation, in order.
+        faults: an error to raise in place of an operation, by its number.
     """
 
-    def __init__(self, vocab_size: int, seed: int, stop: Sequence[int]) -> None:
-        self.vocab_size, self.stop = vocab_size, frozenset(stop)
+    def __init__(self, vocab_size: int, seed: int, stop: Sequence[int], faults: Mapping[int, Exception]) -> None:
+        self.limits, self.stop = EngineLimits(vocab_size), frozenset(stop)
         self.model = TableModel.random(vocab_size, seed)
         self.base = copy.deepcopy(self.model)
         self.generator = torch.Generator().manual_seed(seed)
         self.gradient: Tensor | None = None
-        self.ledger, self.failures = Ledger(), list[BaseException]()
-        self.weights_version = self.operations = 0
+        self.weights_version = 0
         self.saved: dict[str, dict[str, Any]] = {}
+        self.calls: list[Call] = []
+        self.faults = dict(faults)
 
-    def clear(self) -> None:
-        """Empty the window."""
-        self.gradient, self.ledger, self.failures = None, Ledger(), []
+    def begin(self, call: Call) -> None:
+        self.calls.append(call)
+        fault = self.faults.pop(len(self.calls), None)
+        if fault is not None:
+            raise fault
 
-    def check(self, data: Sequence[Datum], loss: Loss | None) -> None:
-        check_data(data, loss, vocab_size=self.vocab_size)
+    def score(self, call: PreparedCall) -> list[Tensor]:
+        return _score(self.model, call)
 
-    def forward(
-        self, model: TableModel, data: Sequence[Datum], loss_fn: str | Loss, config: Mapping[str, Any] | None
-    ) -> ForwardBackwardOutput:
-        loss = as_loss(loss_fn, config)
-        self.check(data, loss)
-        logprobs = [model.score(datum) for datum in data]
-        return ForwardBackwardOutput.of(logprobs, loss(data, logprobs)[1])
+    def accumulate(self, call: PreparedCall) -> Gradient:
+        logprobs = self.score(call)
+        cotangents = evaluate_all(call, logprobs)
+        added = [self.model.backward(r, cotangents.by_datum[i]) for i, r in enumerate(call.requests)]
+        total = torch.stack(added).sum(0)
+        self.gradient = total if self.gradient is None else self.gradient + total
+        output = call.output(logprobs, summarize([cotangents]))
+        return Gradient(output, cotangents.tokens, cotangents.sequences, cotangents.denominator, cotangents.count)
 
-    def registered(self, data: Sequence[Datum], loss: Loss, counts: Counts | None) -> ForwardBackwardOutput:
-        self.check(data, loss)
-        self.ledger.admit(loss.name, loss.main_aggregation.denominator if counts is None else "none")
-        return self._add(loss, loss.name, data, counts)
-
-    def custom(self, data: Sequence[Datum], function: CustomLoss) -> ForwardBackwardOutput:
-        if not callable(function):
-            raise LossTypeError(
-                f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {function!r}"
-            )
-        self.check(data, None)
-        self.ledger.admit(custom_name(function), "none")
-        return self._add(function, custom_name(function), data, None)
-
-    def step(self, params: AdamParams, mode: NormalizationMode) -> OptimStepOutput:
-        if not isinstance(params, AdamParams):
-            raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
-        require_unspoiled(self)
-        divisor, entries, gradient = self.ledger.divisor(mode), tuple(self.ledger.entries), self.gradient
-        if gradient is None or self.ledger.tokens == 0 or divisor.value == 0:
-            self.clear()
-            words = "empty window: no token has a gradient, so no step was made"
-            return OptimStepOutput({"tokens": 0.0}, False, divisor.value, words, entries)
-        gradient = gradient / divisor.value
+    def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
+        assert self.gradient is not None, "an empty accumulation makes no step"
+        gradient = self.gradient / divisor.value
         norm = float(gradient.norm())
         shrink = min(1.0, params.grad_clip_norm / (norm + 1e-6)) if params.grad_clip_norm > 0 else 1.0
         self.model.adamw(shrink * gradient, params)
         self.weights_version += 1
         self.clear()
-        metrics = {"grad_norm": norm, "divided_by": divisor.value, "learning_rate": params.learning_rate}
-        return OptimStepOutput(metrics, True, divisor.value, divisor.words, entries)
+        return {"grad_norm": norm}
+
+    def clear(self) -> None:
+        self.gradient = None
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        return {} if self.gradient is None else {"table": self.gradient}
+
+    def reference(self) -> Scorer:
+        return lambda call: _score(self.base, call)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
-        empty = [f"prompt {i}: is empty; give at least one token" for i, p in enumerate(prompts) if len(p) == 0]
-        if empty:
-            raise InvalidDatumsError(empty)
         seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
         generators = [self.generator if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
         stop = self.stop if params.stop is None else frozenset(params.stop)
@@ -108,39 +94,27 @@ class Engine:
 
         return [rollout(i, prompt) for i, prompt in enumerate(prompts) for _ in range(n)]
 
-    def save(self, name: str, overwrite: bool) -> None:
+    def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
         if name in self.saved and not overwrite:
             raise CheckpointError(f"there is a checkpoint {name!r} already; choose another name or overwrite=True")
-        kept = {key: getattr(self, key) for key in ("model", "gradient", "ledger", "weights_version")}
-        self.saved[name] = copy.deepcopy({**kept, "random": self.generator.get_state()})
+        state = {"model": self.model, "gradient": self.gradient, "weights_version": self.weights_version}
+        self.saved[name] = copy.deepcopy({**state, "ledger": ledger, "random": self.generator.get_state()})
+        return name
 
-    def load(self, name: str, everything: bool) -> None:
-        if name not in self.saved:
-            raise CheckpointError(f"there is no checkpoint {name!r}; saved: {', '.join(self.saved) or 'none'}")
-        if self.ledger.entries:
-            raise BackendError(
-                "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
-            )
-        found = copy.deepcopy(self.saved[name])
+    def load(self, path: str, everything: bool) -> Ledger:
+        if path not in self.saved:
+            raise CheckpointError(f"there is no checkpoint {path!r}; saved: {', '.join(self.saved) or 'none'}")
+        saved = copy.deepcopy(self.saved[path])
+        self.weights_version, model = saved["weights_version"], saved["model"]
+        self.model = model if everything else TableModel.of(model.logits)
+        self.clear()
         if not everything:
-            self.model, self.weights_version = TableModel.of(found["model"].logits), found["weights_version"]
-            return
-        self.generator.set_state(found.pop("random"))
-        for key, value in found.items():
-            setattr(self, key, value)
+            return Ledger()
+        self.gradient = saved["gradient"]
+        self.generator.set_state(saved["random"])
+        ledger: Ledger = saved["ledger"]
+        return ledger
 
-    def _add(
-        self, loss: Loss | CustomLoss, name: str, data: Sequence[Datum], counts: Counts | None
-    ) -> ForwardBackwardOutput:
-        logprobs = [self.model.score(scored(datum)) for datum in data]
-        found = target_cotangents(loss, name, data, logprobs, counts)
-        pulled = torch.stack([self.model.pull(d, c) for d, c in zip(found.data, found.cotangents, strict=True)]).sum(0)
-        self.gradient = pulled if self.gradient is None else self.gradient + pulled
-        self._record(found)
-        return ForwardBackwardOutput.of(logprobs, found.metrics)
 
-    def _record(self, found: Cotangents) -> None:
-        self.operations += 1
-        counted = (len(found.data), found.tokens, found.sequences)
-        entry = LedgerEntry(self.operations, found.name, *counted, found.denominator, found.count)
-        self.ledger.record(entry, found.fitting)
+def _score(model: TableModel, call: PreparedCall) -> list[Tensor]:
+    return [model.score(request) for request in call.requests]

@@ -8,8 +8,8 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from ...datums.types import Datum
 from ..native.sampling import choose_tokens
+from ..prepared import ScoreRequest
 from ..types import AdamParams, SamplingParams
 
 __all__ = ["TableModel"]
@@ -36,16 +36,15 @@ class TableModel:
         """Start cold from these logits."""
         return cls(logits, torch.zeros_like(logits), torch.zeros_like(logits))
 
-    def score(self, datum: Datum) -> Tensor:
+    def score(self, request: ScoreRequest) -> Tensor:
         """Log-probs of the targets, [T] or [T, K]."""
-        rows = self.logits.log_softmax(-1)[datum.model_input.tokens]
-        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        rows, targets = self.logits.log_softmax(-1)[request.tokens], request.targets
         found = rows.gather(-1, targets[:, None] if targets.dim() == 1 else targets)
         return found.reshape(targets.shape)
 
-    def pull(self, datum: Datum, cotangent: Tensor) -> Tensor:
+    def backward(self, request: ScoreRequest, cotangent: Tensor) -> Tensor:
         """``d sum(g logprob) / d logits[x] = sum of g (onehot(target) - softmax(logits[x]))`` over positions after x."""
-        tokens, targets = datum.model_input.tokens, datum.loss_fn_inputs["target_tokens"].to_torch()
+        tokens, targets = request.tokens, request.targets
         g, t = cotangent.double().reshape(len(tokens), -1), targets.reshape(len(tokens), -1)
         rows = -g.sum(-1, keepdim=True) * self.logits.softmax(-1)[tokens]
         rows = rows.scatter_add(-1, t, g)

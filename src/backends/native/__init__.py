@@ -6,17 +6,19 @@ from ...deprecation import moved
 from ...ops import Head, logprob_surrogate, selected_logprobs
 from .backend import TorchBackend
 from .causal_lm import CausalLM
-from .execution.retained import HeldForward
+from .execution.gradient import RetainedForward
 from .models.hf import HFModel
 
 __all__ = [
     "CausalLM",
     "HFModel",
     "Head",
-    "HeldForward",
+    "RetainedForward",
     "TorchBackend",
     "logprob_surrogate",
     "selected_logprobs",
 ]
 
-__getattr__ = moved(__name__, {"ModelAdapter": ("backends", "CausalLM")})
+__getattr__ = moved(
+    __name__, {"HeldForward": ("backends.native", "RetainedForward"), "ModelAdapter": ("backends", "CausalLM")}
+)

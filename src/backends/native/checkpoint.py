@@ -10,18 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...errors import BackendError, CheckpointError
-from ..types import SaveStateOutput
+from ...errors import CheckpointError
+from ..normalization import Ledger
+from .accumulator import Accumulator
+from .causal_lm import CausalLM
 from .models.hf import HFModel
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .optimizer import Optimizer
 
 __all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
 
@@ -32,10 +32,22 @@ _WEIGHTS: Final = "weights.safetensors"
 _ADAPTER: Final = "adapter_model.safetensors"
 
 
+class TrainingState(Protocol):
+    """What a checkpoint holds: weights, accumulated gradients, optimizer, random state, and the number of steps."""
+
+    model: CausalLM
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    accumulator: Accumulator
+    optimizer: Optimizer
+    generator: torch.Generator
+    weights_version: int
+
+
 def save_checkpoint(
-    engine: Engine, root: Path, name: str, overwrite: bool, *, everything: bool = True
-) -> SaveStateOutput:
-    """Write everything that the next step depends on, or the weights alone.
+    state: TrainingState, root: Path, name: str, overwrite: bool, ledger: Ledger, *, everything: bool = True
+) -> str:
+    """Write everything that the next step depends on, or the weights alone; return the folder.
 
     Raises:
         CheckpointError: the name leaves the folder, or is taken.
@@ -48,46 +60,44 @@ def save_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
     try:
-        _write(engine, folder, everything)
+        _write(state, folder, ledger, everything)
         _replace(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return SaveStateOutput(str(final))
+    return str(final)
 
 
-def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
-    """Load weights, or everything. All files are read and checked before anything changes.
+def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> Ledger:
+    """Load weights, or everything; return the ledger of the gradients that came with it.
+
+    All files are read and checked before anything changes.
 
     Raises:
         CheckpointError: missing, damaged, or of another model.
-        BackendError: the window holds gradients of the present weights.
     """
-    if engine.window.ledger.entries:
-        raise BackendError(
-            "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
-        )
     manifest = _manifest(folder)
-    weights = _read(folder, _weights_file(engine), manifest)
-    current = _weights(engine)
+    weights = _read(folder, _weights_file(state), manifest)
+    current = _weights(state)
     _require_same(folder, "weights", weights, current)
-    if manifest["frozen"] != frozen_fingerprint(engine.module):
+    if manifest["frozen"] != frozen_fingerprint(state.module):
         raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
     kinds = ("optimizer", "window", "random") if everything else ()
     extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in kinds}
     if everything:
-        _require_known(folder, extras["window"], engine.parameters)
+        _require_known(folder, extras["window"], state.parameters)
     with torch.no_grad():
         for name, tensor in weights.items():
             current[name].copy_(tensor)
-    engine.window.clear()
-    engine.optimizer.reset()
-    engine.weights_version = int(manifest["weights_version"])
-    if everything:
-        engine.optimizer.restore(extras["optimizer"])
-        engine.window.restore(manifest["window"], extras["window"])
-        engine.operations = int(manifest["operations"])
-        _restore_random(engine, extras["random"])
+    state.accumulator.clear()
+    state.optimizer.reset()
+    state.weights_version = int(manifest["weights_version"])
+    if not everything:
+        return Ledger()
+    state.optimizer.restore(extras["optimizer"])
+    state.accumulator.restore(extras["window"])
+    _restore_random(state, extras["random"])
+    return Ledger.from_json(manifest["window"], int(manifest["operations"]))
 
 
 def frozen_fingerprint(module: nn.Module) -> str:
@@ -114,25 +124,25 @@ def load_weights(model: HFModel, folder: Path) -> None:
             current[name].copy_(tensor)
 
 
-def _write(engine: Engine, folder: Path, everything: bool) -> None:
-    files = {_weights_file(engine): _weights(engine)}
+def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool) -> None:
+    files = {_weights_file(state): _weights(state)}
     if everything:
         files |= {
-            "optimizer.safetensors": engine.optimizer.to_tensors(),
-            "window.safetensors": {n: p.grad for n, p in engine.parameters.items() if p.grad is not None},
-            "random.safetensors": _random_tensors(engine),
+            "optimizer.safetensors": state.optimizer.to_tensors(),
+            "window.safetensors": state.accumulator.gradients,
+            "random.safetensors": _random_tensors(state),
         }
     for file, tensors in files.items():
         copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         save_file(copied, folder / file)
-    if isinstance(engine.model, HFModel) and engine.model.is_lora:
-        engine.model.write_adapter_config(folder)
+    if isinstance(state.model, HFModel) and state.model.is_lora:
+        state.model.write_adapter_config(folder)
     manifest = {
         "format": FORMAT,
-        "weights_version": engine.weights_version,
-        "operations": engine.operations,
-        "window": engine.window.ledger.to_json(),
-        "frozen": frozen_fingerprint(engine.module),
+        "weights_version": state.weights_version,
+        "operations": ledger.operations,
+        "window": ledger.to_json(),
+        "frozen": frozen_fingerprint(state.module),
         "files": {file: _digest(folder / file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -194,37 +204,35 @@ def _require_same(folder: Path, what: str, saved: Mapping[str, Tensor], current:
         raise CheckpointError(f"the {what} of {folder} are not those of this model; they differ in: {differing[:5]}")
 
 
-def _require_known(folder: Path, window: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    unknown = sorted(set(window) - set(parameters))
+def _require_known(folder: Path, gradients: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    unknown = sorted(set(gradients) - set(parameters))
     if unknown:
-        raise CheckpointError(
-            f"the window of {folder} holds gradients of parameters that are not trained here: {unknown[:5]}"
-        )
+        raise CheckpointError(f"{folder} holds gradients of parameters that are not trained here: {unknown[:5]}")
 
 
-def _weights_file(engine: Engine) -> str:
-    return _ADAPTER if isinstance(engine.model, HFModel) and engine.model.is_lora else _WEIGHTS
+def _weights_file(state: TrainingState) -> str:
+    return _ADAPTER if isinstance(state.model, HFModel) and state.model.is_lora else _WEIGHTS
 
 
-def _weights(engine: Engine) -> dict[str, Tensor]:
+def _weights(state: TrainingState) -> dict[str, Tensor]:
     """The live trained weights: in PEFT's naming for an adapter, else every parameter and buffer once."""
-    if isinstance(engine.model, HFModel) and engine.model.is_lora:
-        return engine.model.adapter_weights()
-    module = engine.module
+    if isinstance(state.model, HFModel) and state.model.is_lora:
+        return state.model.adapter_weights()
+    module = state.module
     persistent = set(module.state_dict())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: t.detach() for name, t in tensors if name in persistent}
 
 
-def _random_tensors(engine: Engine) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state(), "sampling": engine.generator.get_state()}
+def _random_tensors(state: TrainingState) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state(), "sampling": state.generator.get_state()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return states | {f"cuda{i}": state for i, state in enumerate(cuda)}
 
 
-def _restore_random(engine: Engine, saved: Mapping[str, Tensor]) -> None:
+def _restore_random(state: TrainingState, saved: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(saved["cpu"])
-    engine.generator.set_state(saved["sampling"])
+    state.generator.set_state(saved["sampling"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in saved:
             torch.cuda.set_rng_state(saved[f"cuda{i}"], i)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ops.logprobs import head_logits
+from ..prepared import ScoreRequest
 from .causal_lm import CausalLM
-from .execution.batching import ScoreRequest
 from .execution.forward import needed_hidden
 
 __all__ = ["drawn_tokens", "likeliest_tokens", "named_tokens"]

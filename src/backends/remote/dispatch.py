@@ -1,74 +1,43 @@
-"""Operations at a service become futures, which are kept until somebody has read how they ended."""
+"""Sends operations to a service, in order, and knows which are still under way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
-from ...errors import ClosedError, RemoteError
-from ..operations import never_read
-from .accumulator import RemoteWindow
-from .error_mapping import at_service
-from .futures import Pending, RemoteFuture
+from ...errors import RemoteError
+from .futures import RemoteFuture, Sent, arrived
 
-__all__ = ["RemoteOperations"]
+__all__ = ["Dispatch"]
 
 T = TypeVar("T")
 
 
 @final
-class RemoteOperations:
-    """Sends the operations of one backend.
+class Dispatch:
+    """The operations that one backend has under way.
 
     Args:
-        window: is told of gradient operations, and of those whose fate is unknown.
         timeout: seconds that a result waits where it is not told; None = for ever.
-
-    Attributes:
-        closed: nothing is sent any more.
+        on_failure: is told of an operation that may have changed the accumulation without our knowing.
     """
 
-    def __init__(self, window: RemoteWindow, timeout: float | None) -> None:
-        self._window, self._timeout = window, timeout
-        self._futures: list[RemoteFuture[Any]] = []
-        self.closed = False
+    def __init__(self, timeout: float | None, on_failure: Callable[[BaseException], None]) -> None:
+        self._timeout, self._on_failure = timeout, on_failure
+        self._under_way: list[Sequence[Any]] = []
 
-    def run(self, operation: str, send: Callable[[], Pending[T]], gradient: bool = False) -> RemoteFuture[T]:
-        """Send an operation; what is refused here comes through its future, as from everywhere else.
+    def sent(self, requests: Sequence[Any], read: Callable[[list[Any]], T]) -> Sent[T]:
+        """Return what an engine answers for requests that an SDK has sent."""
+        before = self._under_way = [one for one in self._under_way if not arrived(one)]
+        self._under_way = [*before, requests]
+        return Sent(requests, read, before, self._timeout)
 
-        Raises:
-            ClosedError: the backend has been closed.
-        """
-        if self.closed:
-            raise ClosedError(f"{operation} on a backend that has been closed")
-        try:
-            with at_service(operation):
-                future = RemoteFuture(send(), operation, self._futures, self._timeout)
-        except Exception as error:
-            future = RemoteFuture.failed(error, operation)
-        self._futures = [*(f for f in self._futures if not f.read), future]
-        if gradient:
-            self._window.futures.append(future)  # type: ignore[arg-type]  # a gradient operation's T is its output
-        return future
-
-    def wait(self, sent: Any, operation: str, changes: bool = True) -> Any:
-        """Wait, inside a call, for an operation; one that may have changed the window without our knowing tears it."""
-        future = RemoteFuture(Pending([sent], lambda answers: answers[0]), operation, self._futures, self._timeout)
+    def wait(self, request: Any, operation: str, changes: bool = True) -> Any:
+        """Wait, inside a call, for a request; ``changes``: it may have changed what has accumulated."""
+        future: RemoteFuture[Any] = self.sent([request], lambda answers: answers[0]).future(operation)
         try:
             return future.result()
         except (TimeoutError, RemoteError) as error:
             if changes:
-                self._window.tear(error)
+                self._on_failure(error)
             raise
-
-    def close(self) -> None:
-        """Wait for what is under way, and refuse further operations.
-
-        Raises:
-            UnreadFailureError: an operation failed and nobody read its error.
-        """
-        self.closed = True
-        errors = [f.exception() for f in self._futures if f.settle(self._timeout) is not None and not f.read]
-        failures = [error for error in errors if error is not None]
-        if failures:
-            raise never_read(failures) from failures[0]

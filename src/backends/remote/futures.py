@@ -6,30 +6,44 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, final
 
 from ...errors import PullbackError, RemoteError
+from ..futures import Pending
 from .error_mapping import remote_error
 
-__all__ = ["Pending", "RemoteFuture"]
+__all__ = ["RemoteFuture", "Sent"]
 
 T = TypeVar("T")
+U = TypeVar("U")
 _logger = logging.getLogger(__name__)
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Pending(Generic[T]):
+class Sent(Pending[T]):
     """What has been sent, and how its answers become a result.
 
     Args:
-        sent: the SDK's futures.
-        read: from their answers.
+        requests: the SDK's futures.
+        read: makes the result of their answers.
+        before: the SDK's futures of earlier operations, which the service runs first.
+        deadline: seconds that a result waits; None = for ever.
     """
 
-    sent: Sequence[Any]
-    read: Callable[[list[Any]], T]
+    def __init__(
+        self,
+        requests: Sequence[Any],
+        read: Callable[[list[Any]], T],
+        before: Sequence[Sequence[Any]] = (),
+        deadline: float | None = None,
+    ) -> None:
+        self.requests, self.read, self.before, self.deadline = requests, read, before, deadline
+
+    def map(self, convert: Callable[[T], U]) -> Sent[U]:
+        return Sent(self.requests, lambda answers: convert(self.read(answers)), self.before, self.deadline)
+
+    def future(self, operation: str) -> RemoteFuture[T]:
+        return RemoteFuture(self, operation)
 
 
 @final
@@ -37,42 +51,28 @@ class RemoteFuture(Generic[T]):
     """The result of a remote operation, fetched and converted once.
 
     Args:
-        pending: what has been sent.
+        sent: what has been sent.
         operation: for messages.
-        before: operations that the service runs first.
-        deadline: seconds that `result` waits where it is not told; None = for ever.
 
     Attributes:
-        read: somebody has seen how it ended.
+        retrieved: somebody has seen how it ended.
+        deadline: seconds that `result` waits where it is not told; None = for ever.
     """
 
-    def __init__(
-        self,
-        pending: Pending[T],
-        operation: str,
-        before: Sequence[RemoteFuture[Any]] = (),
-        deadline: float | None = None,
-    ) -> None:
-        self._pending, self._operation = pending, operation
-        self._before = [future for future in before if not future.arrived]
-        self.deadline = deadline
+    def __init__(self, sent: Sent[T], operation: str) -> None:
+        self._sent, self._operation = sent, operation
+        self._before = [one for one in sent.before if not arrived(one)]
+        self.deadline = sent.deadline
         self._value: T | None = None
         self._error: BaseException | None = None
         self._ended = False
         self._began = time.monotonic()
-        self.read = False
-
-    @classmethod
-    def failed(cls, error: Exception, operation: str) -> RemoteFuture[T]:
-        """Return the future of an operation that was refused before it was sent."""
-        future: RemoteFuture[Any] = cls(Pending((), lambda _: None), operation)  # type: ignore[arg-type, return-value]  # never read
-        future._error, future._ended = error, True
-        return future
+        self.retrieved = False
 
     @property
     def arrived(self) -> bool:
-        """Whether all answers are here, read or not."""
-        return self._ended or all(_done(one) for one in self._pending.sent)
+        """Whether all answers are here, retrieved or not."""
+        return self._ended or arrived(self._sent.requests)
 
     @property
     def phase(self) -> str:
@@ -81,18 +81,18 @@ class RemoteFuture(Generic[T]):
             return "done"
         if self.arrived:
             return "reading"
-        self._before = [future for future in self._before if not future.arrived]
+        self._before = [one for one in self._before if not arrived(one)]
         return "queued" if self._before else "running"
 
     def settle(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the end; return the error, without counting as reading it.
+        """Wait for the end; return the error, without counting as retrieving it.
 
         Raises:
             TimeoutError: it has not ended after ``timeout`` seconds; ask again.
         """
         if not self._ended:
             try:
-                self._value = self._pending.read(self._answers(timeout))
+                self._value = self._sent.read(self._answers(timeout))
             except TimeoutError:
                 raise
             except Exception as error:
@@ -109,15 +109,15 @@ class RemoteFuture(Generic[T]):
             RemoteError: the service failed it.
         """
         error = self.settle(self.deadline if timeout is None else timeout)
-        self.read = True
+        self.retrieved = True
         if error is not None:
             raise error
         return self._value  # type: ignore[return-value]  # None is the value of operations that return nothing
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return the operation's error, or None. Counts as reading it."""
+        """Return the operation's error, or None. Counts as retrieving it."""
         error = self.settle(self.deadline if timeout is None else timeout)
-        self.read = True
+        self.retrieved = True
         return error
 
     def done(self) -> bool:
@@ -128,15 +128,15 @@ class RemoteFuture(Generic[T]):
         return asyncio.to_thread(self.result).__await__()
 
     def __del__(self) -> None:
-        if self._error is not None and not self.read:
-            _logger.error("%s failed and nobody read its future: %s", self._operation, self._error)
+        if self._error is not None and not self.retrieved:
+            _logger.error("%s failed and nobody retrieved its error: %s", self._operation, self._error)
 
     def _answers(self, timeout: float | None) -> list[Any]:
         until = None if timeout is None else time.monotonic() + timeout
         try:
             return [
                 one.result(timeout=None if until is None else max(0.0, until - time.monotonic()))
-                for one in self._pending.sent
+                for one in self._sent.requests
             ]
         except TimeoutError as error:
             ahead = f" behind {len(self._before)} operation(s)" if self.phase == "queued" else ""
@@ -151,10 +151,16 @@ class RemoteFuture(Generic[T]):
         """Answers are read by code of ours: what fails there, if it is none of our own errors, is a malformed answer."""
         if isinstance(error, PullbackError):
             return error
-        words = f"{self._operation}: the service's answer could not be read: {type(error).__name__}: {error}"
-        found = RemoteError(words, "unknown")
-        found.__cause__ = error
-        return found
+        unreadable = RemoteError(
+            f"{self._operation}: the service's answer could not be read: {type(error).__name__}: {error}", "unknown"
+        )
+        unreadable.__cause__ = error
+        return unreadable
+
+
+def arrived(requests: Sequence[Any]) -> bool:
+    """Whether all of an SDK's futures have their answers."""
+    return all(_done(one) for one in requests)
 
 
 def _done(sent: Any) -> bool:

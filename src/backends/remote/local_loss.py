@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ...datums.types import Datum
-from ...losses.base import Counts, Loss
-from ..cotangents import Cotangents, target_cotangents
-from ..protocol import CustomLoss
+from ..cotangents import Cotangents, evaluate_all
+from ..prepared import PreparedCall
 from .capabilities import Capabilities
 
 __all__ = ["LocalLoss"]
@@ -23,34 +20,26 @@ class LocalLoss:
 
     Attributes:
         error: why there is no gradient.
-        held: the cotangents, not divided yet.
+        cotangents: not divided yet.
         sent: the cotangents as they go back, divided by the call's own count.
         logprobs: what the service's forward gave.
     """
 
-    def __init__(
-        self,
-        loss: Loss | CustomLoss,
-        name: str,
-        data: Sequence[Datum],
-        counts: Counts | None,
-        capabilities: Capabilities,
-    ) -> None:
-        self._loss, self._name, self._data, self._counts = loss, name, data, counts
-        self._capabilities = capabilities
+    def __init__(self, call: PreparedCall, capabilities: Capabilities) -> None:
+        self._call, self._capabilities = call, capabilities
         self.error: Exception | None = None
-        self.held: Cotangents | None = None
+        self.cotangents: Cotangents | None = None
         self.logprobs: list[Tensor] = []
         self.sent: list[Tensor] = []
 
     def __call__(self, _: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        cotangents = [torch.zeros_like(x) for x in logprobs]
+        going_back = [torch.zeros_like(x) for x in logprobs]
         try:
             self.logprobs = [x.detach().clone() for x in logprobs]
-            self.held = target_cotangents(self._loss, self._name, self._data, self.logprobs, self._counts)
-            found = [c / (self.held.count or 1.0) for c in self.held.cotangents]
-            self._capabilities.require_fits(found)
-            self.sent = cotangents = found
+            self.cotangents = evaluate_all(self._call, self.logprobs)
+            divided = [c / (self.cotangents.count or 1.0) for c in self.cotangents.by_datum.values()]
+            self._capabilities.require_fits(divided)
+            self.sent = going_back = divided
         except Exception as error:
             self.error = error
-        return torch.stack([(c * x).sum() for c, x in zip(cotangents, logprobs, strict=True)]).sum(), {}
+        return torch.stack([(c * x).sum() for c, x in zip(going_back, logprobs, strict=True)]).sum(), {}

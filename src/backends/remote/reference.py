@@ -9,10 +9,10 @@ import torch
 
 from ...datums.types import Datum
 from ...errors import ConfigError, UnsupportedError
-from ..cotangents import scored
+from ..prepared import scored
 from ..types import ForwardBackwardOutput
 from .convert import bare, logprobs_of
-from .futures import Pending, RemoteFuture
+from .futures import RemoteFuture, Sent
 
 __all__ = ["BaseView", "SamplerView"]
 
@@ -42,8 +42,11 @@ class BaseView:
         """
         _require_plain(loss_fn, loss_fn_config)
         sent = self._trainer.forward(self._datums(bare(data)), "cross_entropy")
-        pending = Pending([sent], lambda answers: ForwardBackwardOutput.of(logprobs_of(answers[0]), {}))
-        return RemoteFuture(pending, "reference", deadline=self._deadline)
+
+        def read(answers: list[Any]) -> ForwardBackwardOutput:
+            return ForwardBackwardOutput.of(logprobs_of(answers[0]), {})
+
+        return Sent([sent], read, deadline=self._deadline).future("reference")
 
 
 @final
@@ -77,7 +80,7 @@ class SamplerView:
         def read(answers: list[Any]) -> ForwardBackwardOutput:
             return ForwardBackwardOutput.of([torch.tensor([float(x) for x in one[1:]]) for one in answers], {})
 
-        return RemoteFuture(Pending(sent, read), "reference", deadline=self._deadline)
+        return Sent(sent, read, deadline=self._deadline).future("reference")
 
 
 def _require_plain(loss_fn: str, loss_fn_config: Mapping[str, Any] | None) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from ...backends.native.models.lora import LoraChoice
 from ...errors import ConfigError, require_extra
-from ...service.served.registry import Base, LoraChoice
+from ...service.served.registry import Base
 from ..models import NamedModel, load_named
 from .tasks import Reward, Sum, digit_reward, sum_reward
 

@@ -1,1 +1,8 @@
 """Losses on pairs of answers, a chosen and a rejected one."""
+
+from __future__ import annotations
+
+from .dpo import DPO
+from .orpo import ORPO
+
+__all__ = ["DPO", "ORPO"]

@@ -1,4 +1,4 @@
-"""Supervised losses: the gradient is known before the forward pass."""
+"""Cross-entropy: its gradient is known before the forward pass."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
-from torch import Tensor
-
 from ..aggregation import AGGREGATIONS, Aggregation
 from ..base import GradientKind, Loss, Term
 from ..batch import TokenBatch
+from ..functional.likelihood import negative_log_likelihood
 from ..metrics import Metric
 
-__all__ = ["CrossEntropy", "negative_log_likelihood"]
-
-
-def negative_log_likelihood(logprobs: Tensor) -> Tensor:
-    """``-logprob`` per token, shape of ``logprobs``."""
-    return -logprobs
+__all__ = ["CrossEntropy"]
 
 
 @final
@@ -41,7 +35,7 @@ class CrossEntropy(Loss):
     sources: ClassVar[tuple[str, ...]] = ("Tinker training API, losses: cross_entropy",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation))
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
@@ -59,5 +53,5 @@ class CrossEntropy(Loss):
         return (Term("nll", negative_log_likelihood(batch.policy), "token", self.main_aggregation),)
 
     def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        weighted = (batch.weight.double() * terms[0].values.double()).sum()
-        return {"nll": Metric(float(weighted), float(batch.weight.double().sum()), "mean")}
+        weight = batch.weight.double()
+        return {"nll": Metric(float((weight * terms[0].values).sum()), float(weight.sum()), "mean")}

@@ -11,7 +11,7 @@ from typing import Final, final
 import torch
 
 from ...backends.native import HeldForward
-from ...backends.native.execution.memory import room_for_graphs
+from ...backends.native.execution.memory import graph_allowance
 from ...datums.types import Datum
 
 __all__ = ["Leases", "datum_keys"]
@@ -82,7 +82,7 @@ class Leases:
         """Bytes that the next graphs may hold."""
         self.sweep()
         if self._max_bytes is None:
-            return room_for_graphs(self._device)
+            return graph_allowance(self._device)
         return self._max_bytes - self.bytes
 
     def worth(self, model: str) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any, TypeVar, final
 
 from ...backends import AdamParams, TorchBackend
-from ...backends.arguments import as_loss
-from ...backends.futures import FinishedFuture
+from ...backends.futures import Future
+from ...backends.prepared import as_loss
 from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData
 from ...errors import ConfigError, PrecedingOperationFailed, ServiceError
@@ -145,7 +145,7 @@ class Training:
         if room <= 0 or not self.leases.worth(model_id):
             return _settled(backend.forward(data, request.loss_fn, request.config), _output)
         # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
-        held = backend.hold(data, budget=room).result()
+        held = backend.forward_retain(data, budget=room).result()
         self.leases.keep(model_id, datum_keys(data), held)
         metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
         return _output(ForwardBackwardOutput.of(held.logprobs, {**metrics, "held_tokens:sum": float(held.tokens)}))
@@ -159,7 +159,7 @@ class Training:
         held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}
         if held and not request.config:
             self._count("lease_tokens_reused", sum(one.tokens for one in held))
-            return _settled(backend.pull(held, data, request.loss_fn), _output)
+            return _settled(backend.backward(held, data, request.loss_fn), _output)
         if request.custom:
             self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
         return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
@@ -186,7 +186,7 @@ def _step_of(body: Json) -> tuple[AdamParams, Any]:
     return AdamParams(**given), _MODES[mode]
 
 
-def _settled(future: FinishedFuture[T], encode: Callable[[T], Answer]) -> Answer:
+def _settled(future: Future[T], encode: Callable[[T], Answer]) -> Answer:
     """Return the answer of a finished operation, or its failure; a step knows of it by `Training.optim_step`."""
     error = future.exception()
     return encode(future.result()) if error is None else failure_of(error)

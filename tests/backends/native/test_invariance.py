@@ -99,11 +99,11 @@ def test_each_call_dividing_by_its_own_count_is_noticed(monkeypatch: pytest.Monk
     record = Ledger.record
     backend = tiny_backend()
 
-    def divided_already(self: Ledger, entry: Any, fitting: str | None) -> None:
+    def divided_already(self: Ledger, **entry: Any) -> None:
         for p in backend.model.parameters():
             if p.grad is not None and not self.entries:
-                p.grad.div_(entry.count)
-        record(self, entry, fitting)
+                p.grad.div_(entry["count"])
+        record(self, **entry)
 
     assert distance(accumulate(tiny_backend(), loss, calls), expected) < 1e-12
     monkeypatch.setattr(Ledger, "record", divided_already)

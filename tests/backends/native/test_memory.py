@@ -11,10 +11,10 @@ import torch
 from helpers import AllocationTracker, accumulate, distance, flop_counter, make_data, tiny_backend, tiny_llama
 from torch import Tensor, nn
 
-from pullback.backends import TorchBackend
-from pullback.backends.native.engine import Engine
-from pullback.backends.native.execution.deferred_backward import Tape, TapeSettings
-from pullback.backends.native.execution.memory import GraphMeter, _kept_by_malloc
+from pullback.backends import ScoreRequest, TorchBackend
+from pullback.backends.native.execution.batching import MicroBatch
+from pullback.backends.native.execution.deferred_backward import DeferredBackward
+from pullback.backends.native.execution.memory import GraphMeter, GraphSettings, _kept_by_malloc
 from pullback.errors import BackendError, ConfigError, UnsupportedError
 from pullback.losses import DPO
 from pullback.testing import TinyLM
@@ -51,7 +51,7 @@ def test_plan_holds(model: Any, share: float | None, loss: Any) -> None:
     whole = call(make_data([20, 30]), loss).result().metrics
     if share is not None:
         whole = call(data, loss).result().metrics
-        backend._engine.room.graphs = share * whole["graph_bytes:max"]
+        backend._native.memory.graphs = share * whole["graph_bytes:max"]
     plan = backend.plan(loss, data)
     with flop_counter() as counter:
         metrics = call(data, loss).result().metrics
@@ -113,7 +113,7 @@ def test_out_of_memory_means_smaller_forwards(custom: bool) -> None:
             backend.forward_backward(data, "dpo").result()
     found = {name.removeprefix("inner."): g for name, g in small.gradients().items()}
     assert distance(found, expected.gradients()) < 1e-12
-    small._engine.room.tokens = 4096
+    small._native.memory.tokens = 4096
     scored = small.forward(data[1:]).result().loss_fn_outputs
     for found_one, one in zip(scored, expected.forward(data[1:]).result().loss_fn_outputs, strict=True):
         assert torch.allclose(found_one["logprobs"].to_torch(), one["logprobs"].to_torch(), atol=1e-12)
@@ -129,24 +129,24 @@ def test_graphs_are_given_up_by_halves() -> None:
     data = make_data([8] * 8)
     expected, backend = TorchBackend(TinyLM(), token_budget=8), TorchBackend(TinyLM(), token_budget=8)
     whole = expected.forward_backward_custom(data, nll).result().metrics
-    room = backend._engine.room
-    settings, limit = room.settings, 0.6 * whole["graph_bytes:max"]
+    memory = backend._native.memory
+    settings, limit = memory.settings, 0.6 * whole["graph_bytes:max"]
 
-    def scarce(layout: Any) -> TapeSettings:
+    def scarce(layout: Any) -> GraphSettings:
         if settings(layout).budget > limit:
             raise torch.OutOfMemoryError("pretended")
         return settings(layout)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            type(room), "settings", lambda self, layout: scarce(layout) if layout != "single" else settings(layout)
+            type(memory), "settings", lambda self, layout: scarce(layout) if layout != "single" else settings(layout)
         )
         found = backend.forward_backward_custom(data, nll).result().metrics
     assert distance(backend.gradients(), expected.gradients()) < 1e-12
     assert found["recomputed_tokens:sum"] == 32
     with pytest.raises(RuntimeError, match="something else"):
-        room.fitting(lambda: _fail("something else"), [3])
-    assert room.graphs == pytest.approx(whole["graph_bytes:max"] / 2, rel=0.2)
+        memory.retry(lambda: _fail("something else"), [3])
+    assert memory.graphs == pytest.approx(whole["graph_bytes:max"] / 2, rel=0.2)
 
 
 def _fail(words: str) -> None:
@@ -159,18 +159,17 @@ def test_offload_gives_the_same_gradient() -> None:
     backend = TorchBackend(model)
     expected = accumulate(backend, DPO(), [data])
     backend.discard_gradients()
-    engine: Engine = backend._engine
-    requests = engine.check(data)
-    tape = Tape(engine.model, TapeSettings("packed", 1.0, "offload", engine.room.meter))
-    for i, one in enumerate(requests):
-        tape.add([i], [one])
-    leaves = {i: x.clone().requires_grad_() for i, x in tape.logprobs().items()}
+    engine = backend._native
+    graphs = DeferredBackward(engine.model, GraphSettings("packed", 1.0, "offload", engine.memory.meter))
+    for i, datum in enumerate(data):
+        graphs.add(MicroBatch.of([ScoreRequest.of(datum)], "packed", torch.device("cpu"), [i]))
+    leaves = {i: x.clone().requires_grad_() for i, x in graphs.logprobs().items()}
     value = DPO().evaluate(DPO().batch(data, [leaves[i] for i in range(len(data))])).deferred().numerator
     found = torch.autograd.grad(value, list(leaves.values()))
-    tape.backward(dict(zip(leaves, found, strict=True)))
+    graphs.backward(dict(zip(leaves, found, strict=True)))
     raw = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert distance({k: v / 4 for k, v in raw.items()}, expected) < 1e-12
-    assert tape.metrics()["recomputed_tokens"].value == 0
+    assert graphs.metrics()["recomputed_tokens"].value == 0
     with pytest.raises(ConfigError, match="offload"):
         tiny_backend(overflow="offload")
 

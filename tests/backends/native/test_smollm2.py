@@ -97,7 +97,7 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
     assert planned.graph_bytes == pytest.approx(held, rel=0.2)
     assert own == built_in if whole == 1.0 else built_in < own <= whole * built_in
     if half is not None:
-        backend._engine.room.graphs = held / 2
+        backend._native.memory.graphs = held / 2
         again, reduced = flops(custom=True)
         assert reduced <= held / 2
         assert built_in < again <= half * built_in

@@ -18,9 +18,9 @@ from tinker.lib.retryable_exception import RetryableException
 
 import pullback
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.remote import Capabilities, RemoteBackend, RemoteFuture
+from pullback.backends.remote import Capabilities, RemoteBackend
 from pullback.backends.remote.error_mapping import at_service, remote_error
-from pullback.backends.remote.futures import Pending
+from pullback.backends.remote.futures import Sent
 from pullback.errors import (
     BackendError,
     ConfigError,
@@ -30,7 +30,7 @@ from pullback.errors import (
     UnknownLossError,
     UnsupportedError,
 )
-from pullback.losses import DPO, GRPO, KL, CrossEntropy, RatioBand, get_loss, loss_names
+from pullback.losses import DPO, GRPO, KL, ClipRange, CrossEntropy, get_loss, loss_names
 from pullback.losses.registry import config_of
 
 pytestmark = SDK_WARNINGS
@@ -103,8 +103,8 @@ def test_phases() -> None:
     """Queued behind what was sent before, running, reading, done; a timeout says which, and the future lives on."""
     first_sent: Future[int] = Future()
     sent: Future[int] = Future()
-    first = RemoteFuture(Pending([first_sent], sum), "forward")
-    second = RemoteFuture(Pending([sent], sum), "optim_step", [first])
+    first = Sent([first_sent], sum).future("forward")
+    second = Sent([sent], sum, before=[[first_sent]]).future("optim_step")
     assert (first.phase, second.phase) == ("running", "queued")
     with pytest.raises(TimeoutError, match=r"optim_step was sent .* is queued behind 1 operation\(s\) at the service"):
         second.result(timeout=0.01)
@@ -122,7 +122,7 @@ def test_an_answer_that_cannot_be_read() -> None:
     """A malformed answer is the service's, and its effect is not known."""
     sent: Future[Any] = Future()
     sent.set_result({"no": "logprobs"})
-    future = RemoteFuture(Pending([sent], lambda answers: answers[0]["logprobs"]), "forward")
+    future = Sent([sent], lambda answers: answers[0]["logprobs"]).future("forward")
     with pytest.raises(RemoteError, match=r"forward: the service's answer could not be read: KeyError") as caught:
         future.result()
     assert caught.value.category == "unknown"
@@ -151,7 +151,7 @@ def test_a_gradient_of_unknown_fate_stops_everything(connect: Callable[..., Remo
     """No step is made on a window of which nobody knows what it holds; a checkpoint is the way out."""
     backend = connect()
     path = backend.save_state("before").result().path
-    trainer = backend._trainer
+    trainer = backend.trainer
 
     class Broken:
         def forward_backward(self, *_: Any) -> Any:
@@ -159,11 +159,11 @@ def test_a_gradient_of_unknown_fate_stops_everything(connect: Callable[..., Remo
             sent.set_exception(tinker.APIConnectionError(request=REQUEST))
             return sent
 
-    backend._trainer = Broken()
+    backend._remote.trainer = Broken()
     future = backend.forward_backward(DATA, "ppo")
     with pytest.raises(RemoteError, match="may have taken effect or not"):
         future.result()
-    backend._trainer = trainer
+    backend._remote.trainer = trainer
     with pytest.raises(BackendError, match="the service may hold it or not"):
         backend.optim_step(PARAMS).result()
     with pytest.raises(BackendError, match="load the last checkpoint"):
@@ -275,7 +275,7 @@ def test_a_loss_and_its_config_are_the_same(name: str) -> None:
 
 def test_configs_of_losses() -> None:
     """Flat keys of nested hyperparameters, or none at all."""
-    kl = GRPO(RatioBand(0.7, 1.3), KL("k2", 0.2, "pathwise"), aggregation="sum")
+    kl = GRPO(ClipRange(0.7, 1.3), KL("k2", 0.2, "pathwise"), aggregation="sum")
     config = config_of(kl)
     assert config is not None
     assert get_loss("grpo", config) == kl

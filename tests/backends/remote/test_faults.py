@@ -86,7 +86,7 @@ def trained(place: tuple[str, Tenants], kind: Any, **options: Any) -> tuple[list
         pullback.connect(proxy.url, base_model="tiny", rank=2, api_key=KEY, lora={"seed": 3}, **options) as backend,
     ):
         seen = script(backend)
-        weights = torch.cat([p.flatten() for p in adapter(served(place[1], backend._trainer)).values()])
+        weights = torch.cat([p.flatten() for p in adapter(served(place[1], backend.trainer)).values()])
         if kind is not None:
             hit = {one.route for one in proxy.exchanges if one.fault is not None}
             assert set(ROUTES) - hit == set()

@@ -231,14 +231,14 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_one_script_by_their_sdk(connect: Any, tenants: Any, way: str, mode: Any) -> None:
     """By name, by cotangents, and held; divided by the service in every mode: the adapters are the native ones."""
     remote = connect(**WAYS[way])
-    native = twin(tenants, remote._trainer)
+    native = twin(tenants, remote.trainer)
     for backend in (native, remote):
         if mode == "auto":
             backend.forward_backward(given("grpo"), GRPO()).result()
         else:
             _script(backend)
         assert backend.optim_step(PARAMS, mode).result().stepped
-    assert distance(adapter(served(tenants, remote._trainer)), adapter(native)) < 1e-5
+    assert distance(adapter(served(tenants, remote.trainer)), adapter(native)) < 1e-5
     remote.close()
 
 
@@ -246,13 +246,13 @@ def test_normalisation_is_always_said(connect: Any, monkeypatch: Any) -> None:
     """Each step names its mode in the SDK's own field; a second normalisation is refused before anything is sent."""
     remote = connect()
     said: list[Any] = []
-    original = type(remote._trainer).optim_step
+    original = type(remote.trainer).optim_step
 
     def spy(self: Any, params: Any, **options: Any) -> Any:
         said.append(options)
         return original(self, params, **options)
 
-    monkeypatch.setattr(type(remote._trainer), "optim_step", spy)
+    monkeypatch.setattr(type(remote.trainer), "optim_step", spy)
     for mode in (None, "num_loss_tokens", "num_sequences"):
         remote.forward_backward(given("ppo"), "ppo").result()
         remote.optim_step(PARAMS, mode).result()
@@ -265,7 +265,7 @@ def test_normalisation_is_always_said(connect: Any, monkeypatch: Any) -> None:
 def test_state_and_reference_by_their_sdk(connect: Any, tenants: Any) -> None:
     """Checkpoints in the SDK's form, the frozen base on any targets, and what it has not in words."""
     first, second = connect(), connect()
-    wanted = twin(tenants, first._trainer).reference().forward(DATA).result()
+    wanted = twin(tenants, first.trainer).reference().forward(DATA).result()
     first.forward_backward(given("ppo"), "ppo").result()
     first.optim_step(PARAMS).result()
     found = first.reference().forward(DATA).result()
@@ -280,7 +280,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, tenants: Any) -> None:
     for backend in (first, second):
         backend.forward_backward(given("ppo"), "ppo").result()
         backend.optim_step(PARAMS).result()
-    assert distance(*(adapter(served(tenants, b._trainer)) for b in (first, second))) == 0.0
+    assert distance(*(adapter(served(tenants, b.trainer)) for b in (first, second))) == 0.0
     with pytest.raises(ConfigError, match="lower-case"):
         first.save_state("Step_1").result()
     with pytest.raises(UnsupportedError, match="overwrite"):

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from ....datums.types import Datum
-from ....losses.adapt import as_tensor
-from ....losses.base import Loss
+from ...prepared import ScoreRequest
 
 __all__ = [
     "Layout",
+    "MicroBatch",
     "Rows",
-    "ScoreRequest",
+    "TargetIndex",
     "arrange",
-    "loss_units",
+    "forks",
     "micro_batches",
     "own_lengths",
     "padded_tokens",
-    "request",
 ]
 
 Layout = Literal["packed", "forked", "padded", "single"]
-_SHORTEST = 4  # tokens of a beginning that is shared
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class ScoreRequest:
-    """One sequence to score: T input tokens, the targets ([T] or [T, K]), and which positions are needed (bool [T])."""
-
-    tokens: Tensor
-    targets: Tensor
-    needed: Tensor
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.tokens.numel()
+_SHORTEST = 4  # tokens of a shared prefix
 
 
 @final
@@ -59,39 +42,74 @@ class Rows:
     place: Tensor
 
 
-def request(datum: Datum, only_trained: bool) -> ScoreRequest:
-    """Say what of a datum must be scored; without ``target_tokens`` its own next tokens, T - 1 of them."""
-    tokens, inputs = datum.model_input.tokens, datum.loss_fn_inputs
-    if "target_tokens" in inputs:
-        targets = inputs["target_tokens"].to_torch()
-    else:
-        tokens, targets = tokens[:-1], tokens[1:]
-    needed = torch.ones(tokens.numel(), dtype=torch.bool)
-    if only_trained and "weights" in inputs:
-        weights = inputs["weights"].to_torch()
-        needed = (weights != 0) if weights.dim() == 1 else (weights != 0).any(-1)
-    return ScoreRequest(tokens, targets, needed)
+@final
+@dataclass(frozen=True, eq=False)
+class TargetIndex:
+    """Which positions of a micro-batch are scored, and on which tokens.
+
+    Attributes:
+        targets: int64 [M] or [M, K], of the needed positions.
+        at: int64 [M]; their places among the N positions of the micro-batch.
+        shape: of all targets, [N] or [N, K].
+    """
+
+    targets: Tensor
+    at: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[ScoreRequest], device: torch.device) -> TargetIndex:
+        """Collect the needed positions of sequences, end to end."""
+        needed = torch.cat([r.needed for r in requests]).to(device)
+        targets = torch.cat([r.targets for r in requests]).to(device)
+        return cls(targets[needed], needed.nonzero()[:, 0], tuple(targets.shape))
+
+    def scatter(self, logprobs: Tensor) -> Tensor:
+        """Put log-probs of the needed positions among zeros, [N] or [N, K]."""
+        return logprobs.new_zeros(self.shape).index_put((self.at,), logprobs)
 
 
-def loss_units(loss: Loss, data: Sequence[Datum]) -> list[list[int]]:
-    """Return the datums that must stay in one micro-batch: pairs, groups, the whole batch, or single datums."""
-    if loss.gradient_kind == "batch":
-        return [list(range(len(data)))]
-    if loss.gradient_kind == "pair":
-        if "pair_id" not in data[0].loss_fn_inputs:
-            return [[i, i + 1] for i in range(0, len(data), 2)]
-        return _by_id("pair_id", data)
-    if loss.main_aggregation.local == "group":
-        return _by_id("group_id", data)
-    return [[i] for i in range(len(data))]
+@final
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Sequences that go through the model together, laid out once for all their forwards.
 
+    Attributes:
+        members: datum indices.
+        lengths: tokens of each.
+        rows: as the model takes them; several where sequences run one by one.
+        index: the positions that are scored.
+        tokens: that go through the model, padding left out and a shared prefix counted once.
+    """
 
-def _by_id(key: str, data: Sequence[Any]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for i, datum in enumerate(data):
-        given = datum.loss_fn_inputs.get(key)
-        found.setdefault(0 if given is None else int(as_tensor(given)), []).append(i)
-    return list(found.values())
+    members: Sequence[int]
+    lengths: Sequence[int]
+    rows: Sequence[Rows]
+    index: TargetIndex
+    tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        requests: Sequence[ScoreRequest],
+        layout: Layout,
+        device: torch.device,
+        members: Sequence[int] | None = None,
+    ) -> MicroBatch:
+        """Lay sequences out."""
+        alone = layout == "single"
+        rows = [arrange([r], "padded", device) for r in requests] if alone else [arrange(requests, layout, device)]
+        return cls(
+            members=range(len(requests)) if members is None else members,
+            lengths=[r.length for r in requests],
+            rows=rows,
+            index=TargetIndex.of(requests, device),
+            tokens=sum(own_lengths(requests, layout)),
+        )
+
+    def apart(self, values: Tensor) -> dict[int, Tensor]:
+        """Return values of all positions, end to end, by datum index."""
+        return dict(zip(self.members, torch.split(values, list(self.lengths)), strict=True))
 
 
 def micro_batches(
@@ -123,7 +141,7 @@ def padded_tokens(lengths: Sequence[int]) -> int:
 def forks(requests: Sequence[ScoreRequest]) -> list[tuple[int, int]]:
     """Return for each sequence the earlier one that it begins like, and how many first tokens they share (itself: 0).
 
-    Its last token is always its own. A beginning of less than an eighth is not worth a fork.
+    Its last token is always its own. A shared prefix of less than an eighth is not worth a fork.
     """
     first: dict[tuple[int, ...], int] = {}
     found = []
@@ -138,7 +156,7 @@ def forks(requests: Sequence[ScoreRequest]) -> list[tuple[int, int]]:
 
 
 def own_lengths(requests: Sequence[ScoreRequest], layout: Layout) -> list[int]:
-    """Return the tokens that each sequence adds to a forward: all, or ``forked`` those after a shared beginning."""
+    """Return the tokens that each sequence adds to a forward: all, or ``forked`` those after a shared prefix."""
     if layout != "forked":
         return [r.length for r in requests]
     return [r.length - shared for r, (_, shared) in zip(requests, forks(requests), strict=True)]

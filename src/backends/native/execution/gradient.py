@@ -1,166 +1,181 @@
-"""From a loss to parameter gradients: log-probs forward, the loss on detached leaves, its cotangent backward."""
+"""From a prepared call to parameter gradients: log-probs forward, the loss on detached leaves, its cotangents backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from ....datums.types import Datum
-from ....errors import NonFiniteError
-from ....losses.base import Counts, Loss, Part
-from ....losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
-from ...custom import call_custom, custom_cotangents, custom_name
-from ...protocol import CustomLoss
+from ....errors import BackendError, NonFiniteError
+from ....losses.metrics import Metric, total
+from ....losses.streaming import TokenStream
+from ...cotangents import Cotangents, evaluate, summarize
+from ...engine import Gradient
+from ...prepared import PreparedCall, ScoreRequest
 from ..causal_lm import CausalLM
-from .batching import ScoreRequest
-from .deferred_backward import Tape, TapeSettings
+from .batching import MicroBatch
+from .deferred_backward import DeferredBackward
+from .memory import GraphSettings
 
-__all__ = [
-    "Done",
-    "Gradient",
-    "custom_gradient",
-    "evaluate",
-    "registered_gradient",
-    "require_finite_cotangents",
-    "require_finite_logprobs",
-    "streams_known",
-    "summary",
-]
+__all__ = ["RetainedForward", "gradient_of", "retained_gradient", "streams_in_one_pass"]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Gradient:
-    """What one gradient operation did, beside filling ``parameter.grad``.
+class RetainedForward:
+    """One forward whose graphs wait for a cotangent from elsewhere; they serve one backward.
 
     Attributes:
+        requests: what was scored.
+        graphs: the forwards that wait.
         logprobs: one tensor per datum, detached, on the CPU.
-        metrics: ``{"name:reduction": value}``.
-        tokens, sequences: with a non-zero cotangent.
-        denominator, count: what the gradient waits to be divided by.
+        weights_version: the weights that it belongs to.
     """
 
+    requests: Sequence[ScoreRequest]
+    graphs: DeferredBackward
     logprobs: Sequence[Tensor]
-    metrics: Mapping[str, float]
-    tokens: int
-    sequences: int
-    denominator: str
-    count: float
+    weights_version: int
+
+    @property
+    def tokens(self) -> int:
+        """That went through the model."""
+        return sum(r.length for r in self.requests)
+
+    @property
+    def spent(self) -> bool:
+        """Whether it has served."""
+        return not self.graphs.waiting
+
+    @property
+    def bytes(self) -> int:
+        """That the graphs hold."""
+        return self.graphs.graph_bytes
+
+    def require_same(self, requests: Sequence[ScoreRequest]) -> None:
+        """Check that these datums are the ones that were scored.
+
+        Raises:
+            BackendError: one has other tokens or targets.
+        """
+        pairs = list(zip(self.requests, requests, strict=False))
+        same = [torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) for a, b in pairs]
+        if len(self.requests) != len(requests) or not all(same):
+            raise BackendError("a retained forward serves the datums that it scored, all of them; these are others")
 
 
-class Done(NamedTuple):
-    """One batch of whole units (or all, for a function) after its loss: cotangents by datum."""
-
-    cotangents: Mapping[int, Tensor]
-    part: Part
-    metrics: Mapping[str, Metric]
-
-
-Evaluate = Callable[[Mapping[int, Tensor]], Done]
-
-
-def streams_known(model: CausalLM, loss: Loss, requests: Sequence[ScoreRequest]) -> bool:
+def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     """Whether the cotangent can be had in the pass that scores, which saves a trainable head a product."""
-    one_target = all(r.targets.dim() == 1 for r in requests)
-    return model.head().trainable and loss.gradient_kind in ("constant", "token") and one_target
+    kind = None if call.registered is None else call.registered.gradient_kind
+    one_target = all(r.targets.dim() == 1 for r in call.requests)
+    return model.head().trainable and kind in ("constant", "token") and one_target
 
 
-def registered_gradient(
-    model: CausalLM,
-    loss: Loss,
-    data: Sequence[Datum],
-    requests: Sequence[ScoreRequest],
-    batches: Sequence[Sequence[Sequence[int]]],
-    settings: TapeSettings,
-    counts: Counts | None,
+def gradient_of(
+    model: CausalLM, call: PreparedCall, batches: Sequence[Sequence[MicroBatch]], settings: GraphSettings
 ) -> Gradient:
-    """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next."""
+    """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next.
 
-    def done_with(logprobs: Mapping[int, Tensor]) -> Done:
-        return evaluate(loss, {i: data[i] for i in logprobs}, logprobs, counts)
-
-    known = streams_known(model, loss, requests)
+    Args:
+        model: the model; gradients go to ``parameter.grad``.
+        call: the call.
+        batches: for a function, one batch of everything.
+        settings: how graphs are retained.
+    """
+    one_pass = streams_in_one_pass(model, call)
     logprobs: dict[int, Tensor] = {}
-    done: list[Done] = []
+    parts, graph_metrics = list[Cotangents](), list[Mapping[str, Metric]]()
     for forwards in batches:
-        tape = Tape(model, settings)
-        at_once = known and len(forwards) == 1  # a group cut in two knows its coefficients only at the end
-        if at_once:
-            chosen = [requests[i] for i in forwards[0]]
-            constant = loss.gradient_kind == "constant"
-            scored = tape.pull_known(forwards[0], chosen, lambda found: done_with(found).cotangents, constant)
+        graphs = DeferredBackward(model, settings)
+        # A group cut in two knows its coefficients only at the end.
+        if one_pass and len(forwards) == 1:
+            scored, cotangents = _in_one_pass(call, graphs, forwards[0])
         else:
-            for batch in forwards:
-                tape.add(batch, [requests[i] for i in batch])
-            scored = tape.logprobs()
-        require_finite_logprobs(scored, requests)
-        result = done_with(scored)
-        require_finite_cotangents(result.cotangents, requests, loss.name)
-        if not at_once:
-            tape.backward(result.cotangents)
-        done.append(result._replace(metrics={**result.metrics, **tape.metrics()}))
+            scored, cotangents = _in_two_acts(call, graphs, forwards)
+        parts.append(cotangents)
+        graph_metrics.append(graphs.metrics())
         logprobs |= {i: x.cpu() for i, x in scored.items()}
-    return summary(done, [logprobs[i] for i in range(len(data))])
+    return _summary(call, parts, logprobs, graph_metrics)
 
 
-def custom_gradient(
-    model: CausalLM,
-    function: CustomLoss,
-    data: Sequence[Datum],
-    requests: Sequence[ScoreRequest],
-    batches: Sequence[Sequence[int]],
-    settings: TapeSettings,
+def retained_gradient(call: PreparedCall, places: Mapping[RetainedForward, Sequence[int]], reused: int) -> Gradient:
+    """Evaluate a loss on log-probs that are there already, and take its cotangents back through their graphs.
+
+    Args:
+        call: the call.
+        places: which datum of the call each of a forward's is; together every one, once.
+        reused: tokens whose forward was made by an earlier call.
+    """
+    logprobs = {i: x for retained, at in places.items() for i, x in zip(at, retained.logprobs, strict=True)}
+    _require_finite_logprobs(logprobs, call.requests)
+    cotangents = evaluate(call, logprobs)
+    _require_finite_cotangents(cotangents.by_datum, call)
+    for retained, at in places.items():
+        retained.graphs.backward({local: cotangents.by_datum[i] for local, i in enumerate(at)})
+    tokens = sum(retained.tokens for retained in places)
+    counted = {"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))}
+    return _summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
+
+
+def _in_two_acts(
+    call: PreparedCall, graphs: DeferredBackward, forwards: Sequence[MicroBatch]
+) -> tuple[dict[int, Tensor], Cotangents]:
+    """Score everything, evaluate the loss, go back."""
+    for batch in forwards:
+        graphs.add(batch)
+    scored = graphs.logprobs()
+    _require_finite_logprobs(scored, call.requests)
+    cotangents = evaluate(call, scored)
+    _require_finite_cotangents(cotangents.by_datum, call)
+    graphs.backward(cotangents.by_datum)
+    return scored, cotangents
+
+
+def _in_one_pass(
+    call: PreparedCall, graphs: DeferredBackward, batch: MicroBatch
+) -> tuple[dict[int, Tensor], Cotangents]:
+    """Score, evaluate and go back a chunk of tokens at a time."""
+    loss, index = call.registered, batch.index
+    assert loss is not None, "see streams_in_one_pass"
+    dtype = torch.float64 if graphs.exact else torch.float32
+    given = torch.zeros(index.shape, dtype=dtype, device=index.at.device)
+    stream = TokenStream(loss, call.batch(batch.members, given), call.counts)
+
+    def cotangent(logprobs: Tensor, at: slice) -> Tensor:
+        given[index.at[at]] = stream.cotangent(logprobs, index.at[at])
+        return given[index.at[at]]
+
+    scored = graphs.one_pass(batch, cotangent)
+    _require_finite_logprobs(scored, call.requests)
+    skipped = torch.ones_like(given, dtype=torch.bool).index_fill(0, index.at, False).nonzero()[:, 0]
+    stream.cotangent(given[skipped], skipped)
+    by_datum = batch.apart(given)
+    _require_finite_cotangents(by_datum, call)
+    output = stream.output()
+    part = output.deferred()
+    denominator, count = (part.denominator, part.count) if call.counts is None else ("none", 1.0)
+    return scored, Cotangents(by_datum, denominator, count, output.metrics)
+
+
+def _summary(
+    call: PreparedCall,
+    parts: Sequence[Cotangents],
+    logprobs: Mapping[int, Tensor],
+    more: Sequence[Mapping[str, Metric]],
 ) -> Gradient:
-    """One forward of everything with its graphs kept, the function on detached leaves, one backward."""
-    tape = Tape(model, settings)
-    for batch in batches:
-        tape.add(batch, [requests[i] for i in batch])
-    scored = tape.logprobs()
-    leaves = [scored[i].cpu().clone().requires_grad_() for i in range(len(data))]
-    loss, metrics = call_custom(function, data, leaves)
-    cotangents = dict(enumerate(custom_cotangents(function, loss, leaves)))
-    require_finite_cotangents(cotangents, requests, custom_name(function))
-    tape.backward(cotangents)
-    part = Part("loss", loss.detach(), "none", 1.0)
-    own = {"loss": total(float(loss.detach())), **tape.metrics()}
-    found = summary([Done(cotangents, part, own)], [x.detach() for x in leaves])
-    return Gradient(found.logprobs, {**found.metrics, **metrics}, found.tokens, found.sequences, "none", 1.0)
-
-
-def evaluate(loss: Loss, data: Mapping[int, Datum], logprobs: Mapping[int, Tensor], counts: Counts | None) -> Done:
-    """Evaluate a loss on detached leaves; return dL/dlogprob of every datum."""
-    order = sorted(data)  # neighbours stay neighbours
-    leaf = torch.cat([logprobs[i] for i in order]).requires_grad_()
-    sizes = [len(logprobs[i]) for i in order]
-    with torch.enable_grad():
-        output = loss.evaluate(loss.batch([data[i] for i in order], torch.split(leaf, sizes)), counts)
-        part = output.deferred() if counts is None else Part("loss", output.loss, "none", 1.0)
-        (cotangent,) = torch.autograd.grad(part.numerator, leaf)
-    return Done(dict(zip(order, torch.split(cotangent, sizes), strict=True)), part, output.metrics)
-
-
-def summary(done: Sequence[Done], logprobs: list[Tensor]) -> Gradient:
-    """Put the batches of a call together."""
-    cotangents = [c.detach().cpu() for d in done for c in d.cotangents.values()]
-    active = [int((c != 0).sum()) for c in cotangents]
-    absolute = torch.cat([c.abs().reshape(-1).double() for c in cotangents])
-    signal = {"cotangent_abs": mean(absolute), "tokens_with_gradient": total(float(sum(active)))}
-    metrics = wire_metrics({**combine_metrics(d.metrics for d in done), **signal})
     return Gradient(
-        logprobs,
-        metrics,
-        tokens=sum(active),
-        sequences=sum(1 for n in active if n),
-        denominator=done[0].part.denominator,
-        count=sum(d.part.count for d in done),
+        output=call.output([logprobs[i].cpu() for i in range(len(call.data))], summarize(parts, more)),
+        tokens=sum(part.tokens for part in parts),
+        sequences=sum(part.sequences for part in parts),
+        denominator=parts[0].denominator,
+        count=sum(part.count for part in parts),
     )
 
 
-def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
+def _require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
     """Raise `NonFiniteError` with the datum and token of the first log-prob that is not finite."""
     for i, values in sorted(logprobs.items()):
         bad = ~torch.isfinite(values)
@@ -172,13 +187,14 @@ def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[S
             )
 
 
-def require_finite_cotangents(cotangents: Mapping[int, Tensor], requests: Sequence[ScoreRequest], name: str) -> None:
+def _require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
     """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
     for i, cotangent in sorted(cotangents.items()):
         bad = ~torch.isfinite(cotangent)
         if bool(bad.any()):
             token = int(bad.nonzero()[0, 0])
             raise NonFiniteError(
-                f"datum {i}: {name} has the gradient {cotangent[bad][0].item()} at target token {token} "
-                f"(id {requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a product"
+                f"datum {i}: {call.name} has the gradient {cotangent[bad][0].item()} at target token {token} "
+                f"(id {call.requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a "
+                "product"
             )

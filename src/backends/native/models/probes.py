@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ....errors import LeakyModelError
+from ...prepared import ScoreRequest
 from ..causal_lm import CausalLM
-from ..execution.batching import Layout, ScoreRequest, arrange
+from ..execution.batching import Layout, arrange
 from ..execution.forward import model_device, needed_hidden
 from ..execution.memory import GraphMeter
 

@@ -1,0 +1,70 @@
+"""The accumulation of gradients between two optimizer steps, and what has gone wrong in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from ..errors import PrecedingOperationFailed, UnreadFailureError
+from .futures import Outcome
+from .normalization import Ledger
+
+__all__ = ["Accumulation", "preceding_failure", "unretrieved"]
+
+
+@final
+@dataclass
+class Accumulation:
+    """What a backend knows of the gradients that its engine holds.
+
+    Attributes:
+        ledger: the operations whose gradients were added.
+        outcomes: how gradient operations ended, as far as that may matter for the next step.
+    """
+
+    ledger: Ledger = field(default_factory=Ledger)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def require_complete(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Wait for every gradient operation.
+
+        Args:
+            on_failure: is told of each error first.
+
+        Raises:
+            PrecedingOperationFailed: one failed and its error has not been retrieved.
+        """
+        for outcome in self.outcomes:
+            error = outcome.settle(outcome.deadline)
+            if error is not None:
+                on_failure(error)
+            if error is not None and not outcome.retrieved:
+                raise preceding_failure(error) from error
+
+    def retrieve_failures(self) -> None:
+        """Count every failure as retrieved."""
+        for outcome in self.outcomes:
+            outcome.settle(outcome.deadline)
+            outcome.retrieved = True
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.ledger, self.outcomes = self.ledger.emptied(), []
+
+
+def preceding_failure(cause: BaseException) -> PrecedingOperationFailed:
+    """Return the refusal of a step that would lack a batch."""
+    return PrecedingOperationFailed(
+        f"an earlier gradient operation failed ({type(cause).__name__}: {cause}) and its error has not been retrieved, "
+        "so this step would lack a batch; read that operation's .result(), or call discard_gradients()"
+    )
+
+
+def unretrieved(failures: Sequence[BaseException]) -> UnreadFailureError:
+    """Return the error of a backend that is closed on failures that nobody has seen."""
+    first = failures[0]
+    return UnreadFailureError(
+        f"{len(failures)} operation(s) failed and their futures were never read; the first: "
+        f"{type(first).__name__}: {first}"
+    )

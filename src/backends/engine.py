@@ -1,0 +1,150 @@
+"""What a backend must be able to do: the verbs, their checks and their order are `Backend`'s, the work is an engine's."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+from torch import Tensor
+
+from ..datums.types import ModelInput
+from ..errors import MissingReferenceError, UnsupportedError
+from .futures import Answer
+from .normalization import Divisor, Ledger
+from .prepared import PreparedCall
+from .protocol import NormalizationMode
+from .types import AdamParams, ForwardBackwardOutput, Plan, Rollout, SamplingParams
+
+__all__ = ["Call", "Engine", "EngineLimits", "Gradient", "Scorer"]
+
+Scorer: TypeAlias = Callable[[PreparedCall], Answer[Sequence[Tensor]]]
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """One operation that was asked of a backend: its verb, its loss or checkpoint, and how many datums it had."""
+
+    operation: str
+    name: str = ""
+    datums: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class EngineLimits:
+    """What may be asked of an engine.
+
+    Args:
+        vocab_size: token ids are below it; None = not known.
+        max_length: longest model input, tokens; None = no limit.
+        skips_positions: it can leave out the positions of weight 0.
+        discards: it can forget what has been accumulated.
+    """
+
+    vocab_size: int | None = None
+    max_length: int | None = None
+    skips_positions: bool = False
+    discards: bool = True
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What one call has added to the accumulation.
+
+    Attributes:
+        output: the call's result.
+        tokens, sequences: with a non-zero cotangent.
+        denominator, count: what the gradient waits to be divided by (``none``: nothing).
+    """
+
+    output: Answer[ForwardBackwardOutput]
+    tokens: int
+    sequences: int
+    denominator: str
+    count: float
+
+
+class Engine(abc.ABC):
+    """Scores, accumulates gradients, steps, clears, saves and loads. Its methods raise, and return plain answers.
+
+    The six abstract methods are all that a backend needs. The others have a meaning that fits an engine that works in the
+    caller's thread.
+
+    Attributes:
+        limits: what may be asked of it.
+        weights_version: optimizer steps so far.
+    """
+
+    limits: EngineLimits = EngineLimits()
+    weights_version: int = 0
+
+    @abc.abstractmethod
+    def score(self, call: PreparedCall) -> Answer[Sequence[Tensor]]:
+        """Return the log-probs of every target token, one tensor per datum; no gradient."""
+
+    @abc.abstractmethod
+    def accumulate(self, call: PreparedCall) -> Gradient:
+        """Add the gradient of the call's loss, all of it or nothing."""
+
+    @abc.abstractmethod
+    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
+        """Divide what has been accumulated, make one AdamW step, forget the gradients; return metrics."""
+
+    @abc.abstractmethod
+    def clear(self) -> None:
+        """Forget what has been accumulated."""
+
+    @abc.abstractmethod
+    def save(self, name: str, overwrite: bool, ledger: Ledger) -> Answer[str]:
+        """Write everything that the next step depends on; return the path."""
+
+    @abc.abstractmethod
+    def load(self, path: str, everything: bool) -> Ledger:
+        """Load the weights, or everything; return the ledger of the gradients that came with it."""
+
+    def begin(self, call: Call) -> None:
+        """Called before every operation, which fails if this raises."""
+        return
+
+    def deferred_denominator(self, call: PreparedCall) -> str:
+        """What the gradient of this call will wait to be divided by; checked before any work."""
+        return call.denominator
+
+    def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
+        """What the accumulation is divided by, and where."""
+        return ledger.divisor(mode)
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Return what has been accumulated, not divided, by parameter name."""
+        raise UnsupportedError("this backend's gradients lie elsewhere and cannot be read")
+
+    def plan(self, call: PreparedCall) -> Plan:
+        """Say what `accumulate` would do."""
+        tokens = sum(len(datum.model_input) for datum in call.data)
+        if call.registered is None:
+            return Plan("single_pass", "a function sees all log-probs of its call", tokens=tokens, scored=tokens)
+        return Plan("native", f"{call.name} by name", tokens=tokens, scored=tokens)
+
+    def reference(self) -> Scorer:
+        """Return what scores with the frozen reference.
+
+        Raises:
+            MissingReferenceError: there is none.
+        """
+        raise MissingReferenceError("this backend has no reference model")
+
+    def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Answer[list[Rollout]]:
+        """Draw ``n`` completions of each prompt, prompt-major."""
+        raise UnsupportedError("this backend cannot sample")
+
+    def operation_failed(self, error: BaseException) -> None:
+        """Take note that an operation of this accumulation has failed elsewhere."""
+        return
+
+    def close(self) -> None:
+        """Give back what is held."""
+        self.clear()

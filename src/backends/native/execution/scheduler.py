@@ -1,0 +1,59 @@
+"""How a call is cut into forwards: the layout, and micro-batches within the memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from ...prepared import PreparedCall
+from ..causal_lm import CausalLM
+from .batching import Layout, MicroBatch, micro_batches
+from .cost_model import ModelSizes, choose_layout
+from .memory import MemoryBudget
+
+__all__ = ["Scheduler"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Scheduler:
+    """Cuts calls.
+
+    Attributes:
+        model: which is to run them.
+        layouts: those that keep sequences of one forward apart.
+        sizes: what cost is made of.
+        memory: how much of it a call may take.
+    """
+
+    model: CausalLM
+    layouts: Sequence[Layout]
+    sizes: ModelSizes
+    memory: MemoryBudget
+
+    def split(self, call: PreparedCall, units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:
+        """Return the layout of a call, and its units in batches of the size of one forward."""
+        layout = choose_layout(self.sizes, self.layouts, call.requests, self.memory.tokens)
+        return layout, micro_batches(units, call.lengths, self.memory.tokens, layout)
+
+    def datums(self, call: PreparedCall) -> tuple[Layout, list[list[int]]]:
+        """Return the layout, and batches of datums that need not stay together."""
+        return self.split(call, [[i] for i in range(len(call.data))])
+
+    def forwards(self, call: PreparedCall, batch: Sequence[int], layout: Layout) -> list[list[int]]:
+        """Split a batch of whole units further if it is larger than one forward may be."""
+        lengths = {i: call.lengths[i] for i in batch}
+        return micro_batches([[i] for i in batch], lengths, self.memory.tokens, layout)
+
+    def micro_batch(self, call: PreparedCall, members: Sequence[int], layout: Layout) -> MicroBatch:
+        """Lay some datums out."""
+        return MicroBatch.of([call.requests[i] for i in members], layout, self.memory.device, members)
+
+    def gradient_batches(self, call: PreparedCall) -> tuple[Layout, list[list[MicroBatch]]]:
+        """Return batches of whole units, each as one or more forwards; for a function, which sees everything, one batch."""
+        layout, batches = self.split(call, call.units)
+        if call.registered is None:
+            return layout, [[self.micro_batch(call, batch, layout) for batch in batches]]
+        apart = [self.forwards(call, batch, layout) for batch in batches]
+        return layout, [[self.micro_batch(call, forward, layout) for forward in batch] for batch in apart]

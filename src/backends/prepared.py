@@ -1,0 +1,240 @@
+"""A call, checked and taken apart once: the object that travels from a backend's verb through its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from ..datums.types import Datum, TensorData
+from ..datums.validation import validate
+from ..errors import ConfigError, LossTypeError
+from ..losses.adapt import as_tensor
+from ..losses.base import Counts, Loss
+from ..losses.batch import TokenBatch
+from ..losses.metrics import wire_metrics
+from ..losses.registry import get_loss
+from .protocol import CustomLoss
+from .types import ForwardBackwardOutput, as_mapping
+
+__all__ = ["Positions", "PreparedCall", "ScoreRequest", "as_loss", "loss_name", "loss_units", "prepare", "scored"]
+
+Positions = Literal["all", "trained"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """One sequence to score: T input tokens, the targets ([T] or [T, K]), and which positions are needed (bool [T])."""
+
+    tokens: Tensor
+    targets: Tensor
+    needed: Tensor
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.tokens.numel()
+
+    @classmethod
+    def of(cls, datum: Datum, positions: Positions = "all") -> ScoreRequest:
+        """Say what of a datum must be scored; without ``target_tokens`` its own next tokens, T - 1 of them."""
+        tokens, inputs = datum.model_input.tokens, datum.loss_fn_inputs
+        if "target_tokens" in inputs:
+            targets = inputs["target_tokens"].to_torch()
+        else:
+            tokens, targets = tokens[:-1], tokens[1:]
+        needed = torch.ones(tokens.numel(), dtype=torch.bool)
+        if positions == "trained" and "weights" in inputs:
+            weights = inputs["weights"].to_torch()
+            needed = (weights != 0) if weights.dim() == 1 else (weights != 0).any(-1)
+        return cls(tokens, targets, needed)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PreparedCall:
+    """The data of one call, its loss, and all that follows from the two.
+
+    Attributes:
+        data: datums that have passed validation.
+        loss: a registered loss, or a function ``(data, logprobs_list) -> (loss, metrics)``.
+        counts: totals of the whole step by denominator: the loss divides now; None: it is divided later, or not at all.
+        requests: what is scored of each datum.
+        by_name: the loss was asked for as one that the backend knows (``forward_backward``).
+    """
+
+    data: Sequence[Datum]
+    loss: Loss | CustomLoss
+    counts: Counts | None
+    requests: Sequence[ScoreRequest]
+    by_name: bool = True
+    _packed: dict[tuple[int, ...], TokenBatch] = field(default_factory=dict)
+
+    @property
+    def registered(self) -> Loss | None:
+        """The loss, if it is no mere function."""
+        return self.loss if isinstance(self.loss, Loss) else None
+
+    @property
+    def name(self) -> str:
+        """Of the loss or function."""
+        return loss_name(self.loss)
+
+    @property
+    def denominator(self) -> str:
+        """What the gradient waits to be divided by; ``none`` where that is nothing, or ``counts`` are given."""
+        if self.registered is None or self.counts is not None:
+            return "none"
+        return self.registered.main_aggregation.denominator
+
+    @property
+    def declared_normalization(self) -> str | None:
+        """The normalisation that fits the loss: None for a mean, ``function`` where nobody says."""
+        return "function" if self.registered is None else self.registered.normalization
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each datum as it is scored."""
+        return [request.length for request in self.requests]
+
+    @cached_property
+    def units(self) -> list[list[int]]:
+        """Datums that must stay together: pairs, groups, the whole call, or single datums (a function sees all anyway)."""
+        if self.registered is None:
+            return [[i] for i in range(len(self.data))]
+        return loss_units(self.registered, self.data)
+
+    def batch(self, members: Sequence[int], logprobs: Tensor) -> TokenBatch:
+        """Return the tensors that the registered loss reads of some datums; these are packed once.
+
+        Args:
+            members: datum indices.
+            logprobs: theirs, end to end.
+        """
+        assert isinstance(self.loss, Loss), "functions take datums"
+        key = tuple(members)
+        if key not in self._packed:
+            apart = torch.split(logprobs.detach(), [self.requests[i].length for i in members])
+            self._packed[key] = self.loss.batch([self.data[i] for i in members], apart)
+        return replace(self._packed[key], logprobs=logprobs)
+
+    def metrics(self, logprobs: Sequence[Tensor]) -> Mapping[str, float]:
+        """Return what the registered loss reports of all datums, by names on the wire."""
+        assert isinstance(self.loss, Loss), "functions report by themselves"
+        batch = self.batch(range(len(self.data)), torch.cat([x.detach() for x in logprobs]))
+        return wire_metrics(self.loss.evaluate(batch).metrics)
+
+    def output(self, logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
+        """Return the call's result; where positions were skipped it says so in ``scored``."""
+        outputs = []
+        for request, values in zip(self.requests, logprobs, strict=True):
+            output = {"logprobs": TensorData(values.detach())}
+            if not bool(request.needed.all()):
+                output["scored"] = TensorData(request.needed.to(torch.float32))
+            outputs.append(output)
+        return ForwardBackwardOutput(outputs, metrics)
+
+
+def prepare(
+    data: Sequence[Datum],
+    loss: Loss | CustomLoss | None,
+    *,
+    counts: Counts | None = None,
+    positions: Positions = "all",
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+    by_name: bool = True,
+) -> PreparedCall:
+    """Check a call and take it apart.
+
+    Args:
+        data: datums.
+        loss: a registered loss, or a function, which says nothing of the inputs that it reads; None: only score.
+        counts: see `PreparedCall`.
+        positions: which positions are scored; ``trained`` leaves out those of weight 0.
+        vocab_size: token ids are below it.
+        max_length: longest model input, tokens.
+        by_name: see `PreparedCall`.
+
+    Raises:
+        InvalidDatumsError: lists all problems of all datums.
+        LossTypeError: the loss cannot be called.
+    """
+    if loss is not None and not callable(loss):
+        raise LossTypeError(f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {loss!r}")
+    registered = loss if isinstance(loss, Loss) else None
+    validate(
+        data,
+        required=() if registered is None else ("target_tokens", *registered.required_inputs),
+        optional=() if registered is None else registered.optional_inputs,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        known_keys=registered is not None,
+        pairs=registered is not None and registered.gradient_kind == "pair",
+    )
+    requests = [ScoreRequest.of(datum, positions) for datum in data]
+    return PreparedCall(data, _no_loss if loss is None else loss, counts, requests, by_name)
+
+
+def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
+    """Return the loss that a name and its config, or an object, stands for.
+
+    Raises:
+        LossError: there is none, or its config does not apply.
+    """
+    if isinstance(given, str):
+        return get_loss(given, as_mapping(config))
+    if isinstance(given, Loss):
+        if config:
+            raise ConfigError(
+                f"{given.name} was given as an object and carries its own hyperparameters; drop {dict(config)}"
+            )
+        return given
+    raise LossTypeError(
+        f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
+    )
+
+
+def loss_name(loss: object) -> str:
+    """What to call a loss, its name or a user's function in messages."""
+    if isinstance(loss, str):
+        return loss
+    return loss.name if isinstance(loss, Loss) else str(getattr(loss, "__name__", type(loss).__name__))
+
+
+def scored(datum: Datum) -> Datum:
+    """Return the datum with the targets it is scored on: without ``target_tokens``, its own next tokens."""
+    if "target_tokens" in datum.loss_fn_inputs:
+        return datum
+    tokens = datum.model_input.tokens
+    return Datum(type(datum.model_input).from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+
+
+def loss_units(loss: Loss, data: Sequence[Datum]) -> list[list[int]]:
+    """Return the datums that must stay in one micro-batch: pairs, groups, the whole batch, or single datums."""
+    if loss.gradient_kind == "batch":
+        return [list(range(len(data)))]
+    if loss.gradient_kind == "pair":
+        if "pair_id" not in data[0].loss_fn_inputs:
+            return [[i, i + 1] for i in range(0, len(data), 2)]
+        return _by_id("pair_id", data)
+    if loss.main_aggregation.local == "group":
+        return _by_id("group_id", data)
+    return [[i] for i in range(len(data))]
+
+
+def _by_id(key: str, data: Sequence[Datum]) -> list[list[int]]:
+    members: dict[int, list[int]] = {}
+    for i, datum in enumerate(data):
+        identity = datum.loss_fn_inputs.get(key)
+        members.setdefault(0 if identity is None else int(as_tensor(identity)), []).append(i)
+    return list(members.values())
+
+
+def _no_loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    raise AssertionError("a call that only scores has no loss")

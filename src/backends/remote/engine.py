@@ -1,0 +1,190 @@
+"""The engine of the remote backend: a service that speaks the Tinker training API, through one of its SDKs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from torch import Tensor
+
+from ...datums.types import Datum, ModelInput
+from ...losses.registry import config_of
+from ..cotangents import Cotangents, evaluate_all, summarize
+from ..engine import Call, Engine, EngineLimits, Gradient
+from ..futures import Answer
+from ..normalization import Divisor, Ledger
+from ..prepared import PreparedCall
+from ..protocol import NormalizationMode
+from ..types import AdamParams, Plan, Rollout, SamplingParams
+from .accumulator import RemoteAccumulator, weighted_datums
+from .capabilities import Capabilities, named_data
+from .convert import bare, logprobs_of, output_of, rollouts_of
+from .dispatch import Dispatch
+from .error_mapping import at_service
+from .local_loss import LocalLoss
+from .plan import plan_remote
+from .reduction_check import SumAudit
+from .sdks import Sdk
+
+__all__ = ["RemoteEngine"]
+
+_RECOVERS = ("load_state", "load_state_with_optimizer", "save_state", "sample", "reference")
+
+
+@final
+class RemoteEngine(Engine):
+    """A model at a service.
+
+    A loss that the service knows by name runs there. Every other loss, and every function, runs here on log-probs from
+    the service; its cotangent goes back as the weights of a cross-entropy.
+
+    Args:
+        sdk: the SDK's ways.
+        service: its ``ServiceClient``.
+        trainer: its ``TrainingClient``.
+        capabilities: what the service does by itself.
+        defer_backward: hold cotangents back until the step.
+        timeout: seconds that an answer waits; None = for ever.
+        owns_service: `close` also closes the service's client.
+    """
+
+    def __init__(
+        self,
+        sdk: Sdk,
+        service: Any,
+        trainer: Any,
+        capabilities: Capabilities,
+        defer_backward: bool,
+        timeout: float | None,
+        owns_service: bool,
+    ) -> None:
+        self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
+        self.weights_version = 0
+        self.accumulator = RemoteAccumulator(capabilities, defer_backward)
+        self._sdk, self._service, self.trainer = sdk, service, trainer
+        self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
+        self._dispatch = Dispatch(timeout, self.accumulator.operation_failed)
+        self._audit = SumAudit()
+        self._sampler: Any = None
+
+    def begin(self, call: Call) -> None:
+        if call.operation not in _RECOVERS:
+            self.accumulator.require_known()
+
+    @at_service("forward")
+    def score(self, call: PreparedCall) -> Answer[Sequence[Tensor]]:
+        request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
+        return self._dispatch.sent([request], lambda answers: logprobs_of(answers[0]))
+
+    def deferred_denominator(self, call: PreparedCall) -> str:
+        return self.accumulator.denominator(call)
+
+    @at_service("forward_backward")
+    def accumulate(self, call: PreparedCall) -> Gradient:
+        if self.accumulator.by_name(call):
+            return self._by_name(call)
+        return self._held_back(call) if self.accumulator.deferred else self._by_weights(call)
+
+    def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
+        self.accumulator.require_known()
+        return self.accumulator.divisor(ledger, mode)
+
+    @at_service("optim_step")
+    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
+        self._send_held_back(divisor.value)
+        mode = (divisor.elsewhere or "none") if self._capabilities.normalizes else None
+        request = self._sdk.step(self.trainer, params, mode)
+        self.clear()
+        self._sampler = None
+        self.weights_version += 1
+        return self._dispatch.sent([request], lambda answers: dict(answers[0].metrics or {}))
+
+    def clear(self) -> None:
+        self.accumulator.clear()
+
+    def plan(self, call: PreparedCall) -> Plan:
+        self.accumulator.require_known()
+        return plan_remote(self.accumulator, call)
+
+    @at_service("sample")
+    def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Answer[list[Rollout]]:
+        if self._sampler is None:
+            self._sampler = self._sdk.sampler(self.trainer, self._timeout)
+        version, each = self.weights_version, [(p, params.for_prompt(i)) for i, p in enumerate(prompts)]
+        requests = [self._sdk.sample(self._sampler, prompt, n, how) for prompt, how in each]
+        return self._dispatch.sent(requests, lambda answers: rollouts_of(answers, params, version))
+
+    @at_service("save_state")
+    def save(self, name: str, overwrite: bool, ledger: Ledger) -> Answer[str]:
+        request = self._sdk.save(self.trainer, name, overwrite)
+        return self._dispatch.sent([request], lambda answers: str(answers[0].path))
+
+    @at_service("load_state")
+    def load(self, path: str, everything: bool) -> Ledger:
+        self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
+        self._sampler = None
+        self.clear()
+        self.accumulator.unknown = None
+        return Ledger()
+
+    def operation_failed(self, error: BaseException) -> None:
+        self.accumulator.operation_failed(error)
+
+    def close(self) -> None:
+        self.clear()
+        if self._owns:
+            self._sdk.close(self._service, self.trainer)
+
+    def _by_name(self, call: PreparedCall) -> Gradient:
+        loss = call.registered
+        assert loss is not None, "see RemoteAccumulator.by_name"
+        wire = self._sdk.datums(named_data(call.data, loss, self._capabilities))
+        request = self.trainer.forward_backward(wire, loss.name, config_of(loss))
+        self.accumulator.add(call)
+        output = self._dispatch.sent(
+            [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0]))
+        )
+        trained = [_trained(datum) for datum in call.data]
+        return Gradient(output, sum(trained), sum(1 for n in trained if n), call.denominator, 1.0)
+
+    def _by_weights(self, call: PreparedCall) -> Gradient:
+        """Forward there, the loss here, the cotangent back: the SDK's own custom call."""
+        local = LocalLoss(call, self._capabilities)
+        request = self.trainer.forward_backward_custom(self._sdk.datums(bare(call.data)), local)
+        answer = self._dispatch.wait(request, call.name)
+        if local.error is not None:
+            raise local.error
+        assert local.cotangents is not None
+        if self._capabilities.max_weight_sum is None:
+            self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
+        self.accumulator.add(call)
+        return _gradient(call, local.logprobs, local.cotangents, "none", 1.0)
+
+    def _held_back(self, call: PreparedCall) -> Gradient:
+        request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
+        logprobs = logprobs_of(self._dispatch.wait(request, "forward", changes=False))
+        cotangents = evaluate_all(call, logprobs)
+        self.accumulator.hold_back(call, cotangents)
+        return _gradient(call, logprobs, cotangents, cotangents.denominator, cotangents.count)
+
+    def _send_held_back(self, divisor: float) -> None:
+        """Send what was held back, as one operation."""
+        held_back = self.accumulator.held_back
+        self._capabilities.require_fits([c / divisor for _, c in held_back])
+        if held_back:
+            weighted = self._sdk.datums(weighted_datums(held_back, divisor))
+            self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
+
+
+def _gradient(
+    call: PreparedCall, logprobs: Sequence[Tensor], cotangents: Cotangents, denominator: str, count: float
+) -> Gradient:
+    output = call.output(logprobs, summarize([cotangents]))
+    return Gradient(output, cotangents.tokens, cotangents.sequences, denominator, count)
+
+
+def _trained(datum: Datum) -> int:
+    weights = datum.loss_fn_inputs.get("weights")
+    if weights is not None:
+        return int((weights.to_torch() != 0).sum())
+    return datum.loss_fn_inputs["target_tokens"].to_torch().shape[0]

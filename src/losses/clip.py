@@ -1,0 +1,78 @@
+"""ClipRange: the probability ratios within which a policy loss is not clipped."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Final, final
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .checks import number
+
+__all__ = ["DEFAULT_CLIP", "ClipRange"]
+
+
+@final
+@dataclass(frozen=True)
+class ClipRange:
+    """A range of absolute probability ratios, ``low <= ratio <= high``.
+
+    Args:
+        low: smallest ratio that is not clipped, 0 to 1.
+        high: largest ratio that is not clipped, at least 1; infinity clips on one side only.
+
+    Raises:
+        ConfigError: not 0 <= low <= 1 <= high.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        number("clip range low", self.low, low=0.0, high=1.0, strict=False)
+        if isinstance(self.high, bool) or not (isinstance(self.high, (int, float)) and self.high >= 1.0):
+            raise ConfigError(
+                f"a clip range is in absolute ratios and must contain 1, got high={self.high!r}; for an epsilon of "
+                "0.2 write ClipRange.from_epsilon(0.2)"
+            )
+
+    @classmethod
+    def from_epsilon(cls, low: float, high: float | None = None) -> ClipRange:
+        """Return the range (1 - low, 1 + high) of PPO's epsilons; ``high`` is ``low`` unless given."""
+        low = number("clip epsilon", low, low=0.0, high=1.0, strict=False)
+        high = low if high is None else high
+        return cls(1.0 - low, 1.0 + (high if high == math.inf else number("clip epsilon", high, low=0.0, strict=False)))
+
+    @classmethod
+    def from_offsets(cls, low: float, high: float) -> ClipRange:
+        """Deprecated spelling of `from_epsilon`."""
+        warnings.warn("ClipRange.from_offsets is now ClipRange.from_epsilon", DeprecationWarning, stacklevel=2)
+        return cls.from_epsilon(low, high)
+
+    @classmethod
+    def from_log(cls, low: float, high: float) -> ClipRange:
+        """Return the range (exp(-low), exp(high)), for bounds on the log-ratio."""
+        return cls(math.exp(-low), math.exp(high))
+
+    @classmethod
+    def of(cls, value: ClipRange | float) -> ClipRange:
+        """Return ``value`` as a range; a bare number is an epsilon.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if isinstance(value, ClipRange):
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"clip must be a ClipRange or an epsilon, got {value!r}")
+        return cls.from_epsilon(value)
+
+    def clips(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """Return where the clipped branch is the larger loss: strictly outside the range only; bool."""
+        return ((advantages > 0) & (ratio > self.high)) | ((advantages < 0) & (ratio < self.low))
+
+
+DEFAULT_CLIP: Final = ClipRange(0.8, 1.2)

@@ -1,0 +1,41 @@
+"""Safe elementary functions: finite in value and gradient wherever a log-prob can be."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "log1mexp"]
+
+EXPONENT_LIMIT: Final = 20.0
+
+
+def bounded_exp(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
+    """Return ``exp(x)`` up to ``limit``, and its tangent beyond.
+
+    The slope stays at exp(limit) beyond the limit, where a clamp would silently make it 0 and a plain exp overflows
+    (fp32: at 88.7, with NaN gradients).
+    """
+    peak = math.exp(limit)
+    return torch.where(x <= limit, torch.exp(x.clamp(max=limit)), peak * (x - limit) + peak)
+
+
+def bounded_expm1(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
+    """Return ``exp(x) - 1`` without cancellation near 0, continued by its tangent beyond ``limit``."""
+    peak = math.exp(limit)
+    return torch.where(x <= limit, torch.expm1(x.clamp(max=limit)), peak * (x - limit) + (peak - 1.0))
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Return ``log(1 - exp(x))`` for x < 0, accurate at both ends.
+
+    Two branches that meet at -log 2, each fed a safe input where the other one is used: a plain ``where`` has NaN
+    gradients near 0.
+    """
+    near = x > -math.log(2.0)
+    safe_near = torch.where(near, x, torch.full_like(x, -0.5))
+    safe_far = torch.where(near, torch.full_like(x, -1.0), x)
+    return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))

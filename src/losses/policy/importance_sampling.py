@@ -1,0 +1,57 @@
+"""Importance sampling: the policy gradient on tokens of an older policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+from ..aggregation import Aggregation
+from ..base import GradientKind, Loss, Term
+from ..batch import TokenBatch
+from ..functional.policy import clipped_surrogate
+from ..metrics import Metric
+from ..ratio import anchor_ratio, ratio_metrics
+
+__all__ = ["ImportanceSampling"]
+
+
+@final
+@dataclass(frozen=True)
+class ImportanceSampling(Loss):
+    r"""Importance-weighted policy gradient, ``-sum_t w_t r_t A_t / D`` with ``r = exp(logprob - anchor)``.
+
+    The gradient with respect to a log-prob is ``-w r A / D``. The anchor is ``old_logprobs`` where given, else the
+    sampler's ``logprobs``. Log-ratios above 20 continue by the tangent of exp (counted in ``ratio_saturated``).
+
+    Args:
+        aggregation: ``sum`` by default, as the protocol has it.
+    """
+
+    aggregation: Aggregation | str = "sum"
+
+    name: ClassVar[str] = "importance_sampling"
+    gradient_kind: ClassVar[GradientKind] = "token"
+    sources: ClassVar[tuple[str, ...]] = ("Tinker training API, losses: importance_sampling",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        return ("advantages", "logprobs")
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        return ("weights", "old_logprobs", "group_id")
+
+    @classmethod
+    def from_config(cls, *, aggregation: str = "sum") -> Self:
+        return cls(aggregation)
+
+    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
+        values = clipped_surrogate(anchor_ratio(batch), batch.masked("advantages"), None)
+        return (Term("policy", values, "token", self.main_aggregation),)
+
+    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+        return ratio_metrics(batch, None)

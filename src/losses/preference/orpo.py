@@ -1,0 +1,112 @@
+"""ORPO: odds-ratio preference optimisation without a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ...errors import EmptyUnitError
+from ..aggregation import AGGREGATIONS, Aggregation
+from ..base import GradientKind, Loss, Term
+from ..batch import TokenBatch
+from ..checks import choice, number
+from ..functional.preference import log_odds_ratio
+from ..metrics import Metric, mean, total
+from .pairs import PairAggregation, margin_metrics, refuse_empty
+
+__all__ = ["ORPO"]
+
+
+@final
+@dataclass(frozen=True)
+class ORPO(Loss):
+    r"""Odds-ratio preference optimisation: NLL of the chosen response and ``-lambda log sigmoid`` of the log odds ratio.
+
+    With a, b the mean log-probs of chosen and rejected and ``lo(x) = x - log(1 - e^x)``:
+    ``-a - lambda log sigmoid(lo(a) - lo(b))``, averaged over pairs. d/da = ``-1 - lambda sigmoid(-z) / (1 - e^a)``,
+    d/db = ``lambda sigmoid(-z) / (1 - e^b)``, each times w / sum(w) per token. The factor 1 / (1 - p) is capped at
+    p = ``max_prob`` (counted in ``odds_capped``). There is no reference model.
+
+    Args:
+        lam: weight of the odds-ratio term, >= 0.
+        nll: ``sequence_mean`` (-a per pair, equation 6 of the paper) or ``token_mean`` (over all chosen tokens of the
+            step; a second denominator, so a backend asks for ``counts=``).
+        max_prob: where the tangent takes over, in (0, 1).
+        aggregation: ``pair_mean`` or ``sum``.
+
+    Raises:
+        EmptyUnitError: (on use) a response has no trained token, or weights that sum to 0 or less.
+
+    Source: arXiv:2403.07691, equations 6 and 7.
+    """
+
+    lam: float = 0.1
+    nll: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    max_prob: float = 1.0 - 1e-4
+    aggregation: Aggregation | str = "pair_mean"
+
+    name: ClassVar[str] = "orpo"
+    gradient_kind: ClassVar[GradientKind] = "pair"
+    sources: ClassVar[tuple[str, ...]] = ("arXiv:2403.07691",)
+
+    def __post_init__(self) -> None:
+        number("lam", self.lam, low=0.0, strict=False)
+        number("max_prob", self.max_prob, low=0.0, high=1.0)
+        choice("nll", self.nll, ("sequence_mean", "token_mean"))
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        return ("weights",)
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        return ("pair_id", "role")
+
+    @classmethod
+    def from_config(
+        cls,
+        *,
+        lam: float = 0.1,
+        nll: Literal["sequence_mean", "token_mean"] = "sequence_mean",
+        max_prob: float = 1.0 - 1e-4,
+        aggregation: PairAggregation = "pair_mean",
+    ) -> Self:
+        return cls(lam, nll, max_prob, aggregation)
+
+    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
+        chosen, rejected = self._mean_logprobs(batch)
+        odds = -logsigmoid(log_odds_ratio(chosen, rejected, self.max_prob))
+        return (self._nll_term(batch, chosen), Term("odds", odds, "pair", self.main_aggregation, self.lam))
+
+    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+        chosen, rejected = self._mean_logprobs(batch)
+        capped = torch.cat([chosen, rejected]).exp() > self.max_prob
+        return {
+            **margin_metrics(log_odds_ratio(chosen, rejected, self.max_prob)),
+            "nll_chosen": mean(-chosen),
+            "nll_rejected": mean(-rejected),
+            "odds_capped": total(capped.sum()),
+        }
+
+    def _nll_term(self, batch: TokenBatch, chosen: Tensor) -> Term:
+        if self.nll == "sequence_mean":
+            return Term("nll", -chosen, "pair", self.main_aggregation)
+        is_chosen = torch.zeros(batch.num_sequences, dtype=torch.bool, device=chosen.device)
+        where = is_chosen.index_fill(0, batch.pairs.chosen, True)[batch.sequence_index]
+        values = torch.where(where, -batch.policy, torch.zeros_like(batch.policy))
+        return Term("nll", values, "token", AGGREGATIONS["token_mean"], where=where)
+
+    def _mean_logprobs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return the weighted mean log-probs of chosen and rejected, float64 [P] each."""
+        refuse_empty(batch, self.name)
+        weight = batch.weight_per_sequence
+        if bool((weight[torch.cat(batch.pairs)] <= 0).any()):
+            raise EmptyUnitError("orpo: every response needs weights with a positive sum, to take a mean log-prob")
+        means = batch.sum_by_sequence(batch.weight.double() * batch.policy.double()) / weight
+        return means[batch.pairs.chosen], means[batch.pairs.rejected]
