@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from pullback.cli.measure import bench_numerics
+from pullback.cli.bench import bench_numerics
 
 from . import backends, custom, head, layouts, step
 

@@ -16,7 +16,7 @@ import torch
 import pullback
 from pullback import AdamParams, Datum, TorchBackend
 from pullback.backends.native.models.lora import LoraChoice
-from pullback.cli.demo.models import smollm2_file
+from pullback.cli.models import smollm2_file
 from pullback.service import Base
 
 from .custom import nll

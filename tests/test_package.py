@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from pullback.losses import loss_names, registry
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(pullback.__file__).parent
 MAY_IMPORT = {
+    "__main__": {"cli"},
     "errors": set(),
     "deprecation": set(),
     "losses": {"errors", "deprecation"},
@@ -121,3 +123,13 @@ def test_packages_are_listed() -> None:
         ".".join(("pullback", *p.parent.relative_to(ROOT / "src").parts)) for p in (ROOT / "src").rglob("__init__.py")
     }
     assert set(listed) == folders
+
+
+def test_the_package_runs() -> None:
+    """`python -m pullback` is the command line, and its exit status is the command's."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    for arguments, status, text in ((["--version"], 0, pullback.__version__), (["losses"], 0, "dpo"), (["no"], 2, "")):
+        command = [sys.executable, "-m", "pullback", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == status, done.stderr
+        assert text in done.stdout

@@ -14,7 +14,7 @@ from ..errors import ConfigError, require_extra
 from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, Tenants
-from .demo.models import smollm2_file
+from .models import smollm2_file
 
 __all__ = ["add_parser", "load_base"]
 

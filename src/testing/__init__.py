@@ -1,10 +1,11 @@
-"""Tools that prove losses and backends right: tiny exact models, cases, oracles, properties.
+"""Tools that test losses and backends, yours too: small exact models, cases, closed-form oracles, properties, promises.
 
-`pullback.testing.strategies` needs hypothesis and is imported by name.
+`pullback.testing.strategies` needs hypothesis; import it by name.
 """
 
 from __future__ import annotations
 
+from ..deprecation import moved
 from . import oracles
 from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
@@ -16,18 +17,18 @@ from .models.tiny import TinyLM
 from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
-from .subject import Subject
+from .under_test import BackendUnderTest
 
 __all__ = [
     "PROMISES",
     "Agreement",
+    "BackendUnderTest",
     "Case",
     "CaseSequence",
     "FutureLeakLM",
     "NumericsRow",
     "PackingLeakLM",
     "RowLeakLM",
-    "Subject",
     "TinyLM",
     "check_backend",
     "check_loss",
@@ -40,3 +41,5 @@ __all__ = [
     "sampling_agreement",
     "verify_resume",
 ]
+
+__getattr__ = moved(__name__, {"Subject": ("testing", "BackendUnderTest")})

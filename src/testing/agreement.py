@@ -1,4 +1,4 @@
-"""Whether a backend's sampler and its trainer mean the same policy: their log-probs of the same tokens."""
+"""Whether a backend's sampler and its trainer give the same tokens the same log-probs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Agreement", "sampling_agreement"]
 @final
 @dataclass(frozen=True)
 class Agreement:
-    """Absolute differences between sampler's and trainer's log-probs, nats, and what they do to a ratio.
+    """Absolute differences between the sampler's and the trainer's log-probs, in nats.
 
     Attributes:
-        tokens: compared.
+        tokens: how many were compared.
         largest, p99, mean: of the differences.
-        ratio_mean: mean importance ratio, 1 where they agree.
+        ratio_mean: mean importance ratio, which is 1 if the two agree.
     """
 
     tokens: int
@@ -36,13 +36,13 @@ class Agreement:
 def sampling_agreement(
     backend: Any, prompts: Sequence[ModelInput], *, n: int = 4, params: SamplingParams | None = None
 ) -> Agreement:
-    """Sample, and score the samples with the same weights (as a step at learning rate 0 would).
+    """Sample completions and score them with the same weights.
 
     Args:
-        backend: can `sample` and `forward`.
+        backend: has `sample` and `forward`.
         prompts: to complete.
-        n: completions of each.
-        params: how to sample; temperature and cuts must not matter, since log-probs are those of the untempered policy.
+        n: completions of each prompt.
+        params: how to sample. Temperature, top-k and top-p must not matter: log-probs are those of the untempered policy.
     """
     params = params or SamplingParams(max_tokens=32, seed=0)
     rollouts = backend.sample(prompts, n, params).result()
@@ -51,14 +51,14 @@ def sampling_agreement(
         for r in rollouts
     ]
     outputs = backend.forward(data).result().loss_fn_outputs
-    found = torch.cat([o["logprobs"].to_torch()[-len(r.tokens) :] for o, r in zip(outputs, rollouts, strict=True)])
-    sampled = torch.tensor([x for r in rollouts for x in r.logprobs])
-    difference = (found - sampled).double()
-    size = difference.abs()
+    trainer = torch.cat([o["logprobs"].to_torch()[-len(r.tokens) :] for o, r in zip(outputs, rollouts, strict=True)])
+    sampler = torch.tensor([x for r in rollouts for x in r.logprobs])
+    log_ratio = (trainer - sampler).double()
+    difference = log_ratio.abs()
     return Agreement(
-        tokens=len(size),
-        largest=float(size.max()),
-        p99=float(size.quantile(0.99)),
-        mean=float(size.mean()),
-        ratio_mean=float(difference.exp().mean()),
+        tokens=len(difference),
+        largest=float(difference.max()),
+        p99=float(difference.quantile(0.99)),
+        mean=float(difference.mean()),
+        ratio_mean=float(log_ratio.exp().mean()),
     )

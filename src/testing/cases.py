@@ -1,4 +1,4 @@
-"""Case: a small batch as plain numbers, from which every form of a loss's input can be made."""
+"""A small batch as plain numbers, which converts to every form of input that a loss takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIELDS = ("weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_log
 @final
 @dataclass(frozen=True)
 class CaseSequence:
-    """One sequence; all lists have its length. Neighbours (2i, 2i + 1) are chosen and rejected."""
+    """One sequence; all lists have its length. Sequences 2i and 2i + 1 of a case are chosen and rejected."""
 
     logprobs: Sequence[float]
     weights: Sequence[float]
@@ -31,20 +31,20 @@ class CaseSequence:
     group: int = 0
 
     def trained(self) -> list[int]:
-        """The positions of non-zero weight."""
+        """Return the positions of non-zero weight."""
         return [j for j, w in enumerate(self.weights) if w != 0]
 
 
 @final
 @dataclass(frozen=True)
 class Case:
-    """Several sequences."""
+    """A batch of sequences; ``with_old`` passes ``old_logprobs`` to the loss."""
 
     sequences: tuple[CaseSequence, ...]
     with_old: bool = False
 
     def batch(self) -> tuple[TokenBatch, Tensor]:
-        """Return the packed fp64 batch and its log-prob leaf."""
+        """Return the packed fp64 batch and its leaf tensor of log-probs."""
         leaf = _flat(self.sequences, "logprobs").requires_grad_()
         inputs: dict[str, Any] = {name: _flat(self.sequences, name) for name in self._fields()}
         groups = torch.tensor([s.group for s in self.sequences])
@@ -52,39 +52,32 @@ class Case:
         return TokenBatch.from_packed(leaf, lengths, group_id=groups, **inputs), leaf
 
     def padded(self, left: bool = False) -> tuple[TokenBatch, list[Tensor]]:
-        """Return the padded batch (NaN in the padding) and one leaf per sequence."""
+        """Return the padded batch, with NaN in the padding, and one leaf per sequence."""
         width = max(len(s.logprobs) for s in self.sequences) + 1
-        leaves = [torch.tensor(list(s.logprobs), dtype=torch.float64).requires_grad_() for s in self.sequences]
+        leaves = [_double(s.logprobs).requires_grad_() for s in self.sequences]
 
         def pad(row: Tensor, fill: float) -> Tensor:
-            rest = row.new_full((width - row.numel(),), fill)
-            return torch.cat([rest, row] if left else [row, rest])
+            padding = row.new_full((width - row.numel(),), fill)
+            return torch.cat([padding, row] if left else [row, padding])
 
-        inputs = {
-            name: torch.stack(
-                [
-                    pad(
-                        torch.tensor(list(getattr(s, name)), dtype=torch.float64),
-                        0.0 if name == "weights" else torch.nan,
-                    )
-                    for s in self.sequences
-                ]
-            )
-            for name in self._fields()
-        }
+        def column(name: str) -> Tensor:
+            fill = 0.0 if name == "weights" else torch.nan
+            return torch.stack([pad(_double(getattr(s, name)), fill) for s in self.sequences])
+
+        inputs = {name: column(name) for name in self._fields()}
         logprobs = torch.stack([pad(leaf, torch.nan) for leaf in leaves])
         groups = torch.tensor([s.group for s in self.sequences])
         return TokenBatch.from_padded(logprobs, inputs.pop("weights"), group_id=groups, **inputs), leaves
 
     def datums(self) -> tuple[list[Datum], list[Tensor]]:
-        """Return datums and one leaf per datum, for the ``(data, logprobs)`` door."""
+        """Return datums and one leaf per datum, for calls ``loss(data, logprobs)``."""
         data = []
         for s in self.sequences:
             inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in self._fields()}
             inputs["logprobs"] = inputs.pop("rollout_logprobs")
             inputs |= {"target_tokens": [0] * len(s.logprobs), "group_id": [s.group]}
             data.append(Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs))
-        return data, [torch.tensor(list(s.logprobs), dtype=torch.float64).requires_grad_() for s in self.sequences]
+        return data, [_double(s.logprobs).requires_grad_() for s in self.sequences]
 
     def subset(self, indices: Sequence[int]) -> Case:
         """Return some of the sequences, in that order."""
@@ -95,4 +88,8 @@ class Case:
 
 
 def _flat(sequences: Sequence[CaseSequence], name: str) -> Tensor:
-    return torch.tensor([x for s in sequences for x in getattr(s, name)], dtype=torch.float64)
+    return _double([x for s in sequences for x in getattr(s, name)])
+
+
+def _double(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)

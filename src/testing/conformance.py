@@ -1,14 +1,15 @@
-"""What every backend must do, as checks that need nothing but its verbs; run them on your own."""
+"""What every backend promises, as checks that use nothing but its verbs. Run them on your own backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..backends.protocol import TrainerBackend
+from ..backends.protocol import CustomLoss, NormalizationMode, TrainerBackend
 from ..backends.types import AdamParams
 from ..datums.types import Datum
 from ..errors import (
@@ -20,7 +21,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..losses import CrossEntropy, Loss, get_loss
-from .subject import Subject
+from .under_test import BackendUnderTest
 
 __all__ = ["PROMISES", "check_backend"]
 
@@ -32,244 +33,241 @@ _MEANS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def scores_are_aligned(subject: Subject) -> None:
-    """One log-prob per target, none above 0; order does not matter; scoring changes nothing."""
-    with subject.backend() as backend:
-        data = subject.data()
-        outputs = backend.forward(data).result().loss_fn_outputs
-        found = [one["logprobs"].to_torch() for one in outputs]
-        assert [len(x) for x in found] == list(subject.lengths), "forward: not one log-prob per target token"
-        assert all(bool((x <= 0).all()) and bool(x.isfinite().all()) for x in found), "forward: these are no log-probs"
-        again = backend.forward(data[::-1]).result().loss_fn_outputs[::-1]
-        for i, (x, one) in enumerate(zip(found, again, strict=True)):
-            assert torch.allclose(x, one["logprobs"].to_torch(), atol=1e-4), f"forward: datum {i} depends on the others"
+def scores_are_aligned(under_test: BackendUnderTest) -> None:
+    """Each target has one log-prob, at most 0; the order of datums does not matter; scoring changes nothing."""
+    with under_test.backend() as backend:
+        data = under_test.data()
+        scores = _scores(backend, data)
+        assert [len(x) for x in scores] == list(under_test.lengths), "forward: not one log-prob per target token"
+        assert all(bool((x <= 0).all() and x.isfinite().all()) for x in scores), "forward: these are no log-probs"
+        for i, (x, again) in enumerate(zip(scores, _scores(backend, data[::-1])[::-1], strict=True)):
+            assert torch.allclose(x, again, atol=1e-4), f"forward: datum {i} depends on the others"
 
 
-def calls_add_up(subject: Subject) -> None:
-    """One call or several, in any order: the same update, for means too (or they are refused)."""
-    pairs = [subject.data()[i : i + 2] for i in range(0, len(subject.lengths), 2)]
+def calls_add_up(under_test: BackendUnderTest) -> None:
+    """One call or several, in any order, give the same update, for means too (or they are refused)."""
+    pairs = [under_test.data()[i : i + 2] for i in range(0, len(under_test.lengths), 2)]
     for name, config in _MEANS.items():
-
-        def script(backend: TrainerBackend, calls: Sequence[list[Datum]], name: str = name) -> None:
-            for call in calls:
-                backend.forward_backward(call, name, _MEANS[name]).result()
-            backend.optim_step(subject.params).result()
-
-        whole = subject.after(lambda b, s=script: s(b, [subject.data()]))  # type: ignore[misc]
+        expected = under_test.after(partial(_train, under_test, [under_test.data()], name, config))
         try:
-            split = subject.after(lambda b, s=script: s(b, pairs[::-1]))  # type: ignore[misc]
+            split = under_test.after(partial(_train, under_test, pairs[::-1], name, config))
         except UnsupportedError:
             continue
-        subject.require_same(f"{name} {dict(config)} in {len(pairs)} calls", whole, split)
+        under_test.require_same(f"{name} {dict(config)} in {len(pairs)} calls", expected, split)
 
 
-def functions_cost_no_meaning(subject: Subject) -> None:
-    """A function gives the update of the registered loss with the same maths."""
+def functions_match_registered_losses(under_test: BackendUnderTest) -> None:
+    """A custom function gives the update of the registered loss that it computes."""
+
+    def custom_step(function: CustomLoss, backend: TrainerBackend) -> None:
+        backend.forward_backward_custom(under_test.data(), function).result()
+        backend.optim_step(under_test.params).result()
+
     for name, config in _MEANS.items():
-        loss = get_loss(name, config)
-
-        def function(data: Sequence[Any], logprobs: list[Tensor], loss: Loss = loss) -> tuple[Tensor, dict[str, float]]:
-            value, metrics = loss(data, logprobs)
-            return value, dict(metrics)
-
-        def by_name(backend: TrainerBackend, name: str = name) -> None:
-            backend.forward_backward(subject.data(), name, _MEANS[name]).result()
-            backend.optim_step(subject.params).result()
-
-        def by_function(backend: TrainerBackend, function: Any = function) -> None:
-            backend.forward_backward_custom(subject.data(), function).result()
-            backend.optim_step(subject.params).result()
-
-        subject.require_same(f"{name} as a function", subject.after(by_name), subject.after(by_function))
+        expected = under_test.after(partial(_train, under_test, [under_test.data()], name, config))
+        custom = under_test.after(partial(custom_step, _as_function(get_loss(name, config))))
+        under_test.require_same(f"{name} as a function", expected, custom)
 
 
-def gradients_are_the_losses(subject: Subject) -> None:
+def gradients_match_the_loss(under_test: BackendUnderTest) -> None:
     """A step along the gradient lowers the loss by its squared norm, to first order: no factor and no sign is lost."""
-    with subject.backend() as backend:
+    data = under_test.data()
+    with under_test.backend() as backend:
         for name in ("cross_entropy", "ppo"):
-            data = subject.data()
-
-            def value(name: str = name, data: list[Datum] = data) -> float:
-                return backend.forward(data, name).result().metrics["loss:sum"]
-
             backend.forward_backward(data, name).result()
-            # No moments and a large eps: the update is learning_rate / eps times the gradient.
-            still = AdamParams(learning_rate=0.0, beta1=0.0, beta2=0.0, eps=1e6)
-            norm = backend.optim_step(still).result().metrics["grad_norm"]
-            before, size = value(), 1e-3 * sum(subject.lengths) / norm**2
+            norm = backend.optim_step(_plain_descent(0.0)).result().metrics["grad_norm"]
+            before = backend.forward(data, name).result().metrics["loss:sum"]
+            size = 1e-3 * sum(under_test.lengths) / norm**2
             backend.forward_backward(data, name).result()
-            moving = AdamParams(learning_rate=1e6 * size, beta1=0.0, beta2=0.0, eps=1e6)
-            backend.optim_step(moving).result()
-            fallen = (before - value()) / (size * norm**2)
-            assert 0.9 < fallen < 1.1, f"{name}: the loss fell by {fallen:.3f} times what its gradient says"
+            backend.optim_step(_plain_descent(size)).result()
+            decrease = before - backend.forward(data, name).result().metrics["loss:sum"]
+            ratio = decrease / (size * norm**2)
+            assert 0.9 < ratio < 1.1, f"{name}: the loss fell by {ratio:.3f} times what its gradient says"
 
 
-def every_token_counts(subject: Subject) -> None:
+def every_token_counts(under_test: BackendUnderTest) -> None:
     """Trained alone, the first and the last token of a datum each become likelier."""
-    datum = subject.data()[0]
-    for place in (0, len(datum.model_input) - 1):
-        alone = datum.with_inputs(weights=torch.eye(len(datum.model_input))[place])
-        with subject.backend() as backend:
-
-            def logprob(place: int = place) -> float:
-                return float(backend.forward([datum]).result().loss_fn_outputs[0]["logprobs"].to_torch()[place])
-
-            before = logprob()
-            backend.forward_backward([alone], "cross_entropy").result()
-            backend.optim_step(subject.params).result()
-            assert logprob() > before, f"target token {place} was trained alone and is not likelier than before"
+    datum = under_test.data()[0]
+    for position in (0, len(datum.model_input) - 1):
+        one_token = datum.with_inputs(weights=torch.eye(len(datum.model_input))[position])
+        with under_test.backend() as backend:
+            before = _scores(backend, [datum])[0][position]
+            _train(under_test, [[one_token]], "cross_entropy", None, backend)
+            after = _scores(backend, [datum])[0][position]
+            assert after > before, f"target token {position} was trained alone and is not likelier than before"
 
 
-def one_normalizer(subject: Subject) -> None:
+def one_normalizer(under_test: BackendUnderTest) -> None:
     """A raw sum divided at the step is the mean; a mean is not divided again."""
-    sums = {"num_loss_tokens": "token_mean", "num_sequences": "sequence_mean_token_sum"}
 
-    def script(aggregation: str, mode: Any) -> Callable[[TrainerBackend], object]:
-        def run(backend: TrainerBackend) -> None:
-            backend.forward_backward(subject.data(), CrossEntropy(aggregation)).result()
-            backend.optim_step(subject.params, mode).result()
+    def script(aggregation: str, mode: NormalizationMode, backend: TrainerBackend) -> None:
+        backend.forward_backward(under_test.data(), CrossEntropy(aggregation)).result()
+        backend.optim_step(under_test.params, mode).result()
 
-        return run
-
-    for mode, mean in sums.items():
+    modes: dict[NormalizationMode, str] = {
+        "num_loss_tokens": "token_mean",
+        "num_sequences": "sequence_mean_token_sum",
+    }
+    for mode, mean in modes.items():
         try:
-            divided = subject.after(script("sum", mode))
+            divided = under_test.after(partial(script, "sum", mode))
         except UnsupportedError:
             continue
-        subject.require_same(f"sum with {mode}", subject.after(script(mean, None)), divided)
-    with subject.backend() as backend:
-        backend.forward_backward(subject.data(), CrossEntropy("token_mean")).result()
-        _must_raise(
-            DoubleNormalizationError,
-            "a mean with num_loss_tokens",
-            lambda: backend.optim_step(subject.params, "num_loss_tokens").result(),
-        )
+        under_test.require_same(f"sum with {mode}", under_test.after(partial(script, mean, None)), divided)
+    with under_test.backend() as backend:
+        divide_twice = partial(script, "token_mean", "num_loss_tokens", backend)
+        _must_raise(DoubleNormalizationError, "a mean with num_loss_tokens", divide_twice)
 
 
-def nothing_trained_changes_nothing(subject: Subject) -> None:
+def zero_weights_change_nothing(under_test: BackendUnderTest) -> None:
     """With all weights zero there is no step, and no NaN."""
-    start = subject.after(lambda _: None)
+    start = under_test.after(lambda _: None)
 
     def script(backend: TrainerBackend) -> None:
-        silent = [d.with_inputs(weights=torch.zeros(len(d.model_input))) for d in subject.data()]
-        metrics = backend.forward_backward(silent, "cross_entropy").result().metrics
+        untrained = [d.with_inputs(weights=torch.zeros(len(d.model_input))) for d in under_test.data()]
+        metrics = backend.forward_backward(untrained, "cross_entropy").result().metrics
         assert metrics["loss:sum"] == 0.0, f"all weights are 0 and the loss is {metrics['loss:sum']}"
-        assert not backend.optim_step(subject.params).result().stepped, "all weights are 0 and a step was made"
+        assert not backend.optim_step(under_test.params).result().stepped, "all weights are 0 and a step was made"
 
-    assert torch.equal(start, subject.after(script)), "all weights are 0 and the weights changed"
+    assert torch.equal(start, under_test.after(script)), "all weights are 0 and the weights changed"
 
 
-def failures_are_felt(subject: Subject) -> None:
-    """After a failed gradient no step is made until its error is read; then training goes on as if it had not been."""
-    good, bad = subject.data(), subject.data()[:1]
+def failed_calls_block_the_step(under_test: BackendUnderTest) -> None:
+    """After a failed call no step is made until its error has been retrieved; the failed call adds no gradient."""
+    data = under_test.data()
 
-    def script(backend: TrainerBackend, fail: bool) -> None:
-        backend.forward_backward(good, "dpo").result()
+    def script(fail: bool, backend: TrainerBackend) -> None:
+        backend.forward_backward(data, "dpo").result()
         if fail:
-            failed = backend.forward_backward(bad, "dpo")
-            _must_raise(
-                PrecedingOperationFailed,
-                "a step after a failure",
-                lambda: backend.optim_step(subject.params).result(),
-            )
-            assert isinstance(failed.exception(), PullbackError), "half a pair did not fail"
-        backend.optim_step(subject.params).result()
+            half_a_pair = backend.forward_backward(data[:1], "dpo")
+            step = partial(backend.optim_step, under_test.params)
+            _must_raise(PrecedingOperationFailed, "a step after a failure", lambda: step().result())
+            assert isinstance(half_a_pair.exception(), PullbackError), "half a pair did not fail"
+        backend.optim_step(under_test.params).result()
 
-    clean, after = (subject.after(lambda b, f=fail: script(b, f)) for fail in (False, True))  # type: ignore[misc]
-    subject.require_same("a step after a failure that was read", clean, after)
+    undisturbed, after_failure = (under_test.after(partial(script, fail)) for fail in (False, True))
+    under_test.require_same("a step after a failure whose error was retrieved", undisturbed, after_failure)
 
 
-def mistakes_are_refused(subject: Subject) -> None:
+def mistakes_are_refused(under_test: BackendUnderTest) -> None:
     """Unknown losses and keys, missing inputs, bad tokens and functions without a gradient raise and change nothing."""
-    data = subject.data()
-    bare = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data]
-    with subject.backend() as backend:
-        before = subject.probe(backend)
+    data = under_test.data()
+    only_targets = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data]
+    short_weights = [data[0].with_inputs(weights=[1.0])]
+    with under_test.backend() as backend:
+        train, train_custom = backend.forward_backward, backend.forward_backward_custom
+        before = under_test.probe(backend)
         mistakes: dict[str, Callable[[], Any]] = {
-            "an unknown loss": lambda: backend.forward_backward(data, "gpro"),
-            "an unknown key": lambda: backend.forward_backward(data, "dpo", {"btea": 1.0}),
-            "a missing input": lambda: backend.forward_backward(bare, "dpo"),
-            "short weights": lambda: backend.forward_backward([data[0].with_inputs(weights=[1.0])], "cross_entropy"),
-            "empty data": lambda: backend.forward_backward([], "cross_entropy"),
-            "a detached function": lambda: backend.forward_backward_custom(
-                data, lambda d, x: (x[0].sum().detach(), {})
-            ),
-            "a vector": lambda: backend.forward_backward_custom(data, lambda d, x: (x[0], {})),
+            "an unknown loss": lambda: train(data, "gpro").result(),
+            "an unknown key": lambda: train(data, "dpo", {"btea": 1.0}).result(),
+            "a missing input": lambda: train(only_targets, "dpo").result(),
+            "short weights": lambda: train(short_weights, "cross_entropy").result(),
+            "empty data": lambda: train([], "cross_entropy").result(),
+            "a detached function": lambda: train_custom(data, lambda d, x: (x[0].sum().detach(), {})).result(),
+            "a vector": lambda: train_custom(data, lambda d, x: (x[0], {})).result(),
         }
-        for words, mistake in mistakes.items():
-            _must_raise(PullbackError, words, lambda m=mistake: m().result())  # type: ignore[misc]
-        assert torch.equal(before, subject.probe(backend)), "a refused call changed the weights"
+        for what, mistake in mistakes.items():
+            _must_raise(PullbackError, what, mistake)
+        assert torch.equal(before, under_test.probe(backend)), "a refused call changed the weights"
 
 
-def checkpoints_hold_everything(subject: Subject) -> None:
-    """Uninterrupted = resumed with the optimizer, and both differ from a cold optimizer."""
-
-    def step(backend: TrainerBackend) -> None:
-        backend.forward_backward(subject.data(), "dpo").result()
-        backend.optim_step(subject.params).result()
-
-    with subject.backend() as backend:
+def checkpoints_hold_everything(under_test: BackendUnderTest) -> None:
+    """A run resumed with the optimizer continues as if uninterrupted; without the optimizer it does not."""
+    step = partial(_train, under_test, [under_test.data()], "dpo", None)
+    with under_test.backend() as backend:
         for _ in range(2):
             step(backend)
         path = backend.save_state("conformance").result().path
         step(backend)
-        uninterrupted = subject.probe(backend)
-        found = []
-        for load in (backend.load_state_with_optimizer, backend.load_state):
-            load(path).result()
-            step(backend)
-            found.append(subject.probe(backend))
-    resumed, cold = found
-    subject.require_same("a resumed run", uninterrupted, resumed)
+        uninterrupted = under_test.probe(backend)
+        backend.load_state_with_optimizer(path).result()
+        step(backend)
+        resumed = under_test.probe(backend)
+        backend.load_state(path).result()
+        step(backend)
+        cold = under_test.probe(backend)
+    under_test.require_same("a resumed run", uninterrupted, resumed)
     assert not torch.allclose(resumed, cold, rtol=0, atol=1e-6), "a cold optimizer makes the same step as a warm one"
 
 
-def the_end_is_honest(subject: Subject) -> None:
-    """A closed backend refuses work; a failure that nobody read is raised by close."""
-    backend = subject.make()
-    failed = backend.forward_backward(subject.data(), "gpro")
-    _must_raise(UnreadFailureError, "close with an unread failure", backend.close)
-    _must_raise(ClosedError, "a call after close", lambda: backend.forward(subject.data()).result())
-    assert failed.exception() is not None, "an unknown loss did not fail"
+def close_reports_failures(under_test: BackendUnderTest) -> None:
+    """Closing a backend raises an exception that was never retrieved; a closed backend refuses calls."""
+    backend = under_test.make()
+    unknown_loss = backend.forward_backward(under_test.data(), "gpro")
+    _must_raise(UnreadFailureError, "close with an unretrieved exception", backend.close)
+    _must_raise(ClosedError, "a call after close", lambda: backend.forward(under_test.data()).result())
+    assert unknown_loss.exception() is not None, "an unknown loss did not fail"
 
 
-PROMISES: Final[Mapping[str, Callable[[Subject], None]]] = {
+PROMISES: Final[Mapping[str, Callable[[BackendUnderTest], None]]] = {
     check.__name__: check
     for check in (
         scores_are_aligned,
         calls_add_up,
-        functions_cost_no_meaning,
-        gradients_are_the_losses,
+        functions_match_registered_losses,
+        gradients_match_the_loss,
         every_token_counts,
         one_normalizer,
-        nothing_trained_changes_nothing,
-        failures_are_felt,
+        zero_weights_change_nothing,
+        failed_calls_block_the_step,
         mistakes_are_refused,
         checkpoints_hold_everything,
-        the_end_is_honest,
+        close_reports_failures,
     )
 }
 
 
-def check_backend(subject: Subject) -> dict[str, str]:
-    """Examine a backend; return what is wrong, by promise (empty: nothing).
+def check_backend(under_test: BackendUnderTest) -> dict[str, str]:
+    """Check every promise; return what is wrong by promise, an empty dict if nothing is.
 
-    Each entry of `PROMISES` can be run alone, e.g. in a parametrized test; it raises AssertionError.
+    Each entry of `PROMISES` can also be run alone, for instance in a parametrized test; it raises AssertionError.
     """
-    found = {}
+    broken = {}
     for name, check in PROMISES.items():
         try:
-            check(subject)
-        except Exception as error:  # whatever a broken backend raises is a finding
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+            check(under_test)
+        except Exception as error:  # a broken backend may raise anything
+            broken[name] = f"{type(error).__name__}: {error}"
+    return broken
 
 
-def _must_raise(kind: type[Exception], words: str, work: Callable[[], object]) -> None:
+def _train(
+    under_test: BackendUnderTest,
+    calls: Sequence[Sequence[Datum]],
+    loss: str,
+    config: Mapping[str, Any] | None,
+    backend: TrainerBackend,
+) -> None:
+    """Accumulate the gradients of several calls and make one step."""
+    for call in calls:
+        backend.forward_backward(call, loss, config).result()
+    backend.optim_step(under_test.params).result()
+
+
+def _as_function(loss: Loss) -> CustomLoss:
+    """Return a plain function that computes a registered loss."""
+
+    def function(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        value, metrics = loss(data, logprobs)
+        return value, dict(metrics)
+
+    return function
+
+
+def _scores(backend: TrainerBackend, data: Sequence[Datum]) -> list[Tensor]:
+    return [output["logprobs"].to_torch() for output in backend.forward(data).result().loss_fn_outputs]
+
+
+def _plain_descent(size: float) -> AdamParams:
+    """Parameters with which an update is ``size`` times the gradient: no moments, and a large eps."""
+    return AdamParams(learning_rate=1e6 * size, beta1=0.0, beta2=0.0, eps=1e6)
+
+
+def _must_raise(kind: type[Exception], what: str, work: Callable[[], object]) -> None:
     try:
         work()
     except kind:
         return
     except Exception as error:
-        raise AssertionError(f"{words}: {type(error).__name__} instead of {kind.__name__}: {error}") from error
-    raise AssertionError(f"{words} did not raise {kind.__name__}")
+        raise AssertionError(f"{what}: {type(error).__name__} instead of {kind.__name__}: {error}") from error
+    raise AssertionError(f"{what} did not raise {kind.__name__}")

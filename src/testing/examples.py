@@ -1,4 +1,4 @@
-"""Datums for tests of backends: with every input that a registered loss may ask for."""
+"""Datums for tests of backends, with every input that a registered loss may ask for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["example_datums"]
 
 
 def example_datums(lengths: Sequence[int], seed: int = 0, vocab_size: int = 17, **extra: Any) -> list[Datum]:
-    """Return random datums; neighbours are pairs and prompt groups, the first position is not trained.
+    """Return random datums. Neighbours are pairs and share a group; the first position is not trained.
 
     Args:
-        lengths: tokens of each; an even number of them makes whole pairs.
-        seed: of everything.
+        lengths: tokens of each datum; an even number of datums makes whole pairs.
+        seed: of tokens and inputs.
         vocab_size: token ids are below it.
-        extra: more inputs, the same for all.
+        extra: more inputs, the same for all datums.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""How far a model's log-probs are from fp64: per dtype, ours and the textbook's, on the same hidden states."""
+"""How far a model's log-probs are from fp64, by dtype: `selected_logprobs` beside the textbook formula."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class NumericsRow:
     mean: float
 
     @classmethod
-    def of(cls, what: str, found: Tensor, truth: Tensor) -> NumericsRow:
-        """Compare."""
-        difference = (found.double() - truth.double()).abs().flatten()
+    def of(cls, what: str, logprobs: Tensor, exact: Tensor) -> NumericsRow:
+        """Compare log-probs with exact ones."""
+        difference = (logprobs.double() - exact.double()).abs().flatten()
         return cls(what, *(float(x) for x in (difference.max(), difference.quantile(0.99), difference.mean())))
 
 
@@ -45,7 +45,7 @@ class NumericsRow:
 def head_numerics(hidden: Tensor, head: Head, targets: Tensor, dtypes: Sequence[torch.dtype]) -> list[NumericsRow]:
     """Compare `selected_logprobs` and plain ``log_softmax`` with fp64, in each dtype.
 
-    Hidden states and weight are rounded to the dtype first, so that the truth is that of the same numbers.
+    Hidden states and weight are rounded to the dtype first, so that fp64 sees the same numbers.
 
     Args:
         hidden: [N, H], of a real model.
@@ -55,13 +55,12 @@ def head_numerics(hidden: Tensor, head: Head, targets: Tensor, dtypes: Sequence[
     """
     rows = []
     for dtype in dtypes:
-        h, own = hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
-        exact = own._replace(weight=own.weight.double())
-        truth = selected_logprobs(h.double(), exact, targets)
-        plain = torch.log_softmax((h @ own.weight.T).float() * head.scale, -1).gather(-1, targets[:, None])[:, 0]
+        h, rounded = hidden.to(dtype), head._replace(weight=head.weight.to(dtype))
+        exact = selected_logprobs(h.double(), rounded._replace(weight=rounded.weight.double()), targets)
+        plain = torch.log_softmax((h @ rounded.weight.T).float() * head.scale, -1).gather(-1, targets[:, None])[:, 0]
         name = str(dtype).removeprefix("torch.")
-        rows.append(NumericsRow.of(f"head, {name}, selected_logprobs", selected_logprobs(h, own, targets), truth))
-        rows.append(NumericsRow.of(f"head, {name}, log_softmax", plain, truth))
+        rows.append(NumericsRow.of(f"head, {name}, selected_logprobs", selected_logprobs(h, rounded, targets), exact))
+        rows.append(NumericsRow.of(f"head, {name}, log_softmax", plain, exact))
     return rows
 
 
@@ -71,17 +70,15 @@ def model_numerics(exact: CausalLM, others: dict[str, Any], data: Sequence[Datum
 
     Args:
         exact: the model in fp64.
-        others: name to the same model in another dtype, or a function that returns log-probs of all targets.
+        others: name -> the same model in another dtype, or a function of score requests that returns all log-probs.
         data: datums.
     """
     requests = [ScoreRequest.of(datum) for datum in data]
-    truth = score(exact, requests, "single")
+    expected = score(exact, requests, "single")
     rows = []
     for name, model in others.items():
-        found = (
-            model(requests) if callable(model) and not isinstance(model, CausalLM) else score(model, requests, "single")
-        )
-        rows.append(NumericsRow.of(name, found, truth))
+        logprobs = score(model, requests, "single") if isinstance(model, CausalLM) else model(requests)
+        rows.append(NumericsRow.of(name, logprobs, expected))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Closed-form cotangents, dL/dlogprob, as plain loops over sequences and tokens: no autograd, nothing of `losses`."""
+"""Closed-form cotangents, dL/dlogprob, as plain loops over sequences and tokens, independent of autograd and `losses`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Cotangent = list[list[float]]
 
 
 def scale(case: Case, aggregation: str, length: float = 1.0) -> Callable[[CaseSequence], float]:
-    """Return the factor c / D of a token, by its sequence."""
+    """Return a function from a sequence to the factor c / D of its tokens."""
     counts = [len(s.trained()) for s in case.sequences]
     trained = [s for s in case.sequences if s.trained()]
     groups = {s.group for s in trained}
@@ -46,7 +46,7 @@ def cross_entropy(case: Case, aggregation: str, length: float = 1.0) -> Cotangen
 def grpo(
     case: Case,
     aggregation: str = "token_mean",
-    band: tuple[float, float] | None = (0.8, 1.2),
+    clip_range: tuple[float, float] | None = (0.8, 1.2),
     beta: float = 0.0,
     kl: str = "reverse",
     ratio: bool = True,
@@ -62,7 +62,7 @@ def grpo(
         anchor = s.old_logprobs if case.with_old else s.rollout_logprobs
         r = math.exp(s.logprobs[j] - anchor[j]) if ratio else 1.0
         a = s.advantages[j]
-        clipped = band is not None and ((a > 0 and r > band[1]) or (a < 0 and r < band[0]))
+        clipped = clip_range is not None and ((a > 0 and r > clip_range[1]) or (a < 0 and r < clip_range[0]))
         d = s.logprobs[j] - s.ref_logprobs[j]
         slope = {"reverse": d, "k2": d, "k3": 1 - math.exp(-d), "k1": 1.0, "none": 0.0}[kl]
         policy = 0.0 if clipped else -r * a
@@ -73,19 +73,21 @@ def grpo(
 
 def dpo(case: Case, beta: float = 0.1, smoothing: float = 0.0) -> Cotangent:
     """``-+ beta w [(1 - e) sigmoid(-z) - e sigmoid(z)] / P``."""
-    pairs, found = len(case.sequences) // 2, []
+    pairs = len(case.sequences) // 2
+    cotangents: Cotangent = []
     for p in range(pairs):
         chosen, rejected = case.sequences[2 * p], case.sequences[2 * p + 1]
         z = beta * (_shift(chosen) - _shift(rejected))
         slope = -(1 - smoothing) * _sigmoid(-z) + smoothing * _sigmoid(z)
-        found.append([beta * slope * w / pairs if w else 0.0 for w in chosen.weights])
-        found.append([-beta * slope * w / pairs if w else 0.0 for w in rejected.weights])
-    return found
+        cotangents.append([beta * slope * w / pairs if w else 0.0 for w in chosen.weights])
+        cotangents.append([-beta * slope * w / pairs if w else 0.0 for w in rejected.weights])
+    return cotangents
 
 
 def orpo(case: Case, lam: float = 0.1, max_prob: float = 1 - 1e-4) -> Cotangent:
     """``w / sum(w) / P`` times ``-1 - lam sigmoid(-z) / (1 - p)`` (chosen) or ``lam sigmoid(-z) / (1 - p)`` (rejected)."""
-    pairs, found = len(case.sequences) // 2, []
+    pairs = len(case.sequences) // 2
+    cotangents: Cotangent = []
     for p in range(pairs):
         chosen, rejected = case.sequences[2 * p], case.sequences[2 * p + 1]
         a, b = _mean(chosen), _mean(rejected)
@@ -93,19 +95,19 @@ def orpo(case: Case, lam: float = 0.1, max_prob: float = 1 - 1e-4) -> Cotangent:
         da = -1 - lam * slope / (1 - min(math.exp(a), max_prob))
         db = lam * slope / (1 - min(math.exp(b), max_prob))
         for s, d in ((chosen, da), (rejected, db)):
-            found.append([d * w / sum(s.weights) / pairs if w else 0.0 for w in s.weights])
-    return found
+            cotangents.append([d * w / sum(s.weights) / pairs if w else 0.0 for w in s.weights])
+    return cotangents
 
 
 def finite_differences(value: Callable[[list[float]], float], at: list[float], step: float = 1e-6) -> list[float]:
-    """Central differences of ``value`` in every coordinate."""
-    found = []
+    """Return the central differences of ``value`` in every coordinate."""
+    slopes = []
     for i in range(len(at)):
         ahead, behind = list(at), list(at)
         ahead[i] += step
         behind[i] -= step
-        found.append((value(ahead) - value(behind)) / (2 * step))
-    return found
+        slopes.append((value(ahead) - value(behind)) / (2 * step))
+    return slopes
 
 
 def _shift(s: CaseSequence) -> float:

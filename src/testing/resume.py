@@ -1,4 +1,4 @@
-"""verify_resume: does a checkpoint hold everything that the next step depends on?"""
+"""Whether a checkpoint holds everything that the next step depends on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["verify_resume"]
 def verify_resume(
     make: Callable[[], TorchBackend], step: Callable[[TorchBackend], object], *, name: str = "verify-resume"
 ) -> None:
-    """Compare three arms after two steps and a third: uninterrupted, resumed, and resumed with a cold optimizer.
+    """Compare three runs after two steps and a third: uninterrupted, resumed, and resumed with a cold optimizer.
 
     Args:
-        make: a fresh backend, the same each time, all with one ``checkpoint_dir``.
-        step: one gradient operation and one ``optim_step``, the same each time.
+        make: returns a fresh backend, the same each time; all share one ``checkpoint_dir``.
+        step: makes one gradient call and one ``optim_step``, the same each time.
         name: of the checkpoint that is written (and overwritten).
 
     Raises:
-        AssertionError: unless uninterrupted == resumed (bit for bit) and both differ from cold.
+        AssertionError: the resumed run differs from the uninterrupted one in any bit, or equals the cold one.
     """
     uninterrupted = make()
     for _ in range(2):

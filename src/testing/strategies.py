@@ -1,4 +1,4 @@
-"""hypothesis strategies for losses (needs the extra ``test``). Import this module by name; nothing else imports it."""
+"""Hypothesis strategies for losses. They need the extra ``test``; nothing else imports this module."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _JUNK = (math.nan, math.inf, -math.inf, 7.0)
 def sequences(
     draw: st.DrawFn, *, low: float = -6.0, high: float = -0.05, junk: bool = True, empty: bool = False
 ) -> CaseSequence:
-    """One sequence of 1 to 5 tokens, with NaN, inf and nonsense in its untrained positions.
+    """Draw one sequence of 1 to 5 tokens, with NaN, inf and arbitrary numbers at its untrained positions.
 
     Args:
         low, high: smallest and largest log-prob.
-        junk: put nonsense where nothing is trained.
+        junk: fill untrained positions with values that must have no effect.
         empty: allow a sequence without a trained token.
     """
     length = draw(st.integers(1, 5))
@@ -30,10 +30,10 @@ def sequences(
         weights[draw(st.integers(0, length - 1))] = 1.0
 
     def numbers(smallest: float, largest: float) -> list[float]:
-        drawn = draw(st.lists(st.floats(smallest, largest), min_size=length, max_size=length))
+        values = draw(st.lists(st.floats(smallest, largest), min_size=length, max_size=length))
         if junk:
-            return [x if w else draw(st.sampled_from(_JUNK)) for x, w in zip(drawn, weights, strict=True)]
-        return drawn
+            return [x if w else draw(st.sampled_from(_JUNK)) for x, w in zip(values, weights, strict=True)]
+        return values
 
     return CaseSequence(
         logprobs=numbers(low, high),
@@ -48,8 +48,8 @@ def sequences(
 
 @st.composite
 def cases(draw: st.DrawFn, *, low: float = -6.0, high: float = -0.05, junk: bool = True, empty: bool = False) -> Case:
-    """Two to six sequences, an even number (neighbours are pairs); see `sequences`."""
+    """Draw two, four or six sequences, of which neighbours are pairs; see `sequences`."""
     pairs = draw(st.integers(1, 3))
-    one = sequences(low=low, high=high, junk=junk, empty=empty)
-    drawn = draw(st.lists(one, min_size=2 * pairs, max_size=2 * pairs))
+    sequence = sequences(low=low, high=high, junk=junk, empty=empty)
+    drawn = draw(st.lists(sequence, min_size=2 * pairs, max_size=2 * pairs))
     return Case(tuple(drawn), with_old=draw(st.booleans()))

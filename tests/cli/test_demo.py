@@ -9,11 +9,11 @@ import pytest
 from helpers import distance, weights_of
 from servers import SDK_WARNINGS, served
 
+from pullback.cli.demo.backends import native
+from pullback.cli.demo.backends import served as connected
 from pullback.cli.demo.models import tiny
 from pullback.cli.demo.objectives import objectives
 from pullback.cli.demo.run import NAMES
-from pullback.cli.demo.starts import native
-from pullback.cli.demo.starts import served as connected
 from pullback.service import Tenants, serving
 
 pytestmark = SDK_WARNINGS
@@ -25,10 +25,10 @@ SAMPLE = ("sft", "grpo")
 def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Over 20 steps every metric, then the held-out figures and the adapters: they agree to 1e-5 in fp32."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    studio = tiny("cpu")
-    tenants = Tenants(studio.base, tmp_path)
-    with serving(tenants) as url, connected(studio, url) as remote, native(studio) as backend:
-        (ours,), (theirs,) = objectives(studio, 0, [name]), objectives(studio, 0, [name])
+    model = tiny("cpu")
+    tenants = Tenants(model.base, tmp_path)
+    with serving(tenants) as url, connected(model, url) as remote, native(model) as backend:
+        (ours,), (theirs,) = objectives(model, 0, [name]), objectives(model, 0, [name])
         ours.prepare(backend)
         theirs.prepare(remote)
         for step in range(STEPS):

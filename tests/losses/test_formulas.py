@@ -80,14 +80,14 @@ def test_kl_gradient_modes(kl: KL, form: str, importance: bool, case: Case) -> N
 def test_sums_of_the_protocol(case: Case) -> None:
     """ppo and importance_sampling are sums over tokens."""
     assert agrees(PPO(), case, oracles.grpo(case, "sum"))
-    assert agrees(ImportanceSampling(), case, oracles.grpo(case, "sum", band=None))
+    assert agrees(ImportanceSampling(), case, oracles.grpo(case, "sum", clip_range=None))
 
 
 @given(case=cases())
 def test_seed_preset(case: Case) -> None:
     """The acknowledged preset has its KL as k1 in the loss: a constant on every token."""
     expected = oracles.grpo(
-        case, "sequence_mean_token_sum", band=None, beta=0.001, kl="k1", ratio=False, importance=False
+        case, "sequence_mean_token_sum", clip_range=None, beta=0.001, kl="k1", ratio=False, importance=False
     )
     assert agrees(preset("seed:grpo"), case, expected)
 

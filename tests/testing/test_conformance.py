@@ -33,7 +33,7 @@ from pullback.backends.remote.capabilities import detect
 from pullback.cli import main
 from pullback.datums import Datum, ModelInput
 from pullback.losses import get_loss
-from pullback.testing import PROMISES, Subject, TinyLM, check_backend
+from pullback.testing import PROMISES, BackendUnderTest, TinyLM, check_backend
 
 DATA = make_data([5, 3, 7, 4])
 
@@ -41,7 +41,7 @@ DATA = make_data([5, 3, 7, 4])
 @pytest.mark.parametrize("promise", PROMISES)
 def test_the_fake_backend(promise: str) -> None:
     """On a table, in closed form."""
-    PROMISES[promise](Subject(FakeBackend))
+    PROMISES[promise](BackendUnderTest(FakeBackend))
 
 
 @pytest.mark.parametrize("promise", PROMISES)
@@ -55,13 +55,15 @@ def test_the_native_backend(promise: str, model: str, tmp_path: Path) -> None:
     }
     count = itertools.count()
     PROMISES[promise](
-        Subject(lambda: TorchBackend(makers[model](), checkpoint_dir=tmp_path / str(next(count)), token_budget=12))
+        BackendUnderTest(
+            lambda: TorchBackend(makers[model](), checkpoint_dir=tmp_path / str(next(count)), token_budget=12)
+        )
     )
 
 
 @pytest.fixture
-def connected(url: str, service: Any) -> Callable[[bool], Subject]:
-    def subject(deferred: bool) -> Subject:
+def connected(url: str, service: Any) -> Callable[[bool], BackendUnderTest]:
+    def under_test(deferred: bool) -> BackendUnderTest:
         def make() -> Any:
             capabilities = detect(url, KEY, "tiny")
             return pullback.connect(
@@ -73,15 +75,15 @@ def connected(url: str, service: Any) -> Callable[[bool], Subject]:
                 defer_backward=deferred,
             )
 
-        return Subject(make)
+        return BackendUnderTest(make)
 
-    return subject
+    return under_test
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("promise", PROMISES)
 @pytest.mark.parametrize("deferred", [False, True], ids=["sent", "held"])
-def test_the_remote_backend(connected: Callable[[bool], Subject], promise: str, deferred: bool) -> None:
+def test_the_remote_backend(connected: Callable[[bool], BackendUnderTest], promise: str, deferred: bool) -> None:
     """Over HTTP, by the official SDK, on our own service."""
     PROMISES[promise](connected(deferred))
 
@@ -238,16 +240,16 @@ def _functions_doubled(patch: pytest.MonkeyPatch) -> None:
 
 BUGS = {
     "calls_add_up": _each_call_by_its_own_count,
-    "gradients_are_the_losses": _sign,
+    "gradients_match_the_loss": _sign,
     "every_token_counts": _first_token_lost,
     "one_normalizer": _normalisation_ignored,
-    "failures_are_felt": _failures_forgotten,
+    "failed_calls_block_the_step": _failures_forgotten,
     "checkpoints_hold_everything": _moments_not_saved,
     "mistakes_are_refused": _keys_ignored,
-    "nothing_trained_changes_nothing": _steps_on_nothing,
+    "zero_weights_change_nothing": _steps_on_nothing,
     "scores_are_aligned": _rows_leak,
-    "the_end_is_honest": _never_closes,
-    "functions_cost_no_meaning": _functions_doubled,
+    "close_reports_failures": _never_closes,
+    "functions_match_registered_losses": _functions_doubled,
 }
 
 
@@ -256,13 +258,13 @@ def test_a_broken_promise_is_noticed(promise: str, monkeypatch: pytest.MonkeyPat
     """Negative controls: a bug for every promise."""
     assert set(BUGS) == set(PROMISES)
     BUGS[promise](monkeypatch)
-    assert promise in check_backend(Subject(FakeBackend))
+    assert promise in check_backend(BackendUnderTest(FakeBackend))
 
 
 def test_a_double_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: an update that is applied twice is not what the gradient says."""
     _applied_twice(monkeypatch)
-    assert "gradients_are_the_losses" in check_backend(Subject(FakeBackend))
+    assert "gradients_match_the_loss" in check_backend(BackendUnderTest(FakeBackend))
 
 
 def test_native_and_fake_say_the_same_of_a_step() -> None:

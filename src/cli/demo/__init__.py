@@ -1,7 +1,33 @@
-"""The demo: four objectives on a real model, through the backend protocol alone."""
+"""``pullback demo``: four objectives on a real model, through the backend protocol alone."""
 
 from __future__ import annotations
 
-from .run import main
+import argparse
+from typing import Any
 
-__all__ = ["main"]
+from ..models import MODEL_HELP
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to a parser."""
+    parser = commands.add_parser("demo", help="train SFT, DPO, ORPO and GRPO on a real model")
+    parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
+    parser.add_argument(
+        "--backend", choices=("native", "remote"), default="native", help="remote: on a service, started for the demo"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="time that the demo may take, without installation (default 12)"
+    )
+    parser.add_argument("--only", help="some of sft,dpo,orpo,grpo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", default="demo-results", help="folder for the picture and the figures")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .run import main  # it needs rich and matplotlib, which the other commands do without
+
+    return main(arguments)

@@ -1,4 +1,4 @@
-"""The four objectives: what one step does, and what is measured on the held-out set. Only the protocol is used."""
+"""The four objectives: what one step does, and what is measured on the held-out set, by the backend protocol alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...backends import AdamParams, Rollout, SamplingParams, with_reference
 from ...backends.protocol import PolicyBackend
 from ...datums import Datum, ModelInput, datum_from_prompt_completion, datum_from_rollout, preference_pair
 from ...losses import DPO, GRPO, KL, ORPO, Loss, group_advantages, kl_value, recipe
-from .models import Studio
+from .models import DemoModel
 from .tasks import Pair, Sum, Text, documentation, preferences, sum_prompts
 
 __all__ = ["Objective", "objectives"]
@@ -23,13 +23,14 @@ _WARM_UP = 4
 
 
 class Objective(ABC):
-    """One thing to optimise.
+    """One training objective of the demo.
 
     Attributes:
         name, title: short and long.
-        measure: the held-out figure that must improve; ``better`` is +1 if it should rise.
+        measure, unit: the held-out figure that must improve.
+        better: +1 if it should rise, -1 if it should fall.
         steps: fewest and most.
-        share: of the time.
+        share: of the demo's time.
     """
 
     name: str
@@ -50,17 +51,17 @@ class Objective(ABC):
         """Measure the held-out set."""
 
     def prepare(self, backend: PolicyBackend) -> None:  # noqa: B027  # most objectives need nothing
-        """Do once, on base weights, what all steps and evaluations need."""
+        """Compute on the base weights, once, what all steps and evaluations need."""
 
     def params(self, step: int, steps: int) -> AdamParams:
-        """Warm up, then fall linearly to a tenth."""
-        warm = min(1.0, (step + 1) / _WARM_UP)
-        fall = 1.0 - 0.9 * max(0, step - _WARM_UP) / max(1, steps - _WARM_UP)
-        return AdamParams(self.learning_rate * min(warm, fall), 0.9, 0.99, 1e-8, 0.0, 1.0)
+        """Return the parameters of a step: the learning rate warms up, then falls linearly to a tenth."""
+        warm_up = min(1.0, (step + 1) / _WARM_UP)
+        decay = 1.0 - 0.9 * max(0, step - _WARM_UP) / max(1, steps - _WARM_UP)
+        return AdamParams(self.learning_rate * min(warm_up, decay), 0.9, 0.99, 1e-8, 0.0, 1.0)
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    """Go round and round in order."""
+    """Yield batches in order, starting again at the end."""
     endless = cycle(items)
     while True:
         yield list(islice(endless, size))
@@ -73,17 +74,17 @@ class Sft(Objective):
     name, title, measure, unit, better = "sft", "SFT: cross-entropy", "nll", "held-out NLL, nats per token", -1
     steps, share = (8, 30), 0.2
 
-    def __init__(self, studio: Studio, seed: int) -> None:
-        self.learning_rate = 2e-3 * studio.learning_rate
+    def __init__(self, model: DemoModel, seed: int) -> None:
+        self.learning_rate = 2e-3 * model.learning_rate
         self._loss, self._normalization = recipe("sft")
         split = documentation(seed)
 
         def datum(item: Text | Pair) -> Datum:
             assert isinstance(item, Text)
-            tokens = studio.encode(item.completion)[: studio.max_text_tokens]
-            return datum_from_prompt_completion(studio.encode(studio.chat(item.prompt)), tokens)
+            tokens = model.encode(item.completion)[: model.max_text_tokens]
+            return datum_from_prompt_completion(model.encode(model.chat(item.prompt)), tokens)
 
-        self._held = [datum(item) for item in split.held_out]
+        self._held_out = [datum(item) for item in split.held_out]
         self._batches = batches([datum(item) for item in split.train[:400]], 8)
 
     def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
@@ -92,7 +93,7 @@ class Sft(Objective):
         return result.metrics
 
     def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
-        return {"nll": backend.forward(self._held).result().metrics["nll:mean"]}
+        return {"nll": backend.forward(self._held_out).result().metrics["nll:mean"]}
 
 
 @final
@@ -101,15 +102,15 @@ class Preference(Objective):
 
     measure, unit, better = "margin", "held-out margin", 1
 
-    def __init__(self, studio: Studio, seed: int, name: str) -> None:
+    def __init__(self, model: DemoModel, seed: int, name: str) -> None:
         self.name = name
         self.title = {"dpo": "DPO: beta = 0.1", "orpo": "ORPO: lambda = 0.5"}[name]
         self.steps, self.share = {"dpo": ((8, 24), 0.17), "orpo": ((8, 24), 0.13)}[name]
-        self.learning_rate = {"dpo": 1e-3, "orpo": 2e-3}[name] * studio.learning_rate
+        self.learning_rate = {"dpo": 1e-3, "orpo": 2e-3}[name] * model.learning_rate
         self._loss: Loss = DPO(0.1) if name == "dpo" else ORPO(0.5)
-        split = preferences(seed, wrong_numbers=studio.adds)
-        self._held = self._datums(studio, split.held_out)
-        self._train = self._datums(studio, split.train[:200])
+        split = preferences(seed, wrong_numbers=model.adds)
+        self._held_out = self._datums(model, split.held_out)
+        self._train = self._datums(model, split.train[:200])
         self._batches = batches(self._train, 16)
 
     def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
@@ -118,24 +119,24 @@ class Preference(Objective):
         return result.metrics
 
     def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
-        metrics = backend.forward(self._held, self._loss).result().metrics
+        metrics = backend.forward(self._held_out, self._loss).result().metrics
         return {"margin": metrics["margin:mean"], "accuracy": metrics["accuracy:mean"]}
 
     def prepare(self, backend: PolicyBackend) -> None:
         """Let the reference score every pair once."""
         if "ref_logprobs" in self._loss.required_inputs:
-            scored = with_reference([*self._held, *self._train], backend.reference())
-            self._held, self._train = scored[: len(self._held)], scored[len(self._held) :]
+            scored = with_reference([*self._held_out, *self._train], backend.reference())
+            self._held_out, self._train = scored[: len(self._held_out)], scored[len(self._held_out) :]
         self._batches = batches(self._train, 16)
 
-    def _datums(self, studio: Studio, items: Sequence[Text | Pair]) -> list[Datum]:
-        found: list[Datum] = []
+    def _datums(self, model: DemoModel, items: Sequence[Text | Pair]) -> list[Datum]:
+        data: list[Datum] = []
         for item in items:
             assert isinstance(item, Pair)
-            prompt = studio.encode(studio.chat(item.prompt))
-            chosen, rejected = (studio.encode(text + studio.end) for text in (item.chosen, item.rejected))
-            found += preference_pair(prompt, chosen, rejected)
-        return found
+            prompt = model.encode(model.chat(item.prompt))
+            chosen, rejected = (model.encode(text + model.end) for text in (item.chosen, item.rejected))
+            data += preference_pair(prompt, chosen, rejected)
+        return data
 
 
 @final
@@ -146,21 +147,21 @@ class Rl(Objective):
     steps, share = (8, 30), 0.5
     prompts_per_step, samples = 4, 8
 
-    def __init__(self, studio: Studio, seed: int) -> None:
-        self.learning_rate = 1e-3 * studio.learning_rate
-        self._studio, self._seed, self._draws = studio, seed, 0
+    def __init__(self, model: DemoModel, seed: int) -> None:
+        self.learning_rate = 1e-3 * model.learning_rate
+        self._model, self._seed, self._steps_taken = model, seed, 0
         self._loss, self._normalization = GRPO(kl=KL("k3", 0.04), aggregation="sum"), recipe("grpo").normalization
-        train, self._held = sum_prompts(seed)
+        train, self._held_out = sum_prompts(seed)
         self._batches = batches(train, self.prompts_per_step)
 
     def params(self, step: int, steps: int) -> AdamParams:
-        """Warm up, then constant."""
+        """Return the parameters of a step: the learning rate warms up, then stays constant."""
         return AdamParams(self.learning_rate * min(1.0, (step + 1) / 3), 0.9, 0.99, 1e-8, 0.0, 1.0)
 
     def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         questions = next(self._batches)
-        self._draws += 1
-        rollouts, rewards = self._sample(backend, questions, self.samples, self._seed + self._draws)
+        self._steps_taken += 1
+        rollouts, rewards = self._sample(backend, questions, self.samples, self._seed + self._steps_taken)
         groups = torch.tensor([r.prompt_index for r in rollouts])
         advantages = group_advantages(torch.tensor(rewards), groups).advantages
         data = with_reference(self._datums(questions, rollouts, advantages.tolist()), backend.reference())
@@ -169,8 +170,8 @@ class Rl(Objective):
         return {**result.metrics, "reward": sum(rewards) / len(rewards)}
 
     def evaluate(self, backend: PolicyBackend) -> dict[str, float]:
-        rollouts, rewards = self._sample(backend, self._held, 4, self._seed)
-        data = with_reference(self._datums(self._held, rollouts, [0.0] * len(rollouts)), backend.reference())
+        rollouts, rewards = self._sample(backend, self._held_out, 4, self._seed)
+        data = with_reference(self._datums(self._held_out, rollouts, [0.0] * len(rollouts)), backend.reference())
         per_token, per_sequence = [], []
         for datum in data:
             inputs = datum.loss_fn_inputs
@@ -189,21 +190,21 @@ class Rl(Objective):
     def _sample(
         self, backend: PolicyBackend, questions: Sequence[Sum], samples: int, seed: int
     ) -> tuple[list[Rollout], list[float]]:
-        studio = self._studio
-        prompts = [ModelInput.from_ints(studio.encode(studio.example(q))) for q in questions]
-        params = SamplingParams(studio.max_new_tokens, stop=studio.encode(studio.end), seed=seed)
+        model = self._model
+        prompts = [ModelInput.from_ints(model.encode(model.example(q))) for q in questions]
+        params = SamplingParams(model.max_new_tokens, stop=model.encode(model.end), seed=seed)
         rollouts = backend.sample(prompts, samples, params).result()
         rewards = []
         for r in rollouts:
             ended = r.stop_reason == "stop"
-            text = studio.decode(r.tokens[:-1] if ended else r.tokens)
-            rewards.append(studio.reward(questions[r.prompt_index], text, ended))
+            text = model.decode(r.tokens[:-1] if ended else r.tokens)
+            rewards.append(model.reward(questions[r.prompt_index], text, ended))
         return rollouts, rewards
 
     def _datums(
         self, questions: Sequence[Sum], rollouts: Sequence[Rollout], advantages: Sequence[float]
     ) -> list[Datum]:
-        prompts = [self._studio.encode(self._studio.example(q)) for q in questions]
+        prompts = [self._model.encode(self._model.example(q)) for q in questions]
         return [
             datum_from_rollout(
                 prompts[r.prompt_index],
@@ -218,15 +219,15 @@ class Rl(Objective):
         ]
 
 
-def objectives(studio: Studio, seed: int, names: Sequence[str]) -> list[Objective]:
+def objectives(model: DemoModel, seed: int, names: Sequence[str]) -> list[Objective]:
     """Return fresh objectives of these names."""
-    made: dict[str, Objective] = {}
+    by_name: dict[str, Objective] = {}
     for name in names:
         match name:
             case "sft":
-                made[name] = Sft(studio, seed)
+                by_name[name] = Sft(model, seed)
             case "grpo":
-                made[name] = Rl(studio, seed)
+                by_name[name] = Rl(model, seed)
             case _:
-                made[name] = Preference(studio, seed, name)
-    return list(made.values())
+                by_name[name] = Preference(model, seed, name)
+    return list(by_name.values())

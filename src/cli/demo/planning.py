@@ -1,4 +1,4 @@
-"""How many steps fit into the minutes that were given."""
+"""How many steps fit into the demo's minutes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def plan_steps(seconds: float, step_seconds: float, evaluation_seconds: float, s
     """Fill ``seconds`` with steps and three or four evaluations (the first one comes before any step).
 
     Args:
-        seconds: for this objective, loading left out.
+        seconds: for this objective, without loading.
         step_seconds, evaluation_seconds: as measured.
         steps: fewest (even if they do not fit) and most.
     """
     fewest, most = steps
-    left = max(0.0, seconds - 5 * evaluation_seconds)
-    count = max(fewest, min(most, int(left / max(step_seconds, 1e-9))))
+    seconds_for_steps = max(0.0, seconds - 5 * evaluation_seconds)
+    count = max(fewest, min(most, int(seconds_for_steps / max(step_seconds, 1e-9))))
     return Budget(count, max(1, -(-count // 4)), seconds)

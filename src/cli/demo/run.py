@@ -12,61 +12,60 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, require_extra
-from .models import Studio, smollm2, tiny
+from ..models import default_device
+from .backends import MakeBackend, backend_maker, native
+from .models import DemoModel, pretrained, tiny
 from .objectives import Objective, objectives
 from .planning import Budget, plan_steps
 from .report import Curve, draw_picture, print_table, write_figures
-from .starts import Start, native, starting
 
 __all__ = ["main"]
 
 NAMES = ("sft", "dpo", "orpo", "grpo")
-_RESERVE = 0.8  # of the time is planned; the rest is loading, and what the measurement did not see
+_PLANNED_SHARE = 0.8  # of the time left; the rest is for loading and for what the measurement missed
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run ``pullback demo``; 0 if every objective improved on its held-out set."""
     console = require_extra("rich.console", "cli", "pullback demo").Console()
-    began = time.monotonic()
+    started = time.monotonic()
     names = arguments.only.split(",") if arguments.only else list(NAMES)
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
         raise ConfigError(f"--only takes {', '.join(NAMES)}; got {', '.join(unknown)}")
-    studio = _studio(arguments, console)
+    model = _load_model(arguments, console)
     console.print(
-        f"[bold]{studio.name}[/bold] on {studio.device}, {studio.dtype}, {torch.get_num_threads()} threads, "
+        f"[bold]{model.name}[/bold] on {model.device}, {model.dtype}, {torch.get_num_threads()} threads, "
         f"{arguments.backend} backend"
     )
-    with starting(studio, arguments.backend) as start:
-        planned = _plan(studio, start, arguments, names, began, console)
-        curves = [_train(start, objective, budget, console) for objective, budget in planned]
-    return _report(arguments, studio, curves, time.monotonic() - began, console)
+    with backend_maker(model, arguments.backend) as make:
+        planned = _plan(model, make, arguments, names, started, console)
+        curves = [_train(make, objective, budget, console) for objective, budget in planned]
+    return _report(arguments, model, curves, time.monotonic() - started, console)
 
 
-def _studio(arguments: argparse.Namespace, console: Any) -> Studio:
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _load_model(arguments: argparse.Namespace, console: Any) -> DemoModel:
+    device = default_device() if arguments.device == "auto" else arguments.device
     if arguments.model == "tiny":
-        torch.set_num_threads(1)  # it is so small that threads would only wait for each other
+        torch.set_num_threads(1)  # threads would spend their time waiting for each other
         return tiny(device)
     console.print("Loading the model (the first time it is converted: about 20 seconds)")
     if device == "cuda":
-        return smollm2(device, "bfloat16")
+        return pretrained(arguments.model, device, "bfloat16")
     seconds = {}
     for dtype in ("float32", "bfloat16"):
-        studio = smollm2(device, dtype)
-        seconds[dtype] = _measure(partial(native, studio), objectives(studio, arguments.seed, ["sft"])[0])[0]
-    best = min(seconds, key=lambda dtype: seconds[dtype])
+        model = pretrained(arguments.model, device, dtype)
+        seconds[dtype] = _measure(partial(native, model), objectives(model, arguments.seed, ["sft"])[0])[0]
+    fastest = min(seconds, key=lambda dtype: seconds[dtype])
     console.print(
-        f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {best}"
+        f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {fastest}"
     )
-    return smollm2(device, best)
+    return pretrained(arguments.model, device, fastest)
 
 
-def _measure(start: Start, objective: Objective) -> tuple[float, float]:
-    """Seconds of one step and of one evaluation, on a backend that is thrown away."""
-    with start() as backend:
+def _measure(make: MakeBackend, objective: Objective) -> tuple[float, float]:
+    """Return the seconds of one step and of one evaluation, measured on a backend that is used for nothing else."""
+    with make() as backend:
         params = objective.params(0, 1)
         objective.prepare(backend)
         evaluation = _timed(lambda: objective.evaluate(backend))
@@ -75,21 +74,26 @@ def _measure(start: Start, objective: Objective) -> tuple[float, float]:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    began = time.monotonic()
+    started = time.monotonic()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 def _plan(
-    studio: Studio, start: Start, arguments: argparse.Namespace, names: Sequence[str], began: float, console: Any
+    model: DemoModel,
+    make: MakeBackend,
+    arguments: argparse.Namespace,
+    names: Sequence[str],
+    started: float,
+    console: Any,
 ) -> list[tuple[Objective, Budget]]:
-    speeds = {o.name: _measure(start, o) for o in objectives(studio, arguments.seed, names)}
-    fresh = objectives(studio, arguments.seed, names)
-    left = _RESERVE * (60.0 * arguments.minutes - (time.monotonic() - began))
+    speeds = {o.name: _measure(make, o) for o in objectives(model, arguments.seed, names)}
+    fresh = objectives(model, arguments.seed, names)
+    seconds_left = _PLANNED_SHARE * (60.0 * arguments.minutes - (time.monotonic() - started))
     shares = sum(o.share for o in fresh)
-    planned = [(o, plan_steps(left * o.share / shares, *speeds[o.name], o.steps)) for o in fresh]
+    planned = [(o, plan_steps(seconds_left * o.share / shares, *speeds[o.name], o.steps)) for o in fresh]
     for objective, budget in planned:
         step, evaluation = speeds[objective.name]
         console.print(
@@ -99,13 +103,13 @@ def _plan(
     return planned
 
 
-def _train(start: Start, objective: Objective, budget: Budget, console: Any) -> Curve:
+def _train(make: MakeBackend, objective: Objective, budget: Budget, console: Any) -> Curve:
     progress = require_extra("rich.progress", "cli", "pullback demo")
     curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
     columns = [*progress.Progress.get_default_columns(), progress.TextColumn("{task.fields[figure]}")]
-    with start() as backend, progress.Progress(*columns, console=console) as bars:
+    with make() as backend, progress.Progress(*columns, console=console) as bars:
         bar = bars.add_task(f"{objective.title:24}", total=budget.steps, figure="")
-        began = time.monotonic()
+        started = time.monotonic()
         objective.prepare(backend)
 
         def evaluate(step: int) -> None:
@@ -117,29 +121,29 @@ def _train(start: Start, objective: Objective, budget: Budget, console: Any) -> 
         for step in range(1, budget.steps + 1):
             objective.step(backend, objective.params(step - 1, budget.steps))
             bars.advance(bar)
-            late = time.monotonic() - began > budget.seconds and step >= objective.steps[0]
-            if step % budget.every == 0 or step == budget.steps or late:
+            out_of_time = time.monotonic() - started > budget.seconds and step >= objective.steps[0]
+            if step % budget.every == 0 or step == budget.steps or out_of_time:
                 evaluate(step)
-            if late:
+            if out_of_time:
                 break
-        curve.seconds = time.monotonic() - began
+        curve.seconds = time.monotonic() - started
     return curve
 
 
-def _report(arguments: argparse.Namespace, studio: Studio, curves: list[Curve], seconds: float, console: Any) -> int:
+def _report(arguments: argparse.Namespace, model: DemoModel, curves: list[Curve], seconds: float, console: Any) -> int:
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         **vars(arguments),
-        "model": studio.name,
-        "device": studio.device,
-        "dtype": studio.dtype,
+        "model": model.name,
+        "device": model.device,
+        "dtype": model.dtype,
         "seconds": seconds,
     }
     settings.pop("run", None)
     write_figures(folder / "results.json", curves, settings)
-    words = f"{studio.name}, {studio.device} {studio.dtype}, {arguments.backend} backend, {seconds / 60:.1f} min"
-    draw_picture(folder / "curves.png", curves, words)
+    title = f"{model.name}, {model.device} {model.dtype}, {arguments.backend} backend, {seconds / 60:.1f} min"
+    draw_picture(folder / "curves.png", curves, title)
     print_table(console, curves)
     console.print(
         f"{seconds / 60:.1f} minutes; figures in {folder / 'results.json'}, picture in {folder / 'curves.png'}"

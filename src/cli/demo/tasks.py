@@ -42,15 +42,15 @@ def documentation(seed: int, held_topics: int = 12, held_items: int = 36) -> Spl
     names = sorted(topics.topics)
     rng.shuffle(names)
     train = [text for name in names[held_topics:] for text in _paragraphs(name)]
-    held = [text for name in names[:held_topics] for text in _paragraphs(name)]
+    held_out = [text for name in names[:held_topics] for text in _paragraphs(name)]
     rng.shuffle(train)
-    rng.shuffle(held)
-    return Split(train, held[:held_items])
+    rng.shuffle(held_out)
+    return Split(train, held_out[:held_items])
 
 
 def _paragraphs(name: str) -> list[Text]:
-    found = (re.sub(r"\s+", " ", p).strip() for p in topics.topics[name].split("\n\n"))
-    return [Text(f"Explain `{name}` in Python.", p) for p in found if len(p) > 120]
+    paragraphs = (re.sub(r"\s+", " ", p).strip() for p in topics.topics[name].split("\n\n"))
+    return [Text(f"Explain `{name}` in Python.", p) for p in paragraphs if len(p) > 120]
 
 
 def preferences(seed: int, held_items: int = 40, *, wrong_numbers: bool = True) -> Split:
@@ -62,14 +62,12 @@ def preferences(seed: int, held_items: int = 40, *, wrong_numbers: bool = True) 
     sums = [(x, y) for x in range(1, 21) for y in range(x, 21)]
     rng.shuffle(sums)
     cut = held_items // 2
-    held = [
-        _pair(rng, *ordered, wrong_numbers and i // 2 % 2 == 0) for i, ordered in enumerate(_both_orders(sums[:cut]))
-    ]
-    train = [
-        _pair(rng, *ordered, wrong_numbers and i // 2 % 2 == 0) for i, ordered in enumerate(_both_orders(sums[cut:]))
-    ]
+    held_out, train = (
+        [_pair(rng, x, y, wrong_numbers and i // 2 % 2 == 0) for i, (x, y) in enumerate(_both_orders(part))]
+        for part in (sums[:cut], sums[cut:])
+    )
     rng.shuffle(train)
-    return Split(train, held)
+    return Split(train, held_out)
 
 
 def _both_orders(sums: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -96,9 +94,9 @@ def sum_prompts(seed: int, held_items: int = 24) -> tuple[list[Sum], list[Sum]]:
     sums = [(x, y) for x in range(1, 10) for y in range(x, 10)]
     rng.shuffle(sums)
     cut = held_items // 2
-    held, train = ([Sum(*s) for s in dict.fromkeys(_both_orders(part))] for part in (sums[:cut], sums[cut:]))
+    held_out, train = ([Sum(*s) for s in dict.fromkeys(_both_orders(part))] for part in (sums[:cut], sums[cut:]))
     rng.shuffle(train)
-    return train, held
+    return train, held_out
 
 
 def sum_reward(question: Sum, completion: str, ended: bool) -> float:

@@ -1,4 +1,4 @@
-"""A random Llama of transformers: a real architecture, no download."""
+"""A random Llama of transformers: a real architecture without a download."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def random_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **config:
     """Return a ``LlamaForCausalLM`` with two layers and random weights, the same for the same arguments.
 
     Args:
-        seed: of the weights; the global random state is left as it was.
+        seed: of the weights; the global random state does not change.
         dtype: of the weights.
-        config: of ``transformers.LlamaConfig``, e.g. ``vocab_size=512``; no token begins or ends a text unless it says so.
+        config: of ``transformers.LlamaConfig``, e.g. ``vocab_size=512``; by default no token begins or ends a text.
 
     Raises:
         MissingExtraError: transformers is not installed.
     """
     transformers = require_extra("transformers", "hf", "a random Llama")
-    small = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    chosen: dict[str, Any] = {**small, "bos_token_id": None, "eos_token_id": None, **config}
-    chosen.setdefault("intermediate_size", 2 * chosen["hidden_size"])
+    defaults = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings: dict[str, Any] = {**defaults, "bos_token_id": None, "eos_token_id": None, **config}
+    settings.setdefault("intermediate_size", 2 * settings["hidden_size"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**chosen)).to(dtype)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(dtype)

@@ -1,4 +1,4 @@
-"""TinyLM: a causal language model small enough to be exact, in its own dtype throughout."""
+"""A small causal language model that computes in one dtype throughout."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["TinyLM"]
 
 
 class WeightFactory(Protocol):
-    """Draws a parameter of a shape."""
+    """Draws a random parameter of a given shape."""
 
     def __call__(self, *shape: int, scale: float = 1.0) -> nn.Parameter: ...
 
 
 @final
 class TinyLM(nn.Module):
-    """A transformer that computes entirely in ``dtype`` (transformers' own normalise in fp32 whatever you ask).
+    """A transformer that computes entirely in ``dtype``; the models of transformers normalise in fp32 whatever the dtype.
 
-    Packed sequences are kept apart by their positions: a new sequence begins wherever they restart at 0,
-    and forks where they fall back to another number.
+    Positions keep packed sequences apart: where they restart at 0 a new sequence begins, and where they fall back to
+    another number a sequence continues from the shared prefix of that length.
 
     Args:
         vocab_size: V.
@@ -33,7 +33,7 @@ class TinyLM(nn.Module):
         layers: blocks.
         heads: attention heads.
         max_positions: longest sequence, tokens.
-        seed: of the weights; the global generator is left alone.
+        seed: of the weights; the global random state does not change.
         dtype: fp64 for exact tests.
         tied: the head is the embedding.
     """
@@ -76,17 +76,17 @@ class TinyLM(nn.Module):
 
 
 def causal_mask(positions: Tensor) -> Tensor:
-    """Return which token sees which, bool [R, L, L]: earlier ones of its own sequence, itself, and what it forks from."""
+    """Return which token attends to which, bool [R, L, L]: itself, earlier tokens of its sequence, and its shared prefix."""
     order = torch.arange(positions.shape[-1], device=positions.device)
     sequence = (positions == 0).cumsum(-1)
-    cut = torch.ones_like(positions, dtype=torch.bool)
-    cut[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    segment = cut.cumsum(-1)
-    fork = positions - (order - torch.where(cut, order, 0).cummax(-1).values)  # where the token's segment begins
-    own = segment[:, :, None] == segment[:, None, :]
-    shared = (fork == 0)[:, None, :] & (positions[:, None, :] < fork[:, :, None])
-    together = sequence[:, :, None] == sequence[:, None, :]
-    return together & (own | shared) & (order[:, None] >= order[None, :])
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    segment = begins.cumsum(-1)
+    prefix = positions - (order - torch.where(begins, order, 0).cummax(-1).values)  # length of the segment's prefix
+    same_segment = segment[:, :, None] == segment[:, None, :]
+    in_prefix = (prefix == 0)[:, None, :] & (positions[:, None, :] < prefix[:, :, None])
+    same_sequence = sequence[:, :, None] == sequence[:, None, :]
+    return same_sequence & (same_segment | in_prefix) & (order[:, None] >= order[None, :])
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:

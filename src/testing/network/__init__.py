@@ -1,1 +1,1 @@
-"""A network that fails, for tests of clients and services."""
+"""A failing network, for tests of clients and services."""

@@ -1,11 +1,11 @@
-"""A proxy that misbehaves on purpose: what networks do to the requests of a client, by a schedule.
+"""A proxy that injects network faults into the requests of a client, by a schedule.
 
-Put it between a client and a service, and compare what was trained with what is trained without it:
+Put it between a client and a service, and compare the trained weights with those of a run without it:
 
     with misbehaving(url, {("optim_step", 2): Fault("drop_response")}) as proxy:
         train(proxy.url)        # the answer to the second optim_step is lost
 
-A fault belongs to the n-th request of a route, so what happens does not depend on how requests of other routes mix.
+A fault belongs to the n-th request of a route, so the order of requests to different routes does not matter.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ _START_SECONDS: Final = 10.0
 class Fault:
     """What happens to one request.
 
-    Before the service has it: ``drop_request`` (the connection ends), ``cut_request`` (half of it arrives), ``error`` (503
-    instead), ``delay`` (others overtake it). On the way: ``duplicate`` (it arrives twice at once), ``replay`` (it arrives
-    again later). After the service has answered: ``drop_response`` (the connection ends), ``cut_response`` (half of the
-    answer arrives), ``stall`` (half, then silence, then the end), ``slow`` (piece by piece), ``error_after`` (502 instead).
+    Before it reaches the service: ``drop_request`` closes the connection, ``cut_request`` delivers half of the request,
+    ``error`` answers 503 in its place, ``delay`` lets other requests overtake it. On the way: ``duplicate`` delivers it
+    twice at once, ``replay`` delivers it again later. After the service has answered: ``drop_response`` closes the
+    connection, ``cut_response`` delivers half of the answer, ``stall`` delivers half and closes the connection later,
+    ``slow`` delivers it piece by piece, ``error_after`` answers 502 in its place.
 
     Args:
         kind: one of these.
-        seconds: of ``delay``, ``replay``, ``stall`` and ``slow``.
+        seconds: how long ``delay``, ``replay``, ``stall`` and ``slow`` take.
     """
 
     kind: FaultKind
@@ -70,14 +71,14 @@ class Fault:
 @final
 @dataclass(frozen=True)
 class Exchange:
-    """One request that came through, and what the service answered, whether that reached the client or not.
+    """One request, and what the service answered, whether or not the answer reached the client.
 
     Attributes:
-        route: the path, without what all have in common.
-        number: how many requests of that route there were, this one included.
-        fault: what was done to it; None: nothing.
+        route: the path without the common prefix.
+        number: 1 for the first request of that route, 2 for the second, and so on.
+        fault: what happened to it; None if nothing did.
         request: the body.
-        status, response: the answer; 0 and empty if the service was not asked or not there.
+        status, response: of the answer; 0 and empty if the service was not asked or could not be reached.
     """
 
     route: str
@@ -93,12 +94,12 @@ class FaultyProxy:
     """An HTTP proxy on 127.0.0.1, made by `misbehaving`.
 
     Args:
-        upstream: base URL of the service; may be set anew when the service moves.
-        schedule: which request suffers what.
+        upstream: base URL of the service; set it again when the service moves.
+        schedule: (route, n) -> the fault of the n-th request of that route.
 
     Attributes:
         url: the proxy's own base URL.
-        exchanges: what came through, in the order in which it ended.
+        exchanges: the requests so far, in the order in which they ended.
     """
 
     def __init__(self, upstream: str, schedule: Schedule) -> None:
@@ -109,14 +110,14 @@ class FaultyProxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def plan(self, route: str, fault: Fault) -> None:
-        """Let the next request of a route that nothing is planned for suffer this."""
+        """Schedule a fault for the next request of a route that has none yet."""
         number = self._seen[route] + 1
         while (route, number) in self._schedule:
             number += 1
         self._schedule[route, number] = fault
 
     async def run(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
-        """Serve until told to stop."""
+        """Serve until ``stop`` is set."""
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready()
@@ -124,7 +125,7 @@ class FaultyProxy:
         server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request, then the connection ends."""
+        """Handle one request, then close the connection."""
         try:
             request = await read_request(reader)
             self._seen[request.route] += 1
@@ -135,18 +136,18 @@ class FaultyProxy:
             status = int(answer.split(b" ", 2)[1]) if answer else 0
             self.exchanges.append(Exchange(request.route, number, fault, request.body, status, body))
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            writer.transport.abort()  # either side has gone: so has the other's connection
+            writer.transport.abort()  # one side has closed its connection, so close the other
         except asyncio.CancelledError:
             writer.transport.abort()
         finally:
             writer.close()
 
     async def _answer(self, request: Request, fault: Fault | None, writer: asyncio.StreamWriter) -> bytes:
-        """Do to a request what is planned; return what the service said."""
+        """Inject the fault of a request; return the answer of the service."""
         kind, seconds = ("none", 0.0) if fault is None else (fault.kind, fault.seconds)
         if kind in ("drop_request", "cut_request"):
             if kind == "cut_request":
-                await self._half(request)
+                await self._send_half(request)
             writer.transport.abort()
             return b""
         if kind == "error":
@@ -159,14 +160,14 @@ class FaultyProxy:
         else:
             answer = await self._forward(request)
         if kind == "replay":
-            task = asyncio.create_task(self._again(request, seconds))
+            task = asyncio.create_task(self._send_later(request, seconds))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         await _ENDINGS.get(kind, _whole)(writer, answer, seconds)
         return answer
 
     async def _forward(self, request: Request) -> bytes:
-        """Ask the service, on a connection of its own; return everything it says."""
+        """Send a request to the service on a new connection; return the whole answer."""
         reader, writer = await self._connect()
         try:
             writer.write(request.head + request.body)
@@ -175,14 +176,14 @@ class FaultyProxy:
         finally:
             writer.close()
 
-    async def _half(self, request: Request) -> None:
+    async def _send_half(self, request: Request) -> None:
         whole = request.head + request.body
         _, writer = await self._connect()
         writer.write(whole[: len(request.head) + len(request.body) // 2])
         await writer.drain()
         writer.close()
 
-    async def _again(self, request: Request, seconds: float) -> None:
+    async def _send_later(self, request: Request, seconds: float) -> None:
         await asyncio.sleep(seconds)
         with contextlib.suppress(OSError):
             await self._forward(request)
@@ -198,7 +199,7 @@ def misbehaving(upstream: str, schedule: Schedule | None = None) -> Iterator[Fau
 
     Args:
         upstream: base URL of the service, ``http://host:port``.
-        schedule: (route, n) -> what the n-th request of this route suffers; all others pass.
+        schedule: (route, n) -> the fault of the n-th request of that route; all others pass.
     """
     proxy, stop = FaultyProxy(upstream, schedule or {}), asyncio.Event()
     ready, loop = threading.Event(), asyncio.new_event_loop()
@@ -233,7 +234,7 @@ async def _failed(writer: asyncio.StreamWriter, _: bytes, __: float) -> None:
 async def _cut(writer: asyncio.StreamWriter, answer: bytes, seconds: float) -> None:
     head, gap, body = answer.partition(b"\r\n\r\n")
     await send(writer, head + gap + body[: len(body) // 2])
-    await asyncio.sleep(0.001)  # so that the half is on its way before the connection ends
+    await asyncio.sleep(0.001)  # so that the half is sent before the connection closes
     writer.transport.abort()
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes: no more of it than a proxy needs that breaks it on purpose, which no server library does."""
+"""As much of HTTP/1.1 as a proxy needs that breaks the protocol on purpose, which server libraries do not allow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Request:
     """A request as it arrived.
 
     Attributes:
-        route: the path, without what all have in common.
+        route: the path without the common prefix.
         head, body: its bytes.
     """
 
@@ -28,7 +28,7 @@ class Request:
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request:
-    """Read a request; what it says of its connection is replaced."""
+    """Read a request and replace its headers about the connection."""
     start, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
     fields = {line.split(":", 1)[0].lower(): line.split(":", 1)[1].strip() for line in lines}
     if fields.pop("transfer-encoding", "") == "chunked":
@@ -51,7 +51,7 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 def error_answer(status: int) -> bytes:
-    """Return the answer of something between client and service that failed."""
+    """Return the answer of a failing machine between client and service."""
     body = b'{"detail": "the network failed"}'
     head = (
         f"HTTP/1.1 {status} Error\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
@@ -60,6 +60,6 @@ def error_answer(status: int) -> bytes:
 
 
 async def send(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """Write, and wait until it is on its way."""
+    """Write, and wait until it is sent."""
     writer.write(data)
     await writer.drain()

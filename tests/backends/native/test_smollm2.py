@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
 from pullback.backends.native.models.gguf import convert_gguf
-from pullback.cli.measure import texts
+from pullback.cli.bench import example_text
 from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair, to_tinker
 from pullback.service import Base, Tenants, serving
 from pullback.testing import head_numerics
@@ -58,7 +58,7 @@ def test_half_precision_head_on_real_hidden_states() -> None:
     file = next(p for place in SPEC.submodule_search_locations or [] for p in Path(place).rglob("*.gguf"))
     backend = TorchBackend.from_pretrained(file.parent, gguf_file=file.name)
     model: Any = backend.model
-    hidden, targets = hidden_of(model, texts(backend, 200))
+    hidden, targets = hidden_of(model, example_text(backend, 200))
     rows = head_numerics(hidden, model.head(), targets, [torch.bfloat16, torch.float16])
     for ours, plain in zip(rows[::2], rows[1::2], strict=True):
         assert ours.mean < plain.mean

@@ -1,0 +1,58 @@
+"""``--model`` takes the same names in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import chat_folder
+
+from pullback.cli import main
+from pullback.cli.demo.backends import native
+from pullback.cli.demo.models import pretrained
+from pullback.cli.demo.objectives import objectives
+from pullback.cli.models import load_named
+from pullback.errors import ConfigError
+
+_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def test_tiny_and_folders(tmp_path: Path) -> None:
+    """``tiny`` is a random Llama without a tokenizer; a folder brings its model and its tokenizer, in any dtype."""
+    tiny = load_named("tiny", dtype="bfloat16", device="cpu", config={"vocab_size": 50})
+    assert (tiny.tokenizer, tiny.folder, tiny.model.config.vocab_size) == (None, None, 50)
+    assert tiny.model.dtype == torch.bfloat16
+    loaded = load_named(str(chat_folder(tmp_path)), device="cpu")
+    assert loaded.folder == tmp_path
+    assert loaded.tokenizer.decode(loaded.tokenizer("text")["input_ids"]) == "text"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_named(str(tmp_path), device="cpu").tokenizer is None
+
+
+def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Any other name is refused, by every command that takes one, and the message lists what there is."""
+    with pytest.raises(ConfigError, match="smollm2, tiny or a folder, got 'smolm2'"):
+        load_named("smolm2")
+    for command in (["check", "sampling"], ["bench", "numerics"], ["demo", "--device", "cpu"]):
+        assert main([*command, "--model", "smolm2"]) == 2
+        assert "smollm2, tiny or a folder" in capsys.readouterr().err
+
+
+def test_a_folder_in_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The measurements run on a folder, and the demo trains on it if its tokenizer knows how to chat."""
+    folder = str(chat_folder(tmp_path))
+    assert main(["check", "sampling", "--model", folder]) == 0
+    assert "mean the same policy" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="chat template"):
+        pretrained(folder, "cpu", "float32")
+    (tmp_path / "chat_template.jinja").write_text(_TEMPLATE)
+    model = pretrained(folder, "cpu", "float32")
+    assert model.chat("2 + 2?") == "<|im_start|>user\n2 + 2?<|im_end|>\n"
+    (objective,) = objectives(model, 0, ["dpo"])
+    with native(model) as backend:
+        objective.prepare(backend)
+        metrics: Any = objective.step(backend, objective.params(0, 8))
+    assert metrics["loss_per_unit:mean"] == pytest.approx(0.6931, abs=1e-3)
