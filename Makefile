@@ -9,9 +9,9 @@ VENV ?= .venv$(if $(filter-out $(PINNED),$(TORCH)),-$(subst ==,-,$(TORCH)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
-# As many workers as cores, one thread each: the models are tiny, and threads would only wait for each other.
-WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --durations 10
+# One thread each, as the models are tiny; three workers for two cores, as tests of the service mostly wait for answers.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 2) * 3 // 2))')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
 # What `make bench` runs: python -m benchmarks $(BENCH).
 BENCH ?= custom --sequences 4 --rounds 3
 
