@@ -18,10 +18,10 @@ from pullback.service import Tenants, serving
 
 pytestmark = SDK_WARNINGS
 STEPS = 20
-SAMPLE = ("sft", "grpo")
+MARKS = {"sft": (), "grpo": (pytest.mark.slow,)}  # of the others, each has its sample in one of these two
 
 
-@pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.soak) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, (pytest.mark.soak,))) for n in NAMES])
 def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Over 20 steps every metric, then the held-out figures and the adapters: they agree to 1e-5 in fp32."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")

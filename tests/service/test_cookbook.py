@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,14 @@ from servers import KEY, rest
 from pullback.cli.serve import load_base
 from pullback.service import Tenants, serving
 
-pytest.importorskip("tinker_cookbook", reason="tinker-cookbook is not installed; docs/clients.md says how")
-pytest.importorskip("datasets", reason="the recipes load their data by `datasets`, which is not installed")
+INSTALL = "pip install -e '.[cookbook]' && pip install --no-deps tinker-cookbook==0.6.1"
+pytest.importorskip("tinker_cookbook", reason=f"tinker-cookbook is not installed: {INSTALL}")
+datasets = pytest.importorskip("datasets", reason=f"the recipes load their data by `datasets`: {INSTALL}")
+try:
+    datasets.Dataset.from_dict({"one": [1]})
+except pickle.PicklingError as error:  # dill takes packages outside of the environment's prefix apart
+    reason = f"`datasets` lies outside of this environment and cannot be pickled ({error}): {INSTALL}"
+    pytest.skip(reason, allow_module_level=True)
 RECIPES = "tinker_cookbook.recipes"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from servers import KEY, SDK_WARNINGS, adapter, served, tiny_tenants
+from tiers import SOAK
 from torch import Tensor
 
 from pullback.datums import to_tinker
@@ -29,7 +29,6 @@ from pullback.service.limits import Limits
 from pullback.testing.network.faults import FAULT_KINDS, Fault, FaultyProxy, misbehaving
 
 pytestmark = SDK_WARNINGS
-SOAK = os.environ.get("PULLBACK_SOAK") == "1"
 PARAMS = tinker.AdamParams(learning_rate=1e-2)
 START = ("client/config", "client/dynamic_config", "create_session", "create_model", "get_info", "retrieve_future")
 TRAINING = ("forward_backward", "forward_backward", "optim_step", "save_weights", "retrieve_future", "retrieve_future")

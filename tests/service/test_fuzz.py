@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from bodies import GETS, JSON, POSTS, PROTOBUF, json_bodies, packed_bodies, prot
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_tenants
+from tiers import SOAK
 
 from pullback.service import serving
 from pullback.service.limits import Limits, digest_of
@@ -24,7 +24,7 @@ from pullback.service.limits import Limits, digest_of
 pytestmark = SDK_WARNINGS
 OTHER = "tml-other"
 SECRET = "s3cr3t"
-EXAMPLES = 10_000 if os.environ.get("PULLBACK_SOAK") == "1" else 150
+EXAMPLES = 10_000 if SOAK else 150
 LIMITS = Limits(body_bytes=200_000, tokens=1000, models=8, samples=4, gap_seconds=0.2, poll_seconds=5.0)
 ENDS_WITH_IT = ("sessions/SESSION/finish", "unload_model")  # the attacker keeps his own
 

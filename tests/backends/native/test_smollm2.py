@@ -52,6 +52,7 @@ def test_real_model() -> None:
     assert backend.forward(data, "dpo").result().metrics["margin:mean"] > 0.01
 
 
+@pytest.mark.slow
 def test_half_precision_head_on_real_hidden_states() -> None:
     """Three ways, on hidden states of the real model: fp64, the plain half-precision reference, ours; ours is closer."""
     assert SPEC is not None
@@ -71,6 +72,7 @@ def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, 
     return -torch.cat(logprobs).sum(), {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "whole", "half"), [(8, 1.0, 1.2), (None, 1.11, None)], ids=["LoRA", "full"])
 def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: float | None) -> None:
     """FLOPs, counted: 1.00 with a frozen head, 1.11 with a trained one, 1.2 with half the activation budget."""
