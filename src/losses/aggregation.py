@@ -111,7 +111,9 @@ def fixed_length(length: float) -> Aggregation:
 
     Source: Dr. GRPO, arXiv:2503.20783, section 3.
     """
-    return Aggregation("fixed_length", "fixed", "sequences", number("fixed_length, a positive number of tokens,", length, low=0.0))
+    return Aggregation(
+        "fixed_length", "fixed", "sequences", number("fixed_length, a positive number of tokens,", length, low=0.0)
+    )
 
 
 AGGREGATIONS: Final[dict[str, Aggregation]] = {
