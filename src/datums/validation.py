@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +177,10 @@ def _broken_pairs(data: Sequence[Datum]) -> Iterator[str]:
             return
         pair = int(inputs["pair_id"].data[0]) if named else i // 2
         roles.setdefault(pair, []).append((int(inputs["role"].data[0]), i))
+    yield from _unmatched(roles)
+
+
+def _unmatched(roles: Mapping[int, list[tuple[int, int]]]) -> Iterator[str]:
     for pair, members in roles.items():
         for role, name in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
             count = sum(1 for r, _ in members if r == role)

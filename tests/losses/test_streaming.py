@@ -220,59 +220,6 @@ def test_each_token_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 3
 
 
-def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """evaluate describes nothing; the first reading does, once, after the backward too, and leaves gradients alone."""
-    calls: list[bool] = []
-    describe = GRPO.describe
-
-    def counted(self: GRPO, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        tensors = (batch.logprobs, *(term.values for term in terms))
-        calls.append(any(tensor.requires_grad for tensor in tensors) or torch.is_grad_enabled())
-        return describe(self, batch, terms)
-
-    monkeypatch.setattr(GRPO, "describe", counted)
-    leaf = torch.full((5,), -1.0, dtype=torch.float64, requires_grad=True)
-    output = GRPO(kl=KL()).evaluate(two_answers().with_logprobs(leaf * 1.0))
-    output.deferred()
-    torch.autograd.backward(output.loss)
-    assert leaf.grad is not None
-    before = leaf.grad.clone()
-    assert calls == []
-    assert output.metrics["kl_ref"].denominator == 4
-    assert output.metrics["ratio"] is output.metrics["ratio"]
-    assert calls == [False]
-    assert torch.equal(leaf.grad, before)
-
-
-def test_a_metric_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A broken description is logged and counted, not raised."""
-    monkeypatch.setattr(PPO, "describe", lambda *_: 1 / 0)
-    output = PPO().evaluate(two_answers())
-    assert output.metrics["metrics_failed"].value == 1
-    assert "metrics of ppo" in caplog.text
-
-
-def test_tokens_are_selected_with_their_inputs() -> None:
-    """A chunk has the inputs of its own tokens and the sequences they belong to."""
-    chunk = two_answers().select_tokens(torch.tensor([1, 2, 4]))
-    assert chunk.offsets.tolist() == [0, 2, 3]
-    assert chunk.sequence_index.tolist() == [0, 0, 1]
-    assert chunk.trained.tolist() == [False, True, True]
-    assert chunk.advantages is not None
-    assert chunk.advantages.tolist() == [-1, 0, 2]
-    checked = TokenBatch(chunk.logprobs, chunk.offsets, chunk.weights)
-    assert checked.sequence_index.tolist() == chunk.sequence_index.tolist()
-
-
-def test_other_logprobs_other_dtype() -> None:
-    """with_logprobs keeps what is known of the masks, but not the weights' old dtype; another shape is refused."""
-    batch = two_answers()
-    assert batch.weight.dtype == torch.float64
-    assert batch.with_logprobs(torch.zeros(5)).weight.dtype == torch.float32
-    with pytest.raises(LengthError, match="logprobs"):
-        batch.with_logprobs(torch.zeros(4))
-
-
 def test_a_failed_chunk_can_be_asked_again() -> None:
     """An error in a chunk leaves the stream as it was."""
     stream, full = TokenStream(PPO(), two_answers()), -torch.ones(5, dtype=torch.float64)
