@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,8 @@ def test_formulas_are_public_and_pure() -> None:
         if callable(formula) and hasattr(formula, "__code__"):
             assert "``" in (formula.__doc__ or ""), name
             assert getattr(pullback.losses, name, formula) is formula
+    for path in Path(functional.__file__).parent.glob("*.py"):
+        assert "TokenBatch" not in path.read_text(), path
 
 
 WRONG: dict[str, Callable[[], object]] = {
@@ -167,13 +170,8 @@ def test_roles_of_neighbours(loss: DPO | ORPO) -> None:
     """Neighbours given as rejected, chosen by their roles: the chosen one rises, at every entrance."""
     inputs = {"ref_logprobs": torch.full((4,), -3.0), "weights": ONES}
     roles = torch.tensor([0, 1])
-    data = [
-        Datum(
-            ModelInput.from_ints([1, 2]),
-            {"target_tokens": [2, 3], "weights": [1.0, 1.0], "ref_logprobs": [-3.0, -3.0], "role": [role]},
-        )
-        for role in (0, 1)
-    ]
+    numbers = {"target_tokens": [2, 3], "weights": [1.0, 1.0], "ref_logprobs": [-3.0, -3.0]}
+    data = [Datum(ModelInput.from_ints([1, 2]), {**numbers, "role": [role]}) for role in (0, 1)]
     packed = slopes(lambda lp: loss.evaluate(TokenBatch.from_packed(lp, [2, 2], role=roles, **inputs)).loss)
     listed = slopes(lambda lp: loss(data, lp.split(2))[0])
     swapped = slopes(lambda lp: loss.evaluate(TokenBatch.from_packed(lp, [2, 2], role=1 - roles, **inputs)).loss)

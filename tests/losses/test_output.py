@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pullback.errors import LengthError
-from pullback.losses import GRPO, KL, PPO, Metric, Term, TokenBatch
+from pullback.losses import GRPO, KL, PPO, CrossEntropy, Metric, Term, TokenBatch
 
 NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
 BATCH = TokenBatch.from_packed(
@@ -67,8 +67,17 @@ def test_tokens_are_selected_with_their_inputs() -> None:
 
 def test_other_logprobs_other_dtype() -> None:
     """with_logprobs keeps what is known of the masks, but not the weights' old dtype; another shape is refused."""
-    batch = BATCH
-    assert batch.weight.dtype == torch.float64
-    assert batch.with_logprobs(torch.zeros(5)).weight.dtype == torch.float32
+    assert BATCH.weight.dtype == torch.float64
+    assert BATCH.with_logprobs(torch.zeros(5)).weight.dtype == torch.float32
     with pytest.raises(LengthError, match="logprobs"):
-        batch.with_logprobs(torch.zeros(4))
+        BATCH.with_logprobs(torch.zeros(4))
+
+
+def test_candidates_share_their_tokens_coefficient() -> None:
+    """With K targets per token each is weighed on its own, and divided by the trained tokens of its sequence."""
+    weights = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0], [0.25, 2.0]], dtype=torch.float64)
+    leaf = torch.full((4, 2), -1.0, dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch.from_packed(leaf, [3, 1], weights=weights)
+    (gradient,) = torch.autograd.grad(CrossEntropy("sequence_mean_token_mean").evaluate(batch).loss, leaf)
+    per_token = torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64)  # trained tokens of the token's sequence
+    assert torch.allclose(gradient, -weights / per_token[:, None] / 2, rtol=1e-12, atol=0)
