@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...errors import BackendError, CheckpointError
 from ..types import SaveStateOutput
 from .models.hf import HFModel
+from .models.lora import checkpoint_alpha, set_alpha
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -68,7 +69,10 @@ def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
             "the window holds gradients of the present weights; call optim_step or discard_gradients() before loading"
         )
     manifest = _manifest(folder)
+    model: Any = engine.model
+    lora = isinstance(model, HFModel) and model.is_lora
     weights = _read(folder, _weights_file(engine), manifest)
+    alpha = checkpoint_alpha(model.model, folder) if lora else None
     current = _weights(engine)
     _require_same(folder, "weights", weights, current)
     if manifest["frozen"] != frozen_fingerprint(engine.module):
@@ -80,6 +84,8 @@ def load_checkpoint(engine: Engine, folder: Path, *, everything: bool) -> None:
     with torch.no_grad():
         for name, tensor in weights.items():
             current[name].copy_(tensor)
+    if alpha is not None:
+        set_alpha(model.model, alpha)
     engine.window.clear()
     engine.optimizer.reset()
     engine.weights_version = int(manifest["weights_version"])

@@ -75,8 +75,8 @@ def smollm2(device: str, dtype: str) -> Studio:
         name="SmolLM2-135M-Instruct, LoRA rank 8",
         device=device,
         dtype=dtype,
-        base=Base("smollm2", model, str(folder), attention=("q_proj", "v_proj"), scale=2.0),
-        lora=LoraChoice(rank=8, train_mlp=False, train_unembed=False),
+        base=Base("smollm2", model, str(folder), attention=("q_proj", "v_proj")),
+        lora=LoraChoice(rank=8, train_mlp=False),
         encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         chat=chat,
@@ -85,6 +85,7 @@ def smollm2(device: str, dtype: str) -> Studio:
         max_new_tokens=10,
         max_text_tokens=64,
         reward=sum_reward,
+        learning_rate=0.5,
     )
 
 
@@ -111,7 +112,7 @@ def tiny(device: str) -> Studio:
         device=device,
         dtype="float32",
         base=Base("tiny", model),
-        lora=LoraChoice(rank=16),
+        lora=LoraChoice(rank=16, train_unembed=True),
         encode=lambda text: [index.get(c, unknown) for c in text],
         decode=lambda ids: "".join(characters[i] for i in ids).rstrip("\x00"),
         chat=lambda question: f"{question}\n",
@@ -120,6 +121,6 @@ def tiny(device: str) -> Studio:
         max_new_tokens=6,
         max_text_tokens=48,
         reward=digit_reward,
-        learning_rate=5.0,
+        learning_rate=2.5,
         adds=False,
     )

@@ -124,6 +124,10 @@ class Journal:
         values = (model, session, owner, json.dumps(lora), _json(metadata), origin, time.time())
         self._write_through("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
 
+    def set_lora(self, model: str, lora: dict[str, Any]) -> None:
+        """Note that a model's adapter is another one now."""
+        self._write("UPDATE models SET lora = ? WHERE id = ?", json.dumps(lora), model)
+
     def model(self, model: str) -> dict[str, Any] | None:
         """Return a model's row."""
         found = self._read("SELECT * FROM models WHERE id = ?", model)

@@ -13,7 +13,7 @@ from ..durability.recovery import recover
 from ..durability.sequencer import Sequencer, number_of
 from ..limits import Limits
 from ..wire.fireworks_paths import LogicalNames
-from .create import lora_choice
+from .create import given_settings, lora_choice
 from .registry import Tenants
 from .samplers import Samplers
 from .sessions import Sessions
@@ -81,7 +81,7 @@ class Operations:
                 return {"model_id": model_id, "type": "create_model"}
             source, _, _ = self.tenants.checkpoints.parts(body["path"])
             lora = self.sessions.lora_of(owner, source)
-            self.tenants.checkpoints.locate(body["path"])
+            lora = self.tenants.base.saved_choice(lora, self.tenants.checkpoints.locate(body["path"]))
             self._create(model_id, session, owner, lora, body)
             try:
                 self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
@@ -143,7 +143,8 @@ class Operations:
         def work() -> Json:
             uri = self.names.resolve(owner, model_id, body["path"])
             self.sessions.lora_of(owner, self.tenants.checkpoints.parts(uri)[0])
-            self.tenants.load(model_id, uri, bool(body.get("optimizer", False)))
+            lora = self.tenants.load(model_id, uri, bool(body.get("optimizer", False)))
+            self.journal.set_lora(model_id, lora.to_json())
             self.training.leases.drop(model_id)
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
@@ -177,7 +178,7 @@ class Operations:
         return self.sequencer.submit(owner, model_id, number, same, "save_weights_for_sampler", work)
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
-        self.tenants.create(model_id, lora)
+        self.tenants.create(model_id, lora, given_settings(body))
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json) -> str:

@@ -53,8 +53,8 @@ class Listings:
         """What a checkpoint was made with."""
         model_id, _, _ = self._tenants.checkpoints.parts(uri)
         row = self._model(owner, model_id)
-        self._tenants.checkpoints.locate(uri)
-        lora = LoraChoice.from_json(row["lora"])
+        folder = self._tenants.checkpoints.locate(uri)
+        lora = self._tenants.base.saved_choice(LoraChoice.from_json(row["lora"]), folder)
         return {
             "base_model": self._tenants.base.name,
             "optimizer_config": {"type": "adamw"},

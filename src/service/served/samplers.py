@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, final
 
-from ...backends.native.models.lora import LoraChoice
 from ...datums.types import ModelInput
 from ...errors import ServiceError, TooLargeError
 from ..durability.journal import Journal
@@ -107,17 +106,17 @@ class Samplers:
         if row["path"] is None:
             sampler = self._tenants.base_sampler()
         else:
-            sampler = self._tenants.saved_sampler(row["path"], self._require_checkpoint(owner, row["path"]))
+            self._require_checkpoint(owner, row["path"])
+            sampler = self._tenants.saved_sampler(row["path"])
         self._hold(session, sampler)
         return sampler
 
-    def _require_checkpoint(self, owner: str, path: str) -> LoraChoice:
+    def _require_checkpoint(self, owner: str, path: str) -> None:
         model, _, _ = self._tenants.checkpoints.parts(path)
         self._tenants.checkpoints.locate(path)
         row = self._journal.model(model)
         if row is None or row["owner"] != owner:
             raise ServiceError(f"there is no checkpoint {path!r} on this server")
-        return LoraChoice.from_json(row["lora"])
 
     def _hold(self, session: str, sampler: Sampler) -> None:
         self._held[session] = sampler
