@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from .types import Datum
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
 
 __all__ = ["explain"]
 
@@ -18,11 +16,21 @@ _COLUMNS: Final = {
 }
 
 
-def explain(datum: Datum, tokenizer: Any = None) -> str:
+class _Datum(Protocol):
+    """What of a `Datum` is shown; types.py imports this module, so that it cannot be named here."""
+
+    @property
+    def model_input(self) -> Any: ...
+
+    @property
+    def loss_fn_inputs(self) -> Mapping[str, Any]: ...
+
+
+def explain(datum: _Datum, tokenizer: Any = None) -> str:
     """Return the datum as aligned lines: position, token, the target after it, and the numbers that belong to the target.
 
     Args:
-        datum: with ``target_tokens``, or scored on its own next tokens.
+        datum: a `Datum` with ``target_tokens``, or one that is scored on its own next tokens.
         tokenizer: has ``decode``; without it token ids are shown.
     """
     inputs, tokens = datum.loss_fn_inputs, datum.model_input.to_ints()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DatumError, LengthError
 from ..losses.adapt import as_tensor
 from ..losses.keys import INPUT_KEYS
+from .explain import explain
 
 __all__ = ["Datum", "ModelInput", "TensorData"]
 
@@ -203,8 +204,6 @@ class Datum:
 
     def explain(self, tokenizer: Any = None) -> str:
         """Return a table of what is trained on what; see `pullback.datums.explain`."""
-        from .explain import explain
-
         return explain(self, tokenizer)
 
 

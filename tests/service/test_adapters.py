@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import distance, make_data, weights_of
-from servers import KEY, SDK_WARNINGS, Direct, adapter, new_model, rest, served, tiny_tenants
+from servers import KEY, SDK_WARNINGS, Direct, adapter, new_model, rest, served, tiny_models
 
 import pullback
 from pullback import AdamParams, TorchBackend
 from pullback.backends import HFModel
 from pullback.backends.native.models.lora import LoraChoice, add_lora, set_alpha
 from pullback.errors import CheckpointError
-from pullback.service import Base, Tenants, serving
+from pullback.service import Base, ServedModels, serving
 from pullback.service.durability.journal import Journal
 from pullback.testing import random_llama
 
@@ -57,11 +57,11 @@ def step(backend: Any) -> None:
     backend.optim_step(AdamParams(learning_rate=1e-2)).result()
 
 
-def updates(lora: Any, tenants: Any, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def updates(lora: Any, models: Any, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two steps from one start: by a native backend on ``lora``, and at a service that is told the rank alone."""
     with pullback.connect(url, base_model="tiny", rank=4, api_key=KEY) as remote:
-        theirs = served(tenants, remote._trainer)
-        ours = TorchBackend(HFModel(add_lora(tenants.base.copy(), lora)), token_budget=64)
+        theirs = served(models, remote._trainer)
+        ours = TorchBackend(HFModel(add_lora(models.base.copy(), lora)), token_budget=64)
         start = adapter(theirs)
         assert all(p.shape == start[name].shape for name, p in weights_of(ours).items())
         ours.model.load_state_dict(start, strict=False)
@@ -71,36 +71,36 @@ def updates(lora: Any, tenants: Any, url: str) -> tuple[dict[str, Any], dict[str
         return weights_of(ours), adapter(theirs)
 
 
-def test_silence_means_the_same_everywhere(tenants: Any, url: str) -> None:
+def test_silence_means_the_same_everywhere(models: Any, url: str) -> None:
     """A rank alone, in this process and at a service by `connect`: the same layers, scale and update."""
-    ours, theirs = updates(4, tenants, url)
+    ours, theirs = updates(4, models, url)
     assert {name.split(".")[-4] for name in ours} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     assert distance(ours, theirs) == 0.0
 
 
-def test_another_alpha_is_noticed(tenants: Any, url: str) -> None:
+def test_another_alpha_is_noticed(models: Any, url: str) -> None:
     """The control: with alpha = 2 x rank the updates differ."""
-    ours, theirs = updates(LoraChoice(4, alpha=8), tenants, url)
+    ours, theirs = updates(LoraChoice(4, alpha=8), models, url)
     assert distance(ours, theirs) > 1e-3
 
 
-def test_a_plain_request_means_the_same_and_an_explicit_one_wins(tenants: Any, url: str) -> None:
+def test_a_plain_request_means_the_same_and_an_explicit_one_wins(models: Any, url: str) -> None:
     """Of a request that names its rank alone, and of one that says all."""
     with rest(url) as http:
         _, made = new_model(http)
-        assert tenants.choices[made["model_id"]] == LoraChoice(2)
+        assert models.choices[made["model_id"]] == LoraChoice(2)
         _, made = new_model(http, alpha=4, train_unembed=True, train_mlp=False)
-        assert tenants.choices[made["model_id"]] == LoraChoice(2, alpha=4, train_unembed=True, train_mlp=False)
-        config = tenants.backends[made["model_id"]].model.model.peft_config["default"]
+        assert models.choices[made["model_id"]] == LoraChoice(2, alpha=4, train_unembed=True, train_mlp=False)
+        config = models.backends[made["model_id"]].model.model.peft_config["default"]
         assert (config.lora_alpha, "lm_head" in config.target_modules) == (4, True)
 
 
-def test_the_sdk_says_that_it_trains_the_head(tenants: Any, service: Any) -> None:
+def test_the_sdk_says_that_it_trains_the_head(models: Any, service: Any) -> None:
     """Its own default is explicit on the wire."""
     client = service.create_lora_training_client("tiny", rank=2).result()
-    assert tenants.choices[client.model_id] == LoraChoice(2, train_unembed=True)
+    assert models.choices[client.model_id] == LoraChoice(2, train_unembed=True)
 
 
 def test_a_native_checkpoint_brings_its_alpha(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_old_native_checkpoint_means_what_it_meant() -> None:
 def old(tmp_path: Path) -> Any:
     """A service on what an older one left."""
     shutil.copytree(OLD / "served", tmp_path / "served")
-    found = Direct(tmp_path / "served", Tenants(Base("tiny", old_base()), tmp_path / "served"))
+    found = Direct(tmp_path / "served", ServedModels(Base("tiny", old_base()), tmp_path / "served"))
     yield found
     found.sequencer.close()
 
@@ -160,10 +160,10 @@ def test_an_old_journal_means_what_it_meant(old: Any) -> None:
     given = {"session_id": "sess", "model_seq_id": 1, "path": URI, "optimizer": True}
     made = call(old, "create_model", given)
     assert made["type"] == "load_weights"
-    backend = old.tenants.backends["sess:train:1"]
+    backend = old.models.backends["sess:train:1"]
     assert (torch.tensor(maker().logprobs(backend)) - expected("served")).abs().max() < 1e-5
     tokens = pullback.ModelInput.from_ints([3, 1, 4])
-    sampler = old.tenants.saved_sampler("tinker://sess:train:0/sampler_weights/old")
+    sampler = old.models.saved_sampler("tinker://sess:train:0/sampler_weights/old")
     data = [pullback.Datum(tokens, {"target_tokens": [1, 4, 1], "weights": [1.0] * 3})]
     scored = backend.forward(data, "cross_entropy").result().loss_fn_outputs[0]["logprobs"].data
     assert sampler.prompt_logprobs(tokens)[1:] == pytest.approx(scored[:2], abs=1e-5)
@@ -183,7 +183,7 @@ def test_loading_an_old_checkpoint_into_a_new_model(old: Any, explicit: bool) ->
         assert row == LoraChoice(2)
         return
     assert row == replace(LoraChoice(2), alpha=2, train_unembed=True)
-    backend = old.tenants.backends["sess:train:1"]
+    backend = old.models.backends["sess:train:1"]
     assert (torch.tensor(maker().logprobs(backend)) - expected("served")).abs().max() < 1e-5
 
 
@@ -199,11 +199,11 @@ def test_a_journal_of_today_says_its_alpha(tmp_path: Path) -> None:
 
 def test_the_service_resumes_a_headless_model_by_the_sdk(tmp_path: Path) -> None:
     """`connect`, save, load: the new client's model has the same adapter."""
-    tenants = tiny_tenants(tmp_path)
-    with serving(tenants, keys=[KEY]) as url, pullback.connect(url, base_model="tiny", rank=2, api_key=KEY) as backend:
+    models = tiny_models(tmp_path)
+    with serving(models, keys=[KEY]) as url, pullback.connect(url, base_model="tiny", rank=2, api_key=KEY) as backend:
         step(backend)
         path = backend.save_state("one").result().path
-        saved = adapter(served(tenants, backend._trainer))
+        saved = adapter(served(models, backend._trainer))
         backend.load_state(path).result()
-        assert tenants.choices[backend._trainer.model_id] == LoraChoice(2)
-        assert distance(adapter(served(tenants, backend._trainer)), saved) == 0.0
+        assert models.choices[backend._trainer.model_id] == LoraChoice(2)
+        assert distance(adapter(served(models, backend._trainer)), saved) == 0.0

