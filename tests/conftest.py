@@ -35,19 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def tenants(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from servers import tiny_tenants
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from servers import tiny_models
 
-    return tiny_tenants(tmp_path_factory.mktemp("checkpoints"))
+    return tiny_models(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
-def url(tenants: Any) -> Iterator[str]:
+def url(models: Any) -> Iterator[str]:
     from servers import KEY
 
     from pullback.service import serving
 
-    with serving(tenants, keys=[KEY]) as address:
+    with serving(models, keys=[KEY]) as address:
         yield address
 
 

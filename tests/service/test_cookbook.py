@@ -17,7 +17,7 @@ from folders import chat_folder
 from servers import KEY, rest
 
 from pullback.cli.serve import load_base
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 
 INSTALL = "pip install -e '.[cookbook]' && pip install --no-deps tinker-cookbook==0.6.1"
 pytest.importorskip("tinker_cookbook", reason=f"tinker-cookbook is not installed: {INSTALL}")
@@ -40,7 +40,7 @@ def cookbook_url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     from argparse import Namespace
 
     given = Namespace(model=str(folder), name=None, device="cpu", dtype="float32", token_budget=1024)
-    with serving(Tenants(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
+    with serving(ServedModels(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
         yield address
 
 

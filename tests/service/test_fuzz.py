@@ -15,7 +15,7 @@ import torch
 from bodies import GETS, JSON, POSTS, PROTOBUF, json_bodies, packed_bodies, proto_bodies
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_tenants
+from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_models
 from tiers import SOAK
 
 from pullback.service import serving
@@ -68,8 +68,8 @@ class Field:
     seen: Counter[str]
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self.tenants, self.seen = tiny_tenants(folder), Counter()
-        url = stack.enter_context(serving(self.tenants, keys=[KEY, OTHER], limits=LIMITS))
+        self.models, self.seen = tiny_models(folder), Counter()
+        url = stack.enter_context(serving(self.models, keys=[KEY, OTHER], limits=LIMITS))
         self.attacker, self.victim = (Tenant(stack.enter_context(rest(url, key))) for key in (OTHER, KEY))
         self.train()
         secret = {"path": f"{SECRET}-name", "user_metadata": {"owner": f"{SECRET}-metadata"}}
@@ -85,7 +85,7 @@ class Field:
         return float(self.victim.do("optim_step", adam_params={"learning_rate": 1e-2})["metrics"]["grad_norm"])
 
     def weights(self) -> torch.Tensor:
-        return torch.cat([p.flatten() for p in adapter(self.tenants.backends[self.victim.model]).values()])
+        return torch.cat([p.flatten() for p in adapter(self.models.backends[self.victim.model]).values()])
 
     def check(self, answer: Any, sent: Any) -> None:
         """Below 500, and nothing of the victim's."""

@@ -208,13 +208,13 @@ def test_where_there_is_no_service() -> None:
 
 def test_this_machine_needs_no_key(tmp_path: Any, monkeypatch: Any) -> None:
     """A service without keys is reached without one, though the SDK wants to see one."""
-    from servers import tiny_tenants
+    from servers import tiny_models
 
     from pullback.service import serving
 
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    with serving(tiny_tenants(tmp_path)) as open_url, pullback.connect(open_url, base_model="tiny", rank=2) as backend:
+    with serving(tiny_models(tmp_path)) as open_url, pullback.connect(open_url, base_model="tiny", rank=2) as backend:
         assert backend.forward_backward(DATA, "ppo").result().metrics["tokens:sum"] > 0
         assert backend.optim_step(PARAMS).result().stepped
 
