@@ -15,9 +15,9 @@ import torch
 
 import pullback
 from pullback import AdamParams, Datum, TorchBackend
+from pullback.backends.native.models.lora import LoraChoice
 from pullback.cli.demo.models import smollm2_file
 from pullback.service import Base
-from pullback.service.served.registry import LoraChoice
 
 from .custom import nll
 from .models import batch, load

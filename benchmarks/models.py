@@ -19,7 +19,7 @@ def load(name: str, *, lora: int | None, **options: Any) -> TorchBackend:
         folder, file = smollm2_file()
         return TorchBackend.from_pretrained(folder, gguf_file=file, lora=lora, **options)
     from pullback.backends.native import HFModel
-    from pullback.backends.native.models.hf import add_lora
+    from pullback.backends.native.models.lora import add_lora
 
     device = options.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     model = random_llama(

@@ -13,10 +13,10 @@ from folders import chat_folder
 from servers import KEY, SDK_WARNINGS, finished
 
 from pullback.backends import TorchBackend
+from pullback.backends.native.models.lora import LoraChoice
 from pullback.cli.serve import load_base
 from pullback.datums import Datum, ModelInput
 from pullback.service import Tenants, serving
-from pullback.service.served.registry import LoraChoice
 
 pytestmark = SDK_WARNINGS
 PROMPT = [40, 41, 42, 43, 44, 45]

@@ -84,7 +84,7 @@ def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: i
     """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
     pytest.importorskip("transformers", reason="a random Llama needs transformers (extra hf)")
 
-    from pullback.backends.native.models.hf import add_lora
+    from pullback.backends.native.models.lora import add_lora
 
     model: nn.Module = random_llama(
         vocab_size=vocab,

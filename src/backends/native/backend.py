@@ -125,7 +125,7 @@ class TorchBackend:
         Raises:
             MissingExtraError: transformers, peft or gguf is not installed.
         """
-        from .models.hf import load_pretrained
+        from .models.load import load_pretrained
 
         model, tokenizer = load_pretrained(
             path,

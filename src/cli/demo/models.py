@@ -12,8 +12,9 @@ from typing import Any, final
 import torch
 
 from ...backends.native.models.gguf import convert_gguf
+from ...backends.native.models.lora import LoraChoice
 from ...errors import MissingExtraError, require_extra
-from ...service.served.registry import Base, LoraChoice
+from ...service.served.registry import Base
 from ...testing.models.llama import random_llama
 from .tasks import Reward, Sum, digit_reward, sum_reward
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ...backends.native.models.lora import LoraChoice
 from ...errors import ConfigError
-from .registry import LoraChoice
 
 __all__ = ["lora_choice"]
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, final
 
+from ...backends.native.models.lora import LoraChoice
 from ...errors import ServiceError, UnsupportedError
 from ..durability.journal import Journal
 from ..durability.recovery import recover
@@ -13,7 +14,7 @@ from ..durability.sequencer import Sequencer, number_of
 from ..limits import Limits
 from ..wire.fireworks_paths import LogicalNames
 from .create import lora_choice
-from .registry import LoraChoice, Tenants
+from .registry import Tenants
 from .samplers import Samplers
 from .sessions import Sessions
 from .training import Training

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, final
 
+from ...backends.native.models.lora import LoraChoice
 from ...errors import ServiceError
 from ..durability.checkpoints import Checkpoints
 from ..durability.journal import Journal
-from .registry import LoraChoice, Tenants
+from .registry import Tenants
 
 __all__ = ["Listings"]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from ...backends.native.checkpoint import load_weights
 from ...backends.native.execution.batching import ScoreRequest
 from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
+from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice
 from ...backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
 from ...backends.native.sampling import Ends, draw
 from ...backends.types import Rollout
@@ -26,46 +26,7 @@ from ...datums.types import ModelInput
 from ...errors import ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
 
-__all__ = ["Base", "LoraChoice", "Sampler", "Tenants"]
-
-_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP: Final = ("gate_proj", "up_proj", "down_proj")
-_UNEMBED: Final = ("lm_head",)
-
-
-@final
-@dataclass(frozen=True)
-class LoraChoice:
-    """What of the base gets an adapter.
-
-    Args:
-        rank: of the adapters.
-        seed: of their start.
-        alpha: their scale is ``alpha / rank``; None: the base's own.
-        train_attn, train_mlp, train_unembed: attention, feed-forward, output projection.
-        base_only: the model is the frozen base and only scores; its adapter stays at nothing.
-    """
-
-    rank: int
-    seed: int = 0
-    alpha: float | None = None
-    train_attn: bool = True
-    train_mlp: bool = True
-    train_unembed: bool = True
-    base_only: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"lora_config.rank must be a whole number of at least 1, got {self.rank!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        """For the journal."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> LoraChoice:
-        """Read what the journal holds."""
-        return cls(**json.loads(text))
+__all__ = ["Base", "Sampler", "Tenants"]
 
 
 @final
@@ -86,9 +47,9 @@ class Base:
     model: nn.Module
     tokenizer_id: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    attention: Sequence[str] = _ATTENTION
-    mlp: Sequence[str] = _MLP
-    unembed: Sequence[str] = _UNEMBED
+    attention: Sequence[str] = ATTENTION
+    mlp: Sequence[str] = MLP
+    unembed: Sequence[str] = UNEMBED
     scale: float = 1.0
 
     def layers(self, lora: LoraChoice) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, final
 
+from ...backends.native.models.lora import LoraChoice
 from ...datums.types import ModelInput
 from ...errors import ServiceError, TooLargeError
 from ..durability.journal import Journal
@@ -12,7 +13,7 @@ from ..durability.sequencer import Sequencer, require_number
 from ..limits import Limits
 from ..wire.protobuf import tokens_of
 from ..wire.sampling import encode_sample
-from .registry import LoraChoice, Sampler, Tenants
+from .registry import Sampler, Tenants
 from .scores import Asked
 from .stopping import sampling_of
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any, final
 
+from ...backends.native.models.lora import LoraChoice
 from ...errors import ServiceError
 from ..durability.journal import Journal
 from ..durability.recovery import lost
 from ..durability.sequencer import Sequencer
-from .registry import LoraChoice
 
 __all__ = ["Sessions"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from ....errors import ConfigError, UnsupportedError, require_extra
+from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head
 from ....ops.logprobs import head_logits
 from .packed_attention import install, packed_inputs
 
-__all__ = ["HFModel", "load_pretrained"]
+__all__ = ["HFModel"]
 
 _LOGITS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -176,61 +175,3 @@ class HFModel(nn.Module):
                 f"{type(self._causal).__name__} does not compute its logits as hidden states times a head (relative difference "
                 f"{difference:.2g}); write an adapter with hidden_states and head"
             )
-
-
-def load_pretrained(
-    path: str | Path,
-    *,
-    gguf_file: str | None,
-    lora: Any,
-    dtype: str | torch.dtype,
-    device: str | torch.device | None,
-    gradient_checkpointing: bool,
-    compile: str | None = None,
-) -> tuple[HFModel, Any]:
-    """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
-    transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
-    if gguf_file is not None:
-        from .gguf import convert_gguf
-
-        path = convert_gguf(Path(path), gguf_file)
-    device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
-    if lora is not None:
-        model = add_lora(model, lora)
-    return HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile), _tokenizer(
-        transformers, path
-    )
-
-
-def add_lora(model: nn.Module, lora: Any) -> nn.Module:
-    """Wrap a transformers model with LoRA: a rank (all linear layers, alpha = 2 rank), or a ``peft.LoraConfig``."""
-    peft = require_extra("peft", "hf", "lora=")
-    if isinstance(lora, bool) or (isinstance(lora, int) and lora < 1):
-        raise ConfigError(f"lora must be a rank of at least 1 or a peft config, got {lora!r}")
-    if isinstance(lora, int):
-        lora = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        # peft asks for a name that transformers 5 deprecates; nothing the caller could change
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapted: nn.Module = peft.get_peft_model(model, lora)
-    return adapted
-
-
-def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return ``"bfloat16"`` and its like as a torch dtype."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(
-            f"dtype must name a floating-point torch dtype such as 'float32' or 'bfloat16', got {dtype!r}"
-        )
-    return found
-
-
-def _tokenizer(transformers: Any, path: str | Path) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None  # a folder with weights only is fine: the backend itself needs no tokenizer
