@@ -14,7 +14,6 @@ from torch import Tensor
 from ..errors import DatumError, LengthError
 from ..losses.adapt import as_tensor
 from ..losses.keys import INPUT_KEYS
-from .explain import explain
 
 __all__ = ["Datum", "ModelInput", "TensorData", "explain"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from pullback import AdamParams, Datum, ModelInput, connect
 from pullback.cli import main
-from pullback.cli.models import load_model, model_folder
+from pullback.cli.models import load_named
 from pullback.cli.serve import load_base
 from pullback.errors import ConfigError
 from pullback.service import ServedModels, serving
@@ -41,12 +41,11 @@ def test_tiny_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_folder_is_a_model_and_other_words_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same names in every command; a misspelt one is refused with the names that are known."""
     random_llama().save_pretrained(tmp_path / "model")
-    _, folder = load_model(str(tmp_path / "model"), device="cpu")
-    assert folder == tmp_path / "model"
-    assert model_folder("tiny") is None
+    assert load_named(str(tmp_path / "model"), device="cpu").folder == tmp_path / "model"
+    assert load_named("tiny").folder is None
     with pytest.raises(ConfigError, match=r"smollm2, tiny .* or a folder"):
         load_base(given("tinny"))
     with pytest.raises(ConfigError, match="dtype must name"):
-        load_model("tiny", "floaty")
+        load_named("tiny", dtype="floaty")
     assert main(["serve", "--model", "tinny"]) == 2
     assert "got 'tinny'" in capsys.readouterr().err

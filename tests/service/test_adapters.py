@@ -60,7 +60,7 @@ def step(backend: Any) -> None:
 def updates(lora: Any, models: Any, url: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two steps from one start: by a native backend on ``lora``, and at a service that is told the rank alone."""
     with pullback.connect(url, base_model="tiny", rank=4, api_key=KEY) as remote:
-        theirs = served(models, remote._trainer)
+        theirs = served(models, remote.trainer)
         ours = TorchBackend(HFModel(add_lora(models.base.copy(), lora)), token_budget=64)
         start = adapter(theirs)
         assert all(p.shape == start[name].shape for name, p in weights_of(ours).items())
@@ -203,7 +203,7 @@ def test_the_service_resumes_a_headless_model_by_the_sdk(tmp_path: Path) -> None
     with serving(models, keys=[KEY]) as url, pullback.connect(url, base_model="tiny", rank=2, api_key=KEY) as backend:
         step(backend)
         path = backend.save_state("one").result().path
-        saved = adapter(served(models, backend._trainer))
+        saved = adapter(served(models, backend.trainer))
         backend.load_state(path).result()
-        assert models.choices[backend._trainer.model_id] == LoraChoice(2)
-        assert distance(adapter(served(models, backend._trainer)), saved) == 0.0
+        assert models.choices[backend.trainer.model_id] == LoraChoice(2)
+        assert distance(adapter(served(models, backend.trainer)), saved) == 0.0
