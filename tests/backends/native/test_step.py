@@ -214,7 +214,7 @@ def test_empty_window_makes_no_step() -> None:
     none = backend.optim_step(AdamParams(learning_rate=1e-2), "num_loss_tokens").result()
     assert not empty.stepped
     assert not none.stepped
-    assert "empty window" in none.normalization
+    assert "empty accumulation" in none.normalization
     assert distance(weights_of(backend), before) == 0.0
 
 
