@@ -192,7 +192,7 @@ def _without_target_(p: Tensor, tile: Tile) -> Tensor:
         return p.scatter_(-1, column[:, None], 0.0).sum(-1).double()
     p[rows, column] = 0.0
     rest = p.new_ones(len(p), dtype=torch.float64)
-    few = 4 * len(rows) < len(p)
+    few = 16 * len(rows) < len(p)  # otherwise their copy would cost memory
     rest[rows] = (p[rows].sum(-1) if few else p.sum(-1)[rows]).double()
     return rest
 
