@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import final
 
 from ..errors import PrecedingOperationFailed, UnreadFailureError
+from .engine import Gradient
 from .futures import Outcome
 from .normalization import Ledger
+from .prepared import PreparedCall
 
 __all__ = ["Accumulation", "preceding_failure", "unretrieved"]
 
@@ -25,6 +27,18 @@ class Accumulation:
 
     ledger: Ledger = field(default_factory=Ledger)
     outcomes: list[Outcome] = field(default_factory=list)
+
+    def record(self, call: PreparedCall, gradient: Gradient) -> None:
+        """Enter a call whose gradient has been added into the ledger."""
+        self.ledger.record(
+            loss=call.name,
+            datums=len(call.data),
+            declared=call.declared_normalization,
+            tokens=gradient.tokens,
+            sequences=gradient.sequences,
+            denominator=gradient.denominator,
+            count=gradient.count,
+        )
 
     def require_complete(self, on_failure: Callable[[BaseException], None]) -> None:
         """Wait for every gradient operation.

@@ -65,7 +65,7 @@ class Backend:
 
         def work() -> Answer[ForwardBackwardOutput]:
             call = self._prepare(data, as_loss(loss_fn, loss_fn_config))
-            return _evaluated(call, self._engine.score(call))
+            return then(self._engine.score(call), call.evaluated)
 
         return self._run(Call("forward", loss_name(loss_fn), _size(data)), work)
 
@@ -188,7 +188,7 @@ class Backend:
         ) -> Future[ForwardBackwardOutput]:
             def work() -> Answer[ForwardBackwardOutput]:
                 call = self._prepare(data, as_loss(loss_fn, config))
-                return _evaluated(call, score(call))
+                return then(score(call), call.evaluated)
 
             return self._run(Call("reference", loss_name(loss_fn), _size(data)), work)
 
@@ -253,15 +253,7 @@ class Backend:
         ledger = self._accumulation.ledger
         ledger.admit(call.name, self._engine.deferred_denominator(call))
         gradient = self._engine.accumulate(call) if add is None else add()
-        ledger.record(
-            loss=call.name,
-            datums=len(call.data),
-            declared=call.declared_normalization,
-            tokens=gradient.tokens,
-            sequences=gradient.sequences,
-            denominator=gradient.denominator,
-            count=gradient.count,
-        )
+        self._accumulation.record(call, gradient)
         return gradient.output
 
     def _step(self, params: AdamParams, mode: NormalizationMode) -> Answer[OptimStepOutput]:
@@ -269,8 +261,7 @@ class Backend:
         divisor, entries = self._engine.divisor(ledger, mode), tuple(ledger.entries)
         if ledger.tokens == 0 or divisor.value == 0:
             self._clear()
-            reason = "empty accumulation: no token has a gradient, so no step was made"
-            return OptimStepOutput({"tokens": 0.0}, False, divisor.value, reason, entries)
+            return OptimStepOutput.empty(divisor.value, entries)
         counted = {"tokens": float(ledger.tokens), "sequences": float(ledger.sequences)}
         answer = self._engine.step(params, divisor)
         self._accumulation.clear()
@@ -305,13 +296,6 @@ class Backend:
         except MissingReferenceError as error:
             return f"{reason}; {error}"
         return f"{reason}; fill them in by with_reference(data, backend.reference())"
-
-
-def _evaluated(call: PreparedCall, scores: Answer[Sequence[Any]]) -> Answer[ForwardBackwardOutput]:
-    def output(logprobs: Sequence[Any]) -> ForwardBackwardOutput:
-        return call.output(logprobs, call.metrics(logprobs))
-
-    return then(scores, output)
 
 
 def _size(data: object) -> int:

@@ -123,11 +123,11 @@ class PreparedCall:
             self._packed[key] = self.loss.batch([self.data[i] for i in members], apart)
         return replace(self._packed[key], logprobs=logprobs)
 
-    def metrics(self, logprobs: Sequence[Tensor]) -> Mapping[str, float]:
-        """Return what the registered loss reports of all datums, by names on the wire."""
-        assert isinstance(self.loss, Loss), "functions report by themselves"
+    def evaluated(self, logprobs: Sequence[Tensor]) -> ForwardBackwardOutput:
+        """Return the result of a call that only scores, with what its registered loss reports."""
+        assert isinstance(self.loss, Loss), "functions are not evaluated without a gradient"
         batch = self.batch(range(len(self.data)), torch.cat([x.detach() for x in logprobs]))
-        return wire_metrics(self.loss.evaluate(batch).metrics)
+        return self.output(logprobs, wire_metrics(self.loss.evaluate(batch).metrics))
 
     def output(self, logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
         """Return the call's result; where positions were skipped it says so in ``scored``."""

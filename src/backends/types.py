@@ -185,6 +185,12 @@ class OptimStepOutput:
     normalization: str
     ledger: Sequence[LedgerEntry] = field(default_factory=tuple)
 
+    @classmethod
+    def empty(cls, divided_by: float, ledger: Sequence[LedgerEntry]) -> Self:
+        """Return the result of a step that had nothing to step on."""
+        reason = "empty accumulation: no token has a gradient, so no step was made"
+        return cls({"tokens": 0.0}, False, divided_by, reason, ledger)
+
 
 @final
 @dataclass(frozen=True)
