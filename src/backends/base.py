@@ -16,7 +16,7 @@ from .accumulation import Accumulation
 from .engine import Call, Engine, Gradient
 from .futures import Answer, Future, then
 from .operations import Operations
-from .prepared import Positions, PreparedCall, as_loss, loss_name, prepare
+from .prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
 from .reference import ReferenceView
 from .sampling import check_prompts
@@ -168,9 +168,9 @@ class Backend:
         if not isinstance(loss_fn, (str, Loss)):
             return self._engine.plan(self._prepare(data, loss_fn, by_name=False))
         loss = as_loss(loss_fn, None)
-        self._prepare(data, None)
-        missing = [key for key in loss.required_inputs if any(key not in d.loss_fn_inputs for d in data)]
+        missing = missing_inputs(loss, data)
         if missing:
+            self._prepare(data, None)
             return Plan("refuse", self._missing(loss, missing))
         positions: Positions = "trained" if self._engine.limits.skips_positions else "all"
         return self._engine.plan(self._prepare(data, loss, positions=positions))

@@ -21,7 +21,17 @@ from ..losses.registry import get_loss
 from .protocol import CustomLoss
 from .types import ForwardBackwardOutput, as_mapping
 
-__all__ = ["Positions", "PreparedCall", "ScoreRequest", "as_loss", "loss_name", "loss_units", "prepare", "scored"]
+__all__ = [
+    "Positions",
+    "PreparedCall",
+    "ScoreRequest",
+    "as_loss",
+    "loss_name",
+    "loss_units",
+    "missing_inputs",
+    "prepare",
+    "scored",
+]
 
 Positions = Literal["all", "trained"]
 
@@ -198,6 +208,12 @@ def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
     raise LossTypeError(
         f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
     )
+
+
+def missing_inputs(loss: Loss, data: Sequence[Datum]) -> list[str]:
+    """Return the inputs that a loss requires and some datum lacks."""
+    inputs = [getattr(datum, "loss_fn_inputs", loss.required_inputs) for datum in data]
+    return [key for key in loss.required_inputs if any(key not in each for each in inputs)]
 
 
 def loss_name(loss: object) -> str:
