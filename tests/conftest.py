@@ -1,4 +1,4 @@
-"""Profiles of the property tests, and what the default suite leaves out."""
+"""The tiers: how many examples a property test draws, and which tests wait for a longer run. And common fixtures."""
 
 from __future__ import annotations
 
@@ -10,36 +10,44 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from tiers import TIER, reason_to_skip
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
-settings.register_profile("dev", max_examples=15, deadline=None)
-settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
+# One profile a tier. What is derandomized draws the same examples in every run and on every worker.
+settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)
+settings.register_profile("all", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=2000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", TIER))
+
+
+def pytest_report_header() -> str:
+    return f"tier: {TIER} (PULLBACK_TIER=quick|all|soak)"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("PULLBACK_SOAK") != "1":
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(pytest.mark.skip(reason="a long proof: run it by `make soak`"))
+    for item in items:
+        for marker in ("slow", "soak"):
+            reason = reason_to_skip(marker) if item.get_closest_marker(marker) else None
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="module")
-def tenants(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from servers import tiny_tenants
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from servers import tiny_models
 
-    return tiny_tenants(tmp_path_factory.mktemp("checkpoints"))
+    return tiny_models(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
-def url(tenants: Any) -> Iterator[str]:
+def url(models: Any) -> Iterator[str]:
     from servers import KEY
 
     from pullback.service import serving
 
-    with serving(tenants, keys=[KEY]) as address:
+    with serving(models, keys=[KEY]) as address:
         yield address
 
 

@@ -1,4 +1,4 @@
-"""Everything that is printed as code runs as printed."""
+"""Everything that is printed as code runs as printed, and every path and link of the docs is there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+ALL_PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 
 
 # The SDK leaves its sockets to the garbage collector.
@@ -28,13 +30,44 @@ def test_python_blocks_run(page: Path) -> None:
     gc.collect()  # closes what the SDK left open, while its warnings are ignored
 
 
+def missing_paths(text: str) -> list[str]:
+    """The paths of the repository that a page names and that are not there."""
+    named = re.findall(r"`((?:src|tests|docs|benchmarks|examples)(?:/[\w./-]+)?)`", text)
+    return sorted({path for path in named if not (ROOT / path).exists()})
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the source tree")
+@pytest.mark.parametrize("page", [ROOT / "docs" / "glossary.md", *DECISIONS], ids=lambda page: page.name)
+def test_paths_are_there(page: Path) -> None:
+    """The glossary and the decisions name files that exist; a file that does not is noticed."""
+    assert missing_paths(page.read_text()) == []
+    assert missing_paths("in `src/nowhere.py`, and `src`") == ["src/nowhere.py"]
+
+
+def missing_links(page: Path) -> list[str]:
+    """The relative links of a page that lead nowhere."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    return sorted({link for link in links if not (page.parent / link).exists()})
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path, tmp_path: Path) -> None:
+    """Every relative link of a page leads to a file; one that does not is noticed."""
+    assert missing_links(page) == []
+    broken = tmp_path / "page.md"
+    broken.write_text("[there](page.md) and [nowhere](nowhere.md), [elsewhere](https://example.org/x)")
+    assert missing_links(broken) == ["nowhere.md"]
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda e: e.name)
 def test_examples_run(example: Path) -> None:
     """Every example runs."""
     runpy.run_path(str(example))
 
 
-@pytest.mark.parametrize(("backend", "only"), [("native", "sft,dpo,orpo,grpo"), ("remote", "sft")])
+@pytest.mark.parametrize(
+    ("backend", "only"), [pytest.param("native", "sft,dpo,orpo,grpo", marks=pytest.mark.slow), ("remote", "sft")]
+)
 def test_tiny_demo(backend: str, only: str, tmp_path: Path) -> None:
     """`pullback demo --model tiny` improves its objectives and leaves a picture and the figures; on a service too."""
     minutes = "0.5" if backend == "native" else "0.1"

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,49 @@ def test_dependencies_point_one_way() -> None:
         if part != "__init__":
             assert imported_parts(path.read_text(), part) <= MAY_IMPORT[part], path
     assert not imported_parts("from ..backends.types import Plan", "losses") <= MAY_IMPORT["losses"]
+
+
+def imported_modules(name: str, source: str, known: Collection[str], *, is_package: bool) -> set[str]:
+    """The modules among ``known`` that a module imports, by relative imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parents = name.split(".")[: None if is_package else -1]
+            home = [*parents[: len(parents) + 1 - node.level], *(node.module.split(".") if node.module else [])]
+            named = {".".join([*home, alias.name]) for alias in node.names}
+            found |= (named & set(known)) or ({".".join(home)} & set(known))
+    return found - {name}
+
+
+def circle(imports: Mapping[str, Collection[str]]) -> list[str]:
+    """Modules that import each other in a circle; none: an empty list."""
+    left = {name: set(others) for name, others in imports.items()}
+    while leaves := [name for name, others in left.items() if not others & left.keys()]:
+        for name in leaves:
+            del left[name]
+    path: list[str] = [next(iter(left))] if left else []
+    while path and path.count(path[-1]) == 1:
+        path.append(min(left[path[-1]] & left.keys()))
+    return path[path.index(path[-1]) :] if path else []
+
+
+def test_no_circle_of_imports() -> None:
+    """Not even one for the type checker alone; a planted one is found."""
+    sources = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    names = {name.removesuffix(".__init__"): path for name, path in sources.items()}
+    imports = {
+        name: imported_modules(name, path.read_text(), names, is_package=path.name == "__init__.py")
+        for name, path in names.items()
+    }
+    assert sum(map(len, imports.values())) > len(imports)
+    assert circle(imports) == []
+    source = "if TYPE_CHECKING:\n    from ..b.c import d\n"
+    planted = {
+        "p.a.x": imported_modules("p.a.x", source, {"p.b.c"}, is_package=False),
+        "p.b.c": {"p.a.x"},
+        "p.e": {"p.b.c"},
+    }
+    assert set(circle(planted)) == {"p.a.x", "p.b.c"}
 
 
 def test_an_old_name_is_found_with_a_warning() -> None:

@@ -58,7 +58,7 @@ def load_named(
         return NamedModel(name, random_llama(dtype=torch_dtype(dtype), **(config or {})).to(device))
     folder = convert_gguf(*smollm2_file()) if name == "smollm2" else Path(name)
     if not folder.is_dir():
-        raise ConfigError(f"--model must be smollm2, tiny or a folder, got {name!r}")
+        raise ConfigError(f"--model must be {MODEL_HELP}, got {name!r}")
     wrapped, tokenizer = load_pretrained(
         folder, gguf_file=None, lora=None, dtype=dtype, device=device, gradient_checkpointing=False
     )

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.native.models.gguf import convert_gguf
-from ..errors import ConfigError, require_extra
+from ..errors import ConfigError
 from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
-from ..service.served.registry import Base, Tenants
-from .models import smollm2_file
+from ..service.served.registry import Base, ServedModels
+from .models import MODEL_HELP, load_named
 
 __all__ = ["add_parser", "load_base"]
 
@@ -24,7 +23,7 @@ _KEYS = "PULLBACK_API_KEYS"
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     serve = commands.add_parser("serve", help="serve a model to clients of the Tinker training API")
-    serve.add_argument("--model", default="smollm2", help="smollm2, or a folder that transformers can load")
+    serve.add_argument("--model", default="smollm2", help=MODEL_HELP)
     serve.add_argument("--name", help="what clients call it (default: the model as given)")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8765)
@@ -47,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
     base = load_base(arguments)
     print(f"{base.name} on http://{arguments.host}:{arguments.port}", "" if keys else "(no keys: everybody is let in)")
     limits = replace(Limits(), models=arguments.max_models)
-    serve_forever(Tenants(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys, limits)
+    serve_forever(ServedModels(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys, limits)
     return 0
 
 
@@ -65,15 +64,8 @@ def load_base(arguments: argparse.Namespace) -> Base:
     """Load the frozen model that all clients' adapters share.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such model.
     """
-    transformers = require_extra("transformers", "hf", "pullback serve")
-    path = convert_gguf(*smollm2_file()) if arguments.model == "smollm2" else Path(arguments.model)
-    if not path.is_dir():
-        raise ConfigError(f"--model must be smollm2 or a folder, got {arguments.model!r}")
-    import torch
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, arguments.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
-    return Base(arguments.name or arguments.model, model, str(path), {"token_budget": arguments.token_budget})
+    loaded = load_named(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    tokenizer = None if loaded.tokenizer is None else str(loaded.folder)
+    return Base(arguments.name or arguments.model, loaded.model, tokenizer, {"token_budget": arguments.token_budget})

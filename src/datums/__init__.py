@@ -11,8 +11,7 @@ from .builders import (
     preference_pair,
 )
 from .convert import from_tinker, to_fireworks, to_tinker
-from .explain import explain
-from .types import Datum, ModelInput, TensorData
+from .types import Datum, ModelInput, TensorData, explain
 from .validation import validate
 
 __all__ = [

@@ -107,13 +107,13 @@ def datum_from_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], t
     for i, message in enumerate(messages):
         if message["role"] == train_on:
             before = _render(tokenizer, messages[:i], True)
-            upto = _render(tokenizer, messages[: i + 1], False)
-            if whole[: len(upto)] != upto or upto[: len(before)] != before:
+            including = _render(tokenizer, messages[: i + 1], False)
+            if whole[: len(including)] != including or including[: len(before)] != before:
                 raise DatumError(
                     f"message {i}: the chat template renders it differently when other turns follow, so its tokens cannot be "
                     "told apart; render the text yourself and use datum_from_spans"
                 )
-            spans.append((len(before), len(upto)))
+            spans.append((len(before), len(including)))
     return datum_from_spans(whole, spans)
 
 
@@ -141,13 +141,13 @@ def datum_from_rollout(
     Args:
         prompt: int [P], at least one token.
         tokens: int [C]; the completion, its stop token included.
-        logprobs: [C]; log-prob of each token when it was drawn.
+        logprobs: [C]; log-prob of each token when it was sampled.
         advantage: one number, or [C].
         group_id: the prompt group.
-        temperature, top_p: how it was drawn; kept in the datum.
+        temperature, top_p: how it was sampled; kept in the datum.
         weights_version: optimizer steps the sampler's weights had seen; kept in the datum.
         logprobs_of: ``policy``: untempered and uncut, what ``forward`` would say. ``sampler``: of the distribution that was
-            drawn from, which is the same only at temperature 1 and top_p 1.
+            sampled from, which is the same only at temperature 1 and top_p 1.
 
     Returns:
         A datum with ``weights`` 1 on the completion and 0 on the prompt, where advantages and log-probs read 0.
@@ -164,13 +164,13 @@ def datum_from_rollout(
     datum = datum_from_prompt_completion(prompt, tokens)
     trained = datum.loss_fn_inputs["weights"].to_torch() != 0
     count = int(trained.sum())
-    given = torch.as_tensor(advantage, dtype=torch.float32)
+    advantages = torch.as_tensor(advantage, dtype=torch.float32)
     inputs: dict[str, Any] = {"temperature": [temperature], "top_p": [top_p]}
     if weights_version is not None:
         inputs["weights_version"] = [weights_version]
     for name, values in (
         ("logprobs", torch.as_tensor(logprobs, dtype=torch.float32)),
-        ("advantages", given.expand(count) if given.dim() == 0 else given),
+        ("advantages", advantages.expand(count) if advantages.dim() == 0 else advantages),
     ):
         if values.shape != (count,):
             raise LengthError(f"{name} has shape {tuple(values.shape)}, but the completion has {count} tokens")
@@ -193,7 +193,7 @@ def preference_pair(
     pair = datum_from_prompt_completion(prompt, chosen), datum_from_prompt_completion(prompt, rejected)
     if pair_id is None:
         return pair
-    good, bad = pair
-    return good.with_inputs(pair_id=[pair_id], role=[ROLE_CHOSEN]), bad.with_inputs(
-        pair_id=[pair_id], role=[ROLE_REJECTED]
+    return (
+        pair[0].with_inputs(pair_id=[pair_id], role=[ROLE_CHOSEN]),
+        pair[1].with_inputs(pair_id=[pair_id], role=[ROLE_REJECTED]),
     )

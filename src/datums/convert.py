@@ -38,7 +38,7 @@ def from_tinker(data: Sequence[Any]) -> list[Datum]:
     Raises:
         DatumError: a model input holds images or other chunks that are no tokens.
     """
-    return [_from_one(datum, i) for i, datum in enumerate(data)]
+    return [_from_foreign(datum, i) for i, datum in enumerate(data)]
 
 
 def _to(data: Sequence[Datum], types: Any) -> list[Any]:
@@ -54,7 +54,7 @@ def _to(data: Sequence[Datum], types: Any) -> list[Any]:
     ]
 
 
-def _from_one(datum: Any, index: int) -> Datum:
+def _from_foreign(datum: Any, index: int) -> Datum:
     tokens: list[int] = []
     for chunk in datum.model_input.chunks:
         if not hasattr(chunk, "tokens"):

@@ -15,19 +15,26 @@ from ..errors import DatumError, LengthError
 from ..losses.adapt import as_tensor
 from ..losses.keys import INPUT_KEYS
 
-__all__ = ["Datum", "ModelInput", "TensorData"]
+__all__ = ["Datum", "ModelInput", "TensorData", "explain"]
 
 TensorDtype = Literal["int64", "float32"]
 _DTYPES: Final = {"int64": torch.int64, "float32": torch.float32}
+_EXPLAINED: Final = {
+    "weights": "weight",
+    "advantages": "advantage",
+    "logprobs": "logprob",
+    "old_logprobs": "old",
+    "ref_logprobs": "ref",
+}
 
 
-def _integers(value: Any, what: str) -> Tensor:
+def _integers(value: Any, name: str) -> Tensor:
     """Return ``value`` as an int64 tensor; a float would be cut silently, so it is refused."""
     tensor = as_tensor(value)
     if tensor.numel() == 0:
         return tensor.to(torch.int64)
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise DatumError(f"{what} must be integers, got {tensor.dtype}")
+        raise DatumError(f"{name} must be integers, got {tensor.dtype}")
     return tensor.to(torch.int64)
 
 
@@ -61,7 +68,7 @@ class TensorData:
 
     @property
     def shape(self) -> list[int]:
-        """The shape, as a list."""
+        """Shape of the tensor, as a list."""
         return list(self._tensor.shape)
 
     @cached_property
@@ -80,15 +87,15 @@ class TensorData:
         return cls(torch.as_tensor(array))
 
     def to_torch(self) -> Tensor:
-        """The tensor itself, without a copy."""
+        """Return the tensor itself, without a copy."""
         return self._tensor
 
     def to_numpy(self) -> Any:
-        """The numbers as a numpy array, sharing memory."""
+        """Return the numbers as a numpy array that shares their memory."""
         return self._tensor.numpy()
 
     def tolist(self) -> Any:
-        """The numbers as nested lists."""
+        """Return the numbers as nested lists."""
         return self._tensor.tolist()
 
     def __len__(self) -> int:
@@ -135,19 +142,19 @@ class ModelInput:
         Raises:
             DatumError: not integers, or not one-dimensional.
         """
-        given = list(tokens) if not isinstance(tokens, Tensor) and not hasattr(tokens, "__array__") else tokens
-        ids = _integers(given, "tokens").cpu()
+        is_array = isinstance(tokens, Tensor) or hasattr(tokens, "__array__")
+        ids = _integers(tokens if is_array else list(tokens), "tokens").cpu()
         if ids.dim() != 1:
             raise DatumError(f"tokens must be one-dimensional, got shape {tuple(ids.shape)}")
         return cls(ids)
 
     @classmethod
     def empty(cls) -> ModelInput:
-        """No tokens."""
+        """Return an input without tokens."""
         return cls(torch.empty(0, dtype=torch.int64))
 
     def to_ints(self) -> list[int]:
-        """The token ids as a list."""
+        """Return the token ids as a list."""
         return [int(token) for token in self.tokens.tolist()]
 
     def append_int(self, token: int) -> ModelInput:
@@ -156,7 +163,7 @@ class ModelInput:
 
     @property
     def length(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.tokens.numel()
 
     def __len__(self) -> int:
@@ -203,8 +210,6 @@ class Datum:
 
     def explain(self, tokenizer: Any = None) -> str:
         """Return a table of what is trained on what; see `pullback.datums.explain`."""
-        from .explain import explain
-
         return explain(self, tokenizer)
 
 
@@ -218,3 +223,31 @@ def _wrap(key: str, value: Any) -> TensorData:
         return TensorData(value, known.dtype if known is not None else None)
     except DatumError as error:
         raise type(error)(f"{key!r}: {error}") from error
+
+
+def explain(datum: Datum, tokenizer: Any = None) -> str:
+    """Return the datum as aligned lines: position, token, the target after it, and the numbers that belong to the target.
+
+    Args:
+        datum: with ``target_tokens``, or scored on its own next tokens.
+        tokenizer: has ``decode``; without it token ids are shown.
+    """
+    inputs, tokens = datum.loss_fn_inputs, datum.model_input.to_ints()
+    targets = inputs["target_tokens"].tolist() if "target_tokens" in inputs else tokens[1:]
+    columns = {title: inputs[key].tolist() for key, title in _EXPLAINED.items() if key in inputs}
+    rows = [["position", "token", "target", *columns]]
+    for j, target in enumerate(targets):
+        numbers = [_shown_number(column[j]) if j < len(column) else "missing" for column in columns.values()]
+        rows.append([str(j), _shown_token(tokens[j], tokenizer), _shown_token(target, tokenizer), *numbers])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _shown_number(value: Any) -> str:
+    return " ".join(_shown_number(v) for v in value) if isinstance(value, list) else f"{value:g}"
+
+
+def _shown_token(token: Any, tokenizer: Any) -> str:
+    if isinstance(token, list):
+        return " ".join(_shown_token(t, tokenizer) for t in token)
+    return str(token) if tokenizer is None else f"{tokenizer.decode([token])!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ def validate(
     problems = list(_not_data(data))
     if not problems:
         for i, datum in enumerate(data):
-            found = _problems(datum, required, vocab_size, max_length, known_keys)
-            problems += [f"datum {i}: {problem}" for problem in found]
+            problems += [
+                f"datum {i}: {problem}" for problem in _problems(datum, required, vocab_size, max_length, known_keys)
+            ]
         problems += _uneven(data, optional)
     if not problems and pairs:
         problems += _broken_pairs(data)
@@ -91,12 +92,12 @@ def _problems(
 
 
 def _token_problems(name: str, tokens: Tensor, vocab_size: int | None) -> Iterator[str]:
-    bad = tokens < 0
+    outside = tokens < 0
     if vocab_size is not None:
-        bad = bad | (tokens >= vocab_size)
-    if bool(bad.any()):
+        outside = outside | (tokens >= vocab_size)
+    if bool(outside.any()):
         limit = "" if vocab_size is None else f"; ids run from 0 to {vocab_size - 1}"
-        yield f"{name} has token ids outside the vocabulary at {_places(bad)}: {_shown(tokens[bad])}{limit}"
+        yield f"{name} has token ids outside the vocabulary at {_places(outside)}: {_shown(tokens[outside])}{limit}"
 
 
 def _shape_problems(datum: Datum, length: int) -> Iterator[str]:
@@ -109,11 +110,11 @@ def _shape_problems(datum: Datum, length: int) -> Iterator[str]:
                 "follows model_input[j], so both have the same length (nothing is truncated or padded)"
             )
             return
-        expected, why = targets.shape, "one per target token"
+        expected, reason = targets.shape, "one per target token"
     else:
         if length == 1:
             yield "has one token and no target_tokens, so there is nothing to score; give target_tokens or more tokens"
-        expected, why = [max(length - 1, 0)], "without target_tokens the datum is scored on its own next tokens"
+        expected, reason = [max(length - 1, 0)], "without target_tokens the datum is scored on its own next tokens"
     for key, value in inputs.items():
         spec = INPUT_KEYS.get(key)
         if spec is None or key == "target_tokens":
@@ -122,7 +123,7 @@ def _shape_problems(datum: Datum, length: int) -> Iterator[str]:
             if value.shape != [1]:
                 yield f"{key!r} has shape {value.shape}, expected [1]: one number per sequence"
         elif value.shape != expected and not (key != "weights" and value.shape == expected[:1]):
-            yield f"{key!r} has shape {value.shape}, expected {list(expected)} ({why}; nothing is truncated or padded)"
+            yield f"{key!r} has shape {value.shape}, expected {list(expected)} ({reason}; nothing is truncated or padded)"
 
 
 def _value_problems(datum: Datum, vocab_size: int | None) -> Iterator[str]:
@@ -146,9 +147,9 @@ def _value_problems(datum: Datum, vocab_size: int | None) -> Iterator[str]:
 def _number_problems(key: str, values: Tensor, trained: Tensor | None) -> Iterator[str]:
     if trained is None or trained.shape != values.shape:
         trained = torch.ones_like(values, dtype=torch.bool)
-    bad = ~torch.isfinite(values) & trained
-    if bool(bad.any()):
-        yield f"{key!r} is not finite at trained {_places(bad)}: {_shown(values[bad])}"
+    not_finite = ~torch.isfinite(values) & trained
+    if bool(not_finite.any()):
+        yield f"{key!r} is not finite at trained {_places(not_finite)}: {_shown(values[not_finite])}"
     positive = (values > 1e-3) & trained & torch.isfinite(values)
     if key in _LOGPROBS and bool(positive.any()):
         yield f"{key!r} is above 0 at {_places(positive)}: {_shown(values[positive])}; log-probs are at most 0 (probabilities?)"
@@ -162,23 +163,30 @@ def _uneven(data: Sequence[Datum], optional: Sequence[str]) -> Iterator[str]:
 
 
 def _broken_pairs(data: Sequence[Datum]) -> Iterator[str]:
-    if "pair_id" not in data[0].loss_fn_inputs:
-        if len(data) % 2:
-            yield f"datum {len(data) - 1}: has no partner; pairs are neighbours (2i chosen, 2i + 1 rejected) without pair_id"
+    named = "pair_id" in data[0].loss_fn_inputs
+    if not named and len(data) % 2:
+        yield f"datum {len(data) - 1}: has no partner; pairs are neighbours (2i chosen, 2i + 1 rejected) without pair_id"
         return
     roles: dict[int, list[tuple[int, int]]] = {}
     for i, datum in enumerate(data):
-        if "role" not in datum.loss_fn_inputs:
+        inputs = datum.loss_fn_inputs
+        if "role" not in inputs and not named:
+            return
+        if "role" not in inputs:
             yield f"datum {i}: has pair_id but no role; give 1 to chosen and 0 to rejected"
             return
-        pair, role = (int(datum.loss_fn_inputs[key].data[0]) for key in ("pair_id", "role"))
-        roles.setdefault(pair, []).append((role, i))
+        pair = int(inputs["pair_id"].data[0]) if named else i // 2
+        roles.setdefault(pair, []).append((int(inputs["role"].data[0]), i))
+    yield from _unmatched(roles)
+
+
+def _unmatched(roles: Mapping[int, list[tuple[int, int]]]) -> Iterator[str]:
     for pair, members in roles.items():
-        for role, word in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
+        for role, name in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
             count = sum(1 for r, _ in members if r == role)
             if count != 1:
                 where = _shown([i for _, i in members])
-                yield f"pair {pair} (datums {where}) has {count} {word} sequences in this call; it needs exactly one"
+                yield f"pair {pair} (datums {where}) has {count} {name} sequences in this call; it needs exactly one"
 
 
 def _places(mask: Tensor) -> str:

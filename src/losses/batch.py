@@ -84,6 +84,7 @@ class TokenBatch:
     @renamed_keyword("behaviour_logprobs", "rollout_logprobs")
     def from_packed(cls, logprobs: Tensor, lengths: Tensor | list[int], **inputs: Tensor | None) -> TokenBatch:
         """Build from packed tensors and the length of each sequence (int64 [B])."""
+        _tensor("logprobs", logprobs)
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         return cls(logprobs, offsets, **_to_device(logprobs, inputs))
@@ -99,7 +100,7 @@ class TokenBatch:
             inputs: the other fields of `TokenBatch`, [B, T]; ``advantages`` may be [B] (one per sequence);
                 ``pair_id``, ``role``, ``group_id`` and ``label`` are [B].
         """
-        if logprobs.dim() != 2:
+        if _tensor("logprobs", logprobs).dim() != 2:
             raise LengthError(f"logprobs must be [B, T], got shape {tuple(logprobs.shape)}")
         rows, width = logprobs.shape
         flat: dict[str, Tensor | None] = {}

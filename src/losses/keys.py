@@ -39,8 +39,8 @@ _KEYS = (
     InputKey("group_id", "int64", False, "which prompt group the sequence belongs to"),
     InputKey("label", "int64", False, "1 desirable, 0 undesirable"),
     InputKey("weights_version", "int64", False, "optimizer steps that the sampler's weights had seen"),
-    InputKey("temperature", "float32", False, "temperature the completion was drawn at"),
-    InputKey("top_p", "float32", False, "nucleus mass the completion was drawn from"),
+    InputKey("temperature", "float32", False, "temperature the completion was sampled at"),
+    InputKey("top_p", "float32", False, "nucleus mass the completion was sampled from"),
 )
 
 INPUT_KEYS: Final = {key.name: key for key in _KEYS}

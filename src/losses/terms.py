@@ -45,7 +45,7 @@ class Term:
 
     def __post_init__(self) -> None:
         choice("unit of a term", self.unit, get_args(Unit))
-        Aggregation.of(self.aggregation, self.unit)
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, self.unit))
         number("scale of a term", self.scale)
 
     def coefficients(self, batch: TokenBatch) -> Tensor:

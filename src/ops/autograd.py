@@ -1,4 +1,4 @@
-"""How the head's passes hang in autograd: the gradient formed at once, formed late, or known from the start."""
+"""The head's passes in autograd: d logprob / d hidden kept, scores recomputed, or everything in one pass."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import HeadPass, LateGradients
+from .chunked import HeadGradients, HeadPass
 
-__all__ = ["KnownCotangent", "LateCotangent", "UnitGradient"]
+__all__ = ["FrozenHead", "OnePassHead", "RecomputedHead"]
 
 
-class UnitGradient(torch.autograd.Function):
+class FrozenHead(torch.autograd.Function):
     """Frozen head: ``d logprob / d hidden`` is kept, the backward multiplies by the cotangent."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head_pass: HeadPass) -> tuple[Tensor, Tensor | None]:
-        """Score and form the unit gradient."""
+        """Score and form ``d logprob / d hidden``."""
         ctx.set_materialize_grads(False)
-        with _plain(hidden):
-            logprobs, entropies, unit = head_pass.score(unit=True)
-        ctx.save_for_backward(unit, *([hidden] if head_pass.entropy else []))
+        with _no_autocast(hidden):
+            logprobs, entropies, gradient = head_pass.score(gradient=True)
+        ctx.save_for_backward(gradient, *([hidden] if head_pass.entropy else []))
         ctx.dtype, ctx.head_pass = hidden.dtype, _without_hidden(head_pass)
         return logprobs, entropies
 
@@ -32,16 +32,17 @@ class UnitGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, None]:
         """Multiply; only a gradient through the entropy needs the logits again."""
-        unit, *kept = ctx.saved_tensors
-        gradient = None if cotangent is None else (cotangent * unit).to(ctx.dtype)
+        of_logprob, *kept = ctx.saved_tensors
+        gradient = None if cotangent is None else (cotangent * of_logprob).to(ctx.dtype)
         if of_entropy is not None:
-            with _plain(unit):
-                late = replace(ctx.head_pass, hidden=kept[0]).late(None, of_entropy, (True, False, False)).hidden
-            gradient = late if gradient is None else gradient + late
+            with _no_autocast(of_logprob):
+                again = replace(ctx.head_pass, hidden=kept[0])
+                more = again.recompute(None, of_entropy, (True, False, False)).hidden
+            gradient = more if gradient is None else gradient + more
         return gradient, None
 
 
-class LateCotangent(torch.autograd.Function):
+class RecomputedHead(torch.autograd.Function):
     """Trainable head, or K targets: the backward scores again, with the cotangent at hand."""
 
     @staticmethod
@@ -52,7 +53,7 @@ class LateCotangent(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.head_pass = _without_hidden(head_pass)
-        with _plain(hidden):
+        with _no_autocast(hidden):
             return head_pass.score()[:2]
 
     @staticmethod
@@ -62,13 +63,13 @@ class LateCotangent(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         if cotangent is None and of_entropy is None:
             return None, None, None, None
-        with _plain(hidden):
-            wanted = ctx.needs_input_grad[:3]
-            found = replace(ctx.head_pass, hidden=hidden).late(cotangent, of_entropy, wanted)
-        return *_as_inputs(found, hidden, weight, bias), None
+        with _no_autocast(hidden):
+            again = replace(ctx.head_pass, hidden=hidden)
+            gradients = again.recompute(cotangent, of_entropy, ctx.needs_input_grad[:3])
+        return *_as_inputs(gradients, hidden, weight, bias), None
 
 
-class KnownCotangent(torch.autograd.Function):
+class OnePassHead(torch.autograd.Function):
     """Trainable head, cotangent given in the same pass: the forward does everything."""
 
     @staticmethod
@@ -87,10 +88,10 @@ class KnownCotangent(torch.autograd.Function):
             given.append(cotangent(logprobs, at).detach())
             return given[-1]
 
-        with _plain(hidden):
-            logprobs, found = head_pass.known(ask, bias is not None)
+        with _no_autocast(hidden):
+            logprobs, gradients = head_pass.one_pass(ask, bias is not None)
         logprobs = logprobs[:, 0]
-        ctx.save_for_backward(*_as_inputs(found, hidden, weight, bias))
+        ctx.save_for_backward(*_as_inputs(gradients, hidden, weight, bias))
         ctx.mark_non_differentiable(logprobs)
         total = (torch.cat(given).to(logprobs) * logprobs).sum() if given else logprobs.sum()
         return total, logprobs
@@ -98,15 +99,15 @@ class KnownCotangent(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Any) -> tuple[Any, ...]:
-        """Scale what the forward found."""
-        found = [
-            gradient * scale.to(gradient.dtype) if gradient is not None and wanted else None
-            for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        """Scale the gradients of the forward."""
+        scaled = [
+            gradient * scale.to(gradient.dtype) if gradient is not None and needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         ]
-        return *found, None, None
+        return *scaled, None, None
 
 
-def _plain(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> torch.autocast:
     """Switch autocast off: dtypes have been chosen already."""
     return torch.autocast(like.device.type, enabled=False)
 
@@ -115,6 +116,9 @@ def _without_hidden(head_pass: HeadPass) -> HeadPass:
     return replace(head_pass, hidden=head_pass.hidden.new_empty(0))
 
 
-def _as_inputs(found: LateGradients, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    pairs = ((found.hidden, hidden), (found.weight, weight), (found.bias, bias))
+def _as_inputs(
+    gradients: HeadGradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Give each gradient the dtype of its input."""
+    pairs = ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
     return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, UnsupportedError
-from .autograd import KnownCotangent, LateCotangent, UnitGradient
+from .autograd import FrozenHead, OnePassHead, RecomputedHead
 from .chunked import HeadPass
 from .head import Head
 
@@ -106,12 +106,12 @@ def selected_logprobs(
     flat, chosen, shape = _flatten(hidden, head, targets, needed)
     head_pass = _prepare(flat, head, chosen, temperature, entropy, memory_budget)
     if torch.is_grad_enabled() and (head.trainable or (flat.requires_grad and chosen.shape[1] > 1)):
-        found = LateCotangent.apply(flat, head.weight, head.bias, head_pass)  # type: ignore[no-untyped-call]
+        scores = RecomputedHead.apply(flat, head.weight, head.bias, head_pass)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and flat.requires_grad:
-        found = UnitGradient.apply(flat, head_pass)  # type: ignore[no-untyped-call]
+        scores = FrozenHead.apply(flat, head_pass)  # type: ignore[no-untyped-call]
     else:
-        found = head_pass.score()[:2]
-    logprobs, entropies = _scatter(found[0], needed, (*shape, chosen.shape[1])), found[1]
+        scores = head_pass.score()[:2]
+    logprobs, entropies = _scatter(scores[0], needed, (*shape, chosen.shape[1])), scores[1]
     logprobs = logprobs.reshape(targets.shape)
     return (logprobs, _scatter(entropies, needed, shape)) if entropy else logprobs
 
@@ -150,7 +150,7 @@ def logprob_surrogate(
         raise ShapeError(f"targets must be [N], one per position, got {tuple(targets.shape)}")
     head_pass = _prepare(flat, head, chosen, temperature, False, memory_budget)
     given = cotangent if callable(cotangent) else lambda logprobs, at: cotangent[at]
-    surrogate, logprobs = KnownCotangent.apply(flat, head.weight, head.bias, head_pass, given)  # type: ignore[no-untyped-call]
+    surrogate, logprobs = OnePassHead.apply(flat, head.weight, head.bias, head_pass, given)  # type: ignore[no-untyped-call]
     return surrogate, logprobs
 
 

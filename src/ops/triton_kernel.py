@@ -1,18 +1,17 @@
-"""The Triton kernel of `fused`; importing this module needs Triton."""
+"""The Triton kernel of `softmax`; importing this module needs Triton."""
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
-__all__ = ["rows"]
+__all__ = ["row_softmax"]
 
 
 @triton.jit
-def rows(z, out, columns, highest, total, others, chosen, width, z_stride, out_stride, factor, BLOCK: tl.constexpr):
-    """One row a program: maximum and sum in one reading; in the second, its softmax without the target."""
+def row_softmax(z, columns, highest, total, one_minus_target, logits, width, stride, factor, BLOCK: tl.constexpr):
+    """One row a program: maximum and sum in one reading; in the second, its softmax without the target, in place."""
     row = tl.program_id(0).to(tl.int64)
-    z += row * z_stride
-    out += row * out_stride
+    z += row * stride
     column = tl.load(columns + row)
     offsets = tl.arange(0, BLOCK)
     top = tl.full((), -float("inf"), tl.float32)
@@ -31,8 +30,8 @@ def rows(z, out, columns, highest, total, others, chosen, width, z_stride, out_s
         own += tl.sum(tl.where(at == column, x, 0.0), 0)
         p = tl.where(at == column, 0.0, tl.exp(x - top) / mass)
         rest += tl.sum(p, 0)
-        tl.store(out + at, p.to(out.dtype.element_ty), mask=at < width)
+        tl.store(z + at, p.to(z.dtype.element_ty), mask=at < width)
     tl.store(highest + row, top)
     tl.store(total + row, mass)
-    tl.store(others + row, rest)
-    tl.store(chosen + row, own)
+    tl.store(one_minus_target + row, rest)
+    tl.store(logits + row, own)

@@ -26,14 +26,14 @@ class Limits:
         body_bytes: of a request, after decompression.
         datums, tokens: of one operation.
         queue: operations that may wait or run.
-        models, samplers: that are held in memory.
+        models, samplers: that are kept in memory.
         rank: of an adapter.
         samples: completions of one request.
-        lease_bytes: graphs kept for custom losses; None = half of what is free when they are made.
-        lease_seconds: how long they are kept.
+        graph_bytes: graphs kept for custom losses; None = half of what is free when they are made.
+        graph_seconds: how long they are kept.
         idle_seconds: a session silent for so long may lose its models to a new one.
         gap_seconds: how long operations wait for a missing number.
-        poll_seconds: how long a request for a result is held before it must be asked for again.
+        poll_seconds: how long a request for a result waits before it must be asked for again.
         large_bytes: of a result: a client that can is told its size first, and asks for it when it has room.
     """
 
@@ -45,8 +45,8 @@ class Limits:
     samplers: int = 256
     rank: int = 512
     samples: int = 1024
-    lease_bytes: float | None = None
-    lease_seconds: float = 60.0
+    graph_bytes: float | None = None
+    graph_seconds: float = 60.0
     idle_seconds: float = 3600.0
     gap_seconds: float = 60.0
     poll_seconds: float = 30.0

@@ -14,20 +14,20 @@ from pullback.cli.demo.backends import served as connected
 from pullback.cli.demo.models import tiny
 from pullback.cli.demo.objectives import objectives
 from pullback.cli.demo.run import NAMES
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 
 pytestmark = SDK_WARNINGS
 STEPS = 20
-SAMPLE = ("sft", "grpo")
+MARKS = {"sft": (), "grpo": (pytest.mark.slow,)}  # of the others, each has its sample in one of these two
 
 
-@pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.soak) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, (pytest.mark.soak,))) for n in NAMES])
 def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Over 20 steps every metric, then the held-out figures and the adapters: they agree to 1e-5 in fp32."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     model = tiny("cpu")
-    tenants = Tenants(model.base, tmp_path)
-    with serving(tenants) as url, connected(model, url) as remote, native(model) as backend:
+    models = ServedModels(model.base, tmp_path)
+    with serving(models) as url, connected(model, url) as remote, native(model) as backend:
         (ours,), (theirs,) = objectives(model, 0, [name]), objectives(model, 0, [name])
         ours.prepare(backend)
         theirs.prepare(remote)
@@ -39,4 +39,4 @@ def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any
             tolerance = 1e-7 * shared["tokens:sum"]  # a sum over tokens may cancel
             assert {key: actual[key] for key in shared} == pytest.approx(shared, rel=1e-5, abs=tolerance)
         assert theirs.evaluate(remote) == pytest.approx(ours.evaluate(backend), rel=1e-5, abs=1e-6)
-        assert distance(weights_of(served(tenants, remote.trainer)), weights_of(backend)) < 1e-5
+        assert distance(weights_of(served(models, remote.trainer)), weights_of(backend)) < 1e-5

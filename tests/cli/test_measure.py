@@ -68,12 +68,14 @@ def test_numerics_of_hidden_states() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["head", "--shapes", "small", "--dtypes", "float32,bfloat16"],
-        ["custom", "--model", "tiny", "--sequences", "4", "--length", "32", "--token-budget", "64"],
-        ["step", "--model", "tiny", "--sequences", "4"],
-        ["layouts", "--model", "tiny", "--sequences", "4", "--clock", "cpu", "--threads", "1"],
+        pytest.param(arguments, marks=() if arguments[0] == "step" else pytest.mark.slow, id=arguments[0])
+        for arguments in (
+            ["head", "--shapes", "small", "--dtypes", "float32,bfloat16"],
+            ["custom", "--model", "tiny", "--sequences", "4", "--length", "32", "--token-budget", "64"],
+            ["step", "--model", "tiny", "--sequences", "4"],
+            ["layouts", "--model", "tiny", "--sequences", "4", "--clock", "cpu", "--threads", "1"],
+        )
     ],
-    ids=lambda a: a[0],
 )
 def test_benchmarks_run(arguments: list[str]) -> None:
     """Every benchmark prints a table and one JSON line with ratios and FLOPs."""

@@ -286,20 +286,3 @@ def test_pairs_by_id_in_any_order() -> None:
     )
     with pytest.raises(IncompleteUnitError, match="pair_id"):
         _ = half.pairs
-
-
-def test_clip_range_is_absolute() -> None:
-    """Epsilons given as bounds are refused, with the constructor that takes them."""
-    with pytest.raises(ConfigError, match="from_epsilon"):
-        ClipRange(0.2, 0.28)
-    assert ClipRange.from_epsilon(0.2, 0.28) == ClipRange(0.8, 1.28)
-    assert ClipRange.from_log(math.log(2), math.log(3)) == ClipRange(0.5, math.exp(math.log(3)))
-
-
-def test_bare_number_is_an_epsilon() -> None:
-    """PPO(0.2) and GRPO(clip=0.2) hold the range 0.8 to 1.2; what is neither number nor range is refused."""
-    assert PPO(0.2) == PPO(ClipRange(0.8, 1.2)) == PPO()
-    assert GRPO(clip=0.3).clip == ClipRange(0.7, 1.3)
-    for wrong in ("0.2", True, KL(), 1.2, math.nan):
-        with pytest.raises(ConfigError, match="clip"):
-            GRPO(wrong)  # type: ignore[arg-type]

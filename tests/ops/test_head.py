@@ -1,4 +1,4 @@
-"""selected_logprobs: right in value and gradient on every path, precise where models are confident, small, and cheap."""
+"""selected_logprobs: right in value and gradient on every path, small, and cheap."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from pullback.backends import Head, logprob_surrogate, selected_logprobs
 from pullback.errors import ConfigError, ShapeError
-from pullback.ops import online
+from pullback.ops import Head, logprob_surrogate, selected_logprobs
 
 
 def materialised(hidden: Tensor, head: Head, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -59,8 +58,8 @@ def pull(value: Tensor) -> None:
 
 
 def gradients(value: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
-    wanted = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
-    return list(torch.autograd.grad(value, wanted, retain_graph=True))
+    trained = [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+    return list(torch.autograd.grad(value, trained, retain_graph=True))
 
 
 @given(case=heads(), through_entropy=st.booleans())
@@ -83,19 +82,19 @@ def test_equals_the_textbook(case: dict[str, Any], through_entropy: bool) -> Non
 
 
 @given(case=heads())
-def test_surrogate_is_the_known_cotangent(case: dict[str, Any]) -> None:
+def test_surrogate_is_the_one_pass_gradient(case: dict[str, Any]) -> None:
     """Given at once or asked for by chunk, the cotangent's gradient is that of the textbook, times any factor."""
     hidden, head, targets, temperature = (case[k] for k in ("hidden", "head", "targets", "temperature"))
     targets, cotangent = targets[:, 0], case["cotangent"][:, 0]
     expected, _ = materialised(hidden, head, targets[:, None], temperature)
-    wanted = gradients(3.0 * (cotangent * expected[:, 0]).sum(), hidden, head)
+    tripled = gradients(3.0 * (cotangent * expected[:, 0]).sum(), hidden, head)
     squared = gradients((expected[:, 0] ** 2).sum(), hidden, head)
     options = {"temperature": temperature, "memory_budget": case["memory_budget"]}
     value, logprobs = logprob_surrogate(hidden, head, targets, cotangent, **options)
     assert not logprobs.requires_grad
     assert torch.allclose(logprobs, expected[:, 0], rtol=1e-11, atol=1e-12)
     assert torch.allclose(value, (cotangent * expected[:, 0]).sum())
-    for a, b in zip(gradients(3.0 * value, hidden, head), wanted, strict=True):
+    for a, b in zip(gradients(3.0 * value, hidden, head), tripled, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-11)
     asked, _ = logprob_surrogate(hidden, head, targets, lambda logprob, at: 2 * logprob, **options)
     for a, b in zip(gradients(asked, hidden, head), squared, strict=True):
@@ -109,7 +108,7 @@ def test_needed_positions_only(trained: bool) -> None:
     hidden = torch.randn(2, 6, 8, requires_grad=True)
     targets = torch.randint(50, (2, 6))
     needed = torch.tensor([[True, False] * 3] * 2)
-    spoiled = torch.where(needed[..., None], hidden, torch.full((), torch.nan))
+    poisoned = torch.where(needed[..., None], hidden, torch.full((), torch.nan))
     flops = []
     for mask in (torch.ones_like(needed), needed):
         with FlopCounterMode(display=False) as counter:
@@ -117,7 +116,7 @@ def test_needed_positions_only(trained: bool) -> None:
             pull(found.sum())
         flops.append(counter.get_total_flops())
     assert flops[1] * 2 == flops[0]
-    logprobs, entropy = selected_logprobs(spoiled, Head(weight), targets, needed=needed, entropy=True)
+    logprobs, entropy = selected_logprobs(poisoned, Head(weight), targets, needed=needed, entropy=True)
     (gradient,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), hidden)
     assert torch.all(logprobs[~needed] == 0)
     assert torch.all(entropy[~needed] == 0)
@@ -128,79 +127,25 @@ def test_needed_positions_only(trained: bool) -> None:
 def test_flops_of_every_path() -> None:
     """The docstring's table, counted: 2, 4, 6 and 8 N H V."""
     n, width, vocab = 12, 8, 50
-    unit = n * width * vocab
+    product = n * width * vocab
     targets = torch.randint(vocab, (n,))
-    for trained, known, expected in ((False, False, 4), (True, True, 6), (True, False, 8)):
+    for trained, one_pass, expected in ((False, False, 4), (True, True, 6), (True, False, 8)):
         hidden = torch.randn(n, width, requires_grad=True)
         head = Head(torch.randn(vocab, width, requires_grad=trained))
         with FlopCounterMode(display=False) as counter:
-            if known:
+            if one_pass:
                 value, _ = logprob_surrogate(hidden, head, targets, torch.ones(n))
             else:
                 value = selected_logprobs(hidden, head, targets).sum()
             pull(value)
-        assert counter.get_total_flops() == expected * unit
+        assert counter.get_total_flops() == expected * product
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         selected_logprobs(hidden, head, targets)
-    assert counter.get_total_flops() == 2 * unit
-
-
-def confident_case(rest: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states that leave the probability ``rest`` to all tokens but the target, found by bisection; in ``dtype``."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.functional.normalize(torch.randn(64, 128, generator=generator, dtype=torch.float64))
-    noise = torch.randn(16, 128, generator=generator, dtype=torch.float64) / 4
-    targets = torch.randint(64, (16,), generator=generator)
-    low, high = torch.zeros(16, 1, dtype=torch.float64), torch.full((16, 1), 50.0, dtype=torch.float64)
-    for _ in range(60):
-        middle = (low + high) / 2
-        logits = (noise + middle * weight[targets]) @ weight.T
-        left = 1 - torch.softmax(logits, -1).gather(-1, targets[:, None])
-        low, high = torch.where(left > rest, middle, low), torch.where(left > rest, high, middle)
-    return (noise + high * weight[targets]).to(dtype), weight.to(dtype), targets
-
-
-def relative_errors(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    """Return 1 - p of the least confident row, and the errors of our and the plain unit gradient against fp64."""
-    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
-    exact = hidden.double().requires_grad_()
-    pull(selected_logprobs(inputs[0], Head(weight), targets).sum())
-    plain = torch.log_softmax((inputs[1] @ weight.T).float(), -1).gather(-1, targets[:, None])
-    pull(plain.sum())
-    truth = torch.log_softmax(exact @ weight.double().T, -1).gather(-1, targets[:, None])
-    pull(truth.sum())
-    assert exact.grad is not None
-    size = exact.grad.norm(dim=-1)
-    ours, theirs = (((x.grad - exact.grad).norm(dim=-1) / size).max().item() for x in inputs)  # type: ignore[operator]
-    return (1 - truth.exp()).max().item(), ours, theirs
-
-
-@pytest.mark.parametrize("rest", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-def test_unit_gradient_of_confident_tokens(rest: float) -> None:
-    """1 - p from 1e-1 to 1e-6: relative error of every row under 1e-5 in fp32; in bf16 no worse than the plain path."""
-    left, ours, theirs = relative_errors(*confident_case(rest, torch.float32))
-    assert left == pytest.approx(rest, rel=1e-2)
-    assert ours < 1e-5
-    assert ours < theirs + 1e-6
-    _, ours_half, theirs_half = relative_errors(*confident_case(rest, torch.bfloat16))
-    assert ours_half <= theirs_half + 2**-7
-
-
-def test_one_minus_p_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: 1 - p_t taken by subtraction loses the gradient of a confident token."""
-    result = online._State.result
-
-    def careless(self: Any, *call: Any) -> Any:
-        self._others = 1 - (self._chosen[:, 0] - self._lse).float().exp()
-        return result(self, *call)
-
-    monkeypatch.setattr(online._State, "result", careless)
-    _, ours, _ = relative_errors(*confident_case(1e-6, torch.float32))
-    assert ours > 1e-3
+    assert counter.get_total_flops() == 2 * product
 
 
 def test_memory_of_the_frozen_path() -> None:
-    """Extra peak memory stays under 5 % of the fp32 logits, and grows with N only by the unit gradients."""
+    """Extra peak memory stays under 5 % of the fp32 logits, and grows with N only by d logprob / d hidden."""
     width, vocab = 64, 20_000
     weight, peaks = torch.randn(vocab, width), []
     for n in (1024, 2048):
@@ -213,36 +158,6 @@ def test_memory_of_the_frozen_path() -> None:
     with AllocationTracker() as tracker:  # the tracker sees what the plain way holds
         pull(torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None]).sum())
     assert tracker.peak >= 2 * 2048 * vocab * 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("trained", [False, True])
-def test_half_precision_is_no_worse_than_plain(dtype: torch.dtype, trained: bool) -> None:
-    """Three ways: fp64 truth, plain half precision, ours; many chunks, so that sums over them matter."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(512, 64, generator=generator).to(dtype)
-    weight = (torch.randn(300, 64, generator=generator) / 4).to(dtype)
-    targets = torch.randint(300, (512,), generator=generator)
-    cotangent = torch.randn(512, generator=generator) * 1e-3
-
-    def run(score: Any, of: torch.dtype) -> list[Tensor]:
-        h, w = hidden.to(of).requires_grad_(), weight.to(of).requires_grad_(trained)
-        logprobs = score(h, w)
-        wanted = [h, w] if trained else [h]
-        found = torch.autograd.grad((logprobs * cotangent).sum(), wanted)
-        return [logprobs.detach().double(), *(g.double() for g in found)]
-
-    def plain(h: Tensor, w: Tensor) -> Tensor:
-        product = h @ w.T
-        logits = product if product.dtype == torch.float64 else product.float()
-        return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
-
-    truth = run(plain, torch.float64)
-    theirs = run(plain, dtype)
-    ours = run(lambda h, w: selected_logprobs(h, Head(w), targets, memory_budget=300 * 4 * 128), dtype)
-    for a, b, c in zip(ours, theirs, truth, strict=True):
-        # A CPU rounds each chunk's share of the weight's gradient; there are four chunks here.
-        assert (a - c).norm() <= 1.25 * (b - c).norm()
 
 
 @pytest.mark.parametrize("trained", [False, True])

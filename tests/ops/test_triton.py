@@ -1,4 +1,4 @@
-"""The Triton row pass: PyTorch's result, through Triton's interpreter, and a binary for a GPU that need not be there."""
+"""The Triton softmax: PyTorch's result, through Triton's interpreter, and a binary for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -11,45 +11,55 @@ from pathlib import Path
 import pytest
 import torch
 
-from pullback.backends import Head, selected_logprobs
-from pullback.ops import fused, online
+from pullback.ops import Head, selected_logprobs, softmax
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton (Linux)")
 
 INTERPRETED = """
 import torch
-from pullback.backends import Head, selected_logprobs
-from pullback.ops import fused, online
-assert fused.agrees(torch.device("cpu"))
+from pullback.ops import Head, logprob_surrogate, selected_logprobs, softmax
+fused, plain = softmax.fused_softmax_, softmax.plain_softmax_
+assert softmax.agrees(torch.device("cpu"))
 hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(300, 16)
 targets = torch.randint(300, (9,))
 results, calls = [], []
-online.fused_rows = lambda *call: (calls.append(1), fused.fused_rows(*call))[1]
+softmax.fused_softmax_ = lambda *call: (calls.append(1), fused(*call))[1]
 for kernel in (False, True):
-    online.is_available = lambda device: kernel
+    softmax.is_available = lambda device: kernel
     logprobs = selected_logprobs(hidden, Head(weight, scale=0.5), targets, temperature=0.7, memory_budget=4 * 9 * 64)
     results.append((logprobs, torch.autograd.grad(logprobs.sum(), hidden)[0]))
-for plain, ours in zip(*results):
-    assert torch.allclose(plain, ours, rtol=1e-4, atol=1e-5), (plain, ours)
+for theirs, ours in zip(*results):
+    assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5), (theirs, ours)
 assert len(calls) == 5  # tiles of 64 columns
-tile, column = torch.randn(6, 70) * 4, torch.tensor([0, -1, 69, 3, -1, 5])
+results, weight = [], weight.requires_grad_()
+for kernel in (False, True):
+    softmax.is_available = lambda device: kernel
+    value, logprobs = logprob_surrogate(hidden, Head(weight), targets, torch.arange(9.0))
+    again = selected_logprobs(hidden, Head(weight), targets)
+    grads = [torch.autograd.grad(x, (hidden, weight)) for x in (value, again.sum())]
+    results.append((logprobs, again, *grads[0], *grads[1]))
+for theirs, ours in zip(*results):
+    assert torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5), (theirs, ours)
+assert len(calls) == 8  # scored in one pass; scored, and recomputed in the backward
+targets = torch.tensor([0, -1, 69, 3, -1, 5])[:, None] + 1
+tile = softmax.Tile(torch.empty(6, 1), Head(torch.empty(71, 1), scale=1.3), targets, slice(1, 71))
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    outs = [torch.empty(6, 70, dtype=dtype) for _ in range(2)]
-    found = fused.fused_rows(tile.clone(), outs[0], column, 1.3)
-    expected = fused.plain_rows(tile.clone(), outs[1], column, 1.3)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected))
-    assert torch.allclose(*outs, atol=1e-2 if dtype != torch.float32 else 1e-6)
+    ours = (torch.randn(6, 70) * 4).to(dtype)
+    theirs = ours.clone().float()
+    for a, b in zip(fused(ours, tile)[:3], plain(theirs, tile)[:3]):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert torch.allclose(ours, theirs.to(dtype), atol=1e-2 if dtype != torch.float32 else 1e-6)
 """
 
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
-from pullback.ops.triton_kernel import rows
-pointers = {"z": "*fp32", "columns": "*i64", "highest": "*fp32", "total": "*fp32", "others": "*fp32", "chosen": "*fp32"}
-numbers = {"width": "i32", "z_stride": "i32", "out_stride": "i32", "factor": "fp32", "BLOCK": "constexpr"}
-for out in ("*fp32", "*bf16", "*fp16"):
-    signature = {name: {**pointers, **numbers, "out": out}[name] for name in rows.arg_names}
-    source = triton.compiler.ASTSource(fn=rows, signature=signature, constexprs={"BLOCK": 2048})
+from pullback.ops.triton_kernel import row_softmax
+pointers = {"columns": "*i64", **dict.fromkeys(("highest", "total", "one_minus_target", "logits"), "*fp32")}
+numbers = {"width": "i32", "stride": "i32", "factor": "fp32", "BLOCK": "constexpr"}
+for z in ("*fp32", "*bf16", "*fp16"):
+    signature = {name: {**pointers, **numbers, "z": z}[name] for name in row_softmax.arg_names}
+    source = triton.compiler.ASTSource(fn=row_softmax, signature=signature, constexprs={"BLOCK": 2048})
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 """
 
@@ -58,43 +68,51 @@ for out in ("*fp32", "*bf16", "*fp16"):
 @pytest.mark.parametrize("code", [INTERPRETED, COMPILED], ids=["interpreted", "compiled for sm_90"])
 def test_kernel(code: str) -> None:
     """It gives what PyTorch's operators give, and compiles to a binary."""
-    path = str(Path(fused.__file__).parents[2])
+    path = str(Path(softmax.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if code is INTERPRETED else "0"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
 def test_oracle_is_the_plain_path() -> None:
-    """The kernel's oracle gives the log-sum-exp, the mass without the target and the softmax that the plain path uses."""
+    """The kernel's oracle gives log-sum-exp, mass without the target and softmax; it is what a CPU runs."""
     z, columns = torch.randn(5, 40) * 3, torch.tensor([0, -1, 39, 7, -1])
-    out = torch.empty_like(z)
-    found = fused.plain_rows(z.clone(), out, columns, 0.7)
+    out = z.clone()
+    found = softmax.plain_softmax_(out, tile_of(columns))
     p = torch.softmax(0.7 * z, -1)
     assert torch.allclose(found.lse, torch.logsumexp(0.7 * z.double(), -1), atol=1e-6)
     own = torch.where(columns >= 0, p.gather(-1, columns.clamp(min=0)[:, None])[:, 0], 0.0)
-    assert torch.allclose(found.mass.float(), 1 - own, atol=1e-6)
+    assert torch.allclose(found.one_minus_target.float(), 1 - own, atol=1e-6)
     assert torch.allclose(out.sum(-1), 1 - own, atol=1e-6)
+    again = z.clone()
+    assert torch.equal(softmax.softmax_(again, tile_of(columns)).lse, found.lse)
+    assert torch.equal(again, out)
+
+
+def tile_of(columns: torch.Tensor) -> softmax.Tile:
+    """Return a tile of 40 columns, from the second on, with targets at the given ones (-1: elsewhere)."""
+    head = Head(torch.empty(41, 1), scale=0.7)
+    return softmax.Tile(torch.empty(len(columns), 1), head, columns[:, None] + 1, slice(1, 41))
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Negative control: the check at first use notices a kernel that is off, and one that cannot run."""
-    assert not fused.is_available(torch.device("cpu"))
+    assert not softmax.is_available(torch.device("cpu"))
 
-    def off(z: torch.Tensor, out: torch.Tensor, columns: torch.Tensor, factor: float) -> fused.FusedRows:
-        found = fused.plain_rows(z, out, columns, factor)
+    def off(z: torch.Tensor, tile: softmax.Tile) -> softmax.TileSoftmax:
+        found = softmax.plain_softmax_(z, tile)
         return found._replace(lse=found.lse + 1e-3)
 
-    monkeypatch.setattr(fused, "fused_rows", off)
-    assert not fused.agrees(torch.device("cpu"))
-    monkeypatch.setattr(fused, "fused_rows", fused.plain_rows)
-    assert fused.agrees(torch.device("cpu"))
-    monkeypatch.setattr(fused, "agrees", lambda device: 1 / 0)
-    fused.is_available.cache_clear()
-    assert not fused.is_available(torch.device("cuda", 7))
-    fused.is_available.cache_clear()
+    monkeypatch.setattr(softmax, "fused_softmax_", off)
+    assert not softmax.agrees(torch.device("cpu"))
+    monkeypatch.setattr(softmax, "fused_softmax_", softmax.plain_softmax_)
+    assert softmax.agrees(torch.device("cpu"))
+    monkeypatch.setattr(softmax, "agrees", lambda device: 1 / 0)
+    softmax.is_available.cache_clear()
+    assert not softmax.is_available(torch.device("cuda", 7))
+    softmax.is_available.cache_clear()
     assert "ZeroDivisionError" in caplog.text
-    monkeypatch.setattr(online, "is_available", lambda device: True)
-    monkeypatch.setattr(online, "fused_rows", fused.plain_rows)
+    monkeypatch.setattr(softmax, "is_available", lambda device: True)
     hidden, weight, targets = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8), torch.randint(50, (4,))
     logprobs = selected_logprobs(hidden, Head(weight), targets, memory_budget=4 * 4 * 9)
     expected = torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[:, None])[:, 0]

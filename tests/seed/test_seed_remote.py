@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from helpers import distance
 from seed_examples import EDITS, VOCAB, raw_sum, run, weight_datums
-from servers import SDK_WARNINGS, adapter, served, tiny_tenants, twin
+from servers import SDK_WARNINGS, adapter, served, tiny_models, twin
 
 import pullback
 from pullback import AdamParams, TorchBackend
@@ -23,8 +23,8 @@ pytestmark = SDK_WARNINGS
 
 
 @pytest.fixture(scope="module")
-def tenants(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_tenants(tmp_path_factory.mktemp("checkpoints"), vocab=VOCAB)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_models(tmp_path_factory.mktemp("checkpoints"), vocab=VOCAB)
 
 
 class Side(NamedTuple):
@@ -45,20 +45,20 @@ class Side(NamedTuple):
 
 
 @pytest.fixture(params=["sdk", "remote", "deferred"])
-def side(request: pytest.FixtureRequest, url: str, service: Any, tenants: Any) -> Iterator[Side]:
+def side(request: pytest.FixtureRequest, url: str, service: Any, models: Any) -> Iterator[Side]:
     """The one line that differs between the clients."""
     import tinker
 
     if request.param == "sdk":
         client = service.create_lora_training_client("tiny", rank=4, seed=3).result()
         own, data, names = client, to_tinker(weight_datums()), {"tinker": tinker}
-        yield Side(client, twin(tenants, own), served(tenants, own), data, names)
+        yield Side(client, twin(models, own), served(models, own), data, names)
         return
     backend = pullback.connect(
         service, base_model="tiny", rank=4, lora={"seed": 3}, defer_backward=request.param == "deferred"
     )
     own = backend.trainer
-    yield Side(backend, twin(tenants, own), served(tenants, own), weight_datums(), {})
+    yield Side(backend, twin(models, own), served(models, own), weight_datums(), {})
     backend.close()
 
 

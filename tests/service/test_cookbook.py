@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,16 @@ from folders import chat_folder
 from servers import KEY, rest
 
 from pullback.cli.serve import load_base
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 
-pytest.importorskip("tinker_cookbook", reason="tinker-cookbook is not installed; docs/clients.md says how")
-pytest.importorskip("datasets", reason="the recipes load their data by `datasets`, which is not installed")
+INSTALL = "pip install -e '.[cookbook]' && pip install --no-deps tinker-cookbook==0.6.1"
+pytest.importorskip("tinker_cookbook", reason=f"tinker-cookbook is not installed: {INSTALL}")
+datasets = pytest.importorskip("datasets", reason=f"the recipes load their data by `datasets`: {INSTALL}")
+try:
+    datasets.Dataset.from_dict({"one": [1]})
+except pickle.PicklingError as error:  # dill takes packages outside of the environment's prefix apart
+    reason = f"`datasets` lies outside of this environment and cannot be pickled ({error}): {INSTALL}"
+    pytest.skip(reason, allow_module_level=True)
 RECIPES = "tinker_cookbook.recipes"
 
 
@@ -33,7 +40,7 @@ def cookbook_url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     from argparse import Namespace
 
     given = Namespace(model=str(folder), name=None, device="cpu", dtype="float32", token_budget=1024)
-    with serving(Tenants(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
+    with serving(ServedModels(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
         yield address
 
 

@@ -1,4 +1,4 @@
-"""Custom losses at the service: graph leases, traced losses, and the JSON form."""
+"""Custom losses at the service: the graph cache, traced losses, and the JSON form."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from servers import KEY, SDK_WARNINGS, Counting, finished, json_datum, new_model
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.native import HeldForward
+from pullback.backends.native import RetainedForward
 from pullback.backends.native.execution.memory import available_bytes
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.errors import ConfigError
 from pullback.service.custom_loss.interpreter import MISTAKES, LossGraph
-from pullback.service.served.graph_cache import Leases, datum_keys
+from pullback.service.served.graph_cache import GraphCache, datum_keys
 from pullback.testing import TinyLM
 
 pytestmark = SDK_WARNINGS
@@ -43,16 +43,16 @@ def nll(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
 
 
 @pytest.mark.parametrize("unembed", [False, True])
-def test_a_custom_loss_costs_one_forward(service: Any, tenants: Any, unembed: bool) -> None:
+def test_a_custom_loss_costs_one_forward(service: Any, models: Any, unembed: bool) -> None:
     """By the official SDK: the FLOPs of the built-in loss with a frozen head, and its gradient."""
     trainer = service.create_lora_training_client("tiny", rank=4, train_unembed=unembed).result()
-    native = twin(tenants, trainer)
+    native = twin(models, trainer)
     wire = to_tinker(sums())
     counts = {}
     with Counting() as counter:
         trainer.forward_backward(wire, "cross_entropy").result()
     counts["built-in"] = counter.total
-    served(tenants, trainer).discard_gradients()
+    served(models, trainer).discard_gradients()
     with Counting() as counter:
         metrics = trainer.forward_backward_custom(wire, nll).result().metrics
     counts["custom"] = counter.total
@@ -61,42 +61,42 @@ def test_a_custom_loss_costs_one_forward(service: Any, tenants: Any, unembed: bo
     ratio = counts["custom"] / counts["built-in"]
     assert ratio == 1.0 if not unembed else ratio < 1.3  # a tiny model is mostly head; SmolLM2's ratio is in the soak
     native.forward_backward(data(), "cross_entropy").result()
-    assert distance(served(tenants, trainer).gradients(), native.gradients()) < 1e-5
+    assert distance(served(models, trainer).gradients(), native.gradients()) < 1e-5
 
 
-def held(tokens: list[int]) -> tuple[list[str], HeldForward]:
+def held(tokens: list[int]) -> tuple[list[str], RetainedForward]:
     backend, given = TorchBackend(TinyLM()), make_data(tokens)
     return datum_keys(given), backend.hold(given).result()
 
 
 def test_leases_are_bounded_by_time_and_bytes_and_by_use() -> None:
-    """Old ones go, a model whose leases are never used gets none any more (but is tried again), a step drops all."""
+    """Old ones go, a model whose entries are never used gets none any more (but is tried again), a step drops all."""
     now = [0.0]
-    leases = Leases(1e9, 10.0, clock=lambda: now[0])
+    graphs = GraphCache(1e9, 10.0, clock=lambda: now[0])
     keys, one = held([5, 4])
-    leases.keep("m", keys, one)
-    assert leases.room == 1e9 - one.bytes
-    assert leases.take("other", keys) == {}
-    assert leases.take("m", keys[:1]) == {}  # a part of it would waste the rest
-    assert leases.take("m", [keys[1], keys[0], *keys]) == {one: [1, 0]}
-    assert leases.take("m", keys) == {}
-    leases.keep("m", keys, one)
+    graphs.add("m", keys, one)
+    assert graphs.budget == 1e9 - one.bytes
+    assert graphs.take("other", keys) == {}
+    assert graphs.take("m", keys[:1]) == {}  # a part of it would waste the rest
+    assert graphs.take("m", [keys[1], keys[0], *keys]) == {one: [1, 0]}
+    assert graphs.take("m", keys) == {}
+    graphs.add("m", keys, one)
     now[0] = 11.0
-    assert leases.room == 1e9
-    leases.keep("m", keys, one)
-    leases.drop("m")
-    assert leases.bytes == 0
-    assert 0 < Leases(None, 10.0).room < 0.6 * available_bytes(torch.device("cpu"))
+    assert graphs.budget == 1e9
+    graphs.add("m", keys, one)
+    graphs.drop("m")
+    assert graphs.bytes == 0
+    assert 0 < GraphCache(None, 10.0).budget < 0.6 * available_bytes(torch.device("cpu"))
     tried = []
     for _ in range(64):
-        tried.append(leases.worth("idle"))
+        tried.append(graphs.is_worthwhile("idle"))
         if tried[-1]:
-            leases.keep("idle", keys, one)
+            graphs.add("idle", keys, one)
     assert all(tried[:8])
     assert 1 <= sum(tried[8:]) <= 4
 
 
-def test_a_plain_forward_holds_no_graph(service: Any, tenants: Any, url: str) -> None:
+def test_a_plain_forward_holds_no_graph(service: Any, models: Any, url: str) -> None:
     """Only the SDK's custom calls are leased."""
     trainer = service.create_lora_training_client("tiny", rank=4).result()
     trainer.forward(to_tinker(sums()), "cross_entropy").result()
@@ -117,14 +117,14 @@ def clipped(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> tuple[Tens
     return loss, {"custom/ratio:mean": ratio.detach().mean(), "custom/tokens:sum": (weights > 0).sum()}
 
 
-def test_a_traced_loss_runs_at_the_service(service: Any, tenants: Any) -> None:
+def test_a_traced_loss_runs_at_the_service(service: Any, models: Any) -> None:
     """create_custom_loss: one operation, and the gradient and metrics of the same function here."""
     ranks = {"logprobs": 1, "advantages": 1, "weights": 1}
     handle = service.create_custom_loss(clipped, input_ranks=ranks)
     handle = handle.result() if hasattr(handle, "result") else handle
     assert handle.loss_id is not None
     trainer = service.create_lora_training_client("tiny", rank=4).result()
-    native = twin(tenants, trainer)
+    native = twin(models, trainer)
     result = trainer.forward_backward_custom(to_tinker(data()), handle).result()
 
     def same(given: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -137,7 +137,7 @@ def test_a_traced_loss_runs_at_the_service(service: Any, tenants: Any) -> None:
     expected = native.forward_backward_custom(data(), same).result()
     assert result.metrics["custom/tokens:sum"] == expected.metrics["tokens"]
     assert result.metrics["custom/ratio:mean"] == pytest.approx(math.exp(0.1), rel=1e-5)
-    assert distance(served(tenants, trainer).gradients(), native.gradients()) < 1e-5
+    assert distance(served(models, trainer).gradients(), native.gradients()) < 1e-5
     assert trainer.optim_step(tinker.AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"] > 0
 
 
@@ -215,12 +215,12 @@ def test_malformed_graphs_are_the_clients_mistake(nodes: Any) -> None:
         LossGraph.of(graph(*nodes))(data()[:1], [torch.zeros(6, requires_grad=True)])
 
 
-def test_the_json_form(web: Any, url: str, tenants: Any) -> None:
+def test_the_json_form(web: Any, url: str, models: Any) -> None:
     """Clients without protobuf: forward, forward_backward, a normalised step, as natively."""
     http = web(url)
     _, made = new_model(http)
     model = made["model_id"]
-    native = twin(tenants, type("Client", (), {"model_id": model}))
+    native = twin(models, type("Client", (), {"model_id": model}))
     tokens = [[3, 1, 4, 1], [5, 9, 2]]
     inner = {"data": [json_datum(t) for t in tokens], "loss_fn": "cross_entropy", "loss_fn_config": {}}
     given = [Datum(ModelInput.from_ints(t), {"target_tokens": t, "weights": [1.0] * len(t)}) for t in tokens]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,18 +17,18 @@ from hurried import hurry
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from servers import KEY, SDK_WARNINGS, adapter, served, tiny_tenants
+from servers import KEY, SDK_WARNINGS, adapter, served, tiny_models
+from tiers import SOAK
 from torch import Tensor
 
 from pullback.datums import to_tinker
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 from pullback.service.durability.sequencer import Sequencer
 from pullback.service.http import app
 from pullback.service.limits import Limits
 from pullback.testing.network.faults import FAULT_KINDS, Fault, FaultyProxy, misbehaving
 
 pytestmark = SDK_WARNINGS
-SOAK = os.environ.get("PULLBACK_SOAK") == "1"
 PARAMS = tinker.AdamParams(learning_rate=1e-2)
 START = ("client/config", "client/dynamic_config", "create_session", "create_model", "get_info", "retrieve_future")
 TRAINING = ("forward_backward", "forward_backward", "optim_step", "save_weights", "retrieve_future", "retrieve_future")
@@ -51,24 +50,24 @@ def confidence(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tenants]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ServedModels]]:
     """A service that polls and gives up soon, and whose clients cut a call into parallel requests of two sequences."""
-    tenants = tiny_tenants(tmp_path_factory.mktemp("faults"))
+    models = tiny_models(tmp_path_factory.mktemp("faults"))
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
         patch.setitem(app._CLIENT, "fwdbwd_max_chunk_len", 2)
-        with serving(tenants, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
-            yield url, tenants
+        with serving(models, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
+            yield url, models
     gc.collect()  # the SDK's sockets
 
 
 class Side:
     """A client, and what it still waits for."""
 
-    def __init__(self, stack: ExitStack, url: str, tenants: Tenants) -> None:
+    def __init__(self, stack: ExitStack, url: str, models: ServedModels) -> None:
         service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=KEY))
         self.client = service.create_lora_training_client("tiny", rank=2, seed=3).result()
-        self.backend = served(tenants, self.client)
+        self.backend = served(models, self.client)
         self.waiting: list[Any] = []
 
     def read(self) -> list[Any]:
@@ -94,9 +93,9 @@ class Twins(RuleBasedStateMachine):
     hits: ClassVar[Counter[str]] = Counter()
     runs: ClassVar[int] = 0
 
-    def __init__(self, url: str, tenants: Tenants) -> None:
+    def __init__(self, url: str, models: ServedModels) -> None:
         super().__init__()
-        self.url, self.tenants, self.saves = url, tenants, 0
+        self.url, self.models, self.saves = url, models, 0
         self.stack = ExitStack()
         self.proxy: FaultyProxy = self.stack.enter_context(misbehaving(url))
 
@@ -104,7 +103,7 @@ class Twins(RuleBasedStateMachine):
     def start(self, faults: list[tuple[str, Any]]) -> None:
         for route, kind in faults:
             self.proxy.plan(route, Fault(kind))
-        self.sides = [Side(self.stack, address, self.tenants) for address in (self.url, self.proxy.url)]
+        self.sides = [Side(self.stack, address, self.models) for address in (self.url, self.proxy.url)]
 
     @rule(route=st.sampled_from(TRAINING), kind=st.sampled_from(FAULT_KINDS), seconds=st.sampled_from([0.01, 0.1]))
     def misbehave(self, route: str, kind: Any, seconds: float) -> None:
@@ -151,7 +150,7 @@ class Twins(RuleBasedStateMachine):
             self.stack.close()
 
 
-def test_no_fault_changes_what_is_trained(place: tuple[str, Tenants], capsys: Any) -> None:
+def test_no_fault_changes_what_is_trained(place: tuple[str, ServedModels], capsys: Any) -> None:
     """Random faults on random requests of a random training: pipelined, in parallel chunks, with custom losses."""
     shape = settings(
         max_examples=200 if SOAK else 4,
@@ -171,7 +170,7 @@ def test_no_fault_changes_what_is_trained(place: tuple[str, Tenants], capsys: An
             print(f"\n{Twins.runs} schedules, {Twins.hits.total()} faults: {dict(Twins.hits)}")
 
 
-def trained(place: tuple[str, Tenants], faults: dict[tuple[str, int], Fault]) -> Tensor:
+def trained(place: tuple[str, ServedModels], faults: dict[tuple[str, int], Fault]) -> Tensor:
     """Two steps under a schedule."""
     with misbehaving(place[0], faults) as proxy, ExitStack() as stack:
         side = Side(stack, proxy.url, place[1])
@@ -187,37 +186,37 @@ def everywhere(kind: Any) -> dict[tuple[str, int], Fault]:
 
 
 @pytest.fixture(scope="module")
-def plain(place: tuple[str, Tenants]) -> Tensor:
+def plain(place: tuple[str, ServedModels]) -> Tensor:
     """What is trained without a fault."""
     return trained(place, {})
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
-def test_every_second_request_fails(place: tuple[str, Tenants], plain: Tensor, kind: Any) -> None:
+def test_every_second_request_fails(place: tuple[str, ServedModels], plain: Tensor, kind: Any) -> None:
     """Each kind of fault alone, all the time."""
     assert torch.equal(trained(place, everywhere(kind)), plain)
 
 
 @pytest.mark.parametrize("kind", ["duplicate", "drop_response"])
 def test_a_service_that_runs_what_comes_again_is_caught(
-    place: tuple[str, Tenants], plain: Tensor, kind: Any, monkeypatch: pytest.MonkeyPatch
+    place: tuple[str, ServedModels], plain: Tensor, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: without the memory of what was accepted, the same schedules train something else."""
     submit = Sequencer.submit
 
     def forgetful(
-        self: Any, owner: str, line: str, number: Any, payload: bytes, what: str, work: Any, **given: Any
+        self: Any, owner: str, queue: str, number: Any, payload: bytes, what: str, work: Any, **given: Any
     ) -> str:
-        known = number is not None and self._journal.numbered(line, number) is not None
+        known = number is not None and self._journal.numbered(queue, number) is not None
         if known and what in ("forward_backward", "optim_step"):
             number, given = None, {"ordered": False}
-        return submit(self, owner, line, number, payload, what, work, **given)
+        return submit(self, owner, queue, number, payload, what, work, **given)
 
     monkeypatch.setattr(Sequencer, "submit", forgetful)
     assert not torch.equal(trained(place, everywhere(kind)), plain)
 
 
-def test_an_outage_is_an_error_and_no_gap(place: tuple[str, Tenants]) -> None:
+def test_an_outage_is_an_error_and_no_gap(place: tuple[str, ServedModels]) -> None:
     """A step that never reaches the service is an error; what was sent behind it is not run as if it had been."""
     outage = {("optim_step", n): Fault("drop_request") for n in range(2, 500)}
     with misbehaving(place[0], outage) as proxy, ExitStack() as stack:
@@ -237,7 +236,7 @@ def test_a_wrong_fault_is_refused() -> None:
         Fault("dorp_request")  # type: ignore[arg-type]
 
 
-def test_the_proxy_reports_what_it_did(place: tuple[str, Tenants], tmp_path: Path) -> None:
+def test_the_proxy_reports_what_it_did(place: tuple[str, ServedModels], tmp_path: Path) -> None:
     """Exchanges say what passed and what was done to it."""
     import httpx
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +15,8 @@ import torch
 from bodies import GETS, JSON, POSTS, PROTOBUF, json_bodies, packed_bodies, proto_bodies
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_tenants
+from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_models
+from tiers import SOAK
 
 from pullback.service import serving
 from pullback.service.limits import Limits, digest_of
@@ -24,7 +24,7 @@ from pullback.service.limits import Limits, digest_of
 pytestmark = SDK_WARNINGS
 OTHER = "tml-other"
 SECRET = "s3cr3t"
-EXAMPLES = 10_000 if os.environ.get("PULLBACK_SOAK") == "1" else 150
+EXAMPLES = 10_000 if SOAK else 150
 LIMITS = Limits(body_bytes=200_000, tokens=1000, models=8, samples=4, gap_seconds=0.2, poll_seconds=5.0)
 ENDS_WITH_IT = ("sessions/SESSION/finish", "unload_model")  # the attacker keeps his own
 
@@ -68,8 +68,8 @@ class Field:
     seen: Counter[str]
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self.tenants, self.seen = tiny_tenants(folder), Counter()
-        url = stack.enter_context(serving(self.tenants, keys=[KEY, OTHER], limits=LIMITS))
+        self.models, self.seen = tiny_models(folder), Counter()
+        url = stack.enter_context(serving(self.models, keys=[KEY, OTHER], limits=LIMITS))
         self.attacker, self.victim = (Tenant(stack.enter_context(rest(url, key))) for key in (OTHER, KEY))
         self.train()
         secret = {"path": f"{SECRET}-name", "user_metadata": {"owner": f"{SECRET}-metadata"}}
@@ -85,7 +85,7 @@ class Field:
         return float(self.victim.do("optim_step", adam_params={"learning_rate": 1e-2})["metrics"]["grad_norm"])
 
     def weights(self) -> torch.Tensor:
-        return torch.cat([p.flatten() for p in adapter(self.tenants.backends[self.victim.model]).values()])
+        return torch.cat([p.flatten() for p in adapter(self.models.backends[self.victim.model]).values()])
 
     def check(self, answer: Any, sent: Any) -> None:
         """Below 500, and nothing of the victim's."""

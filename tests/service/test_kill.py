@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import re
 import threading
@@ -22,12 +21,13 @@ from hurried import hurry
 from processes import CommandProcess, ServerProcess
 from safetensors.torch import load_file
 from servers import KEY, SDK_WARNINGS, rest
+from tiers import SOAK
 
 from pullback.datums import to_tinker
 from pullback.testing.network.faults import Exchange, FaultyProxy, misbehaving
 
 pytestmark = SDK_WARNINGS
-MOMENTS = 50 if os.environ.get("PULLBACK_SOAK") == "1" else 2
+MOMENTS = 50 if SOAK else 2
 STEPS = 10
 SAVE_EVERY = 3
 PARAMS = tinker.AdamParams(learning_rate=1e-2)

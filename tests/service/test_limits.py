@@ -14,14 +14,14 @@ import httpx
 import pytest
 import tinker
 import zstandard
-from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_tenants
+from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_models
 
 import pullback
 from pullback.backends import TorchBackend
 from pullback.backends.futures import FinishedFuture
 from pullback.cli import main
 from pullback.errors import CheckpointError, ConfigError
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 from pullback.service.http.server import serve_forever
 from pullback.service.limits import Keys, Limits, digest_of
 
@@ -36,17 +36,17 @@ PROTOBUF = {"content-type": "application/x-protobuf"}
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service with two keys and small limits."""
-    with serving(tiny_tenants(tmp_path_factory.mktemp("two")), keys=[KEY, OTHER], limits=SMALL) as address:
+    with serving(tiny_models(tmp_path_factory.mktemp("two")), keys=[KEY, OTHER], limits=SMALL) as address:
         yield address
 
 
-def test_keys_and_addresses(web: Any, url: str, tenants: Tenants, tmp_path: Any, capsys: Any) -> None:
+def test_keys_and_addresses(web: Any, url: str, models: ServedModels, tmp_path: Any, capsys: Any) -> None:
     """A wrong key is turned away; an address beyond loopback needs keys; a new key is stored as its digest only."""
     with pytest.raises(tinker.AuthenticationError):
         tinker.ServiceClient(base_url=url, api_key=OTHER).create_lora_training_client("tiny", rank=2).result()
     assert web(url, "").post("create_session", json={}).status_code == 401
     with pytest.raises(ConfigError, match="API key"):
-        serve_forever(tenants, "0.0.0.0", 0, Keys([]))
+        serve_forever(models, "0.0.0.0", 0, Keys([]))
     file = tmp_path / "keys"
     assert main(["serve", "--keys", str(file), "--new-key"]) == 0
     key = capsys.readouterr().out.strip()
@@ -139,7 +139,7 @@ def test_metrics_and_logs_hold_no_secrets(web: Any, url: str, caplog: Any) -> No
     http.post(f"sessions/{session}/finish", json={})
 
 
-def test_checkpoints_stay_in_their_folder(service: Any, tenants: Tenants) -> None:
+def test_checkpoints_stay_in_their_folder(service: Any, models: ServedModels) -> None:
     """Names that lead elsewhere are refused."""
     trainer = service.create_lora_training_client("tiny", rank=2).result()
     with pytest.raises(tinker.RequestFailedError, match="no folders"):
@@ -153,7 +153,7 @@ def test_checkpoints_stay_in_their_folder(service: Any, tenants: Tenants) -> Non
         f"tinker://a/{'b'}/c",
     ):
         with pytest.raises(CheckpointError, match="checkpoint"):
-            tenants.checkpoints.locate(uri)
+            models.checkpoints.locate(uri)
 
 
 def test_a_packed_body_is_whole(web: Any, url: str) -> None:
@@ -248,7 +248,7 @@ def test_nothing_is_unpickled() -> None:
 
 def test_too_much_at_once_is_429(web: Any, tmp_path: Path) -> None:
     """Beyond the queue's limit a request is turned away with the time to come back, and is accepted when there is room."""
-    with serving(tiny_tenants(tmp_path), keys=[KEY], limits=Limits(queue=1, gap_seconds=0.5)) as url:
+    with serving(tiny_models(tmp_path), keys=[KEY], limits=Limits(queue=1, gap_seconds=0.5)) as url:
         http = web(url)
         _, made = new_model(http)
         step = {"model_id": made["model_id"], "adam_params": {}}
@@ -284,3 +284,12 @@ def with_metrics(operation: Any) -> Any:
         return FinishedFuture(replace(output, metrics={**output.metrics, **odd}))
 
     return reporting
+
+
+def test_not_found_is_a_class_of_errors() -> None:
+    """The status of a refusal does not depend on its words."""
+    from pullback.errors import NotFoundError, ServiceError
+    from pullback.service.http.requests import refusal
+
+    assert refusal(NotFoundError("nothing of that name")).status_code == 404
+    assert refusal(ServiceError("there is no reason to find it missing")).status_code == 400

@@ -19,11 +19,11 @@ from helpers import make_data
 from processes import ServerProcess
 from safetensors.torch import load_file
 from servers import KEY, SDK_WARNINGS
+from tiers import SOAK
 
 from pullback.datums import to_tinker
 
 pytestmark = SDK_WARNINGS
-SOAK = os.environ.get("PULLBACK_SOAK") == "1"
 MODELS = 8
 THREADS = 32
 EACH = 63 if SOAK else 3

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from servers import Direct
 
 from pullback.errors import BusyError, ServiceError
-from pullback.service.durability.acknowledgements import Unread
+from pullback.service.durability.acknowledgements import Acknowledgements
 from pullback.service.durability.journal import Failure, Journal
 from pullback.service.durability.sequencer import Sequencer
 
@@ -164,7 +164,7 @@ def steps_refused(answers: list[Any]) -> bool:
 @given(arrival=st.permutations(range(5)))
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_step_that_overtakes_is_as_blind(tmp_path: Path, arrival: list[int]) -> None:
-    """A step before whose number a gradient failed unread makes nothing, also if the gradient arrives after it."""
+    """A step before whose number a gradient failed unacknowledged makes nothing, also if the gradient arrives after it."""
     direct = Direct(tmp_path / str(uuid.uuid4()))
     direct.start()
     assert steps_refused(in_order_of(direct, arrival))
@@ -174,7 +174,7 @@ def test_a_step_that_overtakes_is_as_blind(tmp_path: Path, arrival: list[int]) -
 
 def test_a_blind_step_would_be_noticed(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a service that looks only at what had arrived makes the step."""
-    monkeypatch.setattr(Unread, "behind", lambda self, model, number, moment: [])
+    monkeypatch.setattr(Acknowledgements, "unacknowledged", lambda self, model, number, moment: [])
     assert not steps_refused(in_order_of(direct, [2, 0, 1, 3, 4]))
 
 

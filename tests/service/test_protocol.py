@@ -11,13 +11,13 @@ import pytest
 import tinker
 import torch
 from helpers import distance, make_data
-from servers import KEY, SDK_WARNINGS, adapter, finished, json_datum, new_model, served, tiny_tenants, twin
+from servers import KEY, SDK_WARNINGS, adapter, finished, json_datum, new_model, served, tiny_models, twin
 from torch import Tensor
 
 from pullback.backends import AdamParams
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.losses import loss_names, registry
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 from pullback.service.http import app
 
 pytestmark = SDK_WARNINGS
@@ -37,14 +37,14 @@ def trainer(service: tinker.ServiceClient, **options: Any) -> tinker.TrainingCli
 
 
 @pytest.mark.parametrize("loss", loss_names())
-def test_every_registered_loss_by_name(service: Any, tenants: Tenants, loss: str) -> None:
+def test_every_registered_loss_by_name(service: Any, models: ServedModels, loss: str) -> None:
     """The gradient and the value are the native ones, whatever is registered."""
     client = trainer(service)
-    native = twin(tenants, client)
+    native = twin(models, client)
     result = client.forward_backward(to_tinker(read_by(loss)), loss).result()
     expected = native.forward_backward(DATA, loss).result()
     assert result.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)
-    assert distance(served(tenants, client).gradients(), native.gradients()) < 1e-5
+    assert distance(served(models, client).gradients(), native.gradients()) < 1e-5
 
 
 def _ratio(datum: Datum, logprobs: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ SUMS: dict[str, Callable[[Datum, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("loss", SUMS)
-def test_the_protocols_own_names_are_sums(service: Any, tenants: Tenants, loss: str) -> None:
+def test_the_protocols_own_names_are_sums(service: Any, models: ServedModels, loss: str) -> None:
     """From the log-probs that come back; and two calls give twice the gradient of one."""
     client = trainer(service)
     wire = to_tinker(read_by(loss))
     result = client.forward_backward(wire, loss).result()
-    once = served(tenants, client).gradients()
+    once = served(models, client).gradients()
     expected = 0.0
     for datum, output in zip(DATA, result.loss_fn_outputs, strict=True):
         trained = _input(datum, "weights") != 0
@@ -79,7 +79,7 @@ def test_the_protocols_own_names_are_sums(service: Any, tenants: Tenants, loss: 
         expected += float((SUMS[loss](datum, logprobs) * _input(datum, "weights"))[trained].double().sum())
     assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-5)
     client.forward_backward(wire, loss).result()
-    twice = served(tenants, client).gradients()
+    twice = served(models, client).gradients()
     assert distance(twice, {name: 2 * gradient for name, gradient in once.items()}) < 1e-6
 
 
@@ -90,38 +90,38 @@ def _steps(client: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [True, False])
-def test_a_client_from_a_state(service: Any, tenants: Tenants, optimizer: bool) -> None:
+def test_a_client_from_a_state(service: Any, models: ServedModels, optimizer: bool) -> None:
     """With the optimizer the next step is the first client's; without it, a cold one from the same weights."""
     client = trainer(service)
     _steps(client, 2)
     path = client.save_state(f"state-{optimizer}").result().path
     made = "create_training_client_from_state" + ("_with_optimizer" if optimizer else "")
     again = getattr(service, made)(path).result()
-    native = twin(tenants, again)
-    assert distance(adapter(served(tenants, again)), adapter(served(tenants, client))) == 0.0
+    native = twin(models, again)
+    assert distance(adapter(served(models, again)), adapter(served(models, client))) == 0.0
     _steps(client, 1)
     _steps(again, 1)
     native.forward_backward(DATA, "ppo").result()
     native.optim_step(AdamParams(learning_rate=1e-2)).result()
-    same = distance(adapter(served(tenants, again)), adapter(served(tenants, client)))
+    same = distance(adapter(served(models, again)), adapter(served(models, client)))
     assert same == 0.0 if optimizer else same > 1e-3
-    cold = distance(adapter(served(tenants, again)), adapter(native))
+    cold = distance(adapter(served(models, again)), adapter(native))
     assert cold > 1e-3 if optimizer else cold < 1e-5
 
 
-def test_a_state_into_a_client_that_trains(service: Any, tenants: Tenants) -> None:
+def test_a_state_into_a_client_that_trains(service: Any, models: ServedModels) -> None:
     """The SDK's older way: the weights come back, and gradients from before are forgotten."""
     client = trainer(service)
     _steps(client, 1)
-    before = adapter(served(tenants, client))
+    before = adapter(served(models, client))
     path = client.save_state("back").result().path
     _steps(client, 1)
     client.forward_backward(to_tinker(read_by("ppo")), "ppo").result()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         client.load_state(path).result()
-    assert distance(adapter(served(tenants, client)), before) == 0.0
-    assert served(tenants, client).gradients() == {}
+    assert distance(adapter(served(models, client)), before) == 0.0
+    assert served(models, client).gradients() == {}
 
 
 def test_listings_and_info(service: Any, url: str) -> None:
@@ -153,16 +153,16 @@ def test_listings_and_info(service: Any, url: str) -> None:
         service.create_training_client_from_state(path).result()
 
 
-def test_the_end_of_a_session_frees_its_models(url: str, tenants: Tenants, monkeypatch: Any) -> None:
+def test_the_end_of_a_session_frees_its_models(url: str, models: ServedModels, monkeypatch: Any) -> None:
     """Closing the client lets the models go; its checkpoints stay."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     with tinker.ServiceClient(base_url=url, api_key=KEY) as client:
         model = trainer(client)
         path = model.save_state("last").result().path
-        assert model.model_id in tenants.backends
+        assert model.model_id in models.backends
     with tinker.ServiceClient(base_url=url, api_key=KEY) as client:
         assert client.create_training_client_from_state(path).result() is not None
-    assert model.model_id not in tenants.backends
+    assert model.model_id not in models.backends
 
 
 def _nll(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -174,21 +174,21 @@ def cut(tmp_path: Any, monkeypatch: Any) -> Iterator[Any]:
     """A service whose clients cut their data into threes."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     monkeypatch.setitem(app._CLIENT, "fwdbwd_max_chunk_len", 3)
-    tenants = tiny_tenants(tmp_path)
-    with serving(tenants, keys=[KEY]) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as client:
-        yield tenants, client
+    models = tiny_models(tmp_path)
+    with serving(models, keys=[KEY]) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as client:
+        yield models, client
 
 
 def test_graphs_are_kept_across_a_clients_chunks(cut: Any) -> None:
     """A custom call in two chunks: every token is reused, and the gradient is that of one call."""
-    tenants, service = cut
+    models, service = cut
     client = trainer(service)
-    native = twin(tenants, client)
+    native = twin(models, client)
     metrics = client.forward_backward_custom(to_tinker(read_by("cross_entropy")), _nll).result().metrics
     assert metrics["reused_tokens:sum"] == sum(len(d.model_input) for d in DATA)
     assert metrics["forward_tokens:sum"] == 0
     native.forward_backward_custom(DATA, _nll).result()
-    assert distance(served(tenants, client).gradients(), native.gradients()) < 1e-5
+    assert distance(served(models, client).gradients(), native.gradients()) < 1e-5
 
 
 def test_a_pair_that_was_cut_is_refused(cut: Any) -> None:
@@ -204,10 +204,10 @@ def test_a_pair_that_was_cut_is_refused(cut: Any) -> None:
         client.optim_step(PARAMS).result()
 
 
-def test_ordinary_clients_do_not_cut(service: Any, tenants: Tenants) -> None:
+def test_ordinary_clients_do_not_cut(service: Any, models: ServedModels) -> None:
     """More datums than the SDK sends by itself go in one request, so that no pair and no group is cut."""
     client = trainer(service)
-    native = twin(tenants, client)
+    native = twin(models, client)
     many = [
         Datum(ModelInput.from_ints([i % 7]), {"target_tokens": [i % 5], "weights": [1.0], "ref_logprobs": [-1.0]})
         for i in range(1030)
@@ -225,7 +225,7 @@ def test_ordinary_clients_do_not_cut(service: Any, tenants: Tenants) -> None:
     assert calls == [1030]
 
 
-def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, tenants: Tenants) -> None:
+def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, models: ServedModels) -> None:
     """A step between the two halves of a custom loss: the forward runs again, the counters say so, the gradient is right."""
     http = web(url)
     _, made = new_model(http)
@@ -241,12 +241,12 @@ def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, tenants: Tenan
     send("forward_backward", 1, {"forward_backward_input": inner}, plain)
     send("forward", 2, {"forward_input": inner}, custom)
     send("optim_step", 3, {"adam_params": {"learning_rate": 0.1}}, plain)
-    native = twin(tenants, type("Client", (), {"model_id": model}))
+    native = twin(models, type("Client", (), {"model_id": model}))
     send("forward_backward", 4, {"forward_backward_input": inner}, custom)
     assert _amount(url, "lease_tokens_recomputed") == before + 4
     given = [Datum(ModelInput.from_ints([3, 1, 4, 1]), {"target_tokens": [3, 1, 4, 1], "weights": [1.0] * 4})]
     native.forward_backward(given, "cross_entropy").result()
-    assert distance(tenants.backends[model].gradients(), native.gradients()) < 1e-5
+    assert distance(models.backends[model].gradients(), native.gradients()) < 1e-5
 
 
 def _amount(url: str, what: str) -> float:
@@ -255,12 +255,12 @@ def _amount(url: str, what: str) -> float:
     return float(found[0].split()[-1]) if found else 0.0
 
 
-def test_normalisation_among_the_parameters_of_a_named_optimizer(service: Any, tenants: Tenants) -> None:
+def test_normalisation_among_the_parameters_of_a_named_optimizer(service: Any, models: ServedModels) -> None:
     """The one place where the official SDK passes on what it does not know: our client divides by it; typos are refused."""
     from tinker.types.optimizer import OptimParamsBase
 
     client = trainer(service)
-    native = twin(tenants, client)
+    native = twin(models, client)
     client.forward_backward(to_tinker(read_by("ppo")), "ppo").result()
     native.forward_backward(DATA, "ppo").result()
     with pytest.raises(tinker.RequestFailedError, match=r"do not know|does not know: \['lerning_rate'\]"):
@@ -270,7 +270,7 @@ def test_normalisation_among_the_parameters_of_a_named_optimizer(service: Any, t
     mode = {"grad_accumulation_normalization": "num_loss_tokens"}
     client.optim_step(OptimParamsBase(type="adamw", learning_rate=1e-2, **mode)).result()
     native.optim_step(AdamParams(learning_rate=1e-2), "num_loss_tokens").result()
-    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, client)), adapter(native)) < 1e-5
 
 
 def test_answers_leave_at_once(service: Any, url: str) -> None:

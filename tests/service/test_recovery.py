@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from servers import MODEL, Direct, tiny_tenants
+from servers import MODEL, Direct, tiny_models
 
 from pullback.errors import ServiceError
 from pullback.service import serving
-from pullback.service.durability.journal import Failure, Journal, hold_folder
+from pullback.service.durability.journal import Failure, Journal, lock_folder
 
 
 def train(direct: Direct, number: int) -> int:
@@ -38,7 +38,7 @@ def killed_before(direct: Direct, monkeypatch: pytest.MonkeyPatch, *writes: str)
 
 
 def weights(direct: Direct, name: str) -> Any:
-    folder = direct.tenants.checkpoints.folder(MODEL, "weights") / name
+    folder = direct.models.checkpoints.folder(MODEL, "weights") / name
     return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "manifest.json").read_text())
 
 
@@ -68,7 +68,7 @@ def test_a_save_that_did_not_take_its_place_is_undone(direct: Direct) -> None:
     """Killed between the two renames of an overwritten checkpoint: the old one is back, whole; leftovers are gone."""
     number = train(direct, 1)
     direct.read(direct.call("save_weights", number, path="one"))
-    before, folder = weights(direct, "one"), direct.tenants.checkpoints.folder(MODEL, "weights")
+    before, folder = weights(direct, "one"), direct.models.checkpoints.folder(MODEL, "weights")
     os.rename(folder / "one", folder / ".one.old")
     (folder / ".one.abcdefgh").mkdir()
     (folder / ".two.gone").mkdir()
@@ -88,7 +88,7 @@ def test_a_save_that_had_not_begun_is_lost(direct: Direct, monkeypatch: pytest.M
     after = train(direct, number + 1)
     with monkeypatch.context() as patch:
         killed_before(direct, patch, "add_checkpoint", "finish")
-        patch.setattr(direct.tenants, "save", lambda *given: None)
+        patch.setattr(direct.models, "save", lambda *given: None)
         request = direct.call("save_weights", after, path="one", overwrite=True)
         direct.sequencer.result("me", request).result(timeout=10)
     again = direct.restart()
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_gone_is_not_named(direct: Direct) -> None:
     """Killed between deleting a checkpoint and noting it: it is in no list, and no message names it."""
     number = train(direct, 1)
     direct.read(direct.call("save_weights", number, path="one"))
-    direct.tenants.checkpoints.delete(f"tinker://{MODEL}/weights/one")
+    direct.models.checkpoints.delete(f"tinker://{MODEL}/weights/one")
     again = direct.restart()
     assert again.journal.checkpoints("me") == []
     assert "there is no durable checkpoint" in lost(again, number + 1)
@@ -137,12 +137,12 @@ def test_a_creation_that_was_lost_can_be_asked_again(direct: Direct, monkeypatch
 def test_one_server_a_folder(tmp_path: Path) -> None:
     """A second server on the same folder is refused while the first runs, and not after."""
     with (
-        serving(tiny_tenants(tmp_path)),
+        serving(tiny_models(tmp_path)),
         pytest.raises(ServiceError, match="another server"),
-        serving(tiny_tenants(tmp_path)),
+        serving(tiny_models(tmp_path)),
     ):
         pass
-    hold_folder(tmp_path).close()
+    lock_folder(tmp_path).close()
 
 
 def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pullback.backends import TorchBackend
 from pullback.backends.native.models.lora import LoraChoice
 from pullback.cli.serve import load_base
 from pullback.datums import Datum, ModelInput
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 
 pytestmark = SDK_WARNINGS
 PROMPT = [40, 41, 42, 43, 44, 45]
@@ -29,7 +29,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     folder = chat_folder(tmp_path_factory.mktemp("models") / "chat")
     given = Namespace(model=str(folder), name="chat", device="cpu", dtype="float32", token_budget=512)
-    return Tenants(load_base(given), tmp_path_factory.mktemp("checkpoints"))
+    return ServedModels(load_base(given), tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

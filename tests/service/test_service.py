@@ -15,7 +15,7 @@ from torch import Tensor
 from pullback.backends import AdamParams
 from pullback.datums import to_tinker
 from pullback.errors import DatumError
-from pullback.service import Tenants
+from pullback.service import ServedModels
 from pullback.service.wire.protobuf import decode_request, message
 
 pytestmark = SDK_WARNINGS
@@ -40,10 +40,10 @@ def trainer(service: tinker.ServiceClient, **options: Any) -> tinker.TrainingCli
 
 @pytest.mark.parametrize("loss", FOR)
 @pytest.mark.parametrize("unembed", [False, True])
-def test_the_sdk_trains_as_native_does(service: Any, tenants: Tenants, loss: str, unembed: bool) -> None:
+def test_the_sdk_trains_as_native_does(service: Any, models: ServedModels, loss: str, unembed: bool) -> None:
     """Three steps over the wire equal three native steps, with and without an adapter on the head."""
     client = trainer(service, train_unembed=unembed)
-    native = twin(tenants, client)
+    native = twin(models, client)
     for _ in range(3):
         result = client.forward_backward(wire_data(loss), loss).result()
         expected = native.forward_backward(DATA, loss).result()
@@ -54,24 +54,24 @@ def test_the_sdk_trains_as_native_does(service: Any, tenants: Tenants, loss: str
         assert step.metrics["grad_norm"] == pytest.approx(
             native.optim_step(AdamParams(learning_rate=1e-2)).result().metrics["grad_norm"], rel=1e-4
         )
-    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, client)), adapter(native)) < 1e-5
 
 
-def test_custom_loss_of_the_client(service: Any, tenants: Tenants) -> None:
+def test_custom_loss_of_the_client(service: Any, models: ServedModels) -> None:
     """forward_backward_custom in the SDK gives the gradient of a native custom call."""
 
     def confidence(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         return -sum((lp.exp().sum() for lp in logprobs), torch.zeros(())), {"mine": 1.0}
 
     client = trainer(service)
-    native = twin(tenants, client)
+    native = twin(models, client)
     result = client.forward_backward_custom(wire_data("cross_entropy"), confidence).result()
     native.forward_backward_custom(DATA, confidence).result()
     assert result.metrics["mine"] == 1.0
-    assert distance(served(tenants, client).gradients(), native.gradients()) < 1e-4
+    assert distance(served(models, client).gradients(), native.gradients()) < 1e-4
 
 
-def test_save_and_restore(service: Any, tenants: Tenants) -> None:
+def test_save_and_restore(service: Any, models: ServedModels) -> None:
     """A training client made from a state takes the step that the first one takes; a name is not overwritten."""
     client = trainer(service)
     params = tinker.AdamParams(learning_rate=1e-2)
@@ -83,7 +83,7 @@ def test_save_and_restore(service: Any, tenants: Tenants) -> None:
     for one in (client, again):
         one.forward_backward(wire_data("cross_entropy"), "cross_entropy").result()
         one.optim_step(params).result()
-    assert distance(*(adapter(served(tenants, c)) for c in (client, again))) == 0.0
+    assert distance(*(adapter(served(models, c)) for c in (client, again))) == 0.0
     with pytest.raises(tinker.RequestFailedError, match="exists"):
         client.save_state("one").result()
     with pytest.raises(tinker.RequestFailedError, match="no checkpoint"):
@@ -114,10 +114,10 @@ def test_sampling_agrees_with_forward(service: Any) -> None:
     assert sampler.compute_logprobs(tinker.ModelInput.from_ints(whole)).result() == scored
 
 
-def test_tenants_do_not_touch_each_other(service: Any, tenants: Tenants) -> None:
+def test_tenants_do_not_touch_each_other(service: Any, models: ServedModels) -> None:
     """Two models in turns: each is what it is alone; they share the base's tensors."""
     first, second = trainer(service), trainer(service, seed=9)
-    alone = twin(tenants, first)
+    alone = twin(models, first)
     for loss in ("cross_entropy", "ppo"):
         first.forward_backward(wire_data(loss), loss)
         second.forward_backward(wire_data("dpo"), "dpo")
@@ -125,9 +125,9 @@ def test_tenants_do_not_touch_each_other(service: Any, tenants: Tenants) -> None
         first.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
         second.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
         alone.optim_step(AdamParams(learning_rate=1e-2)).result()
-    assert distance(adapter(served(tenants, first)), adapter(alone)) < 1e-5
+    assert distance(adapter(served(models, first)), adapter(alone)) < 1e-5
     frozen = [
-        {p.data_ptr() for p in served(tenants, c).model.parameters() if not p.requires_grad} for c in (first, second)
+        {p.data_ptr() for p in served(models, c).model.parameters() if not p.requires_grad} for c in (first, second)
     ]
     assert frozen[0] == frozen[1]
 
@@ -177,3 +177,11 @@ def test_wire_is_the_sdks(service: Any) -> None:
     assert datum.loss_fn_inputs["weights"].to_torch().tolist() == [[0, 0, 0.5], [2, 0, 0]]
     with pytest.raises(DatumError, match="no ForwardBackwardRequest"):
         decode_request(b"\xff\xff\xff")
+
+
+def test_the_old_name_of_the_served_models_is_found() -> None:
+    """With a warning that says the new one."""
+    import pullback.service
+
+    with pytest.warns(DeprecationWarning, match=r"pullback\.service\.Tenants is now pullback\.service\.ServedModels"):
+        assert pullback.service.Tenants is pullback.service.ServedModels

@@ -25,13 +25,13 @@ _START_SECONDS = 60.0
 
 def _serve(folder: Path, options: dict[str, Any], connection: Connection) -> None:
     import torch
-    from servers import KEY, tiny_tenants
+    from servers import KEY, tiny_models
 
     from pullback.service import serving
     from pullback.service.limits import Limits
 
     torch.set_num_threads(1)
-    with serving(tiny_tenants(folder), keys=[KEY], limits=Limits(**options)) as url:
+    with serving(tiny_models(folder), keys=[KEY], limits=Limits(**options)) as url:
         connection.send(url)
         connection.recv()
 

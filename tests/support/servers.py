@@ -14,7 +14,7 @@ from helpers import VOCAB, flop_counter, make_data, tiny_llama, weights_of
 
 from pullback.backends import TorchBackend
 from pullback.datums import Datum
-from pullback.service import Base, Tenants
+from pullback.service import Base, ServedModels
 from pullback.service.durability.journal import Journal
 from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
@@ -30,20 +30,20 @@ SDK_WARNINGS = [
 ]
 
 
-def tiny_tenants(root: Any, vocab: int = VOCAB) -> Tenants:
+def tiny_models(root: Any, vocab: int = VOCAB) -> ServedModels:
     """Return served models on a random Llama."""
     model: Any = tiny_llama(torch.float32, vocab=vocab).model
-    return Tenants(Base("tiny", model, None, {"token_budget": 64}), root)
+    return ServedModels(Base("tiny", model, None, {"token_budget": 64}), root)
 
 
-def served(tenants: Tenants, client: Any) -> TorchBackend:
+def served(models: ServedModels, client: Any) -> TorchBackend:
     """Return the backend behind a training client."""
-    return tenants.backends[client.model_id]
+    return models.backends[client.model_id]
 
 
-def twin(tenants: Tenants, client: Any) -> TorchBackend:
+def twin(models: ServedModels, client: Any) -> TorchBackend:
     """Return a native backend on a copy of the client's model."""
-    return TorchBackend(copy.deepcopy(served(tenants, client).model), token_budget=64)
+    return TorchBackend(copy.deepcopy(served(models, client).model), token_budget=64)
 
 
 adapter = weights_of  # of a served model
@@ -124,14 +124,14 @@ def add_datum(request: Any, datum: Datum, without: tuple[str, ...] = ()) -> None
 class Direct:
     """A service without its HTTP routes; `restart` returns what a killed one leaves behind."""
 
-    def __init__(self, folder: Path, tenants: Any = None) -> None:
-        self.tenants = tenants or tiny_tenants(folder)
+    def __init__(self, folder: Path, models: Any = None) -> None:
+        self.models = models or tiny_models(folder)
         self.journal = Journal(folder / "journal.sqlite")
         self.sequencer = Sequencer(self.journal, gap_seconds=0.2)
-        self.operations = Operations(self.tenants, self.journal, self.sequencer, Limits(), lambda what, amount: None)
+        self.operations = Operations(self.models, self.journal, self.sequencer, Limits(), lambda what, amount: None)
 
     def restart(self) -> Direct:
-        return Direct(self.tenants.checkpoints.root)
+        return Direct(self.models.checkpoints.root)
 
     def start(self) -> None:
         self.journal.add_session("sess", "me", None)

@@ -107,7 +107,8 @@ class TorchBackend(Backend):
         Args:
             path: folder or hub name that ``AutoModelForCausalLM`` understands; with ``gguf_file`` the folder it lies in.
             gguf_file: name of a GGUF file; it is converted to safetensors once and cached.
-            lora: rank, or a ``peft.LoraConfig``; None trains every parameter.
+            lora: rank (see `LoraChoice` for what else holds), a ``peft.LoraConfig``, or the folder of a checkpoint, whose
+                adapter's settings are used; None trains every parameter.
             dtype: of the base weights; LoRA adapters are always fp32.
             device: default: a GPU where there is one.
             gradient_checkpointing: recompute activations in the backward.

@@ -21,6 +21,7 @@ from ..normalization import Ledger
 from .accumulator import Accumulator
 from .causal_lm import CausalLM
 from .models.hf import HFModel
+from .models.lora import checkpoint_alpha, set_alpha
 from .optimizer import Optimizer
 
 __all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
@@ -77,7 +78,10 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
         CheckpointError: missing, damaged, or of another model.
     """
     manifest = _manifest(folder)
+    model: Any = state.model
+    lora = isinstance(model, HFModel) and model.is_lora
     weights = _read(folder, _weights_file(state), manifest)
+    alpha = checkpoint_alpha(model.model, folder) if lora else None
     current = _weights(state)
     _require_same(folder, "weights", weights, current)
     if manifest["frozen"] != frozen_fingerprint(state.module):
@@ -89,6 +93,8 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
     with torch.no_grad():
         for name, tensor in weights.items():
             current[name].copy_(tensor)
+    if alpha is not None:
+        set_alpha(model.model, alpha)
     state.accumulator.clear()
     state.optimizer.reset()
     state.weights_version = int(manifest["weights_version"])

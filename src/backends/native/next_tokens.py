@@ -1,4 +1,4 @@
-"""The model's next-token distribution along one text: its likeliest tokens, draws from it, and tokens that are named."""
+"""The model's next-token distribution along one text: its likeliest tokens, draws from it, and tokens that are given."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..prepared import ScoreRequest
 from .causal_lm import CausalLM
 from .execution.forward import needed_hidden
 
-__all__ = ["drawn_tokens", "likeliest_tokens", "named_tokens"]
+__all__ = ["given_tokens", "sampled_tokens", "top_k_tokens"]
 
 _ROWS = 256  # positions whose logits exist together
 
 
-def likeliest_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` likeliest tokens after each but the last, the likeliest first.
 
     Args:
@@ -32,28 +32,28 @@ def likeliest_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, T
     return torch.cat([one.indices for one in found]).cpu(), torch.cat([one.values for one in found]).float().cpu()
 
 
-def drawn_tokens(
+def sampled_tokens(
     model: CausalLM, tokens: Tensor, k: int, temperature: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw ``k`` tokens, with replacement, after each but the last; shapes as of `likeliest_tokens`, log-probs untempered."""
+    """Sample ``k`` tokens, with replacement, after each but the last; shapes as of `top_k_tokens`, log-probs untempered."""
     ids, values = [], []
     for logprobs in _logprobs(model, tokens):
         if temperature == 0:
-            drawn = logprobs.argmax(-1, keepdim=True).expand(-1, k)
+            sampled = logprobs.argmax(-1, keepdim=True).expand(-1, k)
         else:
-            drawn = torch.multinomial((logprobs / temperature).softmax(-1), k, replacement=True, generator=generator)
-        ids.append(drawn)
-        values.append(logprobs.gather(-1, drawn))
+            sampled = torch.multinomial((logprobs / temperature).softmax(-1), k, replacement=True, generator=generator)
+        ids.append(sampled)
+        values.append(logprobs.gather(-1, sampled))
     return torch.cat(ids).cpu(), torch.cat(values).float().cpu()
 
 
-def named_tokens(model: CausalLM, tokens: Tensor, named: Tensor) -> Tensor:
-    """Return the log-probs of ``named`` [T - 1, K] tokens, each row after the token of its place; 0.0 where it is negative."""
+def given_tokens(model: CausalLM, tokens: Tensor, given: Tensor) -> Tensor:
+    """Return the log-probs of ``given`` [T - 1, K] tokens, each row after the token of its place; 0.0 where it is negative."""
     parts, first = [], 0
     for logprobs in _logprobs(model, tokens):
-        wanted = named[first : first + len(logprobs)].to(logprobs.device)
-        found = logprobs.gather(-1, wanted.clamp(min=0))
-        parts.append(torch.where(wanted < 0, torch.zeros_like(found), found))
+        ids = given[first : first + len(logprobs)].to(logprobs.device)
+        found = logprobs.gather(-1, ids.clamp(min=0))
+        parts.append(torch.where(ids < 0, torch.zeros_like(found), found))
         first += len(logprobs)
     return torch.cat(parts).float().cpu()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from ..native.models.lora import LoraChoice
 from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready
@@ -22,7 +23,7 @@ def connect(
     service: Any,
     *,
     base_model: str,
-    rank: int = 32,
+    rank: int = LoraChoice.rank,
     api_key: str | None = None,
     lora: dict[str, Any] | None = None,
     sdk: str = "tinker",
@@ -36,7 +37,8 @@ def connect(
         base_model: name of the model there.
         rank: of the adapter.
         api_key: with a URL; default: what the SDK finds in its environment, and none at all on this machine.
-        lora: more of the SDK's options, e.g. ``seed`` or ``train_unembed``.
+        lora: more of the SDK's options, e.g. ``seed``. What it leaves out is as `LoraChoice` has it: ``train_unembed`` is
+            False, where the SDKs say True.
         sdk: with a URL: ``tinker``, or ``fireworks``.
         options: of `RemoteBackend`.
 
@@ -46,7 +48,8 @@ def connect(
     """
 
     def create(client: Any) -> Any:
-        return ready(client.create_lora_training_client(base_model, rank=rank, **(lora or {})), options.get("timeout"))
+        asked = {"train_unembed": LoraChoice.train_unembed, **(lora or {})}
+        return ready(client.create_lora_training_client(base_model, rank=rank, **asked), options.get("timeout"))
 
     if not isinstance(service, str):
         with at_service("connect"):

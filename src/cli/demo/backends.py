@@ -11,7 +11,7 @@ from ...backends import TorchBackend, connect
 from ...backends.protocol import PolicyBackend
 from ...backends.remote import RemoteBackend
 from ...service.http.server import serving
-from ...service.served.registry import Tenants
+from ...service.served.registry import ServedModels
 from .models import DemoModel
 
 __all__ = ["MakeBackend", "backend_maker", "native", "served"]
@@ -25,7 +25,7 @@ def backend_maker(model: DemoModel, backend: str) -> Iterator[MakeBackend]:
     if backend == "native":
         yield lambda: native(model)
         return
-    with tempfile.TemporaryDirectory() as folder, serving(Tenants(model.base, Path(folder))) as url:
+    with tempfile.TemporaryDirectory() as folder, serving(ServedModels(model.base, Path(folder))) as url:
         yield lambda: served(model, url)
 
 

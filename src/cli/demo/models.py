@@ -67,8 +67,8 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         name=f"{'SmolLM2-135M-Instruct' if name == 'smollm2' else name}, LoRA rank 8",
         device=device,
         dtype=dtype,
-        base=Base(name, loaded.model, str(loaded.folder), attention=("q_proj", "v_proj"), scale=2.0),
-        lora=LoraChoice(rank=8, train_mlp=False, train_unembed=False),
+        base=Base(name, loaded.model, str(loaded.folder), attention=("q_proj", "v_proj")),
+        lora=LoraChoice(rank=8, train_mlp=False),
         encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         chat=chat,
@@ -77,6 +77,7 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         max_new_tokens=10,
         max_text_tokens=64,
         reward=sum_reward,
+        learning_rate=0.5,
     )
 
 
@@ -110,7 +111,7 @@ def tiny(device: str) -> DemoModel:
         device=device,
         dtype="float32",
         base=Base("tiny", load_named("tiny", device=device, config=config).model),
-        lora=LoraChoice(rank=16),
+        lora=LoraChoice(rank=16, train_unembed=True),
         encode=lambda text: [ids.get(character, unknown) for character in text],
         decode=lambda tokens: "".join(characters[token] for token in tokens).rstrip("\x00"),
         chat=lambda question: f"{question}\n",
@@ -119,6 +120,6 @@ def tiny(device: str) -> DemoModel:
         max_new_tokens=6,
         max_text_tokens=48,
         reward=digit_reward,
-        learning_rate=5.0,
+        learning_rate=2.5,
         adds=False,
     )

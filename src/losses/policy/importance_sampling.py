@@ -33,17 +33,11 @@ class ImportanceSampling(Loss):
     name: ClassVar[str] = "importance_sampling"
     gradient_kind: ClassVar[GradientKind] = "token"
     sources: ClassVar[tuple[str, ...]] = ("Tinker training API, losses: importance_sampling",)
+    required_inputs: ClassVar[tuple[str, ...]] = ("advantages", "logprobs")
+    optional_inputs: ClassVar[tuple[str, ...]] = ("weights", "old_logprobs", "group_id")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("advantages", "logprobs")
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("weights", "old_logprobs", "group_id")
 
     @classmethod
     def from_config(cls, *, aggregation: str = "sum") -> Self:

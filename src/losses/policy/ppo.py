@@ -35,18 +35,12 @@ class PPO(Loss):
     name: ClassVar[str] = "ppo"
     gradient_kind: ClassVar[GradientKind] = "token"
     sources: ClassVar[tuple[str, ...]] = ("arXiv:1707.06347", "Tinker training API, losses: ppo")
+    required_inputs: ClassVar[tuple[str, ...]] = ("advantages", "logprobs")
+    optional_inputs: ClassVar[tuple[str, ...]] = ("weights", "old_logprobs", "group_id")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", ClipRange.of(self.clip))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("advantages", "logprobs")
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("weights", "old_logprobs", "group_id")
 
     @classmethod
     def from_config(

@@ -46,19 +46,13 @@ class DPO(Loss):
     name: ClassVar[str] = "dpo"
     gradient_kind: ClassVar[GradientKind] = "pair"
     sources: ClassVar[tuple[str, ...]] = ("arXiv:2305.18290",)
+    required_inputs: ClassVar[tuple[str, ...]] = ("weights", "ref_logprobs")
+    optional_inputs: ClassVar[tuple[str, ...]] = ("pair_id", "role")
 
     def __post_init__(self) -> None:
         number("beta", self.beta, low=0.0)
         number("label_smoothing", self.label_smoothing, low=0.0, high=0.5, strict=False)
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("weights", "ref_logprobs")
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("pair_id", "role")
 
     @classmethod
     def from_config(

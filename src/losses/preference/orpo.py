@@ -53,20 +53,14 @@ class ORPO(Loss):
     name: ClassVar[str] = "orpo"
     gradient_kind: ClassVar[GradientKind] = "pair"
     sources: ClassVar[tuple[str, ...]] = ("arXiv:2403.07691",)
+    required_inputs: ClassVar[tuple[str, ...]] = ("weights",)
+    optional_inputs: ClassVar[tuple[str, ...]] = ("pair_id", "role")
 
     def __post_init__(self) -> None:
         number("lam", self.lam, low=0.0, strict=False)
         number("max_prob", self.max_prob, low=0.0, high=1.0)
         choice("nll", self.nll, ("sequence_mean", "token_mean"))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("weights",)
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("pair_id", "role")
 
     @classmethod
     def from_config(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self, final
 
-from ..aggregation import AGGREGATIONS, Aggregation
+from ..aggregation import Aggregation
 from ..base import GradientKind, Loss, Term
 from ..batch import TokenBatch
 from ..functional.likelihood import negative_log_likelihood
@@ -33,20 +33,14 @@ class CrossEntropy(Loss):
     name: ClassVar[str] = "cross_entropy"
     gradient_kind: ClassVar[GradientKind] = "constant"
     sources: ClassVar[tuple[str, ...]] = ("Tinker training API, losses: cross_entropy",)
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    optional_inputs: ClassVar[tuple[str, ...]] = ("weights", "group_id")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("weights", "group_id")
-
     @classmethod
-    def from_config(cls, *, aggregation: str = AGGREGATIONS["sum"].name) -> Self:
+    def from_config(cls, *, aggregation: str = "sum") -> Self:
         return cls(aggregation)
 
     def terms(self, batch: TokenBatch) -> tuple[Term, ...]:

@@ -1,4 +1,4 @@
-"""Which gradient operations a client has read the outcome of: a step that was sent blind must not run on half a window."""
+"""The gradient operations whose outcome a client has read: a step sent over an unacknowledged failure must not run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import threading
 from dataclasses import dataclass
 from typing import final
 
-__all__ = ["Unread"]
+__all__ = ["Acknowledgements"]
 
 
 @dataclass
 class _Operation:
     number: int
-    read: int | None = None  # the moment
+    acknowledged: int | None = None  # the moment
 
 
 @final
-class Unread:
-    """The gradient operations of every model since its last step. A moment is a count of readings, not a time."""
+class Acknowledgements:
+    """The gradient operations of every model since its last step. A moment is a count of acknowledgements, not a time."""
 
     def __init__(self) -> None:
         self._moment = 0
@@ -34,15 +34,15 @@ class Unread:
         with self._lock:
             self._models.setdefault(model, {}).setdefault(request, _Operation(number))
 
-    def read(self, request: str) -> None:
+    def acknowledge(self, request: str) -> None:
         """Note that a client has the outcome of a request."""
         with self._lock:
             self._moment += 1
             for operations in self._models.values():
-                if request in operations and operations[request].read is None:
-                    operations[request].read = self._moment
+                if request in operations and operations[request].acknowledged is None:
+                    operations[request].acknowledged = self._moment
 
-    def behind(self, model: str, number: int, moment: int) -> list[str]:
+    def unacknowledged(self, model: str, number: int, moment: int) -> list[str]:
         """Return the requests before ``number`` whose outcome the client had not read at a moment.
 
         Those that arrived after that moment are among them: a network that overtakes does not hide them.
@@ -51,15 +51,17 @@ class Unread:
             operations = self._models.get(model, {})
             return [
                 request
-                for request, one in operations.items()
-                if one.number < number and (one.read is None or one.read > moment)
+                for request, operation in operations.items()
+                if operation.number < number and (operation.acknowledged is None or operation.acknowledged > moment)
             ]
 
     def stepped(self, model: str, number: int) -> None:
         """Forget what was before a step that has been made."""
         with self._lock:
             operations = self._models.get(model, {})
-            self._models[model] = {request: one for request, one in operations.items() if one.number > number}
+            self._models[model] = {
+                request: operation for request, operation in operations.items() if operation.number > number
+            }
 
     def forget(self, model: str) -> None:
         """Forget a model."""

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias, final
 from ...errors import ServiceError
 from .checkpoints import Checkpoints
 
-__all__ = ["Answer", "Failure", "Journal", "Operation", "hold_folder"]
+__all__ = ["Answer", "Failure", "Journal", "Operation", "lock_folder"]
 
 _VERSION: Final = 1
 _SCHEMA: Final = """
@@ -62,11 +62,11 @@ Answer: TypeAlias = bytes | dict[str, Any] | Failure
 @final
 @dataclass(frozen=True)
 class Operation:
-    """One accepted operation; ``answer`` is None until it has ended, ``expired`` if its answer was thrown away."""
+    """One accepted operation of one queue; ``answer`` is None until it has ended, ``expired`` if its answer was thrown away."""
 
     request: str
     owner: str
-    line: str
+    queue: str
     number: int | None
     digest: str
     kind: str
@@ -123,6 +123,10 @@ class Journal:
         """Note a model, and the checkpoint that it was made from."""
         values = (model, session, owner, json.dumps(lora), _json(metadata), origin, time.time())
         self._write_through("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
+
+    def set_lora(self, model: str, lora: dict[str, Any]) -> None:
+        """Note that a model's adapter is another one now."""
+        self._write("UPDATE models SET lora = ? WHERE id = ?", json.dumps(lora), model)
 
     def model(self, model: str) -> dict[str, Any] | None:
         """Return a model's row."""
@@ -186,9 +190,9 @@ class Journal:
         """Return the URIs of all owners' checkpoints."""
         return [row["uri"] for row in self._read("SELECT uri FROM checkpoints")]
 
-    def accept(self, request: str, owner: str, line: str, number: int | None, digest: str, kind: str) -> None:
+    def accept(self, request: str, owner: str, queue: str, number: int | None, digest: str, kind: str) -> None:
         """Note an operation, before it runs and before its client hears of it."""
-        values = (request, owner, line, number, digest, kind, time.time())
+        values = (request, owner, queue, number, digest, kind, time.time())
         self._write("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, NULL, NULL, ?)", *values)
 
     def finish(self, request: str, answer: Answer) -> None:
@@ -196,9 +200,9 @@ class Journal:
         form, blob = _encoded(answer)
         self._write("UPDATE operations SET form = ?, answer = ? WHERE request = ?", form, blob, request)
 
-    def numbered(self, line: str, number: int) -> Operation | None:
+    def numbered(self, queue: str, number: int) -> Operation | None:
         """Return the operation that used a number."""
-        return self._operation("line = ? AND number = ?", line, number)
+        return self._operation("line = ? AND number = ?", queue, number)
 
     def operation(self, request: str) -> Operation | None:
         """Return an accepted operation."""
@@ -236,27 +240,27 @@ class Journal:
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def hold_folder(folder: Path) -> sqlite3.Connection:
+def lock_folder(folder: Path) -> sqlite3.Connection:
     """Keep other servers out of a folder until the returned connection is closed, or this process ends.
 
     Raises:
-        ServiceError: another server holds it.
+        ServiceError: another server uses it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = sqlite3.connect(folder / "held.sqlite", timeout=0.0, check_same_thread=False, isolation_level=None)
+    lock = sqlite3.connect(folder / "held.sqlite", timeout=0.0, check_same_thread=False, isolation_level=None)
     try:
-        held.execute("BEGIN EXCLUSIVE")
+        lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
-        held.close()
+        lock.close()
         raise ServiceError(f"another server uses {folder}: stop it, or serve from another folder") from error
-    return held
+    return lock
 
 
 def _operation(row: dict[str, Any]) -> Operation:
     expired = row["form"] is not None and row["answer"] is None
     answer = None if row["answer"] is None else _decoded(row["form"], row["answer"])
-    named = {key: row[key] for key in ("request", "owner", "line", "number", "digest", "kind")}
-    return Operation(**named, answer=answer, expired=expired)
+    fields = {key: row[key] for key in ("request", "owner", "number", "digest", "kind")}
+    return Operation(**fields, queue=row["line"], answer=answer, expired=expired)
 
 
 def _json(given: Any) -> str:

@@ -28,13 +28,13 @@ Observer = Callable[[str, Answer, float], None]
 def failure_of(error: BaseException) -> Failure:
     """Say whose fault an error is: what was refused is the user's."""
     if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)):
-        words = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
-        return Failure(words, "user")
+        message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
+        return Failure(message, "user")
     return Failure(f"{type(error).__name__}: {error}", "server")
 
 
 @dataclass
-class _Line:
+class _Queue:
     """One model's operations: the next number whose turn it is, and those that came early."""
 
     turn: int
@@ -67,7 +67,7 @@ class Sequencer:
         self._journal, self._max_queue, self._gap = journal, max_queue, gap_seconds
         self._observer = observer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pullback-worker")
-        self._lines: dict[str, _Line] = {}
+        self._queues: dict[str, _Queue] = {}
         self._gone: dict[str, str] = {}
         self._pending: dict[str, tuple[str, Future[Answer]]] = {}
         self._lock = threading.RLock()
@@ -78,59 +78,59 @@ class Sequencer:
         """Operations that wait or run."""
         return len(self._pending)
 
-    def open(self, line: str, first: int = 1) -> None:
-        """Begin a line of operations; nothing happens if it has begun."""
+    def open(self, queue: str, first: int = 1) -> None:
+        """Begin a queue of operations; nothing happens if it has begun."""
         with self._lock:
-            self._lines.setdefault(line, _Line(first))
+            self._queues.setdefault(queue, _Queue(first))
 
-    def end(self, line: str, why: str) -> None:
-        """Let every further operation of a line fail with these words."""
+    def end(self, queue: str, why: str) -> None:
+        """Let every further operation of a queue fail with this message."""
         with self._lock:
-            self._gone[line] = why
-            one = self._lines.pop(line, None)
-            for request, _, _ in () if one is None else one.waiting.values():
+            self._gone[queue] = why
+            state = self._queues.pop(queue, None)
+            for request, _, _ in () if state is None else state.waiting.values():
                 self._finish(request, Failure(why, "user"))
 
-    def knows(self, line: str) -> bool:
-        """Whether a line is open or has ended."""
-        return line in self._lines or line in self._gone
+    def knows(self, queue: str) -> bool:
+        """Whether a queue is open or has ended."""
+        return queue in self._queues or queue in self._gone
 
     def submit(
-        self, owner: str, line: str, number: int | None, payload: bytes, kind: str, work: Work, *, ordered: bool = True
+        self, owner: str, queue: str, number: int | None, payload: bytes, kind: str, work: Work, *, ordered: bool = True
     ) -> str:
         """Accept an operation; return its request id.
 
         Args:
             owner: who may read the answer.
-            line: what it belongs to.
+            queue: the model or session that it belongs to.
             number: makes it the same operation when it comes again; None: it is new each time.
             payload: what must be the same then.
             kind: for logs and counters.
             work: runs in the worker.
-            ordered: it waits for all smaller numbers of its line.
+            ordered: it waits for all smaller numbers of its queue.
 
         Raises:
-            ServiceError: no such line, or the number was used for another payload.
+            ServiceError: no such queue, or the number was used for another payload.
             BusyError: too many wait already.
         """
         digest = hashlib.sha256(kind.encode() + payload).hexdigest()
         with self._lock:
-            before = None if number is None else self._journal.numbered(line, number)
+            before = None if number is None else self._journal.numbered(queue, number)
             if before is not None:
                 if before.digest != digest:
-                    raise ServiceError(f"seq_id {number} of {line} was used for another request; numbers go up by one")
+                    raise ServiceError(f"seq_id {number} of {queue} was used for another request; numbers go up by one")
                 return before.request
-            if line not in self._lines and line not in self._gone:
-                raise ServiceError(f"{line!r} was never created on this server")
+            if queue not in self._queues and queue not in self._gone:
+                raise ServiceError(f"{queue!r} was never created on this server")
             if len(self._pending) >= self._max_queue:
                 raise BusyError(f"{len(self._pending)} operations wait already; try again later")
-            request = self._accept(owner, line, number, digest, kind)
-            if line in self._gone:
-                self._finish(request, Failure(self._gone[line], "user"))
+            request = self._accept(owner, queue, number, digest, kind)
+            if queue in self._gone:
+                self._finish(request, Failure(self._gone[queue], "user"))
             elif ordered and number is not None:
-                self._enqueue(line, number, request, kind, work)
+                self._enqueue(queue, number, request, kind, work)
             else:
-                self._start(line, request, kind, work)
+                self._start(queue, request, kind, work)
             return request
 
     def result(self, owner: str, request: str) -> Future[Answer]:
@@ -160,59 +160,59 @@ class Sequencer:
     def close(self) -> None:
         """Finish what runs and drop what waits."""
         with self._lock:
-            for one in self._lines.values():
-                if one.timer is not None:
-                    one.timer.cancel()
+            for state in self._queues.values():
+                if state.timer is not None:
+                    state.timer.cancel()
         self._worker.shutdown(cancel_futures=True)
 
-    def _accept(self, owner: str, line: str, number: int | None, digest: str, kind: str) -> str:
+    def _accept(self, owner: str, queue: str, number: int | None, digest: str, kind: str) -> str:
         count = next(self._count)
         request = f"req-{count}-{secrets.token_hex(8)}"
-        self._journal.accept(request, owner, line, number, digest, kind)
+        self._journal.accept(request, owner, queue, number, digest, kind)
         self._pending[request] = (owner, Future())
         if count % _PRUNE_EVERY == 0:
             self._journal.forget_answers(time.time() - _KEPT_SECONDS)
         return request
 
-    def _enqueue(self, line: str, number: int, request: str, kind: str, work: Work) -> None:
-        one = self._lines[line]
-        if number < one.turn:
+    def _enqueue(self, queue: str, number: int, request: str, kind: str, work: Work) -> None:
+        state = self._queues[queue]
+        if number < state.turn:
             self._finish(request, Failure(f"seq_id {number} was given up: it came after {self._gap:g} s", "user"))
             return
-        one.waiting[number] = (request, kind, work)
-        self._advance(line)
+        state.waiting[number] = (request, kind, work)
+        self._advance(queue)
 
-    def _advance(self, line: str) -> None:
-        one = self._lines[line]
-        while one.turn in one.waiting:
-            self._start(line, *one.waiting.pop(one.turn))
-            one.turn += 1
-        if one.timer is not None:
-            one.timer.cancel()
-            one.timer = None
-        if one.waiting:
-            one.timer = threading.Timer(self._gap, self._give_up, (line, one.turn))
-            one.timer.daemon = True
-            one.timer.start()
+    def _advance(self, queue: str) -> None:
+        state = self._queues[queue]
+        while state.turn in state.waiting:
+            self._start(queue, *state.waiting.pop(state.turn))
+            state.turn += 1
+        if state.timer is not None:
+            state.timer.cancel()
+            state.timer = None
+        if state.waiting:
+            state.timer = threading.Timer(self._gap, self._give_up, (queue, state.turn))
+            state.timer.daemon = True
+            state.timer.start()
 
-    def _give_up(self, line: str, turn: int) -> None:
+    def _give_up(self, queue: str, turn: int) -> None:
         """Fail what waits behind a number that did not come: what it was is not known, so nothing may build on it."""
         with self._lock:
-            one = self._lines.get(line)
-            if one is None or one.turn != turn or not one.waiting:
+            state = self._queues.get(queue)
+            if state is None or state.turn != turn or not state.waiting:
                 return
-            why = f"seq_id {turn} of {line} did not arrive within {self._gap:g} s, so nothing sent after it was run"
-            last = max(one.waiting)
-            for request, _, _ in one.waiting.values():
+            why = f"seq_id {turn} of {queue} did not arrive within {self._gap:g} s, so nothing sent after it was run"
+            last = max(state.waiting)
+            for request, _, _ in state.waiting.values():
                 self._finish(request, Failure(why, "user"))
-            one.waiting.clear()
-            one.turn, one.timer = last + 1, None
+            state.waiting.clear()
+            state.turn, state.timer = last + 1, None
 
-    def _start(self, line: str, request: str, kind: str, work: Work) -> None:
-        self._worker.submit(self._work, line, request, kind, work)
+    def _start(self, queue: str, request: str, kind: str, work: Work) -> None:
+        self._worker.submit(self._work, queue, request, kind, work)
 
-    def _work(self, line: str, request: str, kind: str, work: Work) -> None:
-        began, ended = time.perf_counter(), self._gone.get(line)
+    def _work(self, queue: str, request: str, kind: str, work: Work) -> None:
+        began, ended = time.perf_counter(), self._gone.get(queue)
         try:
             answer = work() if ended is None else Failure(ended, "user")
         except Exception as error:
@@ -228,8 +228,8 @@ class Sequencer:
         except Exception as error:
             # It stays pending, so that it is answered from memory, and a disk that stays full stops new work.
             _logger.exception("the journal cannot be written")
-            words = f"it ran, but its answer could not be kept ({error}): go on from the last checkpoint"
-            self._pending[request][1].set_result(Failure(words, "server"))
+            message = f"it ran, but its answer could not be kept ({error}): go on from the last checkpoint"
+            self._pending[request][1].set_result(Failure(message, "server"))
             return
         with self._lock:
             _, future = self._pending.pop(request)

@@ -10,12 +10,12 @@ from typing import Any, Final, final
 
 from ...errors import require_extra
 from ...losses import loss_names
-from ..durability.journal import Failure, Journal, hold_folder
+from ..durability.journal import Failure, Journal, lock_folder
 from ..durability.sequencer import Sequencer
 from ..limits import Keys, Limits, read_body
 from ..served.handlers import Operations
 from ..served.listings import Listings
-from ..served.registry import Tenants
+from ..served.registry import ServedModels
 from ..wire.json_form import decode_json_request, json_result
 from ..wire.protobuf import decode_request
 from .requests import Call, json_response, refusal
@@ -34,18 +34,18 @@ Json = dict[str, Any]
 Handler = Callable[[Call], Awaitable[Any]]
 
 
-def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
+def build_app(models: ServedModels, keys: Keys, limits: Limits) -> Any:
     """Return the ASGI application.
 
     Args:
-        tenants: the models.
+        models: the models that are served.
         keys: who is let in.
         limits: sizes and counts.
     """
     require_extra("starlette", "serve", "pullback serve")
     from starlette.applications import Starlette
 
-    app = _App(tenants, keys, limits)
+    app = _App(models, keys, limits)
     return Starlette(routes=app.routes(), lifespan=app.lifespan)
 
 
@@ -53,24 +53,24 @@ def build_app(tenants: Tenants, keys: Keys, limits: Limits) -> Any:
 class _App:
     """Routes over `Operations`: reading requests, naming owners, writing answers."""
 
-    def __init__(self, tenants: Tenants, keys: Keys, limits: Limits) -> None:
+    def __init__(self, models: ServedModels, keys: Keys, limits: Limits) -> None:
         self.keys, self.limits, self.telemetry = keys, limits, Telemetry()
-        self.held = hold_folder(tenants.checkpoints.root)
-        self.journal = Journal(tenants.checkpoints.root / "journal.sqlite")
+        self.folder_lock = lock_folder(models.checkpoints.root)
+        self.journal = Journal(models.checkpoints.root / "journal.sqlite")
         self.sequencer = Sequencer(
             self.journal,
             max_queue=limits.queue,
             gap_seconds=limits.gap_seconds,
             observer=self.telemetry.operation,
         )
-        self.operations = Operations(tenants, self.journal, self.sequencer, limits, self.telemetry.count)
-        self.listings = Listings(tenants, self.journal)
-        self.tenants = tenants
+        self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
+        self.listings = Listings(models, self.journal)
+        self.models = models
         gauge = self.telemetry.gauge
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
-        gauge("models", "models in memory", lambda: len(tenants.backends))
+        gauge("models", "models in memory", lambda: len(models.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
-        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.leases.bytes)
+        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
 
     async def _lifespan(self) -> Any:
         task = asyncio.create_task(self._sweep())
@@ -78,7 +78,7 @@ class _App:
         task.cancel()
         await asyncio.to_thread(self.sequencer.close)
         self.journal.close()
-        self.held.close()
+        self.folder_lock.close()
 
     @property
     def lifespan(self) -> Any:
@@ -87,10 +87,10 @@ class _App:
         return asynccontextmanager(lambda _: self._lifespan())
 
     async def _sweep(self) -> None:
-        """Let go of old leases even where no request comes any more."""
+        """Remove old graphs even where no request comes any more."""
         while True:
-            await asyncio.sleep(self.limits.lease_seconds / 4)
-            self.sequencer.run(self.operations.training.leases.sweep)
+            await asyncio.sleep(self.limits.graph_seconds / 4)
+            self.sequencer.run(self.operations.training.graphs.sweep)
 
     def routes(self) -> list[Any]:
         """All routes."""
@@ -136,7 +136,7 @@ class _App:
         ]
 
     def _capabilities(self) -> Json:
-        base = self.tenants.base
+        base = self.models.base
         model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
         ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True, "starts_at_base": True}
         return {"supported_models": [model], "pullback": ours}

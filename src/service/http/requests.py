@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final, final
 
-from ...errors import BusyError, PullbackError, ServiceError, TooLargeError
+from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, TooLargeError
 
 __all__ = ["Call", "json_response", "refusal"]
 
@@ -71,7 +71,7 @@ def refusal(error: Exception) -> Any:
         return response
     if isinstance(error, TooLargeError):
         return json_response({"detail": str(error)}, 413)
-    if isinstance(error, ServiceError) and str(error).startswith("there is no"):
+    if isinstance(error, NotFoundError):
         return json_response({"detail": str(error)}, 404)
     if isinstance(error, PullbackError):
         return json_response({"detail": str(error)}, 400)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError, ServiceError, require_extra
 from ..limits import Keys, Limits
-from ..served.registry import Tenants
+from ..served.registry import ServedModels
 from .app import build_app
 
 __all__ = ["serve_forever", "serving"]
@@ -20,23 +20,23 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _START_SECONDS = 20.0
 
 
-def serve_forever(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None = None) -> None:
+def serve_forever(models: ServedModels, host: str, port: int, keys: Keys, limits: Limits | None = None) -> None:
     """Serve until interrupted.
 
     Raises:
         ConfigError: the address can be reached from elsewhere and there are no keys.
     """
-    _server(tenants, host, port, keys, limits).run()
+    _server(models, host, port, keys, limits).run()
 
 
 @contextmanager
 def serving(
-    tenants: Tenants, *, keys: Sequence[str] = (), port: int = 0, limits: Limits | None = None
+    models: ServedModels, *, keys: Sequence[str] = (), port: int = 0, limits: Limits | None = None
 ) -> Iterator[str]:
     """Serve on 127.0.0.1 in a thread; yield the base URL.
 
     Args:
-        tenants: the models.
+        models: the models that are served.
         keys: API keys; none: everybody is let in.
         port: 0 = any that is free.
         limits: sizes and counts.
@@ -47,7 +47,7 @@ def serving(
     # The protocol must be named: asyncio switches Nagle's algorithm off only then, and each answer would take 40 ms.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as bound:
         bound.bind(("127.0.0.1", port))
-        server = _server(tenants, "127.0.0.1", bound.getsockname()[1], Keys.of(keys), limits)
+        server = _server(models, "127.0.0.1", bound.getsockname()[1], Keys.of(keys), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         deadline = time.monotonic() + _START_SECONDS
@@ -62,11 +62,11 @@ def serving(
             thread.join()
 
 
-def _server(tenants: Tenants, host: str, port: int, keys: Keys, limits: Limits | None) -> Any:
+def _server(models: ServedModels, host: str, port: int, keys: Keys, limits: Limits | None) -> Any:
     if host not in _LOOPBACK and not keys:
         raise ConfigError(
             f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
         )
     uvicorn = require_extra("uvicorn", "serve", "pullback serve")
-    app = build_app(tenants, keys, limits or Limits())
+    app = build_app(models, keys, limits or Limits())
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))

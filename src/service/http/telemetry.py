@@ -1,4 +1,4 @@
-"""Counters for Prometheus and one log line per request; neither ever holds a token, a text or a key."""
+"""Counters for Prometheus and one log line per request; neither ever contains a token, a text or a key."""
 
 from __future__ import annotations
 

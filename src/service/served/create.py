@@ -8,7 +8,7 @@ from typing import Any, Final
 from ...backends.native.models.lora import LoraChoice
 from ...errors import ConfigError
 
-__all__ = ["lora_choice"]
+__all__ = ["given_settings", "lora_choice"]
 
 _LORA: Final = {"rank", "seed", "alpha", "train_attn", "train_mlp", "train_unembed", "init_method"}
 _INIT: Final = "kaiming"  # A uniform, B zero
@@ -34,7 +34,7 @@ def lora_choice(body: Mapping[str, Any], base_model: str, max_rank: int) -> Lora
         raise ConfigError("projection_head_dim is not supported by this server: it trains the language model alone")
     if body.get("base_only"):
         return LoraChoice(rank=1, base_only=True)
-    given = {k: v for k, v in (body.get("lora_config") or {}).items() if v is not None}
+    given = given_settings(body)
     unknown = sorted(set(given) - _LORA)
     if unknown:
         raise ConfigError(f"lora_config has keys that this server does not know: {unknown}")
@@ -42,7 +42,12 @@ def lora_choice(body: Mapping[str, Any], base_model: str, max_rank: int) -> Lora
         raise ConfigError(f"lora_config.init_method must be {_INIT!r} on this server")
     if given.get("rank") == 0:
         raise ConfigError("lora_config.rank is 0, which asks for full tuning; this server trains adapters: give a rank")
-    lora = LoraChoice(**{"rank": 32, **given})
+    lora = LoraChoice(**given)
     if lora.rank > max_rank:
         raise ConfigError(f"lora_config.rank is {lora.rank}; this server takes {max_rank}")
     return lora
+
+
+def given_settings(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client says of the adapter; null says nothing."""
+    return {k: v for k, v in (body.get("lora_config") or {}).items() if v is not None}

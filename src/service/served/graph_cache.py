@@ -1,4 +1,4 @@
-"""Graph leases: the forward of a custom loss is kept for a while, so that its backward needs no second one."""
+"""Graphs of forward passes, cached for a while: the backward of a custom loss then needs no second forward."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Final, final
 
 import torch
 
-from ...backends.native import HeldForward
+from ...backends.native import RetainedForward
 from ...backends.native.execution.memory import graph_allowance
 from ...datums.types import Datum
 
-__all__ = ["Leases", "datum_keys"]
+__all__ = ["GraphCache", "datum_keys"]
 
 _CPU: Final = torch.device("cpu")
-_TRIALS: Final = 8  # leases of a model before its hit rate means anything
-_WORTH: Final = 0.25
-_PROBE_EVERY: Final = 16  # a model whose leases go unused is tried again now and then
+_TRIALS: Final = 8  # entries of a model before its hit rate means anything
+_WORTHWHILE: Final = 0.25
+_PROBE_EVERY: Final = 16  # a model whose entries go unused is tried again now and then
 
 
 def datum_keys(data: Sequence[Datum]) -> list[str]:
@@ -34,25 +34,25 @@ def datum_keys(data: Sequence[Datum]) -> list[str]:
 
 
 @dataclass(eq=False)
-class _Lease:
+class _Entry:
     model: str
     keys: list[str]
-    held: HeldForward
+    retained: RetainedForward
     until: float
 
 
 @dataclass
 class _Record:
-    """How often a model's leases were used."""
+    """How often a model's entries were used."""
 
     calls: int = 0
-    kept: int = 0
+    stored: int = 0
     used: int = 0
 
 
 @final
-class Leases:
-    """Held forwards, bounded by bytes and time; found by model and datums. Used by the worker thread alone.
+class GraphCache:
+    """Forward passes with their graphs, bounded by bytes and time, and found by model and datums; for the worker thread alone.
 
     Args:
         max_bytes: that all graphs may hold together; None: each may take half of what is free when it is made.
@@ -69,52 +69,52 @@ class Leases:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_bytes, self._seconds, self._device, self._clock = max_bytes, seconds, device, clock
-        self._leases: list[_Lease] = []
+        self._entries: list[_Entry] = []
         self._records: dict[str, _Record] = {}
 
     @property
     def bytes(self) -> int:
         """That the graphs hold."""
-        return sum(lease.held.bytes for lease in self._leases)
+        return sum(entry.retained.bytes for entry in self._entries)
 
     @property
-    def room(self) -> float:
-        """Bytes that the next graphs may hold."""
+    def budget(self) -> float:
+        """Memory budget of the next graphs, bytes."""
         self.sweep()
         if self._max_bytes is None:
             return graph_allowance(self._device)
         return self._max_bytes - self.bytes
 
-    def worth(self, model: str) -> bool:
-        """Whether the next forward of this model should be kept: its leases have been used often enough, or are tried."""
+    def is_worthwhile(self, model: str) -> bool:
+        """Whether the next forward of this model should be cached: its entries are used often enough, or a trial is due."""
         record = self._records.setdefault(model, _Record())
         record.calls += 1
-        if record.kept < _TRIALS or record.used >= _WORTH * record.kept:
+        if record.stored < _TRIALS or record.used >= _WORTHWHILE * record.stored:
             return True
         return record.calls % _PROBE_EVERY == 0
 
-    def keep(self, model: str, keys: list[str], held: HeldForward) -> None:
-        """Keep a forward."""
-        self._records.setdefault(model, _Record()).kept += 1
-        self._leases.append(_Lease(model, keys, held, self._clock() + self._seconds))
+    def add(self, model: str, keys: list[str], retained: RetainedForward) -> None:
+        """Add a forward pass."""
+        self._records.setdefault(model, _Record()).stored += 1
+        self._entries.append(_Entry(model, keys, retained, self._clock() + self._seconds))
 
-    def take(self, model: str, keys: Sequence[str]) -> dict[HeldForward, list[int]]:
-        """Hand out the forwards of which every datum is among these; say which datum is which."""
+    def take(self, model: str, keys: Sequence[str]) -> dict[RetainedForward, list[int]]:
+        """Remove and return the forward passes all of whose datums are among these, and say which datum is which."""
         self.sweep()
         free: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
             free.setdefault(key, []).append(i)
-        found: dict[HeldForward, list[int]] = {}
-        for lease in [one for one in self._leases if one.model == model]:
-            if all(len(free.get(key, ())) >= lease.keys.count(key) for key in set(lease.keys)):
-                found[lease.held] = [free[key].pop(0) for key in lease.keys]
-                self._leases.remove(lease)
+        found: dict[RetainedForward, list[int]] = {}
+        for entry in [entry for entry in self._entries if entry.model == model]:
+            if all(len(free.get(key, ())) >= entry.keys.count(key) for key in set(entry.keys)):
+                found[entry.retained] = [free[key].pop(0) for key in entry.keys]
+                self._entries.remove(entry)
                 self._records[model].used += 1
         return found
 
     def drop(self, model: str) -> None:
-        """Let go of a model's forwards: its weights have changed, or it is gone."""
-        self._leases = [lease for lease in self._leases if lease.model != model]
+        """Remove a model's entries: its weights have changed, or it is gone."""
+        self._entries = [entry for entry in self._entries if entry.model != model]
 
     def forget(self, model: str) -> None:
         """Forget a model altogether."""
@@ -122,6 +122,6 @@ class Leases:
         self._records.pop(model, None)
 
     def sweep(self) -> None:
-        """Let go of what is too old."""
+        """Remove what is too old."""
         now = self._clock()
-        self._leases = [lease for lease in self._leases if lease.until > now]
+        self._entries = [entry for entry in self._entries if entry.until > now]

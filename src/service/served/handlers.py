@@ -13,8 +13,8 @@ from ..durability.recovery import recover
 from ..durability.sequencer import Sequencer, number_of
 from ..limits import Limits
 from ..wire.fireworks_paths import LogicalNames
-from .create import lora_choice
-from .registry import Tenants
+from .create import given_settings, lora_choice
+from .registry import ServedModels
 from .samplers import Samplers
 from .sessions import Sessions
 from .training import Training
@@ -30,7 +30,7 @@ class Operations:
     """The service below its routes: models, gradients, steps, checkpoints.
 
     Args:
-        tenants: the models.
+        models: the models that are served.
         journal: what was promised; what an earlier process left unfinished is ended at once, as lost.
         sequencer: runs operations in order.
         limits: sizes and counts.
@@ -41,14 +41,14 @@ class Operations:
     """
 
     def __init__(
-        self, tenants: Tenants, journal: Journal, sequencer: Sequencer, limits: Limits, count: Counter
+        self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits, count: Counter
     ) -> None:
-        self.tenants, self.journal, self.sequencer, self.limits = tenants, journal, sequencer, limits
+        self.models, self.journal, self.sequencer, self.limits = models, journal, sequencer, limits
         self.sessions = Sessions(journal, sequencer)
-        self.training = Training(tenants, journal, sequencer, self.sessions, limits, count)
-        self.samplers = Samplers(tenants, journal, sequencer, limits)
+        self.training = Training(models, journal, sequencer, self.sessions, limits, count)
+        self.samplers = Samplers(models, journal, sequencer, limits)
         self.names = LogicalNames(journal)
-        recover(tenants.checkpoints, journal)
+        recover(models.checkpoints, journal)
 
     def make_room(self) -> None:
         """Let go of the models of silent sessions if there is no room for a new one.
@@ -56,12 +56,12 @@ class Operations:
         Raises:
             ServiceError: all are in use.
         """
-        if len(self.tenants.backends) < self.limits.models:
+        if len(self.models.backends) < self.limits.models:
             return
-        for session in {model_id.split(":")[0] for model_id in self.tenants.backends}:
+        for session in {model_id.split(":")[0] for model_id in self.models.backends}:
             if self.sessions.silent(session, self.limits.idle_seconds):
                 self.finish(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
-        if len(self.tenants.backends) >= self.limits.models:
+        if len(self.models.backends) >= self.limits.models:
             raise ServiceError(
                 f"this server holds {self.limits.models} models, and all are in use; close one, or try later"
             )
@@ -70,38 +70,38 @@ class Operations:
         """Make a model with a fresh adapter, or (with ``path``) from a checkpoint; return the request id."""
         session, number = self.sessions.require(owner, body["session_id"]), number_of(body, "model_seq_id")
         model_id = f"{session}:train:{number}"
-        line = f"{session}:models"
-        self.sequencer.open(line)
+        queue = f"{session}:models"
+        self.sequencer.open(queue)
 
         def work() -> Json:
             self.make_room()
             if "path" not in body:
-                lora = lora_choice(body, self.tenants.base.name, self.limits.rank)
+                lora = lora_choice(body, self.models.base.name, self.limits.rank)
                 self._create(model_id, session, owner, lora, body)
                 return {"model_id": model_id, "type": "create_model"}
-            source, _, _ = self.tenants.checkpoints.parts(body["path"])
+            source, _, _ = self.models.checkpoints.parts(body["path"])
             lora = self.sessions.lora_of(owner, source)
-            self.tenants.checkpoints.locate(body["path"])
+            lora = self.models.base.saved_choice(lora, self.models.checkpoints.locate(body["path"]))
             self._create(model_id, session, owner, lora, body)
             try:
-                self.tenants.load(model_id, body["path"], bool(body.get("optimizer", False)))
+                self.models.load(model_id, body["path"], bool(body.get("optimizer", False)))
             except Exception:
-                self.tenants.release(model_id)
+                self.models.release(model_id)
                 raise
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
-        request = self.sequencer.submit(owner, line, number, raw, "create_model", work, ordered=False)
+        request = self.sequencer.submit(owner, queue, number, raw, "create_model", work, ordered=False)
         self.sequencer.open(model_id)
         return request
 
     def release(self, model_id: str) -> None:
         """Let go of a model."""
-        self.tenants.release(model_id)
+        self.models.release(model_id)
         self.training.forget_model(model_id)
 
     def finish(self, session: str, why: str = "was finished by its client") -> None:
         """Let go of all models of a session that has ended; what is asked of them later fails."""
-        for model_id in [m for m in self.tenants.backends if m.startswith(f"{session}:")]:
+        for model_id in [m for m in self.models.backends if m.startswith(f"{session}:")]:
             self.release(model_id)
             last = self.journal.last_checkpoint(model_id)
             self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
@@ -142,9 +142,10 @@ class Operations:
 
         def work() -> Json:
             uri = self.names.resolve(owner, model_id, body["path"])
-            self.sessions.lora_of(owner, self.tenants.checkpoints.parts(uri)[0])
-            self.tenants.load(model_id, uri, bool(body.get("optimizer", False)))
-            self.training.leases.drop(model_id)
+            self.sessions.lora_of(owner, self.models.checkpoints.parts(uri)[0])
+            lora = self.models.load(model_id, uri, bool(body.get("optimizer", False)))
+            self.journal.set_lora(model_id, lora.to_json())
+            self.training.graphs.drop(model_id)
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
         return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "load_weights", work)
@@ -169,7 +170,7 @@ class Operations:
                 uri = self._save(owner, model_id, "sampler_weights", number, body)
                 return {"path": uri, "type": "save_weights_for_sampler"}
             session = f"{model_id.split(':')[0]}:sample:{number_of(body, 'sampling_session_seq_id')}"
-            self.samplers.add(session, owner, self.tenants.sampler(model_id))
+            self.samplers.add(session, owner, self.models.sampler(model_id))
             return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
 
         # The SDK numbers the session anew each time it asks again, so that number is no part of what must be the same.
@@ -177,14 +178,14 @@ class Operations:
         return self.sequencer.submit(owner, model_id, number, same, "save_weights_for_sampler", work)
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
-        self.tenants.create(model_id, lora)
+        self.models.create(model_id, lora, given_settings(body))
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json) -> str:
         """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
-        checkpoints, metadata = self.tenants.checkpoints, body.get("user_metadata")
+        checkpoints, metadata = self.models.checkpoints, body.get("user_metadata")
         uri = checkpoints.uri(model_id, kind, body["path"])
         self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
-        self.tenants.save(model_id, kind, body["path"], bool(body.get("overwrite", False)))
+        self.models.save(model_id, kind, body["path"], bool(body.get("overwrite", False)))
         self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
         return uri

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, final
 
 from ...backends.native.models.lora import LoraChoice
-from ...errors import ServiceError
+from ...errors import NotFoundError
 from ..durability.checkpoints import Checkpoints
 from ..durability.journal import Journal
-from .registry import Tenants
+from .registry import ServedModels
 
 __all__ = ["Listings"]
 
@@ -22,8 +22,8 @@ Json = dict[str, Any]
 class Listings:
     """Answers from the journal, of one owner at a time."""
 
-    def __init__(self, tenants: Tenants, journal: Journal) -> None:
-        self._tenants, self._journal = tenants, journal
+    def __init__(self, models: ServedModels, journal: Journal) -> None:
+        self._models, self._journal = models, journal
 
     def runs(self, owner: str, query: Mapping[str, str]) -> Json:
         """Models, alive or not."""
@@ -45,18 +45,18 @@ class Listings:
         """Remove a checkpoint from the disk."""
         uri = f"tinker://{model_id}/{checkpoint_id}"
         if uri not in [row["uri"] for row in self._journal.checkpoints(owner, model_id)]:
-            raise ServiceError(f"there is no checkpoint {uri}")
-        self._tenants.checkpoints.delete(uri)
+            raise NotFoundError(f"there is no checkpoint {uri}")
+        self._models.checkpoints.delete(uri)
         self._journal.drop_checkpoint(uri)
 
     def weights_info(self, owner: str, uri: str) -> Json:
         """What a checkpoint was made with."""
-        model_id, _, _ = self._tenants.checkpoints.parts(uri)
+        model_id, _, _ = self._models.checkpoints.parts(uri)
         row = self._model(owner, model_id)
-        self._tenants.checkpoints.locate(uri)
-        lora = LoraChoice.from_json(row["lora"])
+        folder = self._models.checkpoints.locate(uri)
+        lora = self._models.base.saved_choice(LoraChoice.from_json(row["lora"]), folder)
         return {
-            "base_model": self._tenants.base.name,
+            "base_model": self._models.base.name,
             "optimizer_config": {"type": "adamw"},
             "is_lora": True,
             "lora_rank": lora.rank,
@@ -73,14 +73,14 @@ class Listings:
         """One session's models."""
         rows = [row for row in self._journal.sessions(owner) if row["id"] == session]
         if not rows:
-            raise ServiceError(f"there is no session {session!r} on this server")
+            raise NotFoundError(f"there is no session {session!r} on this server")
         runs = [row["id"] for row in self._journal.models(owner) if row["session"] == session]
         metadata = json.loads(rows[0]["metadata"])
         return {"training_run_ids": runs, "sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
 
     def info(self, owner: str, model_id: str) -> Json:
         """``get_info``."""
-        row, base = self._model(owner, model_id), self._tenants.base
+        row, base = self._model(owner, model_id), self._models.base
         names = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
         return {
             "type": "get_info",
@@ -94,7 +94,7 @@ class Listings:
     def _model(self, owner: str, model_id: Any) -> Json:
         row = self._journal.model(model_id) if isinstance(model_id, str) else None
         if row is None or row["owner"] != owner:
-            raise ServiceError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server")
         return row
 
     def _run(self, row: Json) -> Json:
@@ -104,7 +104,7 @@ class Listings:
         }
         return {
             "training_run_id": row["id"],
-            "base_model": self._tenants.base.name,
+            "base_model": self._models.base.name,
             "model_owner": row["owner"] or "local",
             **_adapter(row),
             "corrupted": False,

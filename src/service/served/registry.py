@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -17,16 +16,16 @@ from ...backends import SamplingParams, TorchBackend
 from ...backends.native.checkpoint import load_weights
 from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
-from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice
-from ...backends.native.next_tokens import drawn_tokens, likeliest_tokens, named_tokens
+from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
+from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.sampling import Ends, draw
 from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
-from ...errors import ConfigError, ServiceError, require_extra
+from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
 
-__all__ = ["Base", "Sampler", "Tenants"]
+__all__ = ["Base", "Sampler", "ServedModels"]
 
 
 @final
@@ -40,7 +39,6 @@ class Base:
         tokenizer_id: a folder that its tokenizer can be loaded from, for clients; None if there is none.
         options: of every `TorchBackend`.
         attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean.
-        scale: ``alpha / rank`` of adapters whose client names no alpha.
     """
 
     name: str
@@ -50,39 +48,24 @@ class Base:
     attention: Sequence[str] = ATTENTION
     mlp: Sequence[str] = MLP
     unembed: Sequence[str] = UNEMBED
-    scale: float = 1.0
 
-    def layers(self, lora: LoraChoice) -> list[str]:
-        """Names of the layers to adapt.
+    def adapted(self, lora: LoraChoice | Path) -> HFModel:
+        """Return a model with an adapter of its own; its frozen weights are the base's, not copies.
+
+        Args:
+            lora: what gets an adapter, or the checkpoint whose adapter's settings are used.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: nothing would be trained.
         """
-        found = [
-            *(self.attention if lora.train_attn else ()),
-            *(self.mlp if lora.train_mlp else ()),
-            *(self.unembed if lora.train_unembed else ()),
-        ]
-        if not found:
-            raise ConfigError("lora_config trains nothing: set train_attn, train_mlp or train_unembed")
-        return found
+        layers = lora.layers(self.attention, self.mlp, self.unembed) if isinstance(lora, LoraChoice) else None
+        with torch.random.fork_rng():
+            torch.manual_seed(lora.seed if isinstance(lora, LoraChoice) else 0)
+            return HFModel(add_lora(self.copy(), lora, layers))
 
-    def adapted(self, lora: LoraChoice) -> HFModel:
-        """Return a model with an adapter of its own; its frozen weights are the base's, not copies."""
-        peft = require_extra("peft", "hf", "the service")
-        config = peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=self.scale * lora.rank if lora.alpha is None else lora.alpha,
-            target_modules=self.layers(lora),
-            task_type="CAUSAL_LM",
-            ensure_weight_tying=False,
-        )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # The adapter is on the output projection alone, as the protocol has it; the embedding stays the base's.
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            torch.manual_seed(lora.seed)
-            return HFModel(peft.get_peft_model(self.copy(), config))
+    def saved_choice(self, lora: LoraChoice, folder: Path) -> LoraChoice:
+        """Return a choice with all that a checkpoint's adapter says otherwise."""
+        return lora.as_saved(saved_config(folder), self.attention, self.mlp, self.unembed)
 
     @property
     def context(self) -> int | None:
@@ -122,19 +105,19 @@ class Sampler:
 
     def sample(self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None) -> list[Rollout]:
         """Draw n completions; one for which ``ends`` says so stops too."""
-        return draw(self.model, [prompt], n, params, self._chance(), self.version, ends)
+        return draw(self.model, [prompt], n, params, self._generator(), self.version, ends)
 
-    def likeliest(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `likeliest_tokens`."""
-        return likeliest_tokens(self.model, tokens, k)
+    def top_k(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `top_k_tokens`."""
+        return top_k_tokens(self.model, tokens, k)
 
-    def drawn(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """See `drawn_tokens`."""
-        return drawn_tokens(self.model, tokens, k, temperature, self._chance())
+    def sampled(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See `sampled_tokens`."""
+        return sampled_tokens(self.model, tokens, k, temperature, self._generator())
 
-    def named(self, tokens: Tensor, named: Tensor) -> Tensor:
-        """See `named_tokens`."""
-        return named_tokens(self.model, tokens, named)
+    def given(self, tokens: Tensor, given: Tensor) -> Tensor:
+        """See `given_tokens`."""
+        return given_tokens(self.model, tokens, given)
 
     @torch.no_grad()
     def prompt_logprobs(self, prompt: ModelInput) -> list[float]:
@@ -146,14 +129,14 @@ class Sampler:
         found: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
         return [float("nan"), *found.tolist()]
 
-    def _chance(self) -> torch.Generator:
+    def _generator(self) -> torch.Generator:
         generator = torch.Generator(next(self.model.parameters()).device)
         generator.seed()
         return generator
 
 
 @final
-class Tenants:
+class ServedModels:
     """Models by id.
 
     Args:
@@ -165,17 +148,24 @@ class Tenants:
         self.base, self.checkpoints = base, Checkpoints(root)
         self.backends: dict[str, TorchBackend] = {}
         self.choices: dict[str, LoraChoice] = {}
+        self._explicit: dict[str, frozenset[str]] = {}
 
-    def create(self, model_id: str, lora: LoraChoice) -> None:
-        """Make a model with a fresh adapter."""
-        folder = self.checkpoints.folder(model_id, "weights")
-        backend = TorchBackend(self.base.adapted(lora), checkpoint_dir=folder, **self.base.options)
-        self.backends[model_id], self.choices[model_id] = backend, lora
+    def create(self, model_id: str, lora: LoraChoice, explicit: Iterable[str] = ()) -> None:
+        """Make a model with a fresh adapter.
+
+        Args:
+            model_id: its id.
+            lora: what gets an adapter.
+            explicit: names of what a client chose in it; a checkpoint that says otherwise is refused.
+        """
+        self.backends[model_id] = self._backend(model_id, lora)
+        self.choices[model_id], self._explicit[model_id] = lora, frozenset(explicit)
 
     def release(self, model_id: str) -> None:
         """Let go of a model; its checkpoints stay."""
         self.backends.pop(model_id, None)
         self.choices.pop(model_id, None)
+        self._explicit.pop(model_id, None)
 
     def backend(self, model_id: str, *, scores_only: bool = False) -> TorchBackend:
         """Return a model.
@@ -207,11 +197,29 @@ class Tenants:
             backend.save_weights(name, overwrite=overwrite, folder=folder).result()
         return self.checkpoints.uri(model_id, kind, name)
 
-    def load(self, model_id: str, uri: str, optimizer: bool) -> None:
-        """Load a checkpoint into a model: weights, or everything."""
-        backend, path = self.backend(model_id), self.checkpoints.locate(uri)
+    def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
+        """Load a checkpoint into a model: weights, or everything; return what its adapter is made by now.
+
+        The adapter becomes what the checkpoint's own configuration says.
+
+        Raises:
+            CheckpointError: there is none, or the client chose another adapter than it has.
+        """
+        backend, path, choice = self.backend(model_id), self.checkpoints.locate(uri), self.choices[model_id]
+        saved = self.base.saved_choice(choice, path)
+        theirs, ours = saved.to_json(), choice.to_json()
+        differing = sorted(name for name in self._explicit[model_id] & theirs.keys() if theirs[name] != ours[name])
+        if differing:
+            words = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in differing)
+            raise CheckpointError(
+                f"the adapter of {uri} has {words}, and this model was asked for otherwise: create a model from the checkpoint"
+            )
+        if saved != choice:
+            backend = self._backend(model_id, path)
         backend.discard_gradients()
         (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
+        self.backends[model_id], self.choices[model_id] = backend, saved
+        return saved
 
     def sampler(self, model_id: str) -> Sampler:
         """Freeze a model's present weights for sampling."""
@@ -220,15 +228,20 @@ class Tenants:
         _copy_adapter(backend.model, frozen)
         return Sampler(frozen, backend.weights_version)
 
-    def saved_sampler(self, uri: str, lora: LoraChoice) -> Sampler:
+    def saved_sampler(self, uri: str) -> Sampler:
         """Sample from a checkpoint."""
-        model = self.base.adapted(lora)
-        load_weights(model, self.checkpoints.locate(uri))
+        folder = self.checkpoints.locate(uri)
+        model = self.base.adapted(folder)
+        load_weights(model, folder)
         return Sampler(model, 0)
 
     def base_sampler(self) -> Sampler:
         """Sample from the base."""
         return Sampler(HFModel(self.base.copy()), 0)
+
+    def _backend(self, model_id: str, lora: LoraChoice | Path) -> TorchBackend:
+        folder = self.checkpoints.folder(model_id, "weights")
+        return TorchBackend(self.base.adapted(lora), checkpoint_dir=folder, **self.base.options)
 
 
 @functools.cache

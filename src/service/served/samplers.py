@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, final
 
-from ...backends.native.models.lora import LoraChoice
 from ...datums.types import ModelInput
-from ...errors import ServiceError, TooLargeError
+from ...errors import NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
 from ..durability.sequencer import Sequencer, require_number
 from ..limits import Limits
 from ..wire.protobuf import tokens_of
 from ..wire.sampling import encode_sample
-from .registry import Sampler, Tenants
-from .scores import Asked
+from .registry import Sampler, ServedModels
+from .scores import RequestedScores
 from .stopping import sampling_of
 
 __all__ = ["Samplers"]
@@ -28,29 +27,29 @@ class Samplers:
     """Weights to sample from, by session; those from checkpoints are loaded when they are needed.
 
     Args:
-        tenants: the models.
+        models: the models that are served.
         journal: knows every session, also those of an earlier process.
         sequencer: runs the sampling.
-        limits: how many are held.
+        limits: how many are kept in memory.
     """
 
-    def __init__(self, tenants: Tenants, journal: Journal, sequencer: Sequencer, limits: Limits) -> None:
-        self._tenants, self._journal, self._sequencer, self._limits = tenants, journal, sequencer, limits
-        self._held: OrderedDict[str, Sampler] = OrderedDict()
+    def __init__(self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits) -> None:
+        self._models, self._journal, self._sequencer, self._limits = models, journal, sequencer, limits
+        self._loaded: OrderedDict[str, Sampler] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._loaded)
 
     def add(self, session: str, owner: str, sampler: Sampler) -> None:
         """Open a session on weights in memory; the one used longest ago goes if there are too many."""
         if self._journal.sampler(session) is not None:
             raise ServiceError(_USED.format(session))
         self._journal.add_sampler(session, owner, None, durable=False)
-        self._hold(session, sampler)
+        self._retain(session, sampler)
 
     def create(self, session: str, owner: str, body: Json) -> Json:
         """Open a session on a checkpoint, or on the base."""
-        path, base = body.get("model_path"), self._tenants.base.name
+        path, base = body.get("model_path"), self._models.base.name
         if path is not None:
             self._require_checkpoint(owner, path)
         elif body.get("base_model") != base:
@@ -64,40 +63,40 @@ class Samplers:
     def info(self, owner: str, session: str) -> Json:
         """What a session samples from."""
         row = self._row(owner, session)
-        return {"sampler_id": session, "base_model": self._tenants.base.name, "model_path": row["path"]}
+        return {"sampler_id": session, "base_model": self._models.base.name, "model_path": row["path"]}
 
     def sample(self, owner: str, raw: bytes, body: Json) -> Json:
         """Draw completions of one prompt; with ``prompt_logprobs`` score it."""
         session, n = body["sampling_session_id"], require_number("num_samples", body.get("num_samples", 1))
         number = None if body.get("seq_id") is None else require_number("seq_id", body["seq_id"])
         self._row(owner, session)
-        line = f"{session}:asample"
-        self._sequencer.open(line)
+        queue = f"{session}:asample"
+        self._sequencer.open(queue)
 
         def work() -> bytes:
             if not 1 <= n <= self._limits.samples:
                 raise TooLargeError(f"num_samples is {n}; this server draws 1 to {self._limits.samples}")
             sampler, prompt = self._sampler(owner, session), ModelInput.from_ints(tokens_of(body["prompt"]))
-            params, ends = sampling_of(body.get("sampling_params") or {}, self._tenants.base, prompt)
-            asked = Asked.of(body, prompt, params.temperature)
+            params, ends = sampling_of(body.get("sampling_params") or {}, self._models.base, prompt)
+            requested = RequestedScores.of(body, prompt, params.temperature)
             rollouts = sampler.sample(prompt, n, params, ends)
-            scores = asked.answer(sampler, prompt, rollouts)
+            scores = requested.answer(sampler, prompt, rollouts)
             return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
 
-        request = self._sequencer.submit(owner, line, number, raw, "sample", work, ordered=False)
+        request = self._sequencer.submit(owner, queue, number, raw, "sample", work, ordered=False)
         ids = [f"{session}:{0 if number is None else number}:{i}" for i in range(min(n, self._limits.samples))]
         return {"request_id": request, "sample_sequence_ids": ids}
 
     def _row(self, owner: str, session: Any) -> Json:
         row = self._journal.sampler(session) if isinstance(session, str) else None
         if row is None or row["owner"] != owner:
-            raise ServiceError(f"there is no sampling session {session!r} on this server")
+            raise NotFoundError(f"there is no sampling session {session!r} on this server")
         return row
 
     def _sampler(self, owner: str, session: str) -> Sampler:
-        if session in self._held:
-            self._held.move_to_end(session)
-            return self._held[session]
+        if session in self._loaded:
+            self._loaded.move_to_end(session)
+            return self._loaded[session]
         row = self._row(owner, session)
         if not row["durable"]:
             raise ServiceError(
@@ -105,21 +104,21 @@ class Samplers:
                 "holds too many sessions); make a new sampling client"
             )
         if row["path"] is None:
-            sampler = self._tenants.base_sampler()
+            sampler = self._models.base_sampler()
         else:
-            sampler = self._tenants.saved_sampler(row["path"], self._require_checkpoint(owner, row["path"]))
-        self._hold(session, sampler)
+            self._require_checkpoint(owner, row["path"])
+            sampler = self._models.saved_sampler(row["path"])
+        self._retain(session, sampler)
         return sampler
 
-    def _require_checkpoint(self, owner: str, path: str) -> LoraChoice:
-        model, _, _ = self._tenants.checkpoints.parts(path)
-        self._tenants.checkpoints.locate(path)
+    def _require_checkpoint(self, owner: str, path: str) -> None:
+        model, _, _ = self._models.checkpoints.parts(path)
+        self._models.checkpoints.locate(path)
         row = self._journal.model(model)
         if row is None or row["owner"] != owner:
-            raise ServiceError(f"there is no checkpoint {path!r} on this server")
-        return LoraChoice.from_json(row["lora"])
+            raise NotFoundError(f"there is no checkpoint {path!r} on this server")
 
-    def _hold(self, session: str, sampler: Sampler) -> None:
-        self._held[session] = sampler
-        while len(self._held) > self._limits.samplers:
-            self._held.popitem(last=False)
+    def _retain(self, session: str, sampler: Sampler) -> None:
+        self._loaded[session] = sampler
+        while len(self._loaded) > self._limits.samplers:
+            self._loaded.popitem(last=False)

@@ -6,7 +6,7 @@ import time
 from typing import Any, final
 
 from ...backends.native.models.lora import LoraChoice
-from ...errors import ServiceError
+from ...errors import NotFoundError
 from ..durability.journal import Journal
 from ..durability.recovery import lost
 from ..durability.sequencer import Sequencer
@@ -31,11 +31,11 @@ class Sessions:
         """Check that a model is this owner's, and that it is known whether it lives.
 
         Raises:
-            ServiceError: there is none, or it is another's (which is the same).
+            NotFoundError: there is none, or it is another's (which is the same).
         """
         row = self._journal.model(model_id)
         if row is None or row["owner"] != owner:
-            raise ServiceError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server")
         self._seen[row["session"]] = time.monotonic()
         if not self._sequencer.knows(model_id):
             self._sequencer.end(model_id, lost(self._journal, model_id))
@@ -44,10 +44,10 @@ class Sessions:
         """Return a session's id.
 
         Raises:
-            ServiceError: there is none, or it is another's.
+            NotFoundError: there is none, or it is another's.
         """
         if not isinstance(session, str) or self._journal.session_owner(session) != owner:
-            raise ServiceError(f"there is no session {session!r} on this server")
+            raise NotFoundError(f"there is no session {session!r} on this server")
         self._seen[session] = time.monotonic()
         return session
 
@@ -55,11 +55,11 @@ class Sessions:
         """Return a model's adapter choice, also after a restart.
 
         Raises:
-            ServiceError: there is no such model, or it is another's.
+            NotFoundError: there is no such model, or it is another's.
         """
         row = self._journal.model(model_id)
         if row is None or row["owner"] != owner:
-            raise ServiceError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server")
         return LoraChoice.from_json(row["lora"])
 
     def silent(self, session: str, seconds: float) -> bool:

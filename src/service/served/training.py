@@ -12,15 +12,15 @@ from ...backends.futures import Future
 from ...backends.prepared import as_loss
 from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData
-from ...errors import ConfigError, PrecedingOperationFailed, ServiceError
+from ...errors import ConfigError, NotFoundError, PrecedingOperationFailed
 from ..custom_loss.interpreter import LossGraph
-from ..durability.acknowledgements import Unread
+from ..durability.acknowledgements import Acknowledgements
 from ..durability.journal import Answer, Failure, Journal
 from ..durability.sequencer import Sequencer, failure_of, number_of, require_number
 from ..limits import Limits
 from ..wire.protobuf import GradientRequest, encode_output
-from .graph_cache import Leases, datum_keys
-from .registry import Tenants
+from .graph_cache import GraphCache, datum_keys
+from .registry import ServedModels
 from .sessions import Sessions
 
 __all__ = ["Training"]
@@ -35,7 +35,7 @@ class Training:
     """What changes the weights of a model, in the order of its numbers.
 
     Args:
-        tenants: the models.
+        models: the models that are served.
         journal: tells what was accepted before.
         sequencer: runs operations in order.
         sessions: whose is what.
@@ -45,19 +45,19 @@ class Training:
 
     def __init__(
         self,
-        tenants: Tenants,
+        models: ServedModels,
         journal: Journal,
         sequencer: Sequencer,
         sessions: Sessions,
         limits: Limits,
         count: Callable[[str, float], None],
     ) -> None:
-        self._tenants, self._journal, self._sequencer = tenants, journal, sequencer
+        self._models, self._journal, self._sequencer = models, journal, sequencer
         self._sessions, self._limits, self._count = sessions, limits, count
-        device = next(tenants.base.model.parameters()).device
-        self.leases = Leases(limits.lease_bytes, limits.lease_seconds, device)
+        device = next(models.base.model.parameters()).device
+        self.graphs = GraphCache(limits.graph_bytes, limits.graph_seconds, device)
         self._losses: dict[str, LossGraph] = {}
-        self._unread = Unread()
+        self._acknowledgements = Acknowledgements()
 
     def gradient(self, owner: str, request: GradientRequest) -> str:
         """``forward_backward``, or ``forward`` where the request says so."""
@@ -67,7 +67,7 @@ class Training:
         kind = "forward" if request.forward_only else "forward_backward"
 
         def work() -> Answer:
-            backend = self._tenants.backend(model_id, scores_only=request.forward_only)
+            backend = self._models.backend(model_id, scores_only=request.forward_only)
             data = request.data()
             self._limits.check_data(data)
             self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
@@ -81,25 +81,25 @@ class Training:
         again = self._journal.numbered(model_id, request.seq_id) is not None
         accepted = self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
         if not request.forward_only and not again:
-            self._unread.accepted(model_id, accepted, request.seq_id)
+            self._acknowledgements.accepted(model_id, accepted, request.seq_id)
         return accepted
 
     def delivered(self, request: str) -> None:
         """Note that a client has the result of a request."""
-        self._unread.read(request)
+        self._acknowledgements.acknowledge(request)
 
     def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
         """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
         session, number = self._sessions.require(owner, body["session_id"]), number_of(body, "custom_loss_seq_id")
-        line = f"{session}:losses"
-        self._sequencer.open(line)
+        queue = f"{session}:losses"
+        self._sequencer.open(queue)
 
         def work() -> Json:
             loss_id = f"{session}:loss:{number}"
             self._losses[loss_id] = LossGraph.of(body)
             return {"loss_id": loss_id, "type": "create_custom_loss"}
 
-        return self._sequencer.submit(owner, line, number, raw, "create_custom_loss", work, ordered=False)
+        return self._sequencer.submit(owner, queue, number, raw, "create_custom_loss", work, ordered=False)
 
     def optim_step(self, owner: str, raw: bytes, body: Json) -> str:
         """One AdamW step, normalised if the request says so.
@@ -108,27 +108,27 @@ class Training:
         """
         model_id = body["model_id"]
         self._sessions.require_model(owner, model_id)
-        number, sent = number_of(body, "seq_id"), self._unread.now
+        number, sent = number_of(body, "seq_id"), self._acknowledgements.now
 
         def work() -> Answer:
-            for request in self._unread.behind(model_id, number, sent):
+            for request in self._acknowledgements.unacknowledged(model_id, number, sent):
                 found = self._sequencer.result(owner, request).result()
                 if isinstance(found, Failure):
                     raise PrecedingOperationFailed(
                         f"an earlier gradient operation failed ({found.text}) and this step was sent before that was known; "
-                        "the window holds the other gradients: step again, or go on without them"
+                        "the accumulation holds the other gradients: step again, or go on without them"
                     )
-            self._unread.stepped(model_id, number)
-            future = self._tenants.backend(model_id).optim_step(*_step_of(body))
-            self.leases.drop(model_id)
+            self._acknowledgements.stepped(model_id, number)
+            future = self._models.backend(model_id).optim_step(*_step_of(body))
+            self.graphs.drop(model_id)
             return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
         return self._sequencer.submit(owner, model_id, number, raw, "optim_step", work)
 
     def forget_model(self, model_id: str) -> None:
         """Drop what is kept for a model that has gone."""
-        self.leases.forget(model_id)
-        self._unread.forget(model_id)
+        self.graphs.forget(model_id)
+        self._acknowledgements.forget(model_id)
 
     def forget_session(self, session: str) -> None:
         """Drop the losses of a session that has ended."""
@@ -137,29 +137,31 @@ class Training:
     def _loss(self, model_id: str, config: Mapping[str, Any]) -> LossGraph:
         loss_id = str(config.get("loss_id"))
         if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
-            raise ServiceError(f"there is no custom loss {loss_id!r} in this session; create it again")
+            raise NotFoundError(f"there is no custom loss {loss_id!r} in this session; create it again")
         return self._losses[loss_id]
 
     def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
-        room = self.leases.room if self._may_be_custom(model_id, data, request) else 0.0
-        if room <= 0 or not self.leases.worth(model_id):
+        budget = self.graphs.budget if self._may_be_custom(model_id, data, request) else 0.0
+        if budget <= 0 or not self.graphs.is_worthwhile(model_id):
             return _settled(backend.forward(data, request.loss_fn, request.config), _output)
-        # The forward of a custom loss: everything is checked as for the plain one, then its graphs are kept.
-        held = backend.forward_retain(data, budget=room).result()
-        self.leases.keep(model_id, datum_keys(data), held)
-        metrics = as_loss("cross_entropy", None)(data, held.logprobs)[1]
-        return _output(ForwardBackwardOutput.of(held.logprobs, {**metrics, "held_tokens:sum": float(held.tokens)}))
+        # The forward of a custom loss: everything is checked as for the plain one, then its graphs are cached.
+        retained = backend.forward_retain(data, budget=budget).result()
+        self.graphs.add(model_id, datum_keys(data), retained)
+        metrics = as_loss("cross_entropy", None)(data, retained.logprobs)[1]
+        return _output(
+            ForwardBackwardOutput.of(retained.logprobs, {**metrics, "held_tokens:sum": float(retained.tokens)})
+        )
 
     def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
         plain = request.loss_fn == "cross_entropy" and not request.config
         whole = all("target_tokens" in datum.loss_fn_inputs for datum in data)
-        return request.custom and plain and whole and not self._tenants.choices[model_id].base_only
+        return request.custom and plain and whole and not self._models.choices[model_id].base_only
 
     def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
-        held = self.leases.take(model_id, datum_keys(data)) if request.custom else {}
-        if held and not request.config:
-            self._count("lease_tokens_reused", sum(one.tokens for one in held))
-            return _settled(backend.backward(held, data, request.loss_fn), _output)
+        retained = self.graphs.take(model_id, datum_keys(data)) if request.custom else {}
+        if retained and not request.config:
+            self._count("lease_tokens_reused", sum(forward.tokens for forward in retained))
+            return _settled(backend.backward(retained, data, request.loss_fn), _output)
         if request.custom:
             self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
         return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)

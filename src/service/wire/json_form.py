@@ -98,8 +98,8 @@ def _sample(found: Any) -> dict[str, Any]:
     if found.HasField("target_prompt_logprobs"):
         written["target_prompt_logprobs"] = _dense(found.target_prompt_logprobs)
     if found.HasField("prompt_alt_tokens"):
-        drawn = found.prompt_alt_tokens
-        written["prompt_alt_tokens"] = {"tokens": _dense(drawn.tokens), "logprobs": _dense(drawn.logprobs)}
+        sampled = found.prompt_alt_tokens
+        written["prompt_alt_tokens"] = {"tokens": _dense(sampled.tokens), "logprobs": _dense(sampled.logprobs)}
     return written
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .protobuf import DTYPE_NUMBERS, message, packed
 
-__all__ = ["NOT_SCORED", "Likeliest", "SampleScores", "encode_sample"]
+__all__ = ["NOT_SCORED", "SampleScores", "TopK", "encode_sample"]
 
 NOT_SCORED: Final = -99999.0  # beside token 0: nothing is said about this position
 _STOP_REASONS: Final = {"stop": 0, "length": 1}
-Likeliest: TypeAlias = tuple[Tensor, Tensor]
+TopK: TypeAlias = tuple[Tensor, Tensor]
 
 
 @final
@@ -26,16 +26,16 @@ class SampleScores:
     Attributes:
         prompt: fp32 [T]; log-probs of the prompt's tokens, NaN where not scored.
         prompt_top: ids and log-probs [T, k] of the likeliest tokens at the prompt's positions.
-        sampled_top: the same of each completion's positions.
-        drawn: ids and log-probs [T - 1, k] of tokens drawn at the prompt's positions.
-        named: fp32 [T - 1, K]; log-probs of the tokens that were named.
+        completion_top: the same at each completion's positions.
+        sampled: ids and log-probs [T - 1, k] of tokens sampled at the prompt's positions.
+        given: fp32 [T - 1, K]; log-probs of the tokens that the client gave.
     """
 
     prompt: Tensor | None = None
-    prompt_top: Likeliest | None = None
-    sampled_top: Sequence[Likeliest] = ()
-    drawn: Likeliest | None = None
-    named: Tensor | None = None
+    prompt_top: TopK | None = None
+    completion_top: Sequence[TopK] = ()
+    sampled: TopK | None = None
+    given: Tensor | None = None
 
 
 def encode_sample(sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]], scores: SampleScores) -> bytes:
@@ -47,21 +47,21 @@ def encode_sample(sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]
             tokens=packed(torch.tensor(tokens, dtype=torch.int32)),
             logprobs=packed(torch.tensor(logprobs, dtype=torch.float32)),
         )
-        if scores.sampled_top:
-            _write_top(one.topk_sampled_logprobs, scores.sampled_top[i])
+        if scores.completion_top:
+            _write_top(one.topk_sampled_logprobs, scores.completion_top[i])
     if scores.prompt is not None:
         written.prompt_logprobs = packed(scores.prompt.float())
     if scores.prompt_top is not None:
         _write_top(written.topk_prompt_logprobs, scores.prompt_top)
-    if scores.named is not None:
-        _write_tensor(written.target_prompt_logprobs, scores.named)
-    if scores.drawn is not None:
-        _write_tensor(written.prompt_alt_tokens.tokens, scores.drawn[0])
-        _write_tensor(written.prompt_alt_tokens.logprobs, scores.drawn[1])
+    if scores.given is not None:
+        _write_tensor(written.target_prompt_logprobs, scores.given)
+    if scores.sampled is not None:
+        _write_tensor(written.prompt_alt_tokens.tokens, scores.sampled[0])
+        _write_tensor(written.prompt_alt_tokens.logprobs, scores.sampled[1])
     return bytes(written.SerializeToString())
 
 
-def _write_top(field: Any, found: Likeliest) -> None:
+def _write_top(field: Any, found: TopK) -> None:
     ids, logprobs = found
     field.token_ids, field.logprobs = packed(ids.int()), packed(logprobs.float())
     field.length, field.k = ids.shape

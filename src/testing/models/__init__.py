@@ -1,1 +1,1 @@
-"""Small models for tests: exact ones, and ones with a planted leak."""
+"""Small models for tests: exact ones, ones with a planted leak, and tiny ones of every architecture."""

@@ -54,7 +54,9 @@ def test_forked_equals_single_on_transformers(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.soak)]
+)
 def test_compiled_trunk(backend: str) -> None:
     """A compiled trunk gives the same gradient, packed or alone, kept or run again; its parameters have their names."""
     data = make_data(LENGTHS[:4])

@@ -17,7 +17,7 @@ from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_ref
 from pullback.backends.native.models.gguf import convert_gguf
 from pullback.cli.bench import example_text
 from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair, to_tinker
-from pullback.service import Base, Tenants, serving
+from pullback.service import Base, ServedModels, serving
 from pullback.testing import head_numerics
 from pullback.testing.numerics import hidden_of
 
@@ -52,6 +52,7 @@ def test_real_model() -> None:
     assert backend.forward(data, "dpo").result().metrics["margin:mean"] > 0.01
 
 
+@pytest.mark.slow
 def test_half_precision_head_on_real_hidden_states() -> None:
     """Three ways, on hidden states of the real model: fp64, the plain half-precision reference, ours; ours is closer."""
     assert SPEC is not None
@@ -71,6 +72,7 @@ def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, 
     return -torch.cat(logprobs).sum(), {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "whole", "half"), [(8, 1.0, 1.2), (None, 1.11, None)], ids=["LoRA", "full"])
 def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: float | None) -> None:
     """FLOPs, counted: 1.00 with a frozen head, 1.11 with a trained one, 1.2 with half the activation budget."""
@@ -117,8 +119,8 @@ def test_custom_at_the_service_costs_what_built_in_costs(
     model = transformers.AutoModelForCausalLM.from_pretrained(convert_gguf(file.parent, file.name), dtype=torch.float32)
     ids = torch.randint(1000, (4, 25), generator=torch.Generator().manual_seed(0)).tolist()
     data = to_tinker([datum_from_tokens_weights(row, [1.0] * 25) for row in ids])
-    tenants = Tenants(Base("smollm2", model, None, {"token_budget": 48}), tmp_path)
-    with serving(tenants) as url, tinker.ServiceClient(base_url=url, api_key="tml-none") as client:
+    models = ServedModels(Base("smollm2", model, None, {"token_budget": 48}), tmp_path)
+    with serving(models) as url, tinker.ServiceClient(base_url=url, api_key="tml-none") as client:
         trainer = client.create_lora_training_client("smollm2", rank=8, train_unembed=unembed).result()
         with Counting() as built_in:
             trainer.forward_backward(data, "cross_entropy").result()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_data
 from hurried import hurry
-from servers import KEY, SDK_WARNINGS, adapter, served, tiny_tenants
+from servers import KEY, SDK_WARNINGS, adapter, served, tiny_models
 from torch import Tensor
 
 import pullback
@@ -19,7 +19,7 @@ from pullback.backends.remote import Capabilities, capabilities
 from pullback.datums import Datum, ModelInput, datum_from_rollout
 from pullback.errors import RemoteError
 from pullback.losses import GRPO, KL
-from pullback.service import Tenants, serving
+from pullback.service import ServedModels, serving
 from pullback.service.limits import Limits
 from pullback.testing.network.faults import FAULT_KINDS, Fault, misbehaving
 
@@ -41,14 +41,14 @@ GRPO_KL = GRPO(kl=KL("k3", 0.04), aggregation="token_mean")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tenants]]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ServedModels]]:
     """A service that polls and gives up soon."""
-    tenants = tiny_tenants(tmp_path_factory.mktemp("remote-faults"))
+    models = tiny_models(tmp_path_factory.mktemp("remote-faults"))
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
         patch.setattr(capabilities, "_PAUSES", (0.01,) * 3)
-        with serving(tenants, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
-            yield url, tenants
+        with serving(models, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
+            yield url, models
     gc.collect()  # the SDK's sockets
 
 
@@ -78,7 +78,7 @@ def script(backend: RemoteBackend) -> list[float]:
     return [*seen.metrics.values(), *(x for r in rollouts for x in (*r.tokens, *r.logprobs))]
 
 
-def trained(place: tuple[str, Tenants], kind: Any, **options: Any) -> tuple[list[float], Tensor]:
+def trained(place: tuple[str, ServedModels], kind: Any, **options: Any) -> tuple[list[float], Tensor]:
     """What the script sees and trains where every second request of every route suffers a fault."""
     faults = {} if kind is None else {(route, n): Fault(kind, 0.02) for route in ROUTES for n in range(1, 40, 2)}
     with (
@@ -94,13 +94,15 @@ def trained(place: tuple[str, Tenants], kind: Any, **options: Any) -> tuple[list
 
 
 @pytest.fixture(scope="module")
-def plain(place: tuple[str, Tenants]) -> tuple[list[float], Tensor]:
+def plain(place: tuple[str, ServedModels]) -> tuple[list[float], Tensor]:
     """Without a fault."""
     return trained(place, None)
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
-def test_every_second_request_fails(place: tuple[str, Tenants], plain: tuple[list[float], Tensor], kind: Any) -> None:
+def test_every_second_request_fails(
+    place: tuple[str, ServedModels], plain: tuple[list[float], Tensor], kind: Any
+) -> None:
     """Each kind of fault alone, all the time: rollouts, scores, gradients, steps and checkpoints are the same bits."""
     seen, weights = trained(place, kind)
     assert seen == plain[0]
@@ -108,14 +110,16 @@ def test_every_second_request_fails(place: tuple[str, Tenants], plain: tuple[lis
 
 
 @pytest.mark.parametrize("kind", ["drop_response", "duplicate"])
-def test_held_gradients_arrive_once(place: tuple[str, Tenants], plain: tuple[list[float], Tensor], kind: Any) -> None:
+def test_held_gradients_arrive_once(
+    place: tuple[str, ServedModels], plain: tuple[list[float], Tensor], kind: Any
+) -> None:
     """Cotangents that wait for the step are sent once too, and train the same."""
     seen, weights = trained(place, kind, defer_backward=True)
     assert seen == pytest.approx(plain[0], rel=1e-5)
     torch.testing.assert_close(weights, plain[1], rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_service_can_do_is_asked_until_it_answers(place: tuple[str, Tenants]) -> None:
+def test_what_a_service_can_do_is_asked_until_it_answers(place: tuple[str, ServedModels]) -> None:
     """A lost answer does not turn a service that can do more into a plain one; silence is an error, unless it was said."""
     given: dict[str, Any] = {"base_model": "tiny", "rank": 2, "api_key": KEY}
     lost = {("get_server_capabilities", n): Fault("error_after") for n in (1, 2, 3)}

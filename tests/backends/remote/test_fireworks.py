@@ -70,10 +70,10 @@ def trainer(fireworks: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("loss", "mode"), [*SUMS, *MEANS])
-def test_their_client_trains_as_native_does(fireworks: Any, tenants: Any, loss: str, mode: str | None) -> None:
+def test_their_client_trains_as_native_does(fireworks: Any, models: Any, loss: str, mode: str | None) -> None:
     """Built-in losses in two calls, a step in every normalisation: the adapters are the native ones."""
     client = trainer(fireworks)
-    native = twin(tenants, client)
+    native = twin(models, client)
     for _ in range(2):
         for part in (slice(0, 2), slice(2, 4)):
             found = client.forward_backward(to_fireworks(given(loss)[part]), loss).result()
@@ -83,13 +83,13 @@ def test_their_client_trains_as_native_does(fireworks: Any, tenants: Any, loss: 
         done = native.optim_step(PARAMS, None if mode == "none" else mode).result()  # type: ignore[arg-type]
         assert step.metrics["divided_by"] == done.divided_by
         assert step.metrics["grad_norm"] == pytest.approx(done.metrics["grad_norm"], rel=1e-4)
-    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, client)), adapter(native)) < 1e-5
 
 
-def test_their_custom_loss_costs_one_forward(fireworks: Any, tenants: Any) -> None:
+def test_their_custom_loss_costs_one_forward(fireworks: Any, models: Any) -> None:
     """forward, then forward_backward_custom: scores and gradient are the native ones, and no forward runs twice."""
     client = trainer(fireworks)
-    native = twin(tenants, client)
+    native = twin(models, client)
     data = given("cross_entropy")
     scores, wanted = client.forward(to_fireworks(data), "cross_entropy").result(), native.forward(data).result()
     assert scores.metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
@@ -102,16 +102,16 @@ def test_their_custom_loss_costs_one_forward(fireworks: Any, tenants: Any) -> No
         assert result.metrics["mine"] == 1.0
         assert result.metrics["forward_tokens:sum"] == 0.0
         assert result.metrics["reused_tokens:sum"] == sum(len(d.model_input) for d in data)
-    assert distance(served(tenants, client).gradients(), native.gradients()) < 1e-5
+    assert distance(served(models, client).gradients(), native.gradients()) < 1e-5
 
 
-def test_their_uploads_may_overtake_each_other(fireworks: Any, tenants: Any, monkeypatch: Any) -> None:
+def test_their_uploads_may_overtake_each_other(fireworks: Any, models: Any, monkeypatch: Any) -> None:
     """A call of four requests and a step, none waited for: their client lets a turn go before the server has answered."""
     from fireworks.training.sdk._core.lib.public_interfaces import training_client
 
     monkeypatch.setattr(training_client, "MAX_CHUNK_LEN", 1)
     client = trainer(fireworks)
-    native = twin(tenants, client)
+    native = twin(models, client)
     for _ in range(3):
         found = client.forward_backward(to_fireworks(given("ppo")), "ppo")
         step = client.optim_step(sdk.AdamParams(learning_rate=1e-2), "num_loss_tokens")
@@ -119,10 +119,10 @@ def test_their_uploads_may_overtake_each_other(fireworks: Any, tenants: Any, mon
         done = native.optim_step(PARAMS, "num_loss_tokens").result()
         assert found.result().metrics["loss:sum"] == pytest.approx(wanted.metrics["loss:sum"], rel=1e-5)
         assert step.result().metrics["divided_by"] == done.divided_by
-    assert distance(adapter(served(tenants, client)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, client)), adapter(native)) < 1e-5
 
 
-def test_their_client_saves_loads_and_lists(fireworks: Any, tenants: Any) -> None:
+def test_their_client_saves_loads_and_lists(fireworks: Any, models: Any) -> None:
     """Saved and loaded by its own name, or as it was returned; a name that two models have must be given whole."""
     client = trainer(fireworks)
     params = sdk.AdamParams(learning_rate=1e-2)
@@ -131,7 +131,7 @@ def test_their_client_saves_loads_and_lists(fireworks: Any, tenants: Any) -> Non
     def step(one: Any) -> dict[str, Tensor]:
         one.forward_backward(data, "ppo").result()
         one.optim_step(params).result()
-        return adapter(served(tenants, one))
+        return adapter(served(models, one))
 
     step(client)
     path = client.save_state("step-1").result().path
@@ -159,11 +159,11 @@ def test_their_client_saves_loads_and_lists(fireworks: Any, tenants: Any) -> Non
     assert client.save_weights_for_sampler("sampler").result().path
 
 
-def test_their_frozen_reference(fireworks: Any, tenants: Any) -> None:
+def test_their_frozen_reference(fireworks: Any, models: Any) -> None:
     """A base-only model scores as the base does, and nothing trains it."""
     client, base = trainer(fireworks), fireworks.create_base_training_client("tiny")
     data = given("cross_entropy")
-    wanted = twin(tenants, client).reference().forward(data).result()
+    wanted = twin(models, client).reference().forward(data).result()
     client.forward_backward(to_fireworks(data), "cross_entropy").result()
     client.optim_step(sdk.AdamParams(learning_rate=0.1)).result()
     found = base.forward(to_fireworks(data), "cross_entropy").result()
@@ -228,17 +228,17 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", ["num_loss_tokens", "num_sequences", "auto", None])
 @pytest.mark.parametrize("way", WAYS)
-def test_one_script_by_their_sdk(connect: Any, tenants: Any, way: str, mode: Any) -> None:
+def test_one_script_by_their_sdk(connect: Any, models: Any, way: str, mode: Any) -> None:
     """By name, by cotangents, and held; divided by the service in every mode: the adapters are the native ones."""
     remote = connect(**WAYS[way])
-    native = twin(tenants, remote.trainer)
+    native = twin(models, remote.trainer)
     for backend in (native, remote):
         if mode == "auto":
             backend.forward_backward(given("grpo"), GRPO()).result()
         else:
             _script(backend)
         assert backend.optim_step(PARAMS, mode).result().stepped
-    assert distance(adapter(served(tenants, remote.trainer)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
     remote.close()
 
 
@@ -262,10 +262,10 @@ def test_normalisation_is_always_said(connect: Any, monkeypatch: Any) -> None:
     assert [one["grad_accumulation_normalization"] for one in said] == ["none", "num_loss_tokens", "num_sequences"]
 
 
-def test_state_and_reference_by_their_sdk(connect: Any, tenants: Any) -> None:
+def test_state_and_reference_by_their_sdk(connect: Any, models: Any) -> None:
     """Checkpoints in the SDK's form, the frozen base on any targets, and what it has not in words."""
     first, second = connect(), connect()
-    wanted = twin(tenants, first.trainer).reference().forward(DATA).result()
+    wanted = twin(models, first.trainer).reference().forward(DATA).result()
     first.forward_backward(given("ppo"), "ppo").result()
     first.optim_step(PARAMS).result()
     found = first.reference().forward(DATA).result()
@@ -274,13 +274,13 @@ def test_state_and_reference_by_their_sdk(connect: Any, tenants: Any) -> None:
     with pytest.raises(ConfigError, match="log-probs only"):
         first.reference().forward(DATA, "ppo")
     assert first.reference().forward(DATA).result()
-    models = len(tenants.backends)
+    models = len(models.backends)
     path = first.save_state("here-1").result().path
     second.load_state_with_optimizer(path).result()
     for backend in (first, second):
         backend.forward_backward(given("ppo"), "ppo").result()
         backend.optim_step(PARAMS).result()
-    assert distance(*(adapter(served(tenants, b.trainer)) for b in (first, second))) == 0.0
+    assert distance(*(adapter(served(models, b.trainer)) for b in (first, second))) == 0.0
     with pytest.raises(ConfigError, match="lower-case"):
         first.save_state("Step_1").result()
     with pytest.raises(UnsupportedError, match="overwrite"):
@@ -293,7 +293,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, tenants: Any) -> None:
     first.forward_backward(bad, "ppo")
     with pytest.raises(UnreadFailureError, match="vocabulary"):
         first.close()
-    assert len(tenants.backends) == models - 2  # its own, and its reference
+    assert len(models.backends) == models - 2  # its own, and its reference
 
 
 def test_the_client_decides_the_sdk(fireworks: Any, url: str, monkeypatch: Any) -> None:

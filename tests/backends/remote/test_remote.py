@@ -81,27 +81,27 @@ def _read_by(name: str) -> list[Datum]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("way", WAYS)
-def test_one_script_on_both_backends(connect: Any, tenants: Any, script: str, way: str) -> None:
+def test_one_script_on_both_backends(connect: Any, models: Any, script: str, way: str) -> None:
     """By name, by the client's cotangents, and held until the step: the adapters are the native ones."""
     remote = connect(**WAYS[way])
-    native = twin(tenants, remote.trainer)
+    native = twin(models, remote.trainer)
     for _ in range(2):
         for backend in (native, remote):
             SCRIPTS[script](backend)
         steps = [backend.optim_step(PARAMS).result() for backend in (native, remote)]
         assert [step.stepped for step in steps] == [True, True]
         assert steps[0].metrics["grad_norm"] == pytest.approx(steps[1].metrics["grad_norm"], rel=1e-4)
-    assert distance(adapter(served(tenants, remote.trainer)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
     assert remote.weights_version == native.weights_version == 2
     remote.close()
 
 
 @pytest.mark.parametrize("mode", ["num_loss_tokens", "num_sequences", "auto", None])
 @pytest.mark.parametrize("parts", [[DATA], [DATA[:2], DATA[2:]]])
-def test_every_normalisation_when_deferred(connect: Any, tenants: Any, mode: Any, parts: list[list[Datum]]) -> None:
+def test_every_normalisation_when_deferred(connect: Any, models: Any, mode: Any, parts: list[list[Datum]]) -> None:
     """Held cotangents can be divided by anything, however the data was split."""
     remote = connect(defer_backward=True)
-    native = twin(tenants, remote.trainer)
+    native = twin(models, remote.trainer)
     steps = []
     for backend in (native, remote):
         for part in parts:
@@ -109,19 +109,19 @@ def test_every_normalisation_when_deferred(connect: Any, tenants: Any, mode: Any
         steps.append(backend.optim_step(PARAMS, mode).result())
     assert steps[0].divided_by == steps[1].divided_by
     assert steps[0].normalization == steps[1].normalization
-    assert distance(adapter(served(tenants, remote.trainer)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
 
 
-def test_means_are_split_as_natively_where_the_service_divides(connect: Any, tenants: Any) -> None:
+def test_means_are_split_as_natively_where_the_service_divides(connect: Any, models: Any) -> None:
     """Our service divides once, by the window's count; a plain one cannot, and that is refused before any work."""
     ours, plain = connect(), connect(capabilities=PLAIN)
-    native = twin(tenants, ours.trainer)
+    native = twin(models, ours.trainer)
     mean = {"aggregation": "token_mean"}
     for backend in (native, ours):
         for part in (DATA[:2], DATA[2:]):
             backend.forward_backward(part, "cross_entropy", mean).result()
         backend.optim_step(PARAMS).result()
-    assert distance(adapter(served(tenants, ours.trainer)), adapter(native)) < 1e-5
+    assert distance(adapter(served(models, ours.trainer)), adapter(native)) < 1e-5
     plain.forward_backward(DATA[:2], "cross_entropy", mean).result()
     with pytest.raises(UnsupportedError, match="defer_backward"):
         plain.forward_backward(DATA[2:], "cross_entropy", mean).result()
@@ -148,10 +148,10 @@ def test_two_denominators_do_not_meet(connect: Any) -> None:
 
 
 @pytest.mark.parametrize("capabilities", [None, PLAIN], ids=["by a model", "by a sampler"])
-def test_reference(connect: Any, tenants: Any, capabilities: Capabilities | None) -> None:
+def test_reference(connect: Any, models: Any, capabilities: Capabilities | None) -> None:
     """The base scores as natively: to the bit where a model does it in one call; a sampler knows next tokens only."""
     remote = connect() if capabilities is None else connect(capabilities=capabilities)
-    native = twin(tenants, remote.trainer)
+    native = twin(models, remote.trainer)
     own = [Datum(ModelInput.from_ints([1, 5, 6, 3][:n]), {"target_tokens": [5, 6, 3, 2][:n]}) for n in (4, 3, 2)]
     found, wanted = (b.reference().forward(own).result().loss_fn_outputs for b in (remote, native))
     near = 0.0 if capabilities is None else 1e-5
@@ -168,10 +168,10 @@ def test_reference(connect: Any, tenants: Any, capabilities: Capabilities | None
             remote.reference().forward(others)
 
 
-def test_forward_and_sample(connect: Any, tenants: Any) -> None:
+def test_forward_and_sample(connect: Any, models: Any) -> None:
     """Scores and samples are the native ones."""
     remote = connect()
-    native = twin(tenants, remote.trainer)
+    native = twin(models, remote.trainer)
     plain = [Datum(ModelInput.from_ints([1, 5, 6]), {"target_tokens": [5, 6, 2]})]
     for data in (DATA, plain):
         found, wanted = (backend.forward(data).result() for backend in (remote, native))
@@ -190,7 +190,7 @@ def test_forward_and_sample(connect: Any, tenants: Any) -> None:
     assert remote.sample([ModelInput.from_ints([1])], 1, SamplingParams(max_tokens=1)).result()[0].weights_version == 1
 
 
-def test_save_and_load(connect: Any, tenants: Any) -> None:
+def test_save_and_load(connect: Any, models: Any) -> None:
     """A second backend that loads the first one's checkpoint takes the same step."""
     first, second = connect(), connect()
     first.forward_backward(DATA, "ppo").result()
@@ -200,7 +200,7 @@ def test_save_and_load(connect: Any, tenants: Any) -> None:
     for backend in (first, second):
         backend.forward_backward(DATA, "ppo").result()
         backend.optim_step(PARAMS).result()
-    assert distance(*(adapter(served(tenants, b.trainer)) for b in (first, second))) == 0.0
+    assert distance(*(adapter(served(models, b.trainer)) for b in (first, second))) == 0.0
     with pytest.raises(RemoteError, match=r"save_state failed at the service: .*exists"):
         first.save_state("here").result()
     first.save_state("here", overwrite=True).result()
@@ -213,7 +213,7 @@ def test_mistakes_are_refused_before_any_byte(connect: Any) -> None:
     backend = connect()
     sent: list[str] = []
     trainer = backend.trainer
-    backend._remote.trainer = None  # nothing may touch the service
+    backend._remote._remote.trainer = None  # nothing may touch the service
     bad = [DATA[0].with_inputs(weights=[1.0]), DATA[1]]
     with pytest.raises(InvalidDatumsError, match="datum 0"):
         backend.forward_backward(bad, "cross_entropy").result()
@@ -221,7 +221,7 @@ def test_mistakes_are_refused_before_any_byte(connect: Any) -> None:
         backend.forward_backward_custom(DATA, "dpo").result()
     with pytest.raises(ConfigError, match="AdamParams"):
         backend.optim_step({"learning_rate": 1}).result()
-    backend._remote.trainer = trainer
+    backend._remote._remote.trainer = trainer
 
     def broken(data: Any, logprobs: Any) -> Any:
         sent.append("called")
@@ -258,14 +258,14 @@ def test_a_window_that_lacks_a_batch_makes_no_step(connect: Any) -> None:
         backend.close()
 
 
-def test_held_gradients_can_be_dropped(connect: Any, tenants: Any) -> None:
+def test_held_gradients_can_be_dropped(connect: Any, models: Any) -> None:
     """With defer_backward a window is emptied without a trace."""
     backend = connect(defer_backward=True)
-    before = adapter(served(tenants, backend.trainer))
+    before = adapter(served(models, backend.trainer))
     backend.forward_backward(DATA, "dpo").result()
     backend.discard_gradients()
     assert not backend.optim_step(PARAMS).result().stepped
-    assert distance(adapter(served(tenants, backend.trainer)), before) == 0.0
+    assert distance(adapter(served(models, backend.trainer)), before) == 0.0
 
 
 def test_plan_says_the_way(connect: Any) -> None:
@@ -280,7 +280,7 @@ def test_plan_says_the_way(connect: Any) -> None:
     assert "advantages" in refused.reason
 
 
-def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, tenants: Any, monkeypatch: Any) -> None:
+def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, models: Any, monkeypatch: Any) -> None:
     """A timeout names the operation, leaves the future alive, and says so."""
     import threading
 

@@ -27,14 +27,14 @@ KNOWN = Capabilities(losses=frozenset(), max_weight_sum=1.0)
 
 
 @pytest.fixture
-def connect(url: str, tenants: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteBackend]]:
+def connect(url: str, models: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RemoteBackend]]:
     """Connects to a model of the service that has been given such a cross-entropy."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     made: list[RemoteBackend] = []
 
     def make(**options: Any) -> RemoteBackend:
         made.append(pullback.connect(url, base_model="tiny", rank=4, api_key=KEY, lora={"seed": 3}, **options))
-        clamp(served(tenants, made[-1].trainer))
+        clamp(served(models, made[-1].trainer))
         return made[-1]
 
     yield make
@@ -72,15 +72,15 @@ def test_a_mean_in_place_of_a_sum_is_noticed(connect: Any) -> None:
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_what_it_does_rightly_is_done_and_the_rest_refused(connect: Any, tenants: Any, deferred: bool) -> None:
+def test_what_it_does_rightly_is_done_and_the_rest_refused(connect: Any, models: Any, deferred: bool) -> None:
     """A mean trains as natively; a sum is refused before its gradient is sent, and says what to do."""
     backend = connect(capabilities=KNOWN, defer_backward=deferred)
-    native = twin(tenants, backend.trainer)
+    native = twin(models, backend.trainer)
     for one in (native, backend):
         one.forward_backward(DATA, CrossEntropy("token_mean")).result()
         assert one.optim_step(PARAMS).result().stepped
-    assert distance(adapter(served(tenants, backend.trainer)), adapter(native)) < 1e-5
-    before = adapter(served(tenants, backend.trainer))
+    assert distance(adapter(served(models, backend.trainer)), adapter(native)) < 1e-5
+    before = adapter(served(models, backend.trainer))
 
     def a_sum() -> None:
         backend.forward_backward_custom(DATA, likelihood).result()
@@ -88,4 +88,4 @@ def test_what_it_does_rightly_is_done_and_the_rest_refused(connect: Any, tenants
 
     with pytest.raises(UnsupportedError, match=r"add up to 18, and the service divides"):
         a_sum()
-    assert distance(adapter(served(tenants, backend.trainer)), before) == 0.0
+    assert distance(adapter(served(models, backend.trainer)), before) == 0.0

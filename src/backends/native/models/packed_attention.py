@@ -11,17 +11,19 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-__all__ = ["NAME", "Segment", "install", "packed_inputs"]
+from ....errors import UnsupportedError
+
+__all__ = ["NAME", "PackedRow", "Segment", "install", "packed_inputs"]
 
 NAME = "pullback_segments"
-_longest: ContextVar[int | None] = ContextVar("longest packed sequence", default=None)
+_current: ContextVar[PackedRow | None] = ContextVar("row of packed sequences", default=None)
 
 
 def install(causal: Any) -> bool:
     """Let a transformers model attend segment by segment where its inputs say so; return whether it can.
 
-    A block-diagonal mask would cost attention over the square of all tokens, and memory for the mask; this costs the sum
-    of the squares. Only models on PyTorch's attention are switched; flash kernels pack by themselves.
+    A block-diagonal mask would cost attention over the square of all tokens; this costs the sum of the squares. Only
+    models on PyTorch's attention are switched; flash kernels pack by themselves.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -29,23 +31,26 @@ def install(causal: Any) -> bool:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         segments: Sequence[Segment] | None = kwargs.pop("segments", None)
-        if segments is None or attention_mask is not None:
+        length = query.shape[2]
+        if segments is None or (attention_mask is not None and attention_mask.shape[-2:] != (length, length)):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         found = []
         for one in segments:
             kwargs["is_causal"] = one.shared == 0
             keys, values = one.seen(key), one.seen(value)
-            visible = one.visible(query.device) if one.shared else None
+            visible = one.visible(query.device, attention_mask)
             queries = query[:, :, one.start : one.end]
             found.append(sdpa_attention_forward(module, queries, keys, values, visible, **kwargs)[0])
         return torch.cat(found, 1), None
 
     def mask(*call: Any, **kwargs: Any) -> Any:
-        longest, local = _longest.get(), kwargs.get("local_size")
-        own_pattern = kwargs.get("use_vmap", False)  # the model adds something to the causal mask
-        if longest is not None and not own_pattern and (local is None or longest <= local):
-            return None
-        return sdpa_mask(*call, **kwargs)
+        row = _current.get()
+        if row is None:
+            return sdpa_mask(*call, **kwargs)
+        if kwargs.get("use_vmap", False):  # the model adds a pattern of its own to the causal mask
+            row.require_no_forks()
+            return sdpa_mask(*call, **kwargs)
+        return row.mask(kwargs.get("local_size"), kwargs.get("config"), kwargs.get("device", "cpu"))
 
     if causal.config._attn_implementation not in ("sdpa", NAME):
         return False
@@ -65,15 +70,88 @@ class Segment:
     base: int
     shared: int
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Return the keys or values [1, heads, L, D] that its tokens may see."""
-        own = x[:, :, self.start : self.end]
-        return torch.cat([x[:, :, self.base : self.base + self.shared], own], 2) if self.shared else own
+    def seen(self, x: Tensor, dim: int = 2) -> Tensor:
+        """Return the keys or values [1, heads, L, D] that its tokens may see, along the dimension of L."""
+        own = x.narrow(dim, self.start, self.end - self.start)
+        return torch.cat([x.narrow(dim, self.base, self.shared), own], dim) if self.shared else own
 
-    def visible(self, device: torch.device) -> Tensor:
-        """Return which key each of its tokens sees, bool [1, 1, own, keys]: all that is shared, and what lies before it."""
+    def visible(self, device: torch.device, mask: Tensor | None = None) -> Tensor | None:
+        """Return which key each of its tokens sees, bool [1, 1, own, keys]; None: all up to itself, nothing shared.
+
+        Args:
+            device: of the result.
+            mask: of the whole row, [1, 1, L, L], where the layer has one.
+        """
+        if mask is not None:
+            return self.seen(mask.narrow(2, self.start, self.end - self.start), 3)
+        if not self.shared:
+            return None
         own = self.end - self.start
         return torch.ones(1, 1, own, self.shared + own, dtype=torch.bool, device=device).tril(self.shared)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """One row of packed sequences, while a model runs on it.
+
+    Attributes:
+        positions: int64 [L].
+        segments: the row, cut where its positions do not run on.
+        by_mask: the model takes no segments, so every layer needs a mask.
+    """
+
+    positions: Tensor
+    segments: Sequence[Segment]
+    by_mask: bool = False
+
+    def require_no_forks(self) -> None:
+        """Refuse a shared prefix.
+
+        Raises:
+            UnsupportedError: the row has one.
+        """
+        if any(one.shared for one in self.segments):
+            raise UnsupportedError("this model's own attention pattern is not known for sequences that share a prefix")
+
+    def mask(self, local: int | None, config: Any, device: torch.device | str) -> Tensor | None:
+        """Return which key each token sees in a layer, bool [1, 1, L, L], by position and not by place in the row.
+
+        Args:
+            local: attention window or chunk of the layer, tokens; None: the layer sees everything before it.
+            config: of the model; says whether ``local`` is a window or a chunk.
+            device: of the result.
+
+        Returns:
+            None where segments alone say it.
+        """
+        if local is not None and int(self.positions.max()) < local:
+            local = None
+        if local is None and not self.by_mask:
+            return None
+        positions = self.positions.to(device)
+        query, key = positions[:, None], positions[None, :]
+        seen = self._related(positions) & (key <= query)
+        if local is not None and _is_chunk(config, local):
+            seen &= key // local == query // local
+        elif local is not None:
+            seen &= key > query - local
+        return seen[None, None]
+
+    def _related(self, positions: Tensor) -> Tensor:
+        """Return whether a token's sequence holds another token, bool [L, L]."""
+        related = torch.zeros(len(positions), len(positions), dtype=torch.bool, device=positions.device)
+        for one in self.segments:
+            related[one.start : one.end, one.start : one.end] = True
+            related[one.start : one.end, one.base : one.base + one.shared] = True
+        return related
+
+
+def _is_chunk(config: Any, local: int) -> bool:
+    chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
+    if chunk == local == window:
+        raise UnsupportedError(f"window and chunk of this model are both {local} tokens; they cannot be told apart")
+    return bool(chunk == local)
 
 
 def segments_of(positions: Tensor) -> list[Segment]:
@@ -87,13 +165,18 @@ def segments_of(positions: Tensor) -> list[Segment]:
 
 
 @contextmanager
-def packed_inputs(positions: Tensor) -> Iterator[dict[str, Any]]:
+def packed_inputs(positions: Tensor, *, by_mask: bool = False) -> Iterator[dict[str, Any]]:
     """Yield what a model that was `install`-ed needs beside tokens and positions, for one row of packed sequences.
 
     The segments travel as an input, not in the context, so that a checkpointed layer that runs again still has them.
+
+    Args:
+        positions: int64 [1, L].
+        by_mask: give every layer a mask instead, for a model that does not hand inputs on to its attention.
     """
-    token = _longest.set(int(positions.max()) + 1)
+    row = PackedRow(positions[0], segments_of(positions[0]), by_mask)
+    token = _current.set(row)
     try:
-        yield {"segments": segments_of(positions[0])}
+        yield {} if by_mask else {"segments": row.segments}
     finally:
-        _longest.reset(token)
+        _current.reset(token)

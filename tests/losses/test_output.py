@@ -1,0 +1,83 @@
+"""What a loss gives back and what it reads: metrics when they are read, tokens with their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from pullback.errors import LengthError
+from pullback.losses import GRPO, KL, PPO, CrossEntropy, Metric, Term, TokenBatch
+
+NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
+BATCH = TokenBatch.from_packed(
+    torch.zeros(5, dtype=torch.float64),
+    [3, 2],
+    weights=torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]),
+    advantages=NUMBERS,
+    rollout_logprobs=-NUMBERS.abs(),
+    ref_logprobs=NUMBERS - 3,
+)
+
+
+def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """evaluate describes nothing; the first reading does, once, after the backward too, and leaves gradients alone."""
+    calls: list[bool] = []
+    describe = GRPO.describe
+
+    def counted(self: GRPO, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+        tensors = (batch.logprobs, *(term.values for term in terms))
+        calls.append(any(tensor.requires_grad for tensor in tensors) or torch.is_grad_enabled())
+        return describe(self, batch, terms)
+
+    monkeypatch.setattr(GRPO, "describe", counted)
+    leaf = torch.full((5,), -1.0, dtype=torch.float64, requires_grad=True)
+    output = GRPO(kl=KL()).evaluate(BATCH.with_logprobs(leaf * 1.0))
+    output.deferred()
+    torch.autograd.backward(output.loss)
+    assert leaf.grad is not None
+    before = leaf.grad.clone()
+    assert calls == []
+    assert output.metrics["kl_ref"].denominator == 4
+    assert output.metrics["ratio"] is output.metrics["ratio"]
+    assert calls == [False]
+    assert torch.equal(leaf.grad, before)
+
+
+def test_a_metric_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A broken description is logged and counted, not raised."""
+    monkeypatch.setattr(PPO, "describe", lambda *_: 1 / 0)
+    output = PPO().evaluate(BATCH)
+    assert output.metrics["metrics_failed"].value == 1
+    assert "metrics of ppo" in caplog.text
+
+
+def test_tokens_are_selected_with_their_inputs() -> None:
+    """A chunk has the inputs of its own tokens and the sequences they belong to."""
+    chunk = BATCH.select_tokens(torch.tensor([1, 2, 4]))
+    assert chunk.offsets.tolist() == [0, 2, 3]
+    assert chunk.sequence_index.tolist() == [0, 0, 1]
+    assert chunk.trained.tolist() == [False, True, True]
+    assert chunk.advantages is not None
+    assert chunk.advantages.tolist() == [-1, 0, 2]
+    checked = TokenBatch(chunk.logprobs, chunk.offsets, chunk.weights)
+    assert checked.sequence_index.tolist() == chunk.sequence_index.tolist()
+
+
+def test_other_logprobs_other_dtype() -> None:
+    """with_logprobs keeps what is known of the masks, but not the weights' old dtype; another shape is refused."""
+    assert BATCH.weight.dtype == torch.float64
+    assert BATCH.with_logprobs(torch.zeros(5)).weight.dtype == torch.float32
+    with pytest.raises(LengthError, match="logprobs"):
+        BATCH.with_logprobs(torch.zeros(4))
+
+
+def test_candidates_share_their_tokens_coefficient() -> None:
+    """With K targets per token each is weighed on its own, and divided by the trained tokens of its sequence."""
+    weights = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0], [0.25, 2.0]], dtype=torch.float64)
+    leaf = torch.full((4, 2), -1.0, dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch.from_packed(leaf, [3, 1], weights=weights)
+    (gradient,) = torch.autograd.grad(CrossEntropy("sequence_mean_token_mean").evaluate(batch).loss, leaf)
+    per_token = torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64)  # trained tokens of the token's sequence
+    assert torch.allclose(gradient, -weights / per_token[:, None] / 2, rtol=1e-12, atol=0)
