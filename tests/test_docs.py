@@ -27,7 +27,7 @@ def test_python_blocks_run(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(block, str(page), "exec"), namespace)
     namespace.clear()
-    gc.collect()  # what the SDK left open is closed here, where it is forgiven
+    gc.collect()  # closes what the SDK left open, while its warnings are ignored
 
 
 def missing_paths(text: str) -> list[str]:

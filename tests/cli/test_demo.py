@@ -32,11 +32,11 @@ def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any
         ours.prepare(backend)
         theirs.prepare(remote)
         for step in range(STEPS):
-            wanted = ours.step(backend, ours.params(step, STEPS))
-            found = theirs.step(remote, theirs.params(step, STEPS))
-            shared = {key: wanted[key] for key in wanted if key in found}
+            expected = ours.step(backend, ours.params(step, STEPS))
+            actual = theirs.step(remote, theirs.params(step, STEPS))
+            shared = {key: expected[key] for key in expected if key in actual}
             assert "loss:sum" in shared
-            near = 1e-7 * shared["tokens:sum"]  # a sum over tokens may cancel
-            assert {key: found[key] for key in shared} == pytest.approx(shared, rel=1e-5, abs=near)
+            tolerance = 1e-7 * shared["tokens:sum"]  # a sum over tokens may cancel
+            assert {key: actual[key] for key in shared} == pytest.approx(shared, rel=1e-5, abs=tolerance)
         assert theirs.evaluate(remote) == pytest.approx(ours.evaluate(backend), rel=1e-5, abs=1e-6)
         assert distance(weights_of(served(models, remote.trainer)), weights_of(backend)) < 1e-5

@@ -1,4 +1,4 @@
-"""The measurements a user can run: numerics by dtype, agreement of sampler and trainer, the benchmarks."""
+"""Measurements that a user can run: numerics by dtype, agreement of sampler and trainer, the benchmarks."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_agreement_notices_other_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sampling_agreement(backend, PROMPTS).largest < 1e-5
     other = TorchBackend(tiny_llama(torch.float32, lora=2))
     monkeypatch.setattr(backend, "forward", other.forward, raising=False)
-    found = sampling_agreement(backend, PROMPTS, params=SamplingParams(max_tokens=8, seed=0))
-    assert found.largest > 1e-3
-    assert found.tokens > 8
+    agreement = sampling_agreement(backend, PROMPTS, params=SamplingParams(max_tokens=8, seed=0))
+    assert agreement.largest > 1e-3
+    assert agreement.tokens > 8
 
 
 def test_numerics_of_hidden_states() -> None:

@@ -1,4 +1,4 @@
-"""Requests that are almost right: valid ones of every route, with something in them replaced, left out or added."""
+"""Almost valid requests: a valid one for every route, with something in it replaced, removed or added."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import copy
 import json
 from typing import Any
 
-import torch
 import zstandard
 from helpers import make_data
 from hypothesis import strategies as st
-from servers import json_datum
+from servers import add_datum, json_datum
 
 from pullback.service.wire.protobuf import message
 
@@ -45,7 +44,7 @@ def _inner() -> dict[str, Any]:
     return {"data": [json_datum([1, 2, 3]), json_datum([4, 5])], "loss_fn": "cross_entropy", "loss_fn_config": {}}
 
 
-# A body of each route; ids are filled in.
+# One body for each route. The tests fill in the ids.
 POSTS: dict[str, dict[str, Any]] = {
     "client/config": {"sdk_version": "0.38.0"},
     "client/dynamic_config": {"sdk_version": "0.38.0"},
@@ -102,50 +101,47 @@ GETS = ["healthz", "get_server_capabilities", "samplers/SAMPLER", *_RUNS, "sessi
 
 @st.composite
 def json_bodies(draw: st.DrawFn, body: dict[str, Any]) -> bytes:
-    """A body with up to three changes anywhere in it, or bytes that are no JSON at all."""
-    found: Any = copy.deepcopy(body)
+    """Draw a body with up to three changes anywhere in it, or bytes that are no JSON at all."""
+    changed: Any = copy.deepcopy(body)
     for _ in range(draw(st.integers(0, 3))):
-        found = _changed(draw, found)
-    raw = json.dumps(found).encode()
-    broken = draw(st.sampled_from(["no"] * 12 + ["cut", "deep", "more", "bytes"]))
-    if broken == "cut":
+        changed = _changed(draw, changed)
+    raw = json.dumps(changed).encode()
+    damage = draw(st.sampled_from(["no"] * 12 + ["cut", "deep", "more", "bytes"]))
+    if damage == "cut":
         return raw[: len(raw) // 2]
-    if broken == "deep":
+    if damage == "deep":
         return b"[" * 100_000
-    if broken == "more":
+    if damage == "more":
         return raw + b"}"
-    return draw(st.binary(max_size=40)) if broken == "bytes" else raw
+    return draw(st.binary(max_size=40)) if damage == "bytes" else raw
 
 
-def _changed(draw: st.DrawFn, found: Any) -> Any:
-    """One change, at a place that is drawn on the way down."""
-    if isinstance(found, dict) and found and draw(st.integers(0, 4)):
-        key = draw(st.sampled_from(sorted(found)))
+def _changed(draw: st.DrawFn, value: Any) -> Any:
+    """Return a JSON value with one change at a random place."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
+        key = draw(st.sampled_from(sorted(value)))
         if draw(st.integers(0, 7)) == 0:
-            return {k: v for k, v in found.items() if k != key}
+            return {k: v for k, v in value.items() if k != key}
         if draw(st.integers(0, 7)) == 0:
-            return {**found, draw(st.text(max_size=6)): draw(_VALUES)}
-        return {**found, key: _changed(draw, found[key])}
-    if isinstance(found, list) and found and draw(st.integers(0, 4)):
-        place = draw(st.integers(0, len(found) - 1))
+            return {**value, draw(st.text(max_size=6)): draw(_VALUES)}
+        return {**value, key: _changed(draw, value[key])}
+    if isinstance(value, list) and value and draw(st.integers(0, 4)):
+        place = draw(st.integers(0, len(value) - 1))
         if draw(st.integers(0, 7)) == 0:
-            return found[:place] + found[place + 1 :]
-        return [*found[:place], _changed(draw, found[place]), *found[place + 1 :]]
+            return value[:place] + value[place + 1 :]
+        return [*value[:place], _changed(draw, value[place]), *value[place + 1 :]]
     return draw(_VALUES)
 
 
 @st.composite
 def proto_bodies(draw: st.DrawFn, model: str, seq_id: int) -> bytes:
-    """A ``ForwardBackwardRequest`` with tensors that may not be what they say, or with some of its bytes changed."""
+    """Draw a ``ForwardBackwardRequest`` whose tensors may contradict their shape or dtype, or with some bytes changed."""
     request = message("ForwardBackwardRequest")(model_id=model, seq_id=seq_id, loss_fn=draw(st.sampled_from(LOSSES)))
     request.forward_only = draw(st.booleans())
     for key in draw(st.lists(st.sampled_from(["clip_low", "beta", "loss_id", "x"]), max_size=2)):
         request.loss_fn_config[key] = draw(st.floats())
     for datum in make_data(draw(st.lists(st.integers(1, 6), max_size=4))):
-        one = request.data.add()
-        one.model_input.add().encoded_text.tokens = datum.model_input.tokens.int().numpy().tobytes()
-        for key, value in datum.loss_fn_inputs.items():
-            _fill(one.loss_fn_inputs[key], value.to_torch())
+        add_datum(request, datum)
     for _ in range(draw(st.integers(0, 3))):
         _distort(draw, request)
     raw = bytearray(request.SerializeToString())
@@ -154,13 +150,8 @@ def proto_bodies(draw: st.DrawFn, model: str, seq_id: int) -> bytes:
     return bytes(raw)
 
 
-def _fill(field: Any, tensor: torch.Tensor) -> None:
-    field.dense, field.dtype = tensor.numpy().tobytes(), 2 if tensor.dtype == torch.int64 else 1
-    field.shape.extend(tensor.shape)
-
-
 def _distort(draw: st.DrawFn, request: Any) -> None:
-    """Make one tensor, or one input, of another kind."""
+    """Change the kind of one tensor or one input."""
     if not request.data:
         return
     datum = request.data[draw(st.integers(0, len(request.data) - 1))]
@@ -195,7 +186,7 @@ def _distort(draw: st.DrawFn, request: Any) -> None:
 
 @st.composite
 def packed_bodies(draw: st.DrawFn, body: bytes) -> tuple[bytes, dict[str, str]]:
-    """A body as it is, packed, badly packed, or said to be packed."""
+    """Draw the content encoding of a body: none, compressed, wrongly compressed, or declared and not compressed."""
     kind = draw(st.sampled_from(["plain"] * 6 + ["zstd", "cut", "twice", "said", "br"]))
     packed = zstandard.compress(body)
     return {

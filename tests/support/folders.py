@@ -1,4 +1,4 @@
-"""A random Llama and a byte tokenizer with a chat's marks, in a folder as transformers writes it."""
+"""A random Llama and a byte tokenizer with the special tokens of a chat, in a folder as transformers writes it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def chat_folder(folder: Path) -> Path:
 
 
 def byte_tokenizer() -> Any:
-    """A token for every byte, and the marks of a chat."""
+    """Return a tokenizer with a token for every byte, and the special tokens of a chat."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    marks = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=plain, **marks)
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)

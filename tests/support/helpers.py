@@ -1,4 +1,4 @@
-"""What the tests of the native backend share: data, models, and the size of a difference."""
+"""Data, models, counters and measures of difference for the tests of the native backend."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ make_data = example_datums
 
 
 def sharing(groups: list[list[int]], seed: int = 0, vocab: int = VOCAB) -> list[Datum]:
-    """Datums of these lengths; those of a group have their beginning in common, as far as the shortest goes but one."""
-    found, generator = [], torch.Generator().manual_seed(seed)
+    """Return datums of these lengths; those of a group share a prefix, one token shorter than the shortest of them."""
+    data, generator = [], torch.Generator().manual_seed(seed)
     for number, lengths in enumerate(groups):
-        start = torch.randint(vocab, (min(lengths) - 1,), generator=generator)
+        prefix = torch.randint(vocab, (min(lengths) - 1,), generator=generator)
         for datum in make_data(lengths, seed=seed + number, vocab_size=vocab, group_id=[number]):
-            own = datum.model_input.tokens[len(start) :]
-            found.append(Datum(ModelInput.from_ints(torch.cat([start, own])), datum.loss_fn_inputs))
-    return found
+            rest = datum.model_input.tokens[len(prefix) :]
+            data.append(Datum(ModelInput.from_ints(torch.cat([prefix, rest])), datum.loss_fn_inputs))
+    return data
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Follows the storages that operators return, and their largest sum.
+    """Follows the storages that operators return.
 
     Attributes:
-        peak: bytes that were alive together, those from before left out.
+        peak: most bytes alive at once, without storages from before.
         largest: bytes of the largest storage.
     """
 
@@ -49,20 +49,20 @@ class AllocationTracker(TorchDispatchMode):
         self._before: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs:
                 storage = tensor.untyped_storage()
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
         self._alive = {key: pair for key, pair in self._alive.items() if not pair[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return found
+        return result
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that knows the CPU's fused attention too: two products forward, five backward."""
+    """Return a counter that also knows the fused attention of the CPU: two products forward, five backward."""
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
@@ -76,12 +76,12 @@ def flop_counter() -> FlopCounterMode:
 
 
 def tiny_backend(**options: Any) -> TorchBackend:
-    """A backend on the exact fp64 model."""
+    """Return a backend on the exact fp64 model."""
     return TorchBackend(TinyLM(), **options)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: int = VOCAB, **options: Any) -> HFModel:
-    """A random Llama from a config, as transformers ships it; LoRA's B is made non-zero."""
+    """Return a random Llama of transformers; with LoRA, its matrices B are not zero."""
     pytest.importorskip("transformers", reason="a random Llama needs transformers (extra hf)")
 
     from pullback.backends.native.models.lora import add_lora
@@ -108,14 +108,14 @@ def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: i
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Relative difference of two gradients or weights, ``||a - b|| / ||b||``."""
+    """Return the relative difference of two gradients or weights, ``||a - b|| / ||b||``."""
     assert a.keys() == b.keys()
     flat_a, flat_b = (torch.cat([x[k].detach().double().reshape(-1) for k in sorted(a)]) for x in (a, b))
     return float((flat_a - flat_b).norm() / flat_b.norm().clamp(min=1e-300))
 
 
 def weights_of(backend: TorchBackend) -> dict[str, Tensor]:
-    """Copies of the trained weights."""
+    """Return copies of the trained weights."""
     return {name: p.detach().clone() for name, p in backend.model.named_parameters() if p.requires_grad}
 
 

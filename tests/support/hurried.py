@@ -1,4 +1,4 @@
-"""The official SDK in a hurry: its waits and time limits shortened by its own constants, nothing else changed."""
+"""The official SDK with shorter waits and time limits, set through its own constants; nothing else is changed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tinker.resources.futures import AsyncFuturesResource
 
 __all__ = ["hurry"]
 
-# Of the heartbeat and the refresh: a close that meets one of these under way waits for it for ever in SDK 0.38.
+# Of heartbeat and refresh. In SDK 0.38 a close that begins during one of these waits for ever.
 _PERIODS = (10, 300)
-_ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, on a busy machine too
+_ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, even on a busy machine
 
 
 def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
-    """Let the SDK wait a hundredth of what it would before it tries again or gives up, and two seconds for an answer."""
+    """Let the SDK wait a hundredth of its usual time before it retries or gives up, and two seconds for an answer."""
 
-    async def sleep(seconds: float, *given: Any) -> Any:
-        return await asyncio.sleep(seconds if seconds in _PERIODS else seconds * shorter, *given)
+    async def sleep(seconds: float, *args: Any) -> Any:
+        return await asyncio.sleep(seconds if seconds in _PERIODS else seconds * shorter, *args)
 
     for module in (internal_client_holder, api_future_impl):
         patch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
@@ -35,8 +35,8 @@ def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
     patch.setattr(_base_client, "DEFAULT_TIMEOUT", httpx.Timeout(_ANSWER_SECONDS))
     retrieve = AsyncFuturesResource.retrieve
 
-    async def impatient(self: Any, **given: Any) -> Any:
-        return await retrieve(self, **{**given, "timeout": _ANSWER_SECONDS})
+    async def retrieve_briefly(self: Any, **options: Any) -> Any:
+        return await retrieve(self, **{**options, "timeout": _ANSWER_SECONDS})
 
-    patch.setattr(AsyncFuturesResource, "retrieve", impatient)
+    patch.setattr(AsyncFuturesResource, "retrieve", retrieve_briefly)
     patch.setenv("TINKER_TELEMETRY", "0")

@@ -1,4 +1,4 @@
-"""The service over a tiny model in a process of its own, which can be killed and started again on the same folder."""
+"""A service over a tiny model in its own process, which tests can kill and start again on the same folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CommandProcess", "ServerProcess"]
 
 ROOT = Path(__file__).parents[2]
 
-# A server process that begins from these is there in a fraction of a second.
+# Imported once in the fork server, so that a server process starts in a fraction of a second.
 _HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]
 _START_SECONDS = 60.0
 
@@ -37,10 +37,10 @@ def _serve(folder: Path, options: dict[str, Any], connection: Connection) -> Non
 
 
 class ServerProcess:
-    """A service on a folder; `kill` is SIGKILL.
+    """A service on a folder; `kill` sends SIGKILL.
 
     Attributes:
-        url: where it is.
+        url: base URL.
     """
 
     def __init__(self, folder: Path, **limits: Any) -> None:
@@ -56,12 +56,12 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Return the id of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the process without warning."""
         self._process.kill()
         self._process.join()
         self._ours.close()
@@ -71,7 +71,7 @@ class CommandProcess:
     """``pullback serve`` itself, on a model folder.
 
     Attributes:
-        url: where it is.
+        url: base URL.
     """
 
     def __init__(self, folder: Path, model: Path, key: str) -> None:
@@ -79,14 +79,14 @@ class CommandProcess:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        given = ["--model", model, "--name", "tiny", "--port", port, "--checkpoints", folder, "--token-budget", 64]
+        options = ["--model", model, "--name", "tiny", "--port", port, "--checkpoints", folder, "--token-budget", 64]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT / ".alias"),
             "PULLBACK_API_KEYS": key,
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pullback.cli", "serve", *map(str, given)]
+        command = [sys.executable, "-m", "pullback", "serve", *map(str, options)]
         self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         self._await(key)
 
@@ -101,6 +101,6 @@ class CommandProcess:
         raise RuntimeError("pullback serve did not start")
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the process without warning."""
         self._process.kill()
         self._process.wait()

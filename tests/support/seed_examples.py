@@ -1,4 +1,4 @@
-"""The published examples of the custom-loss interface (`tests/seed/*.txt`), and how they are run: as printed, but for EDITS."""
+"""The published examples of the custom-loss interface (`tests/seed/*.txt`); they run as printed, except for EDITS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every backend of ours keeps every promise; a backend that breaks one is found out."""
+"""Our backends keep every promise, and the suite notices a backend that breaks one."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_candidates_on_a_table() -> None:
 
 
 def test_scripted_faults_and_written_calls() -> None:
-    """A fault comes in place of its operation and spoils the window; everything asked is in `calls`."""
+    """A fault replaces its operation and fails the accumulation; `calls` records every call."""
     fake = FakeBackend(faults={2: TimeoutError("lost on the way")})
     fake.forward_backward(DATA, "dpo").result()
     lost = fake.forward_backward(DATA, "dpo")
@@ -196,7 +196,7 @@ def _moments_not_saved(patch: pytest.MonkeyPatch) -> None:
 
 
 def _keys_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("pullback.backends.base.as_loss", lambda given, config: get_loss(given))
+    patch.setattr("pullback.backends.base.as_loss", lambda loss, config: get_loss(loss))
 
 
 def _steps_on_nothing(patch: pytest.MonkeyPatch) -> None:
@@ -216,9 +216,9 @@ def _rows_leak(patch: pytest.MonkeyPatch) -> None:
     state = {"before": 0.0}
 
     def leaking(self: TableModel, request: ScoreRequest) -> Tensor:
-        found = score(self, request) + 0.01 * state["before"]
-        state["before"] = float(found[-1].detach())
-        return found
+        leaked = score(self, request) + 0.01 * state["before"]
+        state["before"] = float(leaked[-1].detach())
+        return leaked
 
     patch.setattr(TableModel, "score", leaking)
 
@@ -269,12 +269,12 @@ def test_a_double_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_native_and_fake_say_the_same_of_a_step() -> None:
     """Both report the divisor in the same words."""
-    words = []
+    normalizations = []
     for backend in (tiny_backend(), FakeBackend()):
         backend.forward_backward(DATA[:2], "dpo").result()
         backend.forward_backward(DATA[2:], "dpo").result()
-        words.append(backend.optim_step(AdamParams()).result().normalization)
-    assert words[0] == words[1] == "pairs over 2 calls"
+        normalizations.append(backend.optim_step(AdamParams()).result().normalization)
+    assert normalizations[0] == normalizations[1] == "pairs over 2 calls"
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

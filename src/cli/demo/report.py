@@ -1,4 +1,4 @@
-"""What a person sees at the end: a table, a picture, and the figures as JSON."""
+"""The results of the demo: a table, a picture, and the figures as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXTRA_LABEL = {"accuracy": "held-out accuracy", "kl_per_token": "KL to base, na
 @final
 @dataclass
 class Curve:
-    """One objective's held-out figures over its steps."""
+    """The held-out figures of one objective over its steps."""
 
     name: str
     title: str
@@ -35,18 +35,18 @@ class Curve:
     points: list[dict[str, float]] = field(default_factory=list)
 
     def values(self, key: str) -> list[float]:
-        """One figure over the evaluations."""
+        """Return one figure over the evaluations."""
         return [point[key] for point in self.points]
 
     @property
     def improved(self) -> bool:
-        """True if the measure went the right way."""
+        """Whether the measure moved in the right direction."""
         first, last = self.points[0][self.measure], self.points[-1][self.measure]
         return (last - first) * self.better > 0
 
 
 def print_table(console: Any, curves: Sequence[Curve]) -> None:
-    """Print start and end of every figure."""
+    """Print the first and last value of every figure."""
     table = require_extra("rich.table", "cli", "the demo").Table(title="Held-out figures")
     for column, justify in (("objective", "left"), ("steps", "right"), ("seconds", "right"), ("figure", "left"),
                             ("start", "right"), ("end", "right"), ("", "left")):  # fmt: skip
@@ -70,7 +70,7 @@ def write_figures(path: Path, curves: Sequence[Curve], settings: Mapping[str, An
 
 
 def draw_picture(path: Path, curves: Sequence[Curve], title: str) -> None:
-    """Draw one panel per objective: the measure, and beside it accuracy or KL."""
+    """Draw one panel per objective, with its measure and, on a second axis, accuracy or KL."""
     matplotlib = require_extra("matplotlib", "plot", "the demo's picture")
     matplotlib.use("Agg")
     plt = require_extra("matplotlib.pyplot", "plot", "the demo's picture")
@@ -90,9 +90,9 @@ def _panel(axis: Any, curve: Curve) -> None:
     main, other = "#1f5fa8", "#c0622d"
     values = curve.values(curve.measure)
     axis.plot(curve.steps, values, marker="o", color=main, linewidth=2)
-    away = -14 if values[-1] > values[0] else 8  # the first figure stands where the curve does not go
-    for i, place in ((0, (6, away)), (-1, (-6, 8))):
-        axis.annotate(f"{values[i]:.2f}", (curve.steps[i], values[i]), textcoords="offset points", xytext=place,
+    offset = -14 if values[-1] > values[0] else 8  # so that the curve does not cross the first label
+    for i, xytext in ((0, (6, offset)), (-1, (-6, 8))):
+        axis.annotate(f"{values[i]:.2f}", (curve.steps[i], values[i]), textcoords="offset points", xytext=xytext,
                       ha="left" if i == 0 else "right", color=main, fontweight="bold")  # fmt: skip
     axis.set_title(curve.title, fontsize=11, loc="left")
     axis.set_xlabel("optimizer step")
