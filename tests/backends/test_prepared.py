@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pullback.backends import AdamParams, Backend, FakeBackend, Plan
 from pullback.datums import Datum, validation
-from pullback.losses import CrossEntropy, Loss, TokenBatch, base, get_loss
+from pullback.losses import CrossEntropy, Loss, TokenBatch, adapt, base, get_loss
 from pullback.ops import logprobs
 
 LENGTHS = [9, 7, 5, 3, 8, 6, 4, 2]
@@ -50,7 +50,7 @@ def _size(datum: Datum) -> int:
 def count(patch: pytest.MonkeyPatch, loss: type[Loss]) -> Counted:
     """Count from now on."""
     counted = Counted()
-    problems, pack, terms, describe = validation._problems, base.batch_from_datums, loss.terms, loss.describe
+    problems, pack, terms, describe = validation._problems, adapt.batch_from_datums, loss.terms, loss.describe
 
     def validating(datum: Datum, *rest: Any) -> Any:
         counted.validated[id(datum)] += 1
