@@ -93,11 +93,11 @@ class Keys:
         """Return whom a key belongs to, in time that does not depend on it; None if nobody."""
         if not self._digests:
             return ""
-        given, found = digest_of(key), None
+        given, owner = digest_of(key), None
         for digest in self._digests:
             if hmac.compare_digest(given, digest):
-                found = digest[:32]
-        return found
+                owner = digest[:32]
+        return owner
 
 
 def digest_of(key: str) -> str:

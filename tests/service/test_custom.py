@@ -97,7 +97,7 @@ def test_leases_are_bounded_by_time_and_bytes_and_by_use() -> None:
 
 
 def test_a_plain_forward_holds_no_graph(service: Any, models: Any, url: str) -> None:
-    """Only the SDK's custom calls are leased."""
+    """Only the graphs of the SDK's custom calls are cached."""
     trainer = service.create_lora_training_client("tiny", rank=4).result()
     trainer.forward(to_tinker(sums()), "cross_entropy").result()
     text = httpx.get(f"{url}/metrics", headers={"x-api-key": KEY}).text

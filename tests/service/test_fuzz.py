@@ -1,4 +1,4 @@
-"""Bodies that are almost right, on every route: no failure of the server's, no hang, nothing of another tenant, no harm."""
+"""Bodies that are almost right, on every route: no failure of the server's, no hang, nothing of another owner, no harm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIMITS = Limits(body_bytes=200_000, tokens=1000, models=8, samples=4, gap_second
 ENDS_WITH_IT = ("sessions/SESSION/finish", "unload_model")  # the attacker keeps his own
 
 
-class Tenant:
+class Owner:
     """One key's session, model, sampling session and last request; a new model when its numbers are no longer known."""
 
     def __init__(self, http: Any) -> None:
@@ -46,7 +46,7 @@ class Tenant:
         self.http.post(f"sessions/{self.session}/finish", json={})
 
     def filled(self, text: str) -> str:
-        """A template with this tenant's ids."""
+        """A template with this owner's ids."""
         for name in ("SESSION", "MODEL", "SAMPLER", "REQUEST"):
             text = text.replace(name, getattr(self, name.lower()))
         return text
@@ -70,7 +70,7 @@ class Field:
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self.models, self.seen = tiny_models(folder), Counter()
         url = stack.enter_context(serving(self.models, keys=[KEY, OTHER], limits=LIMITS))
-        self.attacker, self.victim = (Tenant(stack.enter_context(rest(url, key))) for key in (OTHER, KEY))
+        self.attacker, self.victim = (Owner(stack.enter_context(rest(url, key))) for key in (OTHER, KEY))
         self.train()
         secret = {"path": f"{SECRET}-name", "user_metadata": {"owner": f"{SECRET}-metadata"}}
         assert SECRET in self.victim.do("save_weights", **secret)["path"]
@@ -150,7 +150,7 @@ def test_bad_bodies_break_nothing(field: Field, data: st.DataObject) -> None:
 
 
 def test_the_service_still_trains(field: Field, capsys: Any) -> None:
-    """After all that, the other tenant's weights are what they were, and train on."""
+    """After all that, the other owner's weights are what they were, and train on."""
     before = field.weights()
     assert field.train() > 0
     assert not torch.equal(field.weights(), before)

@@ -24,9 +24,9 @@ from pullback.service.durability.sequencer import Sequencer
 def test_a_step_sent_before_a_failure_is_known_is_refused(direct: Direct) -> None:
     """Pipelined behind a gradient that fails, a step makes nothing; sent after the failure was delivered, it does."""
     good, bad = direct.gradient(1), direct.gradient(2, "dpo", ("ref_logprobs",))
-    blind = direct.read(direct.call("optim_step", 3))
-    assert isinstance(blind, Failure)
-    assert "ref_logprobs" in blind.text
+    refused_step = direct.read(direct.call("optim_step", 3))
+    assert isinstance(refused_step, Failure)
+    assert "ref_logprobs" in refused_step.text
     assert isinstance(direct.read(bad), Failure)
     direct.read(good)
     assert direct.read(direct.call("optim_step", 4))["metrics"]["grad_norm"] > 0
@@ -142,19 +142,19 @@ def test_sampler_weights_outlive_a_restart_if_they_were_named(direct: Direct) ->
     again.sequencer.close()
 
 
-BLIND = [("gradient", 1), ("broken", 2), ("step", 3), ("gradient", 4), ("step", 5)]
+PIPELINED = [("gradient", 1), ("broken", 2), ("step", 3), ("gradient", 4), ("step", 5)]
 
 
 def in_order_of(direct: Direct, arrival: list[int]) -> list[Any]:
-    """Send all that is in BLIND in this order, read nothing before the end; return the answers by number."""
+    """Send all that is in PIPELINED in this order, read nothing before the end; return the answers by number."""
     requests = {}
     for place in arrival:
-        what, number = BLIND[place]
+        what, number = PIPELINED[place]
         if what == "step":
             requests[number] = direct.call("optim_step", number)
         else:
             requests[number] = direct.gradient(number, *(("dpo", ("ref_logprobs",)) if what == "broken" else ()))
-    return [direct.read(requests[number]) for _, number in BLIND]
+    return [direct.read(requests[number]) for _, number in PIPELINED]
 
 
 def steps_refused(answers: list[Any]) -> bool:

@@ -62,7 +62,7 @@ def ask(sampler: Any, params: dict[str, Any] | None = None, n: int = 2, **asked:
 
 
 def test_alternatives_are_the_models(sampler: Any, whole: torch.Tensor) -> None:
-    """Likeliest, named and drawn tokens at every position of the prompt carry the log-probs of forward."""
+    """Top-k, given and sampled tokens at every position of the prompt carry the log-probs of forward."""
     named = torch.tensor([[1, -1], [2, 258], [-1, -1], [0, 7], [3, 3]])
     found = ask(
         sampler,
@@ -94,7 +94,7 @@ def test_only_the_end_of_the_prompt_is_scored(sampler: Any) -> None:
 
 
 def test_alternatives_of_a_completion(sampler: Any) -> None:
-    """At each sampled token the likeliest are given; a greedy completion is made of them."""
+    """At each sampled token the top-k are answered; a greedy completion is made of them."""
     found = ask(sampler, {"temperature": 0.0}, topk_sample_logprobs=2)
     for sequence in found.sequences:
         assert len(sequence.topk_logprobs) == 4

@@ -86,12 +86,12 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
         _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
         return plain
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
-    found = replace(plain, max_length=next(iter(lengths), None))
+    capabilities = replace(plain, max_length=next(iter(lengths), None))
     ours = said.get("pullback")
     if ours is None:
-        return found
+        return capabilities
     flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs", "starts_at_base")}
-    return replace(found, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
+    return replace(capabilities, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
 
 
 def _ask(url: str, key: str) -> Any:
@@ -101,8 +101,8 @@ def _ask(url: str, key: str) -> Any:
         try:
             answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
         except httpx.ConnectError as error:
-            words = f"no service answers at {url} ({error}); is it running, and is this its address?"
-            raise RemoteError(words, "server") from error
+            message = f"no service answers at {url} ({error}); is it running, and is this its address?"
+            raise RemoteError(message, "server") from error
         except httpx.TransportError as error:
             failure = f"{type(error).__name__}: {error}"
         else:
@@ -121,12 +121,12 @@ def _ask(url: str, key: str) -> Any:
 def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:
     """Return the datums with the inputs that a loss reads, and no others: the rest never leaves this machine."""
     wanted: set[str] = {"target_tokens", *loss.required_inputs, *loss.optional_inputs}
-    found = []
+    selected = []
     for datum in data:
         inputs = {k: v for k, v in datum.loss_fn_inputs.items() if k in wanted}
         if "advantages" in inputs and "weights" in inputs and not capabilities.weighs:
             # Exact: these losses are positively homogeneous in the advantage, and weights are not negative.
             weights = inputs.pop("weights").to_torch()
             inputs["advantages"] = TensorData((inputs["advantages"].to_torch() * weights).to(torch.float32))
-        found.append(Datum(datum.model_input, inputs))
-    return found
+        selected.append(Datum(datum.model_input, inputs))
+    return selected

@@ -58,8 +58,8 @@ def connect(
     chosen = sdk_named(sdk)
     key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")
     if options.get("capabilities") is None:
-        found = detect(service, key, base_model, chosen.plain)
-        options["capabilities"] = replace(found, normalizes=found.normalizes and chosen.normalizes)
+        capabilities = detect(service, key, base_model, chosen.plain)
+        options["capabilities"] = replace(capabilities, normalizes=capabilities.normalizes and chosen.normalizes)
     with at_service(f"connect to {service}"):
         client = chosen.connect(service, key or None)
         try:

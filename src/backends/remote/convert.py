@@ -22,22 +22,24 @@ def ready(client: Any, timeout: float | None = None) -> Any:
 
 def bare(data: Sequence[Datum]) -> list[Datum]:
     """Return what a forward needs: targets, and weights of zero."""
-    found = []
+    forwarded = []
     for datum in map(scored, data):
         targets = datum.loss_fn_inputs["target_tokens"]
         inputs = {"target_tokens": targets, "weights": TensorData(torch.zeros(targets.shape))}
-        found.append(Datum(datum.model_input, inputs))
-    return found
+        forwarded.append(Datum(datum.model_input, inputs))
+    return forwarded
 
 
 def logprobs_of(result: Any) -> list[Tensor]:
     """Return each datum's log-probs."""
-    return [torch.as_tensor(one["logprobs"].to_torch()).float() for one in result.loss_fn_outputs]
+    return [torch.as_tensor(output["logprobs"].to_torch()).float() for output in result.loss_fn_outputs]
 
 
 def output_of(result: Any) -> ForwardBackwardOutput:
     """Return a result with all that the service said."""
-    outputs = [{k: TensorData(torch.as_tensor(v.to_torch())) for k, v in one.items()} for one in result.loss_fn_outputs]
+    outputs = [
+        {k: TensorData(torch.as_tensor(v.to_torch())) for k, v in output.items()} for output in result.loss_fn_outputs
+    ]
     return ForwardBackwardOutput(outputs, dict(result.metrics))
 
 
@@ -46,14 +48,14 @@ def rollouts_of(results: Sequence[Any], params: SamplingParams, version: int) ->
     return [
         Rollout(
             prompt_index=i,
-            tokens=[int(t) for t in one.tokens],
-            logprobs=[float(x) for x in one.logprobs or ()],
-            stop_reason=str(one.stop_reason),
+            tokens=[int(t) for t in sequence.tokens],
+            logprobs=[float(x) for x in sequence.logprobs or ()],
+            stop_reason=str(sequence.stop_reason),
             weights_version=version,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
         )
         for i, result in enumerate(results)
-        for one in result.sequences
+        for sequence in result.sequences
     ]

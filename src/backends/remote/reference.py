@@ -78,7 +78,7 @@ class SamplerView:
         ]
 
         def read(answers: list[Any]) -> ForwardBackwardOutput:
-            return ForwardBackwardOutput.of([torch.tensor([float(x) for x in one[1:]]) for one in answers], {})
+            return ForwardBackwardOutput.of([torch.tensor([float(x) for x in answer[1:]]) for answer in answers], {})
 
         return Sent(sent, read, deadline=self._deadline).future("reference")
 

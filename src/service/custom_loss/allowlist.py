@@ -33,13 +33,13 @@ _MATH: Final = "ceil exp floor log log1p log2 pow sqrt tanh"
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()}
-    found |= {f"torch.{name}": getattr(torch, name) for name in _TENSOR.split() if hasattr(torch, name)}
+    table: dict[str, Callable[..., Any]] = {f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()}
+    table |= {f"torch.{name}": getattr(torch, name) for name in _TENSOR.split() if hasattr(torch, name)}
     functional = torch.nn.functional
-    found |= {f"torch.nn.functional.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
+    table |= {f"torch.nn.functional.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
     # Some functions of torch.nn.functional are built in, and are named after where they are from.
-    found |= {f"torch._C._nn.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
-    return found | {f"math.{name}": getattr(math, name) for name in _MATH.split()}
+    table |= {f"torch._C._nn.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
+    return table | {f"math.{name}": getattr(math, name) for name in _MATH.split()}
 
 
 FUNCTIONS: Final = _functions()

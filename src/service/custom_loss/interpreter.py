@@ -53,21 +53,21 @@ class LossGraph:
         Raises:
             ConfigError: an operation that is not allowed, or a malformed graph.
         """
-        graph, inputs = body["graph"], [(str(one["name"]), int(one["rank"])) for one in body["inputs"]]
+        graph, inputs = body["graph"], [(str(entry["name"]), int(entry["rank"])) for entry in body["inputs"]]
         if graph.get("format") != 1:
             raise ConfigError(f"the graph has format {graph.get('format')!r}; this server reads 1")
         if not inputs or inputs[0][0] != "logprobs":
             raise ConfigError("the first input of a custom loss must be logprobs")
         if len(graph["nodes"]) > _MAX_NODES:
             raise ConfigError(f"the graph has {len(graph['nodes'])} nodes; this server takes {_MAX_NODES}")
-        found = cls(str(body.get("name", "custom")), inputs, graph["nodes"])
-        for node in found.nodes:
+        graph_loss = cls(str(body.get("name", "custom")), inputs, graph["nodes"])
+        for node in graph_loss.nodes:
             _check(node)
-        if [node["target"] for node in found.nodes if node["op"] == "placeholder"] != [name for name, _ in inputs]:
+        if [node["target"] for node in graph_loss.nodes if node["op"] == "placeholder"] != [name for name, _ in inputs]:
             raise ConfigError("the graph's placeholders must be the inputs, in their order")
-        if not found.nodes or found.nodes[-1]["op"] != "output":
+        if not graph_loss.nodes or graph_loss.nodes[-1]["op"] != "output":
             raise ConfigError("the graph's last node must be its output")
-        return found
+        return graph_loss
 
     @property
     def __name__(self) -> str:
@@ -86,14 +86,14 @@ class LossGraph:
         return torch.stack(losses).sum(), {key: value / counts[key] for key, value in sums.items()}
 
     def _inputs_of(self, datum: Any, logprobs: Tensor, index: int) -> list[Tensor]:
-        found = [logprobs]
+        inputs = [logprobs]
         for name, rank in self.inputs[1:]:
             if name not in datum.loss_fn_inputs:
                 raise MissingFieldError(f"datum {index}: missing required field {name!r}, which {self.name} reads")
-            found.append(datum.loss_fn_inputs[name].to_torch())
-            if found[-1].dim() != rank:
-                raise ConfigError(f"datum {index}: {name} has rank {found[-1].dim()}, {self.name} declared {rank}")
-        return found
+            inputs.append(datum.loss_fn_inputs[name].to_torch())
+            if inputs[-1].dim() != rank:
+                raise ConfigError(f"datum {index}: {name} has rank {inputs[-1].dim()}, {self.name} declared {rank}")
+        return inputs
 
     def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         values: dict[str, Any] = {}
@@ -132,15 +132,15 @@ def _apply(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> Any
         return getattr(args[0], args[1])
     _bound(target, [*args, *kwargs.values()])
     if op == "call_function":
-        found = FUNCTIONS[target](*args, **kwargs)
+        result = FUNCTIONS[target](*args, **kwargs)
     elif args and isinstance(args[0], Tensor):
-        found = getattr(args[0], target)(*args[1:], **kwargs)
+        result = getattr(args[0], target)(*args[1:], **kwargs)
     else:
         raise ConfigError(f"the method {target!r} must be called on a tensor")
-    for tensor in found if isinstance(found, (tuple, list)) else (found,):
+    for tensor in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(tensor, Tensor) and tensor.numel() > _MAX_NUMBERS:
             raise ConfigError(f"{target} makes {tensor.numel()} numbers; this server takes {_MAX_NUMBERS}")
-    return found
+    return result
 
 
 def _bound(target: str, args: Sequence[Any]) -> None:
@@ -180,7 +180,7 @@ def _decoded_object(kind: str, value: Any, values: Mapping[str, Any], depth: int
     if kind == "tuple":
         return tuple(_decoded(value, values, depth))
     if kind == "dict":
-        return {str(key): _decoded(one, values, depth) for key, one in value.items()}
+        return {str(key): _decoded(item, values, depth) for key, item in value.items()}
     if kind == "slice":
         return slice(*_decoded(value, values, depth))
     if kind == "ellipsis":
@@ -194,8 +194,8 @@ def _decoded_object(kind: str, value: Any, values: Mapping[str, Any], depth: int
     raise ConfigError(f"the graph has an argument of kind {kind!r} ({value!r}), which this server does not read")
 
 
-def _checked_output(found: Any, name: str) -> tuple[Tensor, Mapping[str, Tensor]]:
-    loss, metrics = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
+def _checked_output(output: Any, name: str) -> tuple[Tensor, Mapping[str, Tensor]]:
+    loss, metrics = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not isinstance(metrics, dict):
         raise LossTypeError(f"{name} must return (scalar loss, metrics), got {type(loss).__name__} and {metrics!r}")
     for key, value in metrics.items():

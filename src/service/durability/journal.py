@@ -114,8 +114,8 @@ class Journal:
 
     def session_owner(self, session: str) -> str | None:
         """Return whose a session is; None if there is no such session."""
-        found = self._read("SELECT owner FROM sessions WHERE id = ?", session)
-        return found[0]["owner"] if found else None
+        rows = self._read("SELECT owner FROM sessions WHERE id = ?", session)
+        return rows[0]["owner"] if rows else None
 
     def add_model(
         self, model: str, session: str, owner: str, lora: dict[str, Any], metadata: Any, origin: str | None = None
@@ -130,8 +130,8 @@ class Journal:
 
     def model(self, model: str) -> dict[str, Any] | None:
         """Return a model's row."""
-        found = self._read("SELECT * FROM models WHERE id = ?", model)
-        return found[0] if found else None
+        rows = self._read("SELECT * FROM models WHERE id = ?", model)
+        return rows[0] if rows else None
 
     def models(self, owner: str) -> list[dict[str, Any]]:
         """Return an owner's models, newest first."""
@@ -144,8 +144,8 @@ class Journal:
 
     def sampler(self, sampler: str) -> dict[str, Any] | None:
         """Return a sampling session's row."""
-        found = self._read("SELECT * FROM samplers WHERE id = ?", sampler)
-        return found[0] if found else None
+        rows = self._read("SELECT * FROM samplers WHERE id = ?", sampler)
+        return rows[0] if rows else None
 
     def begin_save(self, uri: str, model: str, number: int, before: str, metadata: Any) -> None:
         """Note that operation ``number`` is about to write a checkpoint, and what lies there now.
@@ -157,8 +157,8 @@ class Journal:
 
     def begun_save(self, model: str, number: int) -> dict[str, Any] | None:
         """Return what was noted of a save that has begun: ``uri``, ``before``, ``metadata``."""
-        found = self._read("SELECT * FROM saves WHERE model = ? AND number = ?", model, number)
-        return found[0] if found else None
+        rows = self._read("SELECT * FROM saves WHERE model = ? AND number = ?", model, number)
+        return rows[0] if rows else None
 
     def add_checkpoint(self, uri: str, model: str, owner: str, number: int, size: int, metadata: Any) -> None:
         """Note a checkpoint that is on the disk, and that it holds everything up to operation ``number``."""
@@ -217,8 +217,8 @@ class Journal:
         self._write("UPDATE operations SET answer = NULL WHERE answer IS NOT NULL AND created < ?", before)
 
     def _operation(self, where: str, *values: Any) -> Operation | None:
-        found = self._read(f"SELECT * FROM operations WHERE {where}", *values)
-        return _operation(found[0]) if found else None
+        rows = self._read(f"SELECT * FROM operations WHERE {where}", *values)
+        return _operation(rows[0]) if rows else None
 
     def _write(self, statement: str, *values: Any) -> None:
         with self._lock:
@@ -278,5 +278,5 @@ def _encoded(answer: Answer) -> tuple[str, bytes]:
 def _decoded(form: str, blob: bytes) -> Answer:
     if form == "protobuf":
         return bytes(blob)
-    found = json.loads(blob)
-    return Failure(*found) if form == "failure" else dict(found)
+    content = json.loads(blob)
+    return Failure(*content) if form == "failure" else dict(content)

@@ -142,15 +142,15 @@ class Sequencer:
         with self._lock:
             if request in self._pending and self._pending[request][0] == owner:
                 return self._pending[request][1]
-        found = self._journal.operation(request)
-        if found is None or found.owner != owner:
+        operation = self._journal.operation(request)
+        if operation is None or operation.owner != owner:
             raise ServiceError(f"unknown request {request!r}")
         future: Future[Answer] = Future()
-        if found.answer is None:
+        if operation.answer is None:
             hours = _KEPT_SECONDS / 3600
             future.set_result(Failure(f"the answer to {request} was thrown away after {hours:g} hours", "user"))
         else:
-            future.set_result(found.answer)
+            future.set_result(operation.answer)
         return future
 
     def run(self, work: Callable[[], Any]) -> None:

@@ -166,9 +166,9 @@ class _App:
 
         return Route(path if path.startswith("/") else f"/api/v1/{path}", answer, methods=[method])
 
-    def _constant(self, found: Json) -> Handler:
+    def _constant(self, content: Json) -> Handler:
         async def handler(_: Call) -> Any:
-            return json_response(found)
+            return json_response(content)
 
         return handler
 
@@ -229,25 +229,25 @@ class _App:
         request_id = body["request_id"]
         future = self.sequencer.result(call.owner, request_id)
         try:
-            found = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
+            answer = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
         except TimeoutError:
             return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
         if (
             body.get("allow_metadata_only") is True
-            and isinstance(found, bytes)
-            and len(found) > self.limits.large_bytes
+            and isinstance(answer, bytes)
+            and len(answer) > self.limits.large_bytes
         ):
-            return json_response({"status": "complete_metadata", "response_payload_size": len(found)})
+            return json_response({"status": "complete_metadata", "response_payload_size": len(answer)})
         self.operations.training.delivered(request_id)
-        if isinstance(found, Failure):
-            return json_response({"error": found.text, "category": found.category})
-        if isinstance(found, dict):
-            return json_response(self.operations.names.shown(found) if call.forked else found)
+        if isinstance(answer, Failure):
+            return json_response({"error": answer.text, "category": answer.category})
+        if isinstance(answer, dict):
+            return json_response(self.operations.names.shown(answer) if call.forked else answer)
         accepts = call.request.headers.get("accept", "*/*")
         if _PROTOBUF in accepts or "*/*" in accepts:
-            return Response(found, media_type=_PROTOBUF)
+            return Response(answer, media_type=_PROTOBUF)
         operation = self.journal.operation(request_id)
-        return json_response(json_result(operation.kind if operation else "", found))
+        return json_response(json_result(operation.kind if operation else "", answer))
 
     async def _delete(self, call: Call) -> Any:
         from starlette.responses import Response

@@ -36,13 +36,13 @@ class Call:
         Raises:
             ServiceError: it is no object.
         """
-        found = json.loads(self.raw)
-        if not isinstance(found, dict):
+        content = json.loads(self.raw)
+        if not isinstance(content, dict):
             raise ServiceError("the body must be a JSON object")
         for key, kind in _TYPES.items():
-            if not isinstance(found.get(key), (kind, type(None))) or isinstance(found.get(key), bool):
-                raise ServiceError(f"{key} must be of type {kind.__name__}, got {type(found[key]).__name__}")
-        return found
+            if not isinstance(content.get(key), (kind, type(None))) or isinstance(content.get(key), bool):
+                raise ServiceError(f"{key} must be of type {kind.__name__}, got {type(content[key]).__name__}")
+        return content
 
     @property
     def custom(self) -> bool:
@@ -56,11 +56,11 @@ class Call:
         return agent.startswith("AsyncTinker/") and bool(package) and not agent.endswith(f" {package}")
 
 
-def json_response(found: Json, status: int = 200) -> Any:
+def json_response(content: Json, status: int = 200) -> Any:
     """Return a JSON answer."""
     from starlette.responses import JSONResponse
 
-    return JSONResponse(found, status)
+    return JSONResponse(content, status)
 
 
 def refusal(error: Exception) -> Any:

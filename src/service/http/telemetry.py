@@ -34,9 +34,9 @@ class Telemetry:
             "pullback_amount", "tokens, by what they were", ["what"], registry=self.registry
         )
 
-    def gauge(self, name: str, words: str, read: Any) -> None:
+    def gauge(self, name: str, description: str, read: Any) -> None:
         """Show a number that is read when it is asked for."""
-        self._prometheus.Gauge(f"pullback_{name}", words, registry=self.registry).set_function(read)
+        self._prometheus.Gauge(f"pullback_{name}", description, registry=self.registry).set_function(read)
 
     def count(self, what: str, amount: float) -> None:
         """Add to an amount."""

@@ -24,13 +24,13 @@ _PROBE_EVERY: Final = 16  # a model whose entries go unused is tried again now a
 
 def datum_keys(data: Sequence[Datum]) -> list[str]:
     """Name each datum by its tokens and targets, which are all that a forward depends on."""
-    found = []
+    keys = []
     for datum in data:
         digest = hashlib.sha256()
         for tensor in (datum.model_input.tokens, datum.loss_fn_inputs["target_tokens"].to_torch()):
             digest.update(repr(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
-        found.append(digest.hexdigest())
-    return found
+        keys.append(digest.hexdigest())
+    return keys
 
 
 @dataclass(eq=False)
@@ -104,13 +104,13 @@ class GraphCache:
         free: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
             free.setdefault(key, []).append(i)
-        found: dict[RetainedForward, list[int]] = {}
+        matches: dict[RetainedForward, list[int]] = {}
         for entry in [entry for entry in self._entries if entry.model == model]:
             if all(len(free.get(key, ())) >= entry.keys.count(key) for key in set(entry.keys)):
-                found[entry.retained] = [free[key].pop(0) for key in entry.keys]
+                matches[entry.retained] = [free[key].pop(0) for key in entry.keys]
                 self._entries.remove(entry)
                 self._records[model].used += 1
-        return found
+        return matches
 
     def drop(self, model: str) -> None:
         """Remove a model's entries: its weights have changed, or it is gone."""

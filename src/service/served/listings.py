@@ -98,9 +98,10 @@ class Listings:
         return row
 
     def _run(self, row: Json) -> Json:
-        found = [_checkpoint(one) for one in self._journal.checkpoints(row["owner"], row["id"])]
+        checkpoints = [_checkpoint(checkpoint) for checkpoint in self._journal.checkpoints(row["owner"], row["id"])]
         by_kind = {
-            kind: next((c for c in found if c["checkpoint_type"] == kind), None) for kind in ("training", "sampler")
+            kind: next((c for c in checkpoints if c["checkpoint_type"] == kind), None)
+            for kind in ("training", "sampler")
         }
         return {
             "training_run_id": row["id"],

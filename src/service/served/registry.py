@@ -70,8 +70,8 @@ class Base:
     @property
     def context(self) -> int | None:
         """Longest text, tokens; None = not known."""
-        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
+        length = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return length if isinstance(length, int) else None
 
     def tokenizer(self) -> Any:
         """Return its tokenizer.
@@ -126,8 +126,8 @@ class Sampler:
         if len(tokens) < 2:
             return [float("nan")] * len(tokens)
         needed = torch.ones(len(tokens) - 1, dtype=torch.bool)
-        found: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
-        return [float("nan"), *found.tolist()]
+        logprobs: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
+        return [float("nan"), *logprobs.tolist()]
 
     def _generator(self) -> torch.Generator:
         generator = torch.Generator(next(self.model.parameters()).device)
@@ -210,9 +210,9 @@ class ServedModels:
         theirs, ours = saved.to_json(), choice.to_json()
         differing = sorted(name for name in self._explicit[model_id] & theirs.keys() if theirs[name] != ours[name])
         if differing:
-            words = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in differing)
+            differences = ", ".join(f"{name} {theirs[name]} (here {ours[name]})" for name in differing)
             raise CheckpointError(
-                f"the adapter of {uri} has {words}, and this model was asked for otherwise: create a model from the checkpoint"
+                f"the adapter of {uri} has {differences}, unlike what this model was asked for: create one from the checkpoint"
             )
         if saved != choice:
             backend = self._backend(model_id, path)
@@ -251,7 +251,7 @@ def _tokenizer(folder: str) -> Any:
 
 @torch.no_grad()
 def _copy_adapter(source: nn.Module, target: nn.Module) -> None:
-    found = dict(source.named_parameters())
+    parameters = dict(source.named_parameters())
     for name, p in target.named_parameters():
         if p.requires_grad:
-            p.copy_(found[name])
+            p.copy_(parameters[name])

@@ -1,25 +1,35 @@
-"""Sampling sessions: on weights in memory, on a checkpoint, or on the base."""
+"""Sampling at the service: its sessions, the log-probs that are asked for beside completions, and where a completion ends."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self, final
 
+import torch
+from torch import Tensor
+
+from ...backends import SamplingParams
+from ...backends.native.sampling import Ends
+from ...backends.types import Rollout
 from ...datums.types import ModelInput
-from ...errors import NotFoundError, ServiceError, TooLargeError
+from ...errors import ConfigError, NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
 from ..durability.sequencer import Sequencer, require_number
 from ..limits import Limits
+from ..wire.json_form import decode_json_tensor
 from ..wire.protobuf import tokens_of
-from ..wire.sampling import encode_sample
-from .registry import Sampler, ServedModels
-from .scores import RequestedScores
-from .stopping import sampling_of
+from ..wire.sampling import NOT_SCORED, SampleScores, TopK, encode_sample
+from .registry import Base, Sampler, ServedModels
 
 __all__ = ["Samplers"]
 
 Json = dict[str, Any]
 _USED = "the number of {} was used for another request; numbers go up by one"
+_MOST: Final = 1 << 24  # numbers of one answer
+_KNOWN: Final = {"max_tokens", "temperature", "top_k", "top_p", "stop", "seed"}
+_BYTES: Final = 4  # a character's most, and a token is at least one
 
 
 @final
@@ -122,3 +132,129 @@ class Samplers:
         self._loaded[session] = sampler
         while len(self._loaded) > self._limits.samplers:
             self._loaded.popitem(last=False)
+
+
+@final
+@dataclass(frozen=True)
+class RequestedScores:
+    """The scores that one request asks for.
+
+    Attributes:
+        prompt: log-probs of the prompt's tokens.
+        last: of how many of them; None = all but the first.
+        prompt_top, completion_top: k of the top-k tokens at each position.
+        sampled: how many tokens are sampled at each position of the prompt.
+        temperature: they are sampled at.
+        given: int64 [T - 1, K]; tokens of the prompt's positions, -1 = none.
+    """
+
+    prompt: bool
+    last: int | None
+    prompt_top: int
+    completion_top: int
+    sampled: int
+    temperature: float
+    given: Tensor | None
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], prompt: ModelInput, temperature: float) -> Self:
+        """Read a request.
+
+        Raises:
+            ConfigError: a number that cannot be, or tokens that do not fit the prompt.
+        """
+        last, given = body.get("prompt_logprobs_last_n"), body.get("target_prompt_logprobs")
+        if last is not None and not 1 <= require_number("prompt_logprobs_last_n", last) < len(prompt):
+            raise ConfigError(f"prompt_logprobs_last_n is {last}; the prompt has {len(prompt) - 1} tokens to score")
+        tensor = None if given is None else decode_json_tensor(given).long()
+        if tensor is not None and (tensor.dim() != 2 or len(tensor) != len(prompt) - 1):
+            raise ConfigError(
+                f"target_prompt_logprobs has the shape {tuple(tensor.shape)}; a prompt of {len(prompt)} tokens takes "
+                f"[{len(prompt) - 1}, K]"
+            )
+        return cls(
+            prompt=bool(body.get("prompt_logprobs")),
+            last=last,
+            prompt_top=_count(body, "topk_prompt_logprobs"),
+            completion_top=_count(body, "topk_sample_logprobs"),
+            sampled=_count(body, "prompt_alt_tokens_k"),
+            temperature=temperature,
+            given=tensor,
+        )
+
+    def answer(self, sampler: Sampler, prompt: ModelInput, rollouts: Sequence[Rollout]) -> SampleScores:
+        """Compute them."""
+        tokens = prompt.tokens
+        self._check(sampler.vocab_size, len(tokens) + sum(len(r.tokens) for r in rollouts))
+        tops = [self._completion_top(sampler, tokens, r.tokens) for r in rollouts] if self.completion_top else []
+        return SampleScores(
+            prompt=self._blank(torch.tensor(sampler.prompt_logprobs(prompt))) if self.prompt else None,
+            prompt_top=self._prompt_top(sampler, tokens) if self.prompt_top else None,
+            completion_top=tops,
+            sampled=sampler.sampled(tokens, self.sampled, self.temperature) if self.sampled else None,
+            given=None if self.given is None else sampler.given(tokens, self.given),
+        )
+
+    def _check(self, vocab: int, tokens: int) -> None:
+        most = max(self.prompt_top, self.completion_top)
+        if most > vocab:
+            raise ConfigError(f"the {most} most likely tokens were asked for; the vocabulary has {vocab}")
+        columns = 0 if self.given is None else self.given.shape[1]
+        if tokens * max(most, self.sampled, columns) > _MOST:
+            raise ConfigError(f"more than {_MOST} numbers were asked for at once; ask for fewer of each position")
+        if self.given is not None and self.given.numel() and int(self.given.max()) >= vocab:
+            raise ConfigError(f"target_prompt_logprobs names token {int(self.given.max())} of a vocabulary of {vocab}")
+
+    def _prompt_top(self, sampler: Sampler, tokens: Tensor) -> TopK:
+        ids, logprobs = sampler.top_k(tokens, self.prompt_top)
+        ids, logprobs = (torch.cat([x.new_zeros(1, self.prompt_top), x]) for x in (ids, logprobs))
+        unscored = torch.ones(len(ids), 1, dtype=torch.bool)
+        unscored[len(ids) - self.last if self.last else 1 :] = False
+        return ids.masked_fill(unscored, 0), logprobs.masked_fill(unscored, NOT_SCORED)
+
+    def _completion_top(self, sampler: Sampler, prompt: Tensor, tokens: Sequence[int]) -> TopK:
+        ids, logprobs = sampler.top_k(torch.cat([prompt, torch.tensor(tokens)]), self.completion_top)
+        return ids[len(prompt) - 1 :], logprobs[len(prompt) - 1 :]
+
+    def _blank(self, logprobs: Tensor) -> Tensor:
+        if self.last:
+            logprobs[: -self.last] = torch.nan
+        return logprobs
+
+
+def _count(body: Mapping[str, Any], name: str) -> int:
+    return require_number(name, body.get(name) or 0)
+
+
+def sampling_of(given: Mapping[str, Any], base: Base, prompt: ModelInput) -> tuple[SamplingParams, Ends | None]:
+    """Read ``sampling_params``.
+
+    ``stop`` absent: the model's own end-of-text tokens; token ids: these and no others; strings: the completion also ends
+    with the token after which its text holds one of them. ``max_tokens`` absent: as far as the model's context goes.
+
+    Raises:
+        ConfigError: a key or value that is not known.
+    """
+    unknown = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None)
+    if unknown:
+        raise ConfigError(f"sampling_params has keys that this server does not know: {unknown}")
+    chosen = {k: v for k, v in given.items() if v is not None}
+    if "max_tokens" not in chosen and base.context is not None:
+        chosen["max_tokens"] = max(1, base.context - len(prompt))
+    stop = chosen.pop("stop", None)
+    strings = [stop] if isinstance(stop, str) else stop
+    if strings is None or (isinstance(strings, list) and all(type(t) is int for t in strings)):
+        return SamplingParams(**chosen, stop=strings), None
+    if not isinstance(strings, list) or not all(isinstance(t, str) and t for t in strings):
+        raise ConfigError(f"stop must be a string, a list of strings, or a list of token ids, got {stop!r}")
+    return SamplingParams(**chosen), _holds(strings, base)
+
+
+def _holds(strings: Sequence[str], base: Base) -> Ends:
+    tokenizer, reach = base.tokenizer(), _BYTES * max(map(len, strings))
+
+    def ends(tokens: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(tokens[-reach:]), skip_special_tokens=False)
+        return any(string in text for string in strings)
+
+    return ends

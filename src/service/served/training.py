@@ -112,10 +112,10 @@ class Training:
 
         def work() -> Answer:
             for request in self._acknowledgements.unacknowledged(model_id, number, sent):
-                found = self._sequencer.result(owner, request).result()
-                if isinstance(found, Failure):
+                answer = self._sequencer.result(owner, request).result()
+                if isinstance(answer, Failure):
                     raise PrecedingOperationFailed(
-                        f"an earlier gradient operation failed ({found.text}) and this step was sent before that was known; "
+                        f"an earlier gradient operation failed ({answer.text}) and this step was sent before that was known; "
                         "the accumulation holds the other gradients: step again, or go on without them"
                     )
             self._acknowledgements.stepped(model_id, number)
@@ -195,9 +195,9 @@ def _settled(future: Future[T], encode: Callable[[T], Answer]) -> Answer:
 
 
 def _output(output: ForwardBackwardOutput) -> bytes:
-    outputs = [dict(one) for one in output.loss_fn_outputs]
-    if any("scored" in one for one in outputs):
-        for one in outputs:
-            ones = one["logprobs"].to_torch().new_ones(one["logprobs"].shape[:1])
-            one.setdefault("scored", TensorData(ones))
+    outputs = [dict(fields) for fields in output.loss_fn_outputs]
+    if any("scored" in fields for fields in outputs):
+        for fields in outputs:
+            ones = fields["logprobs"].to_torch().new_ones(fields["logprobs"].shape[:1])
+            fields.setdefault("scored", TensorData(ones))
     return encode_output(outputs, output.metrics)

@@ -42,13 +42,13 @@ class LogicalNames:
         """
         if not isinstance(path, str) or path.startswith(_SCHEME):
             return path
-        found = [row for row in self._rows(owner) if path in (_name(row["uri"]), _qualified(row["uri"]))]
-        found = [row for row in found if row["model"] == model_id] or found
-        if len(found) == 1:
-            return found[0]["uri"]
-        if not found:
+        rows = [row for row in self._rows(owner) if path in (_name(row["uri"]), _qualified(row["uri"]))]
+        rows = [row for row in rows if row["model"] == model_id] or rows
+        if len(rows) == 1:
+            return rows[0]["uri"]
+        if not rows:
             raise CheckpointError(f"there is no checkpoint {path!r}; those of this key are {self.listing(owner)}")
-        several = sorted(_qualified(row["uri"]) for row in found)
+        several = sorted(_qualified(row["uri"]) for row in rows)
         raise CheckpointError(f"{path!r} is the name of several checkpoints; give one of {several}")
 
     def _rows(self, owner: str) -> list[dict[str, Any]]:

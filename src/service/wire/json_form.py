@@ -41,13 +41,13 @@ def json_result(kind: str, answer: bytes) -> dict[str, Any]:
     """Write a protobuf answer as JSON; numbers that JSON does not have become null."""
     if kind == "sample":
         return _sample(message("SampleResponse").FromString(answer))
-    found = message("ForwardBackwardOutput").FromString(answer)
+    output = message("ForwardBackwardOutput").FromString(answer)
     outputs: list[dict[str, Any]] = []
-    for record in found.loss_fn_outputs:
+    for record in output.loss_fn_outputs:
         columns = {key: _split(field) for key, field in record.fields.items()}
         outputs += [{key: _json_tensor(parts[i]) for key, parts in columns.items()} for i in range(record.num_datums)]
-    metrics = {key: value for key, value in found.metrics.items() if math.isfinite(value)}
-    return {"loss_fn_output_type": found.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": metrics}
+    metrics = {key: value for key, value in output.metrics.items() if math.isfinite(value)}
+    return {"loss_fn_output_type": output.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": metrics}
 
 
 def _datum(datum: Mapping[str, Any], index: int) -> Datum:
@@ -64,9 +64,9 @@ def decode_json_tensor(value: Any) -> Tensor:
     """Read a tensor; raises what torch or a lookup raises."""
     if value.get("sparse_crow_indices") is not None:
         raise ValueError("sparse tensors travel by protobuf")
-    found = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
+    tensor = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
     shape = value.get("shape")
-    return found if shape is None else found.reshape(shape)
+    return tensor if shape is None else tensor.reshape(shape)
 
 
 def _split(field: Any) -> list[Tensor]:
@@ -81,24 +81,24 @@ def _json_tensor(values: Tensor) -> dict[str, Any]:
     return {"data": numbers, "dtype": dtype, "shape": list(values.shape)}
 
 
-def _sample(found: Any) -> dict[str, Any]:
+def _sample(response: Any) -> dict[str, Any]:
     sequences = []
-    for one in found.sequences:
-        tokens, logprobs = decode_tensor(one.tokens, 3).tolist(), decode_tensor(one.logprobs, 1).tolist()
-        reason = "length" if one.stop_reason == 1 else "stop"
+    for sequence in response.sequences:
+        tokens, logprobs = decode_tensor(sequence.tokens, 3).tolist(), decode_tensor(sequence.logprobs, 1).tolist()
+        reason = "length" if sequence.stop_reason == 1 else "stop"
         sequences.append({"stop_reason": reason, "tokens": tokens, "logprobs": logprobs})
-        if one.HasField("topk_sampled_logprobs"):
-            sequences[-1]["topk_logprobs"] = _rows(one.topk_sampled_logprobs)
+        if sequence.HasField("topk_sampled_logprobs"):
+            sequences[-1]["topk_logprobs"] = _rows(sequence.topk_sampled_logprobs)
     written: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_logprobs": None}
-    if found.HasField("prompt_logprobs"):
-        scores = decode_tensor(found.prompt_logprobs, 1).tolist()
+    if response.HasField("prompt_logprobs"):
+        scores = decode_tensor(response.prompt_logprobs, 1).tolist()
         written["prompt_logprobs"] = [x if math.isfinite(x) else None for x in scores]
-    if found.HasField("topk_prompt_logprobs"):
-        written["topk_prompt_logprobs"] = _rows(found.topk_prompt_logprobs)
-    if found.HasField("target_prompt_logprobs"):
-        written["target_prompt_logprobs"] = _dense(found.target_prompt_logprobs)
-    if found.HasField("prompt_alt_tokens"):
-        sampled = found.prompt_alt_tokens
+    if response.HasField("topk_prompt_logprobs"):
+        written["topk_prompt_logprobs"] = _rows(response.topk_prompt_logprobs)
+    if response.HasField("target_prompt_logprobs"):
+        written["target_prompt_logprobs"] = _dense(response.target_prompt_logprobs)
+    if response.HasField("prompt_alt_tokens"):
+        sampled = response.prompt_alt_tokens
         written["prompt_alt_tokens"] = {"tokens": _dense(sampled.tokens), "logprobs": _dense(sampled.logprobs)}
     return written
 

@@ -143,14 +143,14 @@ def tokens_of(model_input: Any) -> list[int]:
     Raises:
         DatumError: it holds what is no text.
     """
-    found: list[int] = []
+    tokens: list[int] = []
     for chunk in model_input["chunks"]:
         if chunk.get("type", "encoded_text") != "encoded_text":
             raise DatumError(f"the input has a chunk of type {chunk.get('type')!r}; only text can be read here")
-        found += chunk["tokens"]
-    if not all(isinstance(token, int) for token in found):
+        tokens += chunk["tokens"]
+    if not all(isinstance(token, int) for token in tokens):
         raise DatumError("tokens must be whole numbers")
-    return found
+    return tokens
 
 
 def _datum(datum: Any, index: int) -> Datum:
@@ -214,9 +214,9 @@ def _messages() -> dict[str, Any]:
     for line in _TABLE.strip().splitlines():
         name, fields = line.split(": ", 1)
         names.append(name)
-        one = file.message_type.add(name=name)
+        descriptor = file.message_type.add(name=name)
         for field in fields.split("; "):
-            _add_field(one, *field.split(" "))
+            _add_field(descriptor, *field.split(" "))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {
@@ -224,23 +224,25 @@ def _messages() -> dict[str, Any]:
     }
 
 
-def _add_field(one: Any, number: str, name: str, kind: str, label: str = "") -> None:
-    field = one.field.add(name=name, number=int(number), label=3 if label == "*" or kind.startswith("map") else 1)
+def _add_field(descriptor: Any, number: str, name: str, kind: str, label: str = "") -> None:
+    field = descriptor.field.add(
+        name=name, number=int(number), label=3 if label == "*" or kind.startswith("map") else 1
+    )
     if kind.startswith("map<"):
-        entry = one.nested_type.add(name="".join(part.title() for part in name.split("_")) + "Entry")
+        entry = descriptor.nested_type.add(name="".join(part.title() for part in name.split("_")) + "Entry")
         entry.options.map_entry = True
         entry.field.add(name="key", number=1, label=1, type=9)
         _set_type(entry.field.add(name="value", number=2, label=1), kind[4:-1])
-        field.type, field.type_name = 11, f".pullback_wire.{one.name}.{entry.name}"
+        field.type, field.type_name = 11, f".pullback_wire.{descriptor.name}.{entry.name}"
         return
     _set_type(field, kind)
     if label == "?":
         field.proto3_optional = True
     if label.startswith("|") or label == "?":
         oneof = label[1:] if label.startswith("|") else f"_{name}"
-        known = [o.name for o in one.oneof_decl]
+        known = [o.name for o in descriptor.oneof_decl]
         if oneof not in known:
-            one.oneof_decl.add(name=oneof)
+            descriptor.oneof_decl.add(name=oneof)
             known.append(oneof)
         field.oneof_index = known.index(oneof)
 

@@ -25,7 +25,7 @@ class SampleScores:
 
     Attributes:
         prompt: fp32 [T]; log-probs of the prompt's tokens, NaN where not scored.
-        prompt_top: ids and log-probs [T, k] of the likeliest tokens at the prompt's positions.
+        prompt_top: ids and log-probs [T, k] of the top-k tokens at the prompt's positions.
         completion_top: the same at each completion's positions.
         sampled: ids and log-probs [T - 1, k] of tokens sampled at the prompt's positions.
         given: fp32 [T - 1, K]; log-probs of the tokens that the client gave.
@@ -42,13 +42,13 @@ def encode_sample(sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]
     """Write a ``SampleResponse`` from (stop reason, tokens, log-probs) and what was asked for beside them."""
     written = message("SampleResponse")()
     for i, (reason, tokens, logprobs) in enumerate(sequences):
-        one = written.sequences.add(
+        sequence = written.sequences.add(
             stop_reason=_STOP_REASONS[reason],
             tokens=packed(torch.tensor(tokens, dtype=torch.int32)),
             logprobs=packed(torch.tensor(logprobs, dtype=torch.float32)),
         )
         if scores.completion_top:
-            _write_top(one.topk_sampled_logprobs, scores.completion_top[i])
+            _write_top(sequence.topk_sampled_logprobs, scores.completion_top[i])
     if scores.prompt is not None:
         written.prompt_logprobs = packed(scores.prompt.float())
     if scores.prompt_top is not None:
@@ -61,8 +61,8 @@ def encode_sample(sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]
     return bytes(written.SerializeToString())
 
 
-def _write_top(field: Any, found: TopK) -> None:
-    ids, logprobs = found
+def _write_top(field: Any, top: TopK) -> None:
+    ids, logprobs = top
     field.token_ids, field.logprobs = packed(ids.int()), packed(logprobs.float())
     field.length, field.k = ids.shape
 

@@ -274,7 +274,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, models: Any) -> None:
     with pytest.raises(ConfigError, match="log-probs only"):
         first.reference().forward(DATA, "ppo")
     assert first.reference().forward(DATA).result()
-    models = len(models.backends)
+    before = len(models.backends)
     path = first.save_state("here-1").result().path
     second.load_state_with_optimizer(path).result()
     for backend in (first, second):
@@ -293,7 +293,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, models: Any) -> None:
     first.forward_backward(bad, "ppo")
     with pytest.raises(UnreadFailureError, match="vocabulary"):
         first.close()
-    assert len(models.backends) == models - 2  # its own, and its reference
+    assert len(models.backends) == before - 2  # its own, and its reference
 
 
 def test_the_client_decides_the_sdk(fireworks: Any, url: str, monkeypatch: Any) -> None:
