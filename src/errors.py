@@ -19,7 +19,7 @@ PullbackError
 |       `-- NotDifferentiableError      no path from the log-probs to the loss
 |-- BackendError (RuntimeError)         a backend refuses or fails
 |   |-- PrecedingOperationFailed        the window is spoiled by an earlier failure
-|   |-- UnreadFailureError              closed while a failure was never read
+|   |-- UnretrievedFailureError         closed while a failure had never been retrieved
 |   |-- DoubleNormalizationError        the gradient would be divided twice
 |   |-- NonFiniteError (ArithmeticError) NaN or inf in log-probs, cotangent or gradient
 |   |-- LeakyModelError                 the model mixes sequences, or sees the future
@@ -41,6 +41,8 @@ import difflib
 import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
+
+from .deprecation import moved
 
 _MOST_PROBLEMS: Final = 100  # that a message shows
 
@@ -134,8 +136,8 @@ class PrecedingOperationFailed(BackendError):
     """An earlier gradient operation failed, so the window is not what you think it is."""
 
 
-class UnreadFailureError(BackendError):
-    """The backend was closed while a failed operation had never been read."""
+class UnretrievedFailureError(BackendError):
+    """The backend was closed while the error of a failed operation had never been retrieved."""
 
 
 class DoubleNormalizationError(BackendError):
@@ -217,3 +219,6 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for a close spelling, else an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+__getattr__ = moved(__name__, {"UnreadFailureError": ("errors", "UnretrievedFailureError")})

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(pullback.__file__).parent
 MAY_IMPORT = {
     "__main__": {"cli"},
-    "errors": set(),
+    "errors": {"deprecation"},
     "deprecation": set(),
     "losses": {"errors", "deprecation"},
     "ops": {"errors", "deprecation"},

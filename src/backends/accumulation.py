@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from ..errors import PrecedingOperationFailed, UnreadFailureError
+from ..errors import PrecedingOperationFailed, UnretrievedFailureError
 from .engine import Gradient
 from .futures import Outcome
 from .normalization import Ledger
@@ -75,10 +75,10 @@ def preceding_failure(cause: BaseException) -> PrecedingOperationFailed:
     )
 
 
-def unretrieved(failures: Sequence[BaseException]) -> UnreadFailureError:
+def unretrieved(failures: Sequence[BaseException]) -> UnretrievedFailureError:
     """Return the error of a backend that is closed on failures that nobody has seen."""
     first = failures[0]
-    return UnreadFailureError(
+    return UnretrievedFailureError(
         f"{len(failures)} operation(s) failed and their futures were never read; the first: "
         f"{type(first).__name__}: {first}"
     )

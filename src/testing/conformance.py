@@ -17,7 +17,7 @@ from ..errors import (
     DoubleNormalizationError,
     PrecedingOperationFailed,
     PullbackError,
-    UnreadFailureError,
+    UnretrievedFailureError,
     UnsupportedError,
 )
 from ..losses import CrossEntropy, Loss, get_loss
@@ -194,7 +194,7 @@ def close_reports_failures(under_test: BackendUnderTest) -> None:
     """Closing a backend raises an exception that was never retrieved; a closed backend refuses calls."""
     backend = under_test.make()
     unknown_loss = backend.forward_backward(under_test.data(), "gpro")
-    _must_raise(UnreadFailureError, "close with an unretrieved exception", backend.close)
+    _must_raise(UnretrievedFailureError, "close with an unretrieved exception", backend.close)
     _must_raise(ClosedError, "a call after close", lambda: backend.forward(under_test.data()).result())
     assert unknown_loss.exception() is not None, "an unknown loss did not fail"
 

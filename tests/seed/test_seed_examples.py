@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pullback
 from pullback import AdamParams, Datum, TorchBackend, preset
-from pullback.errors import InvalidDatumsError, NotDifferentiableError, UnreadFailureError
+from pullback.errors import InvalidDatumsError, NotDifferentiableError, UnretrievedFailureError
 from pullback.losses import DPO
 from pullback.testing import TinyLM
 
@@ -114,7 +114,7 @@ def test_pitfalls() -> None:
     with pytest.raises(NotDifferentiableError):
         backend.forward_backward_custom(datums, lambda d, lp: (torch.tensor(1.0), {})).result()
     forgotten = backend.forward_backward_custom(short, raw_sum)
-    with pytest.raises(UnreadFailureError, match="weights"):
+    with pytest.raises(UnretrievedFailureError, match="weights"):
         backend.close()
     del forgotten
 

@@ -20,7 +20,7 @@ from pullback.errors import (
     MixedDenominatorsError,
     NonFiniteError,
     PrecedingOperationFailed,
-    UnreadFailureError,
+    UnretrievedFailureError,
 )
 from pullback.losses import DPO, ORPO, CrossEntropy, preset
 from pullback.testing import TinyLM
@@ -197,7 +197,7 @@ def test_unread_failure_is_raised_by_close() -> None:
     """Whoever forgets .result() learns of it at the end."""
     backend = tiny_backend()
     future = backend.forward_backward(DATA, "nonsense")
-    with pytest.raises(UnreadFailureError, match="nonsense"):
+    with pytest.raises(UnretrievedFailureError, match="nonsense"):
         backend.close()
     assert future.exception() is not None
 

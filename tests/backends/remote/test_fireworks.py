@@ -20,7 +20,7 @@ from pullback.errors import (
     DoubleNormalizationError,
     MissingExtraError,
     RemoteError,
-    UnreadFailureError,
+    UnretrievedFailureError,
     UnsupportedError,
 )
 from pullback.losses import GRPO
@@ -291,7 +291,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, models: Any) -> None:
         first.sample([ModelInput.from_ints([1])], 1, SamplingParams()).result()
     bad = [d.with_inputs(target_tokens=[99] * len(d.model_input)) for d in given("ppo")]
     first.forward_backward(bad, "ppo")
-    with pytest.raises(UnreadFailureError, match="vocabulary"):
+    with pytest.raises(UnretrievedFailureError, match="vocabulary"):
         first.close()
     assert len(models.backends) == before - 2  # its own, and its reference
 

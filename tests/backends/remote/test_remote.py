@@ -23,7 +23,7 @@ from pullback.errors import (
     MixedDenominatorsError,
     PrecedingOperationFailed,
     RemoteError,
-    UnreadFailureError,
+    UnretrievedFailureError,
     UnsupportedError,
 )
 from pullback.losses import DPO, CrossEntropy
@@ -254,7 +254,7 @@ def test_a_window_that_lacks_a_batch_makes_no_step(connect: Any) -> None:
     with pytest.raises(UnsupportedError, match="cannot forget"):
         backend.discard_gradients()
     backend.forward_backward(DATA, "pqo")
-    with pytest.raises(UnreadFailureError, match="pqo"):
+    with pytest.raises(UnretrievedFailureError, match="pqo"):
         backend.close()
 
 
