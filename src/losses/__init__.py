@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from ..deprecation import moved
 from .adapt import batch_from_datums
-from .advantages import GroupAdvantages, group_advantages
 from .aggregation import AGGREGATIONS, Aggregation, fixed_length
 from .base import Loss, LossOutput, Part, Term
 from .batch import TokenBatch
-from .clip import ClipRange
 from .functional import (
     bounded_exp,
     capped_log_odds,
@@ -19,8 +17,10 @@ from .functional import (
     log_odds_ratio,
     negative_log_likelihood,
 )
-from .kl import KL
 from .metrics import Metric, combine_metrics, wire_metrics
+from .parts.advantages import GroupAdvantages, group_advantages
+from .parts.clip import ClipRange
+from .parts.kl import KL
 from .policy import GRPO, PPO, ImportanceSampling
 from .preference import DPO, ORPO
 from .recipes import Recipe, preset, preset_names, recipe
@@ -74,4 +74,4 @@ __all__ = [
     "wire_metrics",
 ]
 
-__getattr__ = moved(__name__, {"RatioBand": ("losses.clip", "ClipRange")})
+__getattr__ = moved(__name__, {"RatioBand": ("losses", "ClipRange")})

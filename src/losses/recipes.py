@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ..errors import ConfigError, suggestion
 from .aggregation import Aggregation, fixed_length
 from .base import Loss, Normalization
-from .clip import ClipRange
-from .kl import KL
+from .parts.clip import ClipRange
+from .parts.kl import KL
 from .policy import GRPO, PPO, ImportanceSampling
 from .preference import DPO, ORPO
 from .supervised import CrossEntropy

@@ -66,7 +66,7 @@ def test_a_custom_loss_costs_one_forward(service: Any, models: Any, unembed: boo
 
 def held(tokens: list[int]) -> tuple[list[str], RetainedForward]:
     backend, given = TorchBackend(TinyLM()), make_data(tokens)
-    return datum_keys(given), backend.hold(given).result()
+    return datum_keys(given), backend.forward_retain(given).result()
 
 
 def test_leases_are_bounded_by_time_and_bytes_and_by_use() -> None:

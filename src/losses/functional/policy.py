@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...deprecation import renamed_keyword
-from ..clip import ClipRange
+from ..parts.clip import ClipRange
 
 __all__ = ["clipped_surrogate"]
 

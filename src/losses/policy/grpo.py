@@ -15,12 +15,12 @@ from ..aggregation import Aggregation
 from ..base import GradientKind, Loss, Term
 from ..batch import TokenBatch
 from ..checks import choice
-from ..clip import DEFAULT_CLIP, ClipRange
 from ..functional.kl import KLEstimator, kl_value
 from ..functional.policy import clipped_surrogate
-from ..kl import KL, KLGradient
 from ..metrics import Metric, mean
-from ..ratio import anchor_ratio, ratio_metrics
+from ..parts.clip import DEFAULT_CLIP, ClipRange
+from ..parts.kl import KL, KLGradient
+from ..parts.ratio import anchor_ratio, ratio_metrics
 
 __all__ = ["GRPO"]
 

@@ -11,7 +11,7 @@ from ..base import GradientKind, Loss, Term
 from ..batch import TokenBatch
 from ..functional.policy import clipped_surrogate
 from ..metrics import Metric
-from ..ratio import anchor_ratio, ratio_metrics
+from ..parts.ratio import anchor_ratio, ratio_metrics
 
 __all__ = ["ImportanceSampling"]
 

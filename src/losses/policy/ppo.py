@@ -9,10 +9,10 @@ from typing import ClassVar, Self, final
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss, Term
 from ..batch import TokenBatch
-from ..clip import DEFAULT_CLIP, ClipRange
 from ..functional.policy import clipped_surrogate
 from ..metrics import Metric
-from ..ratio import anchor_ratio, ratio_metrics
+from ..parts.clip import DEFAULT_CLIP, ClipRange
+from ..parts.ratio import anchor_ratio, ratio_metrics
 
 __all__ = ["PPO"]
 

@@ -165,24 +165,24 @@ def test_held_forwards_serve_any_later_call(order: list[int], first: set[int], s
         for part in (first, second - first):
             at = [i for i in order if i in part]
             if at:
-                held[backend.hold([data[i] for i in at]).result()] = at
-        found = backend.pull(held, data, "ppo").result()
+                held[backend.forward_retain([data[i] for i in at]).result()] = at
+        found = backend.backward(held, data, "ppo").result()
     assert distance(backend.gradients(), plain.gradients()) < 1e-12
     assert found.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"])
     assert found.metrics["reused_tokens:sum"] + found.metrics["forward_tokens:sum"] == 21
     assert counter.get_total_flops() == whole.get_total_flops()
     for one in held:
         with pytest.raises(BackendError, match="serves the datums"):
-            backend.pull({backend.hold(data[:1]).result(): [1]}, data, "ppo").result()
+            backend.backward({backend.forward_retain(data[:1]).result(): [1]}, data, "ppo").result()
         with pytest.raises(BackendError, match="pulled already"):
-            backend.pull({one: held[one]}, data, "ppo").result()
+            backend.backward({one: held[one]}, data, "ppo").result()
 
 
 def test_a_held_forward_does_not_outlive_its_weights() -> None:
     """After a step it is refused."""
     backend, data = TorchBackend(TinyLM()), make_data([5, 7])
-    held = backend.hold(data).result()
+    held = backend.forward_retain(data).result()
     backend.forward_backward(data, "cross_entropy").result()
     backend.optim_step(AdamParams()).result()
     with pytest.raises(BackendError, match="changed since"):
-        backend.pull({held: [0, 1]}, data, "cross_entropy").result()
+        backend.backward({held: [0, 1]}, data, "cross_entropy").result()

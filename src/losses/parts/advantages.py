@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DatumError, LengthError
-from .checks import choice, number
+from ...errors import DatumError, LengthError
+from ..checks import choice, number
 
 __all__ = ["GroupAdvantages", "group_advantages"]
 

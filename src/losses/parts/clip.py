@@ -9,8 +9,8 @@ from typing import Final, final
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from .checks import number
+from ...errors import ConfigError
+from ..checks import number
 
 __all__ = ["DEFAULT_CLIP", "ClipRange"]
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from .batch import TokenBatch
+from ..batch import TokenBatch
+from ..functional.kl import kl_value
+from ..functional.numerics import EXPONENT_LIMIT, bounded_exp
+from ..metrics import Metric, maximum, mean, total
 from .clip import ClipRange
-from .functional.kl import kl_value
-from .functional.numerics import EXPONENT_LIMIT, bounded_exp
-from .metrics import Metric, maximum, mean, total
 
 __all__ = ["anchor_ratio", "ratio_metrics"]
 

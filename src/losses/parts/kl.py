@@ -8,9 +8,9 @@ from typing import Final, Literal, final, get_args
 import torch
 from torch import Tensor
 
-from ..errors import BiasedGradientError
-from .checks import choice, number
-from .functional.kl import KLEstimator, kl_value
+from ...errors import BiasedGradientError
+from ..checks import choice, number
+from ..functional.kl import KLEstimator, kl_value
 
 __all__ = ["KL", "KLGradient"]
 

@@ -1,0 +1,1 @@
+"""What policy losses are put together from: ratios, clip ranges, KL penalties, advantages."""
