@@ -18,7 +18,7 @@ PullbackError
 |       |-- LossTypeError (TypeError)   not a (scalar tensor, dict) pair
 |       `-- NotDifferentiableError      no path from the log-probs to the loss
 |-- BackendError (RuntimeError)         a backend refuses or fails
-|   |-- PrecedingOperationFailed        the window is spoiled by an earlier failure
+|   |-- PrecedingOperationFailed        the step would lack a batch that failed
 |   |-- UnretrievedFailureError         closed while a failure had never been retrieved
 |   |-- DoubleNormalizationError        the gradient would be divided twice
 |   |-- NonFiniteError (ArithmeticError) NaN or inf in log-probs, cotangent or gradient
@@ -133,7 +133,7 @@ class BackendError(PullbackError, RuntimeError):
 
 
 class PrecedingOperationFailed(BackendError):
-    """An earlier gradient operation failed, so the window is not what you think it is."""
+    """An earlier gradient operation failed, so the step would not be what was asked for."""
 
 
 class UnretrievedFailureError(BackendError):

@@ -101,3 +101,15 @@ def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield make
     for backend in made:
         backend._service.__exit__(None, None, None)
+
+
+@pytest.fixture
+def fireworks(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Fireworks' client."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    from fireworks_sdk import finish, sdk
+    from servers import KEY
+
+    client = sdk.ServiceClient(base_url=url, api_key=KEY)
+    yield client
+    finish(client, url)

@@ -27,10 +27,7 @@ __all__ = ["Backend"]
 
 class Backend:
     """Trains and samples a model through an `Engine`: argument checks, order, futures, accumulation and its failures,
-    normalisation and plans are here; the work is the engine's.
-
-    Operations take effect in submission order. Those of an engine in this process run in the caller's thread (under its
-    autocast, its FLOP counters) and return finished futures.
+    normalisation and plans are here; the work is the engine's, in the order in which it is submitted.
 
     Args:
         engine: does the work.

@@ -52,21 +52,21 @@ class TrainerBackend(Protocol):
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str | Loss, loss_fn_config: Mapping[str, Any] | None = None
     ) -> Future[ForwardBackwardOutput]:
-        """Add the gradient of a registered loss to the window."""
+        """Accumulate the gradient of a registered loss."""
         ...
 
     def forward_backward_custom(self, data: Sequence[Datum], loss_fn: CustomLoss) -> Future[ForwardBackwardOutput]:
-        """Add the gradient of any function of the log-probs to the window."""
+        """Accumulate the gradient of any function of the log-probs."""
         ...
 
     def optim_step(
         self, params: AdamParams, grad_accumulation_normalization: NormalizationMode = None
     ) -> Future[OptimStepOutput]:
-        """Divide the window's gradient once, clip it, make one AdamW step, and open a new window."""
+        """Divide the accumulated gradient once, clip it and make one AdamW step."""
         ...
 
     def discard_gradients(self) -> None:
-        """Empty the window, spoiled or not."""
+        """Forget what has been accumulated, failed or not."""
         ...
 
     def plan(self, loss_fn: str | Loss | CustomLoss, data: Sequence[Datum]) -> Plan:
@@ -78,7 +78,7 @@ class TrainerBackend(Protocol):
         ...
 
     def save_state(self, name: str) -> Future[SaveStateOutput]:
-        """Write weights, optimizer, window, counters and random state."""
+        """Write weights, optimizer, accumulation, counters and random state."""
         ...
 
     def load_state(self, path: str) -> Future[None]:

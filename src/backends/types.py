@@ -65,7 +65,7 @@ class SamplingParams:
     Args:
         max_tokens: longest completion, tokens.
         temperature: 0 = greedy.
-        top_k: keep the k likeliest tokens; -1 = all.
+        top_k: keep the k most probable tokens; -1 = all.
         top_p: keep the smallest set of tokens with this mass; 1.0 = all.
         stop: token ids that end a completion (they are part of it); None = the model's own end-of-text tokens.
         seed: makes the samples repeatable, whatever other prompts are drawn with them; None = the backend's running
@@ -145,7 +145,7 @@ class ForwardBackwardOutput:
 @final
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One gradient operation of a window.
+    """One gradient operation of an accumulation.
 
     Attributes:
         operation: number of the operation, from 1.
@@ -173,10 +173,10 @@ class OptimStepOutput:
 
     Attributes:
         metrics: ``grad_norm`` (after normalisation, before clipping), ``divided_by``, ``learning_rate``.
-        stepped: False if the window held no gradient; then nothing changed.
+        stepped: False if nothing had accumulated; then nothing changed.
         divided_by: the one number the summed gradient was divided by.
         normalization: in words, e.g. ``token_mean over 7 calls``.
-        ledger: what the window held.
+        ledger: what had accumulated.
     """
 
     metrics: Mapping[str, float]
@@ -211,9 +211,9 @@ class Plan:
         reason: why.
         micro_batches: datum indices of each forward.
         layout: ``packed``, ``padded`` or ``single``.
-        tokens: tokens that go through the trunk, padding included.
+        tokens: tokens that go through the base model, padding included.
         scored: positions that go through the head.
-        recomputed: tokens whose trunk runs a second time.
+        recomputed: tokens that run through it a second time.
         forward_flops, backward_flops: estimate, from the matrix products; a second run counts as backward.
         graph_bytes: estimate of what the graphs hold at most, from the micro-batch last measured.
         peak_bytes: that, with what the head and the gradients need, beside the weights and the optimizer.

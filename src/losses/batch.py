@@ -291,9 +291,9 @@ def _pairs_by_id(pair_id: Tensor, role: Tensor) -> Pairs:
     for side, side_name in ((ROLE_CHOSEN, "chosen"), (ROLE_REJECTED, "rejected")):
         count = torch.zeros_like(ids).index_add(0, index, (role == side).to(ids.dtype))
         if bool((count != 1).any()):
-            wrong = {int(i): int(c) for i, c in zip(ids[count != 1], count[count != 1], strict=True)}
+            wrong = dict(zip(ids[count != 1].tolist(), count[count != 1].tolist(), strict=True))
             raise IncompleteUnitError(
-                f"each pair needs exactly one {side_name} sequence in a call; pair_id: number of them {wrong}"
+                f"each pair needs one {side_name} sequence in a call; pair_id: number of them {wrong}"
             )
         members = (role == side).nonzero().squeeze(1)
         sides.append(members[index[members].argsort()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ..cotangents import Cotangents
 from ..normalization import Divisor, Ledger
 from ..prepared import PreparedCall, scored
 from ..protocol import NormalizationMode
+from ..types import Plan
 from .capabilities import Capabilities
 
 __all__ = ["RemoteAccumulator", "weighted_datums"]
@@ -112,6 +113,23 @@ class RemoteAccumulator:
         if mode is not None or ledger.denominator not in (None, "none"):
             return Divisor(1.0, f"{mode or ledger.denominator}, at the service", mode)
         return Divisor(1.0, f"{self.own_count} by its own count" if self.own_count else divisor.reason)
+
+    def plan(self, call: PreparedCall) -> Plan:
+        """Say which way a gradient call would go, and what it would cost there; nothing is sent."""
+        tokens = sum(len(datum.model_input) for datum in call.data)
+        cost: dict[str, Any] = {"tokens": tokens, "scored": tokens}
+        try:
+            self.denominator(call)
+        except UnsupportedError as error:
+            return Plan("refuse", str(error))
+        if self.by_name(call):
+            reason = f"the service computes {call.name} by name: one forward and one backward there"
+            return Plan("native", reason, **cost)
+        way = "forward there, the loss here, its cotangent back as the weights of a cross-entropy"
+        if self.capabilities.keeps_graphs and not self.deferred:
+            return Plan("single_pass", f"{way}; the service keeps the forward's graph for it", **cost)
+        why = "held back until optim_step" if self.deferred else "the service runs the forward twice"
+        return Plan("two_passes", f"{way}; {why}", recomputed=tokens, **cost)
 
     def clear(self) -> None:
         """Begin anew."""

@@ -29,7 +29,7 @@ class Capabilities:
 
     Args:
         losses: names of losses that it computes as this library defines them.
-        divides: it knows means: it divides the window once by their total count. Otherwise only sums go by name.
+        divides: it knows means: it divides what has accumulated once, by the total count. Otherwise only sums go by name.
         normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
         weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
         max_length: longest datum, tokens; None = not known.

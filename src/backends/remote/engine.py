@@ -22,7 +22,6 @@ from .convert import bare, logprobs_of, output_of, rollouts_of
 from .dispatch import Dispatch
 from .error_mapping import at_service
 from .local_loss import LocalLoss
-from .plan import plan_remote
 from .reduction_check import SumAudit
 from .sdks import Sdk
 
@@ -104,7 +103,7 @@ class RemoteEngine(Engine):
 
     def plan(self, call: PreparedCall) -> Plan:
         self.accumulator.require_known()
-        return plan_remote(self.accumulator, call)
+        return self.accumulator.plan(call)
 
     @at_service("sample")
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Answer[list[Rollout]]:

@@ -28,8 +28,8 @@ class HFModel(nn.Module):
     Args:
         model: ``AutoModelForCausalLM`` or ``PeftModel``.
         gradient_checkpointing: recompute each layer's activations in the backward.
-        compile: a backend of ``torch.compile`` for the trunk, e.g. ``inductor``; packed sequences then attend under a mask,
-            since one compiled graph must serve all lengths. Sampling is not compiled.
+        compile: a backend of ``torch.compile`` for the base model, e.g. ``inductor``; packed sequences then attend under a
+            mask, since one compiled graph must serve all lengths. Sampling is not compiled.
 
     Raises:
         UnsupportedError: the model computes its logits in a way that is not hidden states times a head, adds an
