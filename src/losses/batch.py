@@ -292,9 +292,7 @@ def _pairs_by_id(pair_id: Tensor, role: Tensor) -> Pairs:
         count = torch.zeros_like(ids).index_add(0, index, (role == side).to(ids.dtype))
         if bool((count != 1).any()):
             wrong = dict(zip(ids[count != 1].tolist(), count[count != 1].tolist(), strict=True))
-            raise IncompleteUnitError(
-                f"each pair needs one {side_name} sequence in a call; pair_id: number of them {wrong}"
-            )
+            raise IncompleteUnitError(f"a pair has exactly one {side_name} sequence in a call; by pair_id: {wrong}")
         members = (role == side).nonzero().squeeze(1)
         sides.append(members[index[members].argsort()])
     return Pairs(sides[0], sides[1])

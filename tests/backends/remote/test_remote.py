@@ -29,9 +29,8 @@ from pullback.errors import (
 from pullback.losses import DPO, CrossEntropy
 
 pytestmark = SDK_WARNINGS
-DATA = make_data([6, 5, 7, 4])
+DATA, PLAIN = make_data([6, 5, 7, 4]), Capabilities()
 PARAMS = AdamParams(learning_rate=1e-2)
-PLAIN = Capabilities()
 
 
 def confidence(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
