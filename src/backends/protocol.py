@@ -90,7 +90,7 @@ class TrainerBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the model; raise failures that nobody read."""
+        """Release the model; raise failures that nobody retrieved."""
         ...
 
 

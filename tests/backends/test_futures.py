@@ -1,4 +1,4 @@
-"""Futures: awaitable, and an error that nobody reads is not lost."""
+"""Futures: awaitable, and an error that nobody retrieves is not lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_forgotten_failure_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         backend.forward([], "ppo")
         gc.collect()
-    assert "nobody read its future" in caplog.text
+    assert "nobody retrieved its error" in caplog.text
     assert "data is empty" in caplog.text
 
 

@@ -141,7 +141,7 @@ def test_normalization(side: Side) -> None:
         with pytest.raises(TypeError, match="grad_accumulation_normalization"):
             run("normalization", training_client=side.client, datums=side.data, loss_fn=raw_sum, **side.names)
         return
-    if not side.client._defer:
+    if not side.client._remote.accumulator.deferred:
         with pytest.raises(UnsupportedError, match="defer_backward"):
             run("normalization", training_client=side.client, datums=side.data, loss_fn=raw_sum)
         return

@@ -139,7 +139,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     refused(CheckpointError, "not those of this model", other.load_state(tmp_path / "middle"))
     refused(CheckpointError, "another kind of model", make("lora", tmp_path).load_state(tmp_path / "middle"))
     backend.forward_backward(DATA, "dpo").result()
-    refused(BackendError, "holds gradients", backend.load_state(tmp_path / "middle"))
+    refused(BackendError, "gradients .* have accumulated", backend.load_state(tmp_path / "middle"))
     backend.discard_gradients()
     file = tmp_path / "middle" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")

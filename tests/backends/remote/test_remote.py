@@ -212,7 +212,7 @@ def test_mistakes_are_refused_before_any_byte(connect: Any) -> None:
     backend = connect()
     sent: list[str] = []
     trainer = backend.trainer
-    backend._remote._remote.trainer = None  # nothing may touch the service
+    backend._remote.trainer = None  # nothing may touch the service
     bad = [DATA[0].with_inputs(weights=[1.0]), DATA[1]]
     with pytest.raises(InvalidDatumsError, match="datum 0"):
         backend.forward_backward(bad, "cross_entropy").result()
@@ -220,7 +220,7 @@ def test_mistakes_are_refused_before_any_byte(connect: Any) -> None:
         backend.forward_backward_custom(DATA, "dpo").result()
     with pytest.raises(ConfigError, match="AdamParams"):
         backend.optim_step({"learning_rate": 1}).result()
-    backend._remote._remote.trainer = trainer
+    backend._remote.trainer = trainer
 
     def broken(data: Any, logprobs: Any) -> Any:
         sent.append("called")

@@ -43,7 +43,7 @@ def connect(url: str, models: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def clamp(backend: Any) -> None:
-    for verb, place in (("forward_backward", 0), ("pull", 1)):
+    for verb, place in (("forward_backward", 0), ("backward", 1)):
         original = getattr(backend, verb)
 
         def divided(*given: Any, original: Any = original, place: int = place) -> Any:
