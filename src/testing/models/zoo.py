@@ -87,7 +87,8 @@ def build(model_type: str, *, window: int | None = None, seed: int = 0, **change
 def _fields(default: Any, window: int | None) -> dict[str, Any]:
     """Return the small sizes that a config knows; nested configs alike."""
     known = default.to_dict()
-    found = {name: value for name, value in _SIZES.items() if name in known or name in default.attribute_map}
+    aliases = {name for name, own in default.attribute_map.items() if own not in _SIZES}
+    found = {name: value for name, value in _SIZES.items() if name in known or name in aliases}
     if window is not None:
         found |= {
             name: window for name in _WINDOWS if known.get(name, 0) or (name == "sliding_window" and name in known)
