@@ -15,6 +15,7 @@ from ..errors import PullbackError
 from ..losses import loss_names, registry
 from ..losses.registry import config_keys
 from . import check_backend as conformance
+from . import check_model as own_model
 from . import serve
 
 __all__ = ["main"]
@@ -62,6 +63,7 @@ def _add_measurements(commands: Any) -> None:
         required=True, metavar="what"
     )
     conformance.add_parser(check)
+    own_model.add_parser(check)
     sampling = check.add_parser("sampling", help="sampler and trainer mean the same policy")
     sampling.add_argument("--model", default="smollm2", help=models)
     sampling.add_argument("--dtype", default="float32")

@@ -10,6 +10,7 @@ from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, check_backend
 from .examples import example_datums
+from .model_checks import ModelRow, check_model
 from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .models.llama import random_llama
 from .models.tiny import TinyLM
@@ -24,6 +25,7 @@ __all__ = [
     "Case",
     "CaseSequence",
     "FutureLeakLM",
+    "ModelRow",
     "NumericsRow",
     "PackingLeakLM",
     "RowLeakLM",
@@ -31,6 +33,7 @@ __all__ = [
     "TinyLM",
     "check_backend",
     "check_loss",
+    "check_model",
     "cotangent",
     "example_datums",
     "head_numerics",

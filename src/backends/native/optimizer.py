@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from ..types import AdamParams
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "forget_casts"]
+
+
+def forget_casts() -> None:
+    """Let autocast forget its casts of weights; to be called after every change of a weight in place."""
+    torch.clear_autocast_cache()
 
 
 @final
@@ -65,7 +70,7 @@ class Optimizer:
 
     def reset(self) -> None:
         """Start cold from the present weights, which may be new."""
-        torch.clear_autocast_cache()
+        forget_casts()
         self._adamw.state.clear()
         for name, master in self._masters.items():
             master.data.copy_(self._parameters[name].detach())
@@ -102,4 +107,4 @@ class Optimizer:
     def _publish(self) -> None:
         for name, master in self._masters.items():
             self._parameters[name].copy_(master)
-        torch.clear_autocast_cache()  # it holds casts of the weights before
+        forget_casts()
