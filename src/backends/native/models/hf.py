@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head
 from ....ops.logprobs import head_logits
+from .adapters import require_frozen_base
 from .checkpointing import checkpoint_layers
 from .facts import attention_width, read_facts
 from .packed_attention import install, packed_inputs
@@ -145,7 +146,12 @@ class HFModel(nn.Module):
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Switch the adapter off: the model is its own frozen reference."""
+        """Switch the adapter off: the model is its own frozen reference.
+
+        Raises:
+            MissingReferenceError: what is then left is not the base as it was before training.
+        """
+        require_frozen_base(self.model)
         with cast(Any, self.model).disable_adapter():
             yield
 
