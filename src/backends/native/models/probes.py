@@ -90,6 +90,11 @@ def layout_limits(model: CausalLM, vocab_size: int) -> LayoutLimits:
     facts = getattr(model, "facts", ModelFacts())
     longest: dict[Layout, int | None] = dict.fromkeys(_SEVERAL)
     reasons: dict[Layout, str] = {}
+    if _masks_by_buffer(cast(nn.Module, model), facts.max_length):
+        together: tuple[Layout, ...] = ("packed", "forked")
+        for layout in together:
+            del longest[layout]
+            reasons[layout] = f"the model's own mask is a buffer: no row may be longer than {facts.max_length} tokens"
     with _probed(model) as hidden:
         _drop_leaking(hidden, probe_sequences(vocab_size), longest, reasons)
         for threshold in facts.thresholds:
@@ -176,6 +181,11 @@ def _probe_shortened(
             return False
         _drop_leaking(hidden, several, layouts, reasons)
     return True
+
+
+def _masks_by_buffer(module: nn.Module, context: int | None) -> bool:
+    """Whether a model keeps a mask of its context, so that a row of several sequences can be too long for it (GPT-Neo)."""
+    return context is not None and any(b.shape[-2:] == (context, context) for b in module.buffers())
 
 
 def _affordable(model: CausalLM, facts: ModelFacts, several: Sequence[ScoreRequest]) -> bool:
