@@ -11,6 +11,7 @@ from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, check_backend
 from .examples import example_datums
+from .model_checks import ModelRow, check_model
 from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .models.llama import random_llama
 from .models.tiny import TinyLM
@@ -26,12 +27,14 @@ __all__ = [
     "Case",
     "CaseSequence",
     "FutureLeakLM",
+    "ModelRow",
     "NumericsRow",
     "PackingLeakLM",
     "RowLeakLM",
     "TinyLM",
     "check_backend",
     "check_loss",
+    "check_model",
     "cotangent",
     "example_datums",
     "head_numerics",

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from ..types import AdamParams
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "forget_casts"]
+
+
+def forget_casts() -> None:
+    """Let autocast forget its casts of weights; to be called after every change of a weight in place."""
+    torch.clear_autocast_cache()
 
 
 @final
@@ -34,20 +39,15 @@ class Optimizer:
         self._adamw = torch.optim.AdamW([self._stepped(name) for name in parameters], lr=0.0)
 
     def step(self, params: AdamParams, divisor: float) -> float:
-        """Divide the gradients, clip them, step.
+        """Step on divided and clipped copies of the gradients: if the step fails, they are what they were.
 
         Returns:
             The gradient norm after division and before clipping.
         """
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if divisor != 1.0:
-            torch._foreach_div_(gradients, divisor)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        for name, master in self._masters.items():
-            master.grad = self._parameters[name].grad
-        if params.grad_clip_norm > 0:
-            stepped = [self._stepped(name) for name in self._parameters]
-            torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
+        held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        scaled = torch._foreach_div(list(held.values()), divisor)
+        norm = torch.nn.utils.get_total_norm(scaled)
+        stepped = [self._stepped(name) for name in held]
         for group in self._adamw.param_groups:
             group |= {
                 "lr": params.learning_rate,
@@ -55,12 +55,22 @@ class Optimizer:
                 "eps": params.eps,
                 "weight_decay": params.weight_decay,
             }
-        self._adamw.step()
+        try:
+            for p, gradient in zip(stepped, scaled, strict=True):
+                p.grad = gradient
+            if params.grad_clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
+            self._adamw.step()
+        finally:
+            for (name, gradient), p in zip(held.items(), stepped, strict=True):
+                p.grad = None
+                self._parameters[name].grad = gradient
         self._publish()
         return float(norm)
 
     def reset(self) -> None:
-        """Start cold from the present weights."""
+        """Start cold from the present weights, which may be new."""
+        forget_casts()
         self._adamw.state.clear()
         for name, master in self._masters.items():
             master.data.copy_(self._parameters[name].detach())
@@ -96,5 +106,5 @@ class Optimizer:
     @torch.no_grad()
     def _publish(self) -> None:
         for name, master in self._masters.items():
-            master.grad = None
             self._parameters[name].copy_(master)
+        forget_casts()

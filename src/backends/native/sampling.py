@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,11 +18,19 @@ from ...ops.logprobs import head_logits
 from ..types import Rollout, SamplingParams
 from .causal_lm import CausalLM
 from .execution.forward import model_device
+from .models.facts import ModelFacts
 from .models.hf import HFModel
+from .models.probes import probe_sequences
+from .models.probing import in_float32
 
-__all__ = ["Ends", "choose_tokens", "draw"]
+__all__ = ["Ends", "cache_agrees", "choose_tokens", "draw"]
 
+_logger = logging.getLogger(__name__)
 _MAX_ROWS = 128
+_TOLERANCE: Final = 1e-3  # of logits, relative
+_HALF_TOLERANCE: Final = 1e-2  # where the head itself rounds to half precision
+_PROBED: Final = 64  # tokens of a window up to which sampling is tried beyond it
+_agrees: WeakKeyDictionary[HFModel, bool] = WeakKeyDictionary()  # what was found, by model
 Ends = Callable[[Sequence[int]], bool]
 
 
@@ -50,9 +60,9 @@ def draw(
     With a seed, each prompt has a generator of its own.
 
     Raises:
-        InvalidDatumsError: a prompt is empty or has tokens outside the vocabulary.
+        InvalidDatumsError: a prompt is empty, has tokens outside the vocabulary, or leaves the model's context.
     """
-    _check(model, prompts, n)
+    _check(model, prompts, n, params.max_tokens)
     generators = [generator] * len(prompts)
     if params.seed is not None:
         seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
@@ -60,11 +70,12 @@ def draw(
     stop = params.stop if params.stop is not None else getattr(model, "eos_token_ids", ())
     found: list[_Row] = []
     step = max(1, _MAX_ROWS // n)
+    longest = max(len(p) for p in prompts) + params.max_tokens
     with torch.no_grad():
         for first in range(0, len(prompts), step):
             chunk = [p.tokens for p in prompts[first : first + step]]
             some = generators[first : first + step]
-            found += _complete(_decoder(model), chunk, n, params, frozenset(stop), ends, some)
+            found += _complete(_decoder(model, longest), chunk, n, params, frozenset(stop), ends, some)
     how = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
     return [
         Rollout(i // n, row.tokens, row.logprobs, row.stop_reason, version, **how)  # type: ignore[arg-type]  # by name
@@ -132,12 +143,12 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(cut, -torch.inf)
 
 
-def _check(model: CausalLM, prompts: Sequence[ModelInput], n: int) -> None:
+def _check(model: CausalLM, prompts: Sequence[ModelInput], n: int, max_tokens: int) -> None:
     if n < 1:
         raise DatumError(f"n must be at least 1 completion per prompt, got {n}")
     if not prompts:
         raise DatumError("prompts is empty: give at least one ModelInput")
-    vocab = model.head().weight.shape[0]
+    vocab, context = model.head().weight.shape[0], _facts(model).max_length
     problems = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, ModelInput):
@@ -146,12 +157,68 @@ def _check(model: CausalLM, prompts: Sequence[ModelInput], n: int) -> None:
             problems.append(f"prompt {i}: is empty; give at least one token")
         elif int(prompt.tokens.min()) < 0 or int(prompt.tokens.max()) >= vocab:
             problems.append(f"prompt {i}: has token ids outside the vocabulary of {vocab}")
+        elif context is not None and len(prompt) + max_tokens - 1 > context:
+            problems.append(
+                f"prompt {i}: {len(prompt)} tokens and max_tokens={max_tokens} leave the model's context of {context} tokens"
+            )
     if problems:
         raise InvalidDatumsError(problems)
 
 
-def _decoder(model: CausalLM) -> Decoder:
-    return CachedDecoder(model) if isinstance(model, HFModel) else PlainDecoder(model)
+def _facts(model: CausalLM) -> ModelFacts:
+    facts = getattr(model, "facts", None)
+    return facts if isinstance(facts, ModelFacts) else ModelFacts()
+
+
+def _decoder(model: CausalLM, longest: int) -> Decoder:
+    """Return a decoder with a cache, where one gives what the model's own forward gives."""
+    if not isinstance(model, HFModel):
+        return PlainDecoder(model)
+    changes = [n for n in (model.facts.longrope, model.facts.dynamic_rope) if n is not None]
+    if any(longest > n for n in changes):  # a text that grows beyond them has other keys from its first token on
+        return PlainDecoder(model)
+    return CachedDecoder(model) if cache_agrees(model) else PlainDecoder(model)
+
+
+def cache_agrees(model: HFModel) -> bool:
+    """Return whether decoding with a cache gives the logits of whole forwards; tried once a model, on a few tokens.
+
+    The prompts differ in length, are copied, and one completion leaves early, so that cache, mask and positions are used.
+    """
+    if model not in _agrees:
+        difference: float | str
+        try:
+            with torch.no_grad(), in_float32(model):
+                difference = _decoding_difference(CachedDecoder(model), PlainDecoder(model), _probe_prompts(model))
+        except Exception as error:  # whatever a model raises that knows no such cache
+            difference = f"{type(error).__name__}: {error}"
+        limit = _HALF_TOLERANCE if model.head().weight.element_size() < 4 else _TOLERANCE
+        _agrees[model] = isinstance(difference, float) and difference <= limit
+        if not _agrees[model]:
+            _logger.warning(
+                "%s is sampled without a cache, at quadratic cost: with one its logits are not those of its forward (%s)",
+                type(model.model).__name__,
+                difference,
+            )
+    return _agrees[model]
+
+
+def _probe_prompts(model: HFModel) -> list[Tensor]:
+    vocab = model.head().weight.shape[0]
+    window = max((n for n in model.facts.thresholds if n <= _PROBED), default=None)
+    return [request.tokens for request in probe_sequences(vocab, window)[:3]]
+
+
+def _decoding_difference(cached: Decoder, plain: Decoder, prompts: Sequence[Tensor]) -> float:
+    """Return the largest relative difference of logits over a few steps; NaN if one is not finite."""
+    found = [(cached.start(prompts, 2), plain.start(prompts, 2))]
+    keeps = [[0, 1, 2, 3, 4, 5], [0, 2, 3, 5], [0, 1, 2, 3], [1, 2, 3]]
+    for keep in keeps:
+        kept = torch.tensor(keep, device=found[-1][1].device)
+        tokens = found[-1][1][kept].argmax(-1)
+        found.append((cached.step(tokens, kept), plain.step(tokens, kept)))
+    differences = [float((a - b).norm() / b.norm()) for a, b in found]
+    return max(differences) if all(d == d for d in differences) else float("nan")
 
 
 @final

@@ -30,12 +30,25 @@ _SIZES: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_expert_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len"), 512),
     **dict.fromkeys(("initializer_range", "init_std"), 0.2),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "output_router_logits": False,
 }
 _WINDOWS: Final = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "local_attention")
 # What an architecture needs beyond the sizes above, or otherwise.
-_OWN: Final[Mapping[str, Mapping[str, Any]]] = {}
+_OWN: Final[Mapping[str, Mapping[str, Any]]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "cpmant": {"position_bias_max_distance": 64, "prompt_types": 2, "segment_types": 2, "prompt_length": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"intermediate_size_mlp": 48},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def model_types() -> tuple[str, ...]:
@@ -74,17 +87,20 @@ def build(model_type: str, *, window: int | None = None, seed: int = 0, **change
 def _fields(default: Any, window: int | None) -> dict[str, Any]:
     """Return the small sizes that a config knows; nested configs alike."""
     known = default.to_dict()
-    found = {name: value for name, value in _SIZES.items() if name in known or name in default.attribute_map}
+    aliases = {name for name, own in default.attribute_map.items() if own not in _SIZES}
+    found = {name: value for name, value in _SIZES.items() if name in known or name in aliases}
     if window is not None:
         found |= {
             name: window for name in _WINDOWS if known.get(name, 0) or (name == "sliding_window" and name in known)
         }
         found |= {"use_sliding_window": True, "max_window_layers": 1} if "use_sliding_window" in known else {}
     kinds = list(dict.fromkeys(known.get("layer_types") or ()))
-    if len(kinds) > 1:
-        found["layer_types"] = kinds
-        found["num_hidden_layers"] = len(kinds)
-    for name in ("text_config", "decoder_config"):
+    if kinds:
+        found["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
+        found["num_hidden_layers"] = len(found["layer_types"])
+    if "kv_lora_rank" in known:
+        found["num_key_value_heads"] = 4  # latent attention has as many keys as queries
+    for name in ("text_config", "decoder_config"):  # of a model that also sees or hears
         if isinstance(known.get(name), dict) and hasattr(default, name):
             found[name] = _fields(getattr(default, name), window)
     return found

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head
 from ....ops.logprobs import head_logits
+from .adapters import require_frozen_base
+from .checkpointing import checkpoint_layers
+from .facts import attention_width, read_facts
 from .packed_attention import install, packed_inputs
+from .probing import in_float32, perturbed_adapters
+from .rope import forward_by_length, reset_dynamic_rope
 
 __all__ = ["HFModel"]
 
@@ -42,6 +47,7 @@ class HFModel(nn.Module):
         self.is_lora = hasattr(model, "peft_config")
         causal = self._causal
         self.config: Any = causal.config.get_text_config()
+        self.facts = read_facts(causal.config)
         if self.is_lora and any(c.is_prompt_learning for c in cast(Any, model).peft_config.values()):
             raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
         if getattr(self.config, "output_router_logits", False):
@@ -56,8 +62,9 @@ class HFModel(nn.Module):
             )
         self.eval()
         self.attends_by_segment = compile is None and install(causal)
-        self._checkpointed = self._checkpoint_layers() if gradient_checkpointing else []
-        base: Any = getattr(causal, causal.base_model_prefix)
+        if gradient_checkpointing:
+            checkpoint_layers(causal)
+        base = self._base
         self._call: Any = (
             base.forward if compile is None else torch.compile(base.forward, backend=compile, dynamic=True)
         )
@@ -66,6 +73,11 @@ class HFModel(nn.Module):
     @property
     def _causal(self) -> Any:
         return cast(Any, self.model).get_base_model() if self.is_lora else self.model
+
+    @property
+    def _base(self) -> Any:
+        causal = self._causal
+        return getattr(causal, causal.base_model_prefix, None) or causal.model  # Llama 4 names a prefix that it lacks
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -79,59 +91,53 @@ class HFModel(nn.Module):
     @property
     def attention_flops_per_pair(self) -> float:
         """Two products of the width of all heads, in every layer."""
-        heads = self.config.num_attention_heads
-        width = heads * (getattr(self.config, "head_dim", None) or self.config.hidden_size // heads)
-        return 4.0 * float(width) * float(self.config.num_hidden_layers)
+        return 4.0 * attention_width(self.config)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the last hidden states, [R, L, H]."""
         packed = tokens.shape[0] == 1 and bool((positions[0, 1:] != positions[0, :-1] + 1).any())
-        # transformers keeps packed sequences apart by their positions, but only without a cache.
         if not packed:
-            return cast(Tensor, self._run(input_ids=tokens)[0])
+            return self._run(input_ids=tokens)
+        if self.facts.longrope is not None:
+            return forward_by_length(tokens, positions, self.facts.longrope, self._packed_states)
+        return self._packed_states(tokens, positions)
+
+    def _packed_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        # transformers keeps packed sequences apart by their positions, but only without a cache.
         segments: AbstractContextManager[dict[str, Any]]
         segments = packed_inputs(positions) if self.attends_by_segment else nullcontext({})
         with segments as extra:
-            return cast(Tensor, self._run(input_ids=tokens, position_ids=positions, **extra)[0])
+            return self._run(input_ids=tokens, position_ids=positions, **extra)
 
     def cached_states(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Return the last hidden states of tokens that follow what a ``DynamicCache`` holds, and add them to it."""
-        self._switch_checkpointing()
-        base = getattr(self._causal, self._causal.base_model_prefix)
+        base = self._base
         # Named so since transformers 5.24.
         name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
         found = base(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache})
         return cast(Tensor, found[0])
 
-    def _run(self, **inputs: Any) -> Any:
-        self._switch_checkpointing()
-        return self._call(use_cache=False, **inputs)
-
-    def _switch_checkpointing(self) -> None:
-        for layer in self._checkpointed:
-            # A layer recomputes only in training mode, and then drops its cache: never while sampling. What lies
-            # below it (dropout) stays in evaluation mode.
-            layer.training = torch.is_grad_enabled()
+    def _run(self, **inputs: Any) -> Tensor:
+        if self.facts.dynamic_rope is not None:
+            reset_dynamic_rope(self)
+        return cast(Tensor, self._call(use_cache=False, **inputs)[0])
 
     def head(self) -> Head:
         """Return the output projection with the scaling and capping that the config asks for."""
+        return self._head(None)
+
+    def _head(self, dtype: torch.dtype | None) -> Head:
+        """Return the head, summed with its adapter in ``dtype``; None: that of its weights."""
         linear = self._causal.get_output_embeddings()
         scale = float(getattr(self.config, "logit_scale", None) or 1.0)
         scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
-        weight, bias = self._output_weight(linear)
-        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None), scale)
-
-    @staticmethod
-    def _output_weight(linear: Any) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias; an adapter on the head is added to its weight, differentiably."""
-        if isinstance(linear, nn.Linear):
-            return linear.weight, linear.bias
-        base = linear.get_base_layer()
-        weight: Tensor = base.weight
-        if not linear.disable_adapters:
-            for name in linear.active_adapters:
+        base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
+        weight, bias = base.weight.to(dtype or base.weight.dtype), base.bias
+        if base is not linear and not linear.disable_adapters:
+            for name in linear.active_adapters:  # added differentiably
                 weight = weight + linear.get_delta_weight(name).to(weight.dtype)
-        return weight, base.bias
+        bias = bias if bias is None or dtype is None else bias.to(dtype)
+        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None), scale)
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +146,12 @@ class HFModel(nn.Module):
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Switch the adapter off: the model is its own frozen reference."""
+        """Switch the adapter off: the model is its own frozen reference.
+
+        Raises:
+            MissingReferenceError: what is then left is not the base as it was before training.
+        """
+        require_frozen_base(self.model)
         with cast(Any, self.model).disable_adapter():
             yield
 
@@ -153,24 +164,17 @@ class HFModel(nn.Module):
         """Write ``adapter_config.json``, so that peft can load the checkpoint's folder."""
         cast(Any, self.model).peft_config["default"].save_pretrained(str(folder))
 
-    def _checkpoint_layers(self) -> list[nn.Module]:
-        settings = {"use_reentrant": False}
-        if hasattr(self._causal, "activation_checkpointing_enable"):  # its newer name
-            self._causal.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        else:
-            self._causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-        self._causal.disable_input_require_grads()  # only the reentrant kind needs gradients at the embeddings
-        return [module for module in self.modules() if getattr(module, "gradient_checkpointing", False)]
-
     @torch.no_grad()
     def _check_logits(self) -> None:
         """Compare head times hidden states with what the model itself answers."""
         device = self._causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
-        ours = head_logits(self.hidden_states(tokens, torch.arange(4, device=device)[None])[0], self.head()).double()
-        theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
+        with perturbed_adapters(self), in_float32(self):
+            hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
+            theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
+            ours = head_logits(hidden, self._head(hidden.dtype)).double()
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-        if not difference <= _LOGITS_TOLERANCE.get(self.head().weight.dtype, 5e-2):
+        if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
             raise UnsupportedError(
                 f"{type(self._causal).__name__} does not compute its logits as hidden states times a head (relative difference "
                 f"{difference:.2g}); write an adapter with hidden_states and head"
