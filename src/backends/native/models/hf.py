@@ -169,10 +169,15 @@ class HFModel(nn.Module):
         """Compare head times hidden states with what the model itself answers."""
         device = self._causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
-        with perturbed_adapters(self), in_float32(self):
-            hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-            theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
-            ours = head_logits(hidden, self._head(hidden.dtype)).double()
+        try:
+            with perturbed_adapters(self), in_float32(self):
+                hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
+                theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
+                ours = head_logits(hidden, self._head(hidden.dtype)).double()
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            raise UnsupportedError(
+                f"{type(self._causal).__name__} cannot be run on tokens alone, as hidden states and a head: {error}"
+            ) from error
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
         if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
             raise UnsupportedError(

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the architectures are transformers' 
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.errors import PullbackError
+from pullback.errors import PullbackError, UnsupportedError
 from pullback.testing.models import zoo
 
 WINDOW = 8
@@ -77,3 +77,9 @@ def test_every_architecture(name: str) -> None:
     except PullbackError:
         return
     assert wrong(wrapped, plain.eval(), (5, 3 * WINDOW, 40 * WINDOW)) == {}
+
+
+def test_a_model_that_cannot_run_is_refused_in_words() -> None:
+    """Whatever a model raises on plain tokens, loading says it in one sentence."""
+    with pytest.raises(UnsupportedError, match="RemBertForCausalLM cannot be run on tokens alone"):
+        HFModel(zoo.build("rembert"))
