@@ -1,4 +1,4 @@
-"""``pullback check backend | sampling``: does a backend keep its promises, do sampler and trainer agree?"""
+"""``pullback check backend | model | sampling``: what can be shown of a backend, a model, and a sampler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..backends import FakeBackend, SamplingParams, TorchBackend, TrainerBackend, connect
 from ..testing import PROMISES, BackendUnderTest, TinyLM, sampling_agreement
+from . import check_model
 from .bench import example_text, load_backend, prompt_of
 from .models import MODEL_HELP
 
@@ -31,6 +32,7 @@ def add_parser(commands: Any) -> None:
         "--tolerance", type=float, default=1e-3, help="largest relative difference of two updates that should be equal"
     )
     backend.set_defaults(run=_check_backend)
+    check_model.add_parser(checks)
     sampling = checks.add_parser("sampling", help="sampler and trainer give a token the same log-prob")
     sampling.add_argument("--model", default="smollm2", help=MODEL_HELP)
     sampling.add_argument("--dtype", default="float32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from ..backends.native.backend import TorchBackend
 from ..backends.native.models.facts import ModelFacts
 from ..backends.native.models.hf import HFModel
+from ..backends.native.models.probes import LayoutLimits
 from ..backends.native.models.probing import perturbed_adapters
 from ..backends.native.sampling import cache_agrees
 from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams
 from ..datums.builders import datum_from_prompt_completion
 from ..datums.types import Datum, ModelInput
-from ..errors import PullbackError
+from ..errors import InvalidDatumsError, PullbackError
 
 __all__ = ["ModelRow", "check_model"]
 
@@ -143,22 +144,23 @@ class _Check:
     def _logprobs(self, layout: Any, threshold: int | None) -> Found:
         if threshold is not None and threshold > _SHORT and not self._long:
             return "not applicable", None, "longer than 1,024 tokens; ask for it with long"
-        layouts = self._backend._engine.layouts
+        data = self._data(threshold)
+        layouts = self._backend.layouts(max(len(datum.model_input) for datum in data))
         if layout not in layouts:
             return "refused", None, f"not used; texts go {', '.join(layouts)}"
-        data = self._data(threshold)
         with self._laid_out(layout):
             worst = _largest(self._backend, self._backend.model, data)
         return _judged(worst, _TOLERANCE)
 
     @contextmanager
     def _laid_out(self, layout: Any) -> Iterator[None]:
-        engine = self._backend._engine
-        before, engine.layouts = engine.layouts, (layout,)
+        engine = self._backend._native
+        before = engine.scheduler
+        engine.scheduler = replace(before, layouts=LayoutLimits({} if layout == "single" else {layout: None}))
         try:
             yield
         finally:
-            engine.layouts = before
+            engine.scheduler = before
 
     def _beyond_context(self) -> Found:
         most = self._facts.max_length
@@ -166,7 +168,10 @@ class _Check:
             return "not applicable", None, "the config names no context"
         if most > _SHORT and not self._long:
             return "not applicable", float(most), "longer than 1,024 tokens; ask for it with long"
-        self._backend.forward([datum_from_prompt_completion([3] * most, [4, 5])]).result()
+        try:
+            self._backend.forward([datum_from_prompt_completion([3] * most, [4, 5])]).result()
+        except InvalidDatumsError:
+            return "right", float(most), "a text beyond the context is refused"
         return "wrong", float(most), f"a text beyond the context of {most} tokens is scored, and nothing is said"
 
     def _in_dtype(self) -> Found:

@@ -42,7 +42,7 @@ class TorchBackend(Backend):
         overflow: what happens to graphs beyond it: ``recompute`` (run again) or ``offload`` (to CPU memory).
         layout: ``packed`` (end to end in one row), ``forked`` (the same, a prefix that several share runs once),
             ``padded`` (one per row), ``single`` or ``auto`` (the cheapest that keeps sequences apart, as probed at load).
-        max_length: longest datum, tokens; None = no limit.
+        max_length: longest datum, tokens; None = the context that the model was made for, if its config names one.
         checkpoint_dir: where `save_state` writes.
         seed: of the sampling generator.
 
@@ -88,6 +88,14 @@ class TorchBackend(Backend):
     def vocab_size(self) -> int:
         """V: rows of the head."""
         return self._native.vocab_size
+
+    def layouts(self, length: int | None = None) -> tuple[Layout, ...]:
+        """Return the layouts that keep sequences of one forward apart, cheapest first.
+
+        Args:
+            length: tokens of the longest sequence; None: of any.
+        """
+        return self._native.scheduler.layouts.allowed(length)
 
     @classmethod
     def from_pretrained(

@@ -26,7 +26,8 @@ from .execution.forward import model_device, score, trainable
 from .execution.gradient import RetainedForward, gradient_of, retained_gradient
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.scheduler import Scheduler
-from .models.probes import isolated_layouts, measure_graph, require_causal
+from .models.facts import ModelFacts
+from .models.probes import LayoutLimits, layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer
 from .plan import plan_call
 from .sampling import draw
@@ -68,12 +69,14 @@ class NativeEngine(Engine):
         self.memory = MemoryBudget(token_budget, activation_budget, overflow, GraphMeter.of(model), device)
         model.eval()  # no dropout: policy and reference must be the same function
         head = self.model.head()
-        self.limits = EngineLimits(int(head.weight.shape[0]), max_length, skips_positions=True)
+        facts = getattr(model, "facts", ModelFacts())
+        context = facts.max_length if max_length is None else max_length
+        self.limits = EngineLimits(int(head.weight.shape[0]), context, skips_positions=True)
         require_causal(self.model, self.vocab_size)
-        layouts = _allowed(layout, isolated_layouts(self.model, self.vocab_size))
+        layouts = _allowed(layout, layout_limits(self.model, self.vocab_size))
         sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
-        measure_graph(self.model, self.vocab_size, layouts[0], self.memory.meter)
+        measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
         self.accumulator = Accumulator(self.parameters)
         self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -226,14 +229,14 @@ def as_causal_lm(model: Any) -> CausalLM:
     return model
 
 
-def _allowed(asked: Layout | Literal["auto"], isolated: Sequence[Layout]) -> Sequence[Layout]:
+def _allowed(asked: Layout | Literal["auto"], limits: LayoutLimits) -> LayoutLimits:
     if asked == "auto":
-        return isolated
+        return limits
     if asked not in ("packed", "forked", "padded", "single"):
         raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {asked!r}")
-    if asked not in isolated:
+    if asked not in (*limits.longest, "single"):
         raise LeakyModelError(
             f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "
-            f"{', '.join(isolated)}; use one of these, or layout='auto'"
+            f"{', '.join((*limits.longest, 'single'))}; use one of these, or layout='auto'"
         )
-    return (asked,)
+    return limits.only(asked)

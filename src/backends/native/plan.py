@@ -39,7 +39,7 @@ def _route(scheduler: Scheduler, name: str, reason: str, layout: Layout, keeps: 
 
 
 def _layout_reason(scheduler: Scheduler) -> str:
-    if "packed" in scheduler.layouts:
+    if "packed" in scheduler.layouts.longest:
         return "sequences may be packed"
     return "packing is off (not allowed, or the model lets packed sequences see each other)"
 

@@ -8,6 +8,7 @@ from typing import final
 
 from ...prepared import PreparedCall
 from ..causal_lm import CausalLM
+from ..models.probes import LayoutLimits
 from .batching import Layout, MicroBatch, micro_batches
 from .cost_model import ModelSizes, choose_layout
 from .memory import MemoryBudget
@@ -22,19 +23,20 @@ class Scheduler:
 
     Attributes:
         model: which is to run them.
-        layouts: those that keep sequences of one forward apart.
+        layouts: those that keep sequences of one forward apart, and up to which length.
         sizes: what cost is made of.
         memory: how much of it a call may take.
     """
 
     model: CausalLM
-    layouts: Sequence[Layout]
+    layouts: LayoutLimits
     sizes: ModelSizes
     memory: MemoryBudget
 
     def split(self, call: PreparedCall, units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[int]]]:
         """Return the layout of a call, and its units in batches of the size of one forward."""
-        layout = choose_layout(self.sizes, self.layouts, call.requests, self.memory.tokens)
+        allowed = self.layouts.allowed(max(call.lengths))
+        layout = choose_layout(self.sizes, allowed, call.requests, self.memory.tokens)
         return layout, micro_batches(units, call.lengths, self.memory.tokens, layout)
 
     def datums(self, call: PreparedCall) -> tuple[Layout, list[list[int]]]:

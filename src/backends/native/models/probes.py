@@ -50,6 +50,10 @@ class LayoutLimits:
         )
         return (*fitting, "single")
 
+    def only(self, layout: Layout) -> LayoutLimits:
+        """Return the limits of one layout, which must be among these."""
+        return LayoutLimits({} if layout == "single" else {layout: self.longest[layout]}, self.reasons)
+
 
 def require_causal(model: CausalLM, vocab_size: int) -> None:
     """Check that the last token does not change what comes before it.

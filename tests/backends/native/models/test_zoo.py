@@ -26,7 +26,7 @@ def wrong(model: HFModel, plain: Any, prompts: tuple[int, ...]) -> dict[str, flo
     """Largest difference from the model's own log-probs by layout, where it is more than 1e-5 nats."""
     found: dict[str, float] = {}
     first = TorchBackend(model)
-    for layout in first._engine.layouts:
+    for layout in first.layouts(max(prompts) + 4 * WINDOW):
         backend = TorchBackend(model, layout=layout)
         for n in prompts:
             data = sharing_prompt(n, (4, WINDOW + 3, 2), n)
@@ -52,7 +52,7 @@ def test_rows_longer_than_a_mask_that_is_kept() -> None:
     """GPT-Neo keeps a mask of its context: several texts go padded, so that a row never is longer than that."""
     model = HFModel(zoo.build("gpt_neo", window=WINDOW, max_position_embeddings=64))
     backend = TorchBackend(model)
-    assert backend._engine.layouts == ("padded", "single")
+    assert backend.layouts() == ("padded", "single")
     data = sharing_prompt(50, (4, 8, 2))
     assert len(backend.forward(data).result().loss_fn_outputs) == 3
     tokens = torch.arange(128)[None] % 64
