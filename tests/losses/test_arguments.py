@@ -64,7 +64,7 @@ def test_bare_number_is_an_epsilon() -> None:
 
 def test_old_spellings_of_clip_ranges() -> None:
     """RatioBand, from_offsets and the argument band are found, with a warning that names the new spelling."""
-    with pytest.warns(DeprecationWarning, match=r"losses\.clip\.ClipRange"):
+    with pytest.warns(DeprecationWarning, match=r"pullback\.losses\.ClipRange"):
         assert pullback.losses.RatioBand is ClipRange
     with pytest.warns(DeprecationWarning, match="from_epsilon"):
         assert ClipRange.from_offsets(0.2, 0.28) == ClipRange.from_epsilon(0.2, 0.28)

@@ -54,7 +54,7 @@ class Counting:
 
     def __enter__(self) -> Counting:
         self.total, self._patch = 0, pytest.MonkeyPatch()
-        for name in ("hold", "pull", "forward", "forward_backward"):
+        for name in ("forward_retain", "backward", "forward", "forward_backward"):
             self._patch.setattr(TorchBackend, name, self._counted(getattr(TorchBackend, name)))
         return self
 

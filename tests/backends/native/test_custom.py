@@ -174,7 +174,7 @@ def test_held_forwards_serve_any_later_call(order: list[int], first: set[int], s
     for one in held:
         with pytest.raises(BackendError, match="serves the datums"):
             backend.backward({backend.forward_retain(data[:1]).result(): [1]}, data, "ppo").result()
-        with pytest.raises(BackendError, match="pulled already"):
+        with pytest.raises(BackendError, match="has served already"):
             backend.backward({one: held[one]}, data, "ppo").result()
 
 
