@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar, cast, final
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 @final
 class Operations:
-    """Runs the operations of one backend.
+    """Runs the operations of one backend, one at a time, whichever threads they come from.
 
     Attributes:
         accumulation: is told of gradient operations.
@@ -27,6 +28,7 @@ class Operations:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._outcomes: list[Outcome] = []
+        self._one_at_a_time = threading.RLock()  # e.g. scoring the reference switches the adapter off for a while
         self.accumulation = Accumulation()
         self.closed = False
 
@@ -36,6 +38,10 @@ class Operations:
         Raises:
             ClosedError: the backend has been closed.
         """
+        with self._one_at_a_time:
+            return self._run(call, work, gradient)
+
+    def _run(self, call: Call, work: Callable[[], Answer[T]], gradient: bool) -> Future[T]:
         if self.closed:
             raise ClosedError(f"{call.operation} on a backend that has been closed")
         try:

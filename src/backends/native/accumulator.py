@@ -28,8 +28,12 @@ class Accumulator:
     parameters: Mapping[str, nn.Parameter]
 
     @contextmanager
-    def adding(self) -> Iterator[None]:
-        """Let one operation write into fresh gradients, and add them only if it succeeds."""
+    def adding(self, divide_by: Callable[[], float] = lambda: 1.0) -> Iterator[None]:
+        """Let one operation write into fresh gradients, and add them only if it succeeds.
+
+        Args:
+            divide_by: asked when the operation has succeeded; the fresh gradients are divided by it.
+        """
         before = {name: p.grad for name, p in self.parameters.items()}
         for p in self.parameters.values():
             p.grad = None
@@ -39,6 +43,9 @@ class Accumulator:
             for name, p in self.parameters.items():
                 p.grad = before[name]
             raise
+        divisor = divide_by()
+        if divisor != 1.0:
+            torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], divisor)
         for name, p in self.parameters.items():
             old = before[name]
             if old is not None:

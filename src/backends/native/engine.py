@@ -25,6 +25,7 @@ from .execution.deferred_backward import DeferredBackward
 from .execution.forward import model_device, score, trainable
 from .execution.gradient import RetainedForward, gradient_of, retained_gradient
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
+from .execution.scaling import GradientScale
 from .execution.scheduler import Scheduler
 from .models.facts import ModelFacts
 from .models.probes import LayoutLimits, layout_limits, measure_graph, require_causal
@@ -82,6 +83,7 @@ class NativeEngine(Engine):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.weights_version = 0
         self.directory = checkpoint_dir
+        self._fp16 = any(p.dtype == torch.float16 for p in model.parameters())
         self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
 
     @property
@@ -94,9 +96,10 @@ class NativeEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         def attempt() -> Gradient:
-            with self.accumulator.adding(), torch.enable_grad():
+            scale = GradientScale(self.parameters.values(), self._fp16)
+            with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
                 layout, batches = self.scheduler.gradient_batches(call)
-                gradient = gradient_of(self.model, call, batches, self.memory.settings(layout))
+                gradient = gradient_of(self.model, call, batches, self.memory.settings(layout), scale)
                 self.accumulator.require_finite(lambda: self._blame(call.requests))
             return gradient
 
@@ -140,9 +143,10 @@ class NativeEngine(Engine):
             forward.require_same([call.requests[i] for i in at])
         covered = {i for at in retained.values() for i in at}
         rest = [i for i in range(len(call.data)) if i not in covered]
-        with self.accumulator.adding(), torch.enable_grad():
+        scale = GradientScale(self.parameters.values(), self._fp16)
+        with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
             fresh = {self.retain(prepare(rest)): rest} if rest else {}
-            gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained))
+            gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
             self.accumulator.require_finite(lambda: self._blame(call.requests))
         return gradient
 

@@ -69,10 +69,10 @@ class DeferredBackward:
         apart = [forward.batch.apart(forward.logprobs.detach()) for forward in self._forwards]
         return {i: logprobs for each in apart for i, logprobs in each.items()}
 
-    def backward(self, cotangents: Mapping[int, Tensor]) -> None:
-        """Take the cotangents back into ``parameter.grad``, retained graphs first, and forget everything."""
+    def backward(self, cotangents: Mapping[int, Tensor], scale: float = 1.0) -> None:
+        """Take the cotangents, times ``scale``, back into ``parameter.grad``, retained graphs first; forget everything."""
         for forward in sorted(self._forwards, key=lambda f: f.hidden is None):
-            cotangent = torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
+            cotangent = scale * torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
             torch.autograd.backward(forward.logprobs, cotangent)
             hidden = forward.hidden
             if hidden is None:

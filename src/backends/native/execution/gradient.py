@@ -19,6 +19,7 @@ from ..causal_lm import CausalLM
 from .batching import MicroBatch
 from .deferred_backward import DeferredBackward
 from .memory import GraphSettings
+from .scaling import GradientScale
 
 __all__ = ["RetainedForward", "gradient_of", "retained_gradient", "streams_in_one_pass"]
 
@@ -75,7 +76,11 @@ def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
 
 
 def gradient_of(
-    model: CausalLM, call: PreparedCall, batches: Sequence[Sequence[MicroBatch]], settings: GraphSettings
+    model: CausalLM,
+    call: PreparedCall,
+    batches: Sequence[Sequence[MicroBatch]],
+    settings: GraphSettings,
+    scale: GradientScale,
 ) -> Gradient:
     """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next.
 
@@ -84,8 +89,9 @@ def gradient_of(
         call: the call.
         batches: for a function, one batch of everything.
         settings: how graphs are retained.
+        scale: of the cotangents; gradients are to be divided by it.
     """
-    one_pass = streams_in_one_pass(model, call)
+    one_pass = streams_in_one_pass(model, call) and not scale.needed
     logprobs: dict[int, Tensor] = {}
     parts, graph_metrics = list[Cotangents](), list[Mapping[str, Metric]]()
     for forwards in batches:
@@ -94,34 +100,38 @@ def gradient_of(
         if one_pass and len(forwards) == 1:
             scored, cotangents = _in_one_pass(call, graphs, forwards[0])
         else:
-            scored, cotangents = _in_two_acts(call, graphs, forwards)
+            scored, cotangents = _in_two_acts(call, graphs, forwards, scale)
         parts.append(cotangents)
         graph_metrics.append(graphs.metrics())
         logprobs |= {i: x.cpu() for i, x in scored.items()}
     return _summary(call, parts, logprobs, graph_metrics)
 
 
-def retained_gradient(call: PreparedCall, places: Mapping[RetainedForward, Sequence[int]], reused: int) -> Gradient:
+def retained_gradient(
+    call: PreparedCall, places: Mapping[RetainedForward, Sequence[int]], reused: int, scale: GradientScale
+) -> Gradient:
     """Evaluate a loss on log-probs that are there already, and take its cotangents back through their graphs.
 
     Args:
         call: the call.
         places: which datum of the call each of a forward's is; together every one, once.
         reused: tokens whose forward was made by an earlier call.
+        scale: of the cotangents; gradients are to be divided by it.
     """
     logprobs = {i: x for retained, at in places.items() for i, x in zip(at, retained.logprobs, strict=True)}
     _require_finite_logprobs(logprobs, call.requests)
     cotangents = evaluate(call, logprobs)
     _require_finite_cotangents(cotangents.by_datum, call)
     for retained, at in places.items():
-        retained.graphs.backward({local: cotangents.by_datum[i] for local, i in enumerate(at)})
+        own = {local: cotangents.by_datum[i] for local, i in enumerate(at)}
+        retained.graphs.backward(own, scale.choose(cotangents.by_datum))
     tokens = sum(retained.tokens for retained in places)
     counted = {"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))}
     return _summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
 
 
 def _in_two_acts(
-    call: PreparedCall, graphs: DeferredBackward, forwards: Sequence[MicroBatch]
+    call: PreparedCall, graphs: DeferredBackward, forwards: Sequence[MicroBatch], scale: GradientScale
 ) -> tuple[dict[int, Tensor], Cotangents]:
     """Score everything, evaluate the loss, go back."""
     for batch in forwards:
@@ -130,7 +140,7 @@ def _in_two_acts(
     _require_finite_logprobs(scored, call.requests)
     cotangents = evaluate(call, scored)
     _require_finite_cotangents(cotangents.by_datum, call)
-    graphs.backward(cotangents.by_datum)
+    graphs.backward(cotangents.by_datum, scale.choose(cotangents.by_datum))
     return scored, cotangents
 
 
