@@ -241,7 +241,10 @@ class Backend:
 
     def _prepare(self, data: Sequence[Datum], loss: Loss | CustomLoss | None, **options: Any) -> PreparedCall:
         limits = self._engine.limits
-        return prepare(data, loss, vocab_size=limits.vocab_size, max_length=limits.max_length, **options)
+        call = prepare(data, loss, vocab_size=limits.vocab_size, max_length=limits.max_length, **options)
+        if not limits.tempers:
+            call.require_untempered()
+        return call
 
     def _accumulate(
         self, call: PreparedCall, add: Callable[[], Gradient] | None = None

@@ -42,12 +42,14 @@ class EngineLimits:
         max_length: longest model input, tokens; None = no limit.
         skips_positions: it can leave out the positions of weight 0.
         discards: it can forget what has been accumulated.
+        tempers: it scores a datum at the temperature that the datum names.
     """
 
     vocab_size: int | None = None
     max_length: int | None = None
     skips_positions: bool = False
     discards: bool = True
+    tempers: bool = False
 
 
 @final

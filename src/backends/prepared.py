@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
-from ..errors import ConfigError, LossTypeError
+from ..errors import ConfigError, LossTypeError, UnsupportedError
 from ..losses.adapt import as_tensor
 from ..losses.base import Counts, Loss
 from ..losses.batch import TokenBatch
@@ -39,11 +39,19 @@ Positions = Literal["all", "trained"]
 @final
 @dataclass(frozen=True, eq=False)
 class ScoreRequest:
-    """One sequence to score: T input tokens, the targets ([T] or [T, K]), and which positions are needed (bool [T])."""
+    """One sequence to score.
+
+    Attributes:
+        tokens: int64 [T].
+        targets: int64 [T] or [T, K].
+        needed: bool [T]; which positions are scored.
+        temperature: divides the logits; that of the sampler, where the sequence was sampled at another than 1.
+    """
 
     tokens: Tensor
     targets: Tensor
     needed: Tensor
+    temperature: float = 1.0
 
     @property
     def length(self) -> int:
@@ -62,7 +70,8 @@ class ScoreRequest:
         if positions == "trained" and "weights" in inputs:
             weights = inputs["weights"].to_torch()
             needed = (weights != 0) if weights.dim() == 1 else (weights != 0).any(-1)
-        return cls(tokens, targets, needed)
+        given = inputs.get("temperature")
+        return cls(tokens, targets, needed, 1.0 if given is None else float(given.to_torch()))
 
 
 @final
@@ -139,6 +148,19 @@ class PreparedCall:
         batch = self.batch(range(len(self.data)), torch.cat([x.detach() for x in logprobs]))
         return self.output(logprobs, wire_metrics(self.loss.evaluate(batch).metrics))
 
+    def require_untempered(self) -> None:
+        """Check that everything is scored at temperature 1.
+
+        Raises:
+            UnsupportedError: a datum names another temperature.
+        """
+        tempered = [i for i, request in enumerate(self.requests) if request.temperature != 1.0]
+        if tempered:
+            raise UnsupportedError(
+                f"datums {tempered} were sampled at another temperature than 1, at which this backend cannot score; sample at "
+                "temperature 1, or train on a backend that can (TorchBackend)"
+            )
+
     def output(self, logprobs: Sequence[Tensor], metrics: Mapping[str, float]) -> ForwardBackwardOutput:
         """Return the call's result; where positions were skipped it says so in ``scored``."""
         outputs = []
@@ -147,7 +169,13 @@ class PreparedCall:
             if not bool(request.needed.all()):
                 output["scored"] = TensorData(request.needed.to(torch.float32))
             outputs.append(output)
-        return ForwardBackwardOutput(outputs, metrics)
+        return ForwardBackwardOutput(outputs, {**metrics, **self._provenance()})
+
+    def _provenance(self) -> dict[str, float]:
+        """How many rollouts were drawn from a cut distribution, whose ratios are biased."""
+        cuts = [datum.loss_fn_inputs["top_p"].data[0] for datum in self.data if "top_p" in datum.loss_fn_inputs]
+        cut = sum(1 for top_p in cuts if top_p != 1.0)
+        return {"rollouts_cut:sum": float(cut)} if cut else {}
 
 
 def prepare(

@@ -104,10 +104,12 @@ class Rollout:
     Attributes:
         prompt_index: which prompt it belongs to.
         tokens: the completion, the stop token included.
-        logprobs: log-prob of each token under the untempered policy (what ``forward`` would say).
+        logprobs: log-prob of each token under the untempered policy (what ``forward`` says at temperature 1).
         stop_reason: ``stop`` or ``length``.
         weights_version: optimizer steps the sampler had seen.
         temperature, top_p, top_k: how it was drawn.
+        sampler_logprobs: log-prob of each token under the tempered policy, not cut: what ``forward`` says of a datum with
+            this temperature; None where the sampler does not tell.
     """
 
     prompt_index: int
@@ -118,6 +120,7 @@ class Rollout:
     temperature: float
     top_p: float
     top_k: int
+    sampler_logprobs: list[float] | None = None
 
 
 @final

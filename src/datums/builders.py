@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -133,6 +134,7 @@ def datum_from_rollout(
     group_id: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = -1,
     weights_version: int | None = None,
     logprobs_of: Literal["policy", "sampler"] = "policy",
 ) -> Datum:
@@ -144,23 +146,24 @@ def datum_from_rollout(
         logprobs: [C]; log-prob of each token when it was sampled.
         advantage: one number, or [C].
         group_id: the prompt group.
-        temperature, top_p: how it was sampled; kept in the datum.
+        temperature: it was sampled at; kept in the datum, which backends then score at this temperature.
+        top_p, top_k: how the distribution was cut; ``top_p`` is kept in the datum.
         weights_version: optimizer steps the sampler's weights had seen; kept in the datum.
-        logprobs_of: ``policy``: untempered and uncut, what ``forward`` would say. ``sampler``: of the distribution that was
-            sampled from, which is the same only at temperature 1 and top_p 1.
+        logprobs_of: ``policy``: untempered. ``sampler``: of the tempered distribution, `Rollout.sampler_logprobs`; needed at
+            another temperature than 1.
 
     Returns:
         A datum with ``weights`` 1 on the completion and 0 on the prompt, where advantages and log-probs read 0.
 
     Raises:
         LengthError: log-probs or advantages are not one per completion token.
-        DatumError: log-probs of a tempered or cut distribution: every ratio to the policy would be wrong.
+        DatumError: the temperature is 0, or the log-probs are not those of the distribution that was sampled from: every
+            ratio to it would be wrong.
+
+    Warns:
+        UserWarning: the distribution was cut: the tokens that were left out have a part in the ratio that they never had.
     """
-    if logprobs_of == "sampler" and (temperature != 1.0 or top_p != 1.0):
-        raise DatumError(
-            f"logprobs_of='sampler' at temperature {temperature:g} and top_p {top_p:g} are not the policy's log-probs, so "
-            "every ratio would be wrong; record untempered ones, or score the tokens again by forward"
-        )
+    _check_sampling(temperature, top_p, top_k, logprobs_of)
     datum = datum_from_prompt_completion(prompt, tokens)
     trained = datum.loss_fn_inputs["weights"].to_torch() != 0
     count = int(trained.sum())
@@ -197,3 +200,23 @@ def preference_pair(
         pair[0].with_inputs(pair_id=[pair_id], role=[ROLE_CHOSEN]),
         pair[1].with_inputs(pair_id=[pair_id], role=[ROLE_REJECTED]),
     )
+
+
+def _check_sampling(temperature: float, top_p: float, top_k: int, logprobs_of: str) -> None:
+    if not 0.0 < temperature < float("inf"):
+        raise DatumError(
+            f"a completion at temperature {temperature:g} was not drawn, so no ratio to its sampler exists"
+        )
+    if temperature != 1.0 and logprobs_of != "sampler":
+        raise DatumError(
+            f"log-probs of the untempered policy do not say how likely these tokens were at temperature {temperature:g}, and "
+            "every ratio would be wrong; give those of the tempered distribution (rollout.sampler_logprobs) with "
+            "logprobs_of='sampler': the datum is then scored at this temperature"
+        )
+    if top_p != 1.0 or top_k != -1:
+        warnings.warn(
+            f"this completion was drawn with top_p={top_p:g}, top_k={top_k}: tokens that were cut off had no chance, and a "
+            "ratio to the whole distribution is biased; the metric rollouts_cut counts such datums",
+            UserWarning,
+            stacklevel=3,
+        )

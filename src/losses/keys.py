@@ -31,7 +31,7 @@ _KEYS = (
     InputKey("target_tokens", "int64", True, "token that follows each input token"),
     InputKey("weights", "float32", True, "0 = not trained; otherwise the weight of the token"),
     InputKey("advantages", "float32", True, "advantage of each token; positive = more of this"),
-    InputKey("logprobs", "float32", True, "log-probs of the rollout policy (the sampler), untempered"),
+    InputKey("logprobs", "float32", True, "log-probs of the rollout policy (the sampler), at its temperature"),
     InputKey("old_logprobs", "float32", True, "log-probs of the proximal anchor, where it differs from the sampler"),
     InputKey("ref_logprobs", "float32", True, "log-probs of the frozen reference"),
     InputKey("pair_id", "int64", False, "which preference pair the sequence belongs to"),
@@ -39,7 +39,7 @@ _KEYS = (
     InputKey("group_id", "int64", False, "which prompt group the sequence belongs to"),
     InputKey("label", "int64", False, "1 desirable, 0 undesirable"),
     InputKey("weights_version", "int64", False, "optimizer steps that the sampler's weights had seen"),
-    InputKey("temperature", "float32", False, "temperature the completion was sampled at"),
+    InputKey("temperature", "float32", False, "temperature the completion was sampled at, and is scored at"),
     InputKey("top_p", "float32", False, "nucleus mass the completion was sampled from"),
 )
 

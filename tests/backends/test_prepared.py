@@ -94,12 +94,13 @@ def test_a_trained_head_in_chunks_evaluates_each_token_once(name: str, monkeypat
     """The one-pass head asks for the cotangent chunk by chunk of rows, and of each token once."""
     chunks, surrogate = list[int](), logprobs.logprob_surrogate
 
-    def chunked(hidden: Tensor, head: Any, targets: Tensor, cotangent: Any) -> Any:
+    def chunked(hidden: Tensor, head: Any, targets: Tensor, cotangent: Any, temperature: float) -> Any:
         def counting(values: Tensor, at: slice) -> Tensor:
             chunks.append(len(values))
             return torch.as_tensor(cotangent(values, at))
 
-        return surrogate(hidden, head, targets, counting, memory_budget=3 * 17 * 8)
+        budget = 3 * 17 * 8
+        return surrogate(hidden, head, targets, counting, temperature=temperature, memory_budget=budget)
 
     monkeypatch.setattr("pullback.backends.native.execution.deferred_backward.logprob_surrogate", chunked)
     backend = tiny_backend()

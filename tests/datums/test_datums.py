@@ -67,11 +67,18 @@ def test_max_length_cuts_on_the_right(tokens: list[int], limit: int) -> None:
             datum_from_tokens_weights(tokens, late, max_length=limit)
 
 
-def test_tempered_logprobs_are_refused() -> None:
-    """Log-probs of a tempered distribution are not the policy's; provenance is kept."""
+def test_tempered_rollouts_need_their_samplers_logprobs() -> None:
+    """A ratio is taken to the distribution that was sampled from; provenance is kept; a cut is warned of."""
     with pytest.raises(DatumError, match="every ratio would be wrong"):
-        datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.7, logprobs_of="sampler")
-    kept = datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.5, top_p=0.9, weights_version=3).loss_fn_inputs
+        datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.7)
+    with pytest.raises(DatumError, match="was not drawn"):
+        datum_from_rollout([1], [2], [-1.0], 1.0, temperature=0.0)
+    for cut in ({"top_p": 0.9}, {"top_k": 5}):
+        with pytest.warns(UserWarning, match="had no chance"):
+            datum_from_rollout([1], [2], [-1.0], 1.0, **cut)
+    kept = datum_from_rollout(
+        [1], [2], [-1.0], 1.0, temperature=0.5, weights_version=3, logprobs_of="sampler"
+    ).loss_fn_inputs
     assert (kept["temperature"].data, kept["weights_version"].data) == ([0.5], [3])
 
 

@@ -34,7 +34,7 @@ class FakeEngine(Engine):
     """
 
     def __init__(self, vocab_size: int, seed: int, stop: Sequence[int], faults: Mapping[int, Exception]) -> None:
-        self.limits, self.stop = EngineLimits(vocab_size), frozenset(stop)
+        self.limits, self.stop = EngineLimits(vocab_size, tempers=True), frozenset(stop)
         self.model = TableModel.random(vocab_size, seed)
         self.base = copy.deepcopy(self.model)
         self.generator = torch.Generator().manual_seed(seed)
@@ -87,10 +87,10 @@ class FakeEngine(Engine):
         stop = self.stop if params.stop is None else frozenset(params.stop)
 
         def rollout(index: int, prompt: ModelInput) -> Rollout:
-            tokens, logprobs = self.model.complete(prompt.to_ints()[-1], params, stop, generators[index])
+            tokens, logprobs, tempered = self.model.complete(prompt.to_ints()[-1], params, stop, generators[index])
             reason = "stop" if tokens[-1] in stop else "length"
             how = (params.temperature, params.top_p, params.top_k)
-            return Rollout(index, tokens, logprobs, reason, self.weights_version, *how)
+            return Rollout(index, tokens, logprobs, reason, self.weights_version, *how, tempered)
 
         return [rollout(i, prompt) for i, prompt in enumerate(prompts) for _ in range(n)]
 

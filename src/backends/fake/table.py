@@ -38,16 +38,16 @@ class TableModel:
 
     def score(self, request: ScoreRequest) -> Tensor:
         """Log-probs of the targets, [T] or [T, K]."""
-        rows, targets = self.logits.log_softmax(-1)[request.tokens], request.targets
+        rows, targets = (self.logits / request.temperature).log_softmax(-1)[request.tokens], request.targets
         found = rows.gather(-1, targets[:, None] if targets.dim() == 1 else targets)
         return found.reshape(targets.shape)
 
     def backward(self, request: ScoreRequest, cotangent: Tensor) -> Tensor:
-        """``d sum(g logprob) / d logits[x] = sum of g (onehot(target) - softmax(logits[x]))`` over positions after x."""
+        """``d sum(g logprob) / d logits[x]``, the sum of ``g (onehot(target) - softmax(logits[x] / T)) / T`` after x."""
         tokens, targets = request.tokens, request.targets
         g, t = cotangent.double().reshape(len(tokens), -1), targets.reshape(len(tokens), -1)
-        rows = -g.sum(-1, keepdim=True) * self.logits.softmax(-1)[tokens]
-        rows = rows.scatter_add(-1, t, g)
+        rows = -g.sum(-1, keepdim=True) * (self.logits / request.temperature).softmax(-1)[tokens]
+        rows = rows.scatter_add(-1, t, g) / request.temperature
         return torch.zeros_like(self.logits).index_add(0, tokens, rows)
 
     def adamw(self, gradient: Tensor, params: AdamParams) -> None:
@@ -62,12 +62,13 @@ class TableModel:
 
     def complete(
         self, last: int, params: SamplingParams, stop: frozenset[int], generator: torch.Generator
-    ) -> tuple[list[int], list[float]]:
-        """Draw tokens after ``last``; return them and their log-probs under the untempered table."""
-        tokens, logprobs = list[int](), list[float]()
+    ) -> tuple[list[int], list[float], list[float]]:
+        """Draw tokens after ``last``; return them and their log-probs under the untempered and the tempered table."""
+        tokens, logprobs, tempered = list[int](), list[float](), list[float]()
         while len(tokens) < params.max_tokens and not (tokens and last in stop):
             row = self.logits[last]
             last = int(choose_tokens(row[None], params, [generator]))
             tokens.append(last)
             logprobs.append(float(row.log_softmax(-1)[last]))
-        return tokens, logprobs
+            tempered.append(float((row / (params.temperature or 1.0)).log_softmax(-1)[last]))
+        return tokens, logprobs, tempered

@@ -72,7 +72,7 @@ class NativeEngine(Engine):
         head = self.model.head()
         facts = getattr(model, "facts", ModelFacts())
         context = facts.max_length if max_length is None else max_length
-        self.limits = EngineLimits(int(head.weight.shape[0]), context, skips_positions=True)
+        self.limits = EngineLimits(int(head.weight.shape[0]), context, skips_positions=True, tempers=True)
         require_causal(self.model, self.vocab_size)
         layouts = _allowed(layout, layout_limits(self.model, self.vocab_size))
         sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))

@@ -78,7 +78,15 @@ def draw(
             found += _complete(_decoder(model, longest), chunk, n, params, frozenset(stop), ends, some)
     how = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
     return [
-        Rollout(i // n, row.tokens, row.logprobs, row.stop_reason, version, **how)  # type: ignore[arg-type]  # by name
+        Rollout(
+            i // n,
+            row.tokens,
+            row.logprobs,
+            row.stop_reason,
+            version,
+            **how,  # type: ignore[arg-type]  # by name
+            sampler_logprobs=row.tempered if params.temperature > 0 else None,
+        )
         for i, row in enumerate(found)
     ]
 
@@ -87,6 +95,7 @@ def draw(
 class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tempered: list[float] = field(default_factory=list)
     stop_reason: str = "length"
 
 
@@ -104,10 +113,12 @@ def _complete(
     logits = decoder.start(prompts, n)
     for length in range(1, params.max_tokens + 1):
         chosen = choose_tokens(logits, params, [generators[row // n] for row in alive])
-        logprobs = torch.log_softmax(logits, -1).gather(-1, chosen[:, None])[:, 0]
-        for row, token, logprob in zip(alive, chosen.tolist(), logprobs.tolist(), strict=True):
+        policies = [logits] if params.temperature in (0.0, 1.0) else [logits, logits / params.temperature]
+        scores = [torch.log_softmax(z, -1).gather(-1, chosen[:, None])[:, 0].tolist() for z in policies]
+        for row, token, logprob, tempered in zip(alive, chosen.tolist(), scores[0], scores[-1], strict=True):
             rows[row].tokens.append(token)
             rows[row].logprobs.append(logprob)
+            rows[row].tempered.append(tempered)
             if token in stop or (ends is not None and ends(rows[row].tokens)):
                 rows[row].stop_reason = "stop"
         going = [i for i, row in enumerate(alive) if rows[row].stop_reason == "length"]

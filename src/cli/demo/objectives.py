@@ -212,7 +212,6 @@ class Rl(Objective):
                 r.logprobs,
                 a,
                 group_id=r.prompt_index,
-                temperature=r.temperature,
                 weights_version=r.weights_version,
             )
             for r, a in zip(rollouts, advantages, strict=True)

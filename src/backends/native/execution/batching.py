@@ -80,6 +80,7 @@ class MicroBatch:
         rows: as the model takes them; several where sequences run one by one.
         index: the positions that are scored.
         tokens: that go through the model, padding left out and a shared prefix counted once.
+        temperature: at which all of them are scored.
     """
 
     members: Sequence[int]
@@ -87,6 +88,7 @@ class MicroBatch:
     rows: Sequence[Rows]
     index: TargetIndex
     tokens: int
+    temperature: float = 1.0
 
     @classmethod
     def of(
@@ -96,7 +98,7 @@ class MicroBatch:
         device: torch.device,
         members: Sequence[int] | None = None,
     ) -> MicroBatch:
-        """Lay sequences out."""
+        """Lay sequences out, which are scored at one temperature."""
         alone = layout == "single"
         rows = [arrange([r], "padded", device) for r in requests] if alone else [arrange(requests, layout, device)]
         return cls(
@@ -105,6 +107,7 @@ class MicroBatch:
             rows=rows,
             index=TargetIndex.of(requests, device),
             tokens=sum(own_lengths(requests, layout)),
+            temperature=requests[0].temperature,
         )
 
     def apart(self, values: Tensor) -> dict[int, Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ....errors import BackendError
 from ....losses.metrics import Metric, total
-from ....ops.logprobs import logprob_surrogate, selected_logprobs
+from ....ops.logprobs import logprob_surrogate
 from ..causal_lm import CausalLM
 from .batching import MicroBatch
-from .forward import batch_hidden
+from .forward import batch_hidden, batch_logprobs
 from .memory import GraphSettings
 
 __all__ = ["DeferredBackward"]
@@ -60,7 +60,7 @@ class DeferredBackward:
         hidden, size = self._hidden(batch, keep=keep, offload=over)
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            logprobs = batch.index.scatter(selected_logprobs(leaf, self._model.head(), batch.index.targets))
+            logprobs = batch_logprobs(self._model, leaf, batch)
         self._recomputed += 0 if keep else batch.tokens
         self._forwards.append(_Forward(batch, hidden if keep else None, size, leaf, logprobs))
 
@@ -95,7 +95,9 @@ class DeferredBackward:
         hidden, _ = self._hidden(batch, keep=True, offload=False)
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            surrogate, logprobs = logprob_surrogate(leaf, self._model.head(), batch.index.targets, cotangent)
+            surrogate, logprobs = logprob_surrogate(
+                leaf, self._model.head(), batch.index.targets, cotangent, temperature=batch.temperature
+            )
         torch.autograd.backward(surrogate)
         if hidden.requires_grad:
             torch.autograd.backward(hidden, leaf.grad)

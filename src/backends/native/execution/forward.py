@@ -12,7 +12,7 @@ from ...prepared import ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import Layout, MicroBatch
 
-__all__ = ["batch_hidden", "model_device", "needed_hidden", "score", "trainable"]
+__all__ = ["batch_hidden", "batch_logprobs", "model_device", "needed_hidden", "score", "trainable"]
 
 
 def model_device(model: CausalLM) -> torch.device:
@@ -28,6 +28,18 @@ def batch_hidden(model: CausalLM, batch: MicroBatch) -> Tensor:
     return hidden[batch.index.at]
 
 
+def batch_logprobs(model: CausalLM, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    """Return the log-probs of all target tokens end to end, [N] or [N, K]; 0.0 where not needed.
+
+    Args:
+        model: its head is used.
+        hidden: of the needed positions, [M, H]; see `batch_hidden`.
+        batch: the micro-batch.
+    """
+    logprobs = selected_logprobs(hidden, model.head(), batch.index.targets, temperature=batch.temperature)
+    return batch.index.scatter(logprobs)
+
+
 def needed_hidden(model: CausalLM, requests: Sequence[ScoreRequest], layout: Layout) -> Tensor:
     """Lay sequences out and return the hidden states at their needed positions, [M, H]; see `batch_hidden`."""
     return batch_hidden(model, MicroBatch.of(requests, layout, model_device(model)))
@@ -39,7 +51,7 @@ def score(model: CausalLM, requests: Sequence[ScoreRequest], layout: Layout) -> 
     Differentiable with respect to the model's parameters.
     """
     batch = MicroBatch.of(requests, layout, model_device(model))
-    return batch.index.scatter(selected_logprobs(batch_hidden(model, batch), model.head(), batch.index.targets))
+    return batch_logprobs(model, batch_hidden(model, batch), batch)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from .batching import Layout, MicroBatch, micro_batches
 from .cost_model import ModelSizes, choose_layout
 from .memory import MemoryBudget
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "by_temperature"]
 
 
 @final
@@ -41,12 +41,14 @@ class Scheduler:
 
     def datums(self, call: PreparedCall) -> tuple[Layout, list[list[int]]]:
         """Return the layout, and batches of datums that need not stay together."""
-        return self.split(call, [[i] for i in range(len(call.data))])
+        layout, batches = self.split(call, [[i] for i in range(len(call.data))])
+        return layout, [part for batch in batches for part in by_temperature(call, batch)]
 
     def forwards(self, call: PreparedCall, batch: Sequence[int], layout: Layout) -> list[list[int]]:
         """Split a batch of whole units further if it is larger than one forward may be."""
         lengths = {i: call.lengths[i] for i in batch}
-        return micro_batches([[i] for i in batch], lengths, self.memory.tokens, layout)
+        batches = micro_batches([[i] for i in batch], lengths, self.memory.tokens, layout)
+        return [part for members in batches for part in by_temperature(call, members)]
 
     def micro_batch(self, call: PreparedCall, members: Sequence[int], layout: Layout) -> MicroBatch:
         """Lay some datums out."""
@@ -54,8 +56,17 @@ class Scheduler:
 
     def gradient_batches(self, call: PreparedCall) -> tuple[Layout, list[list[MicroBatch]]]:
         """Return batches of whole units, each as one or more forwards; for a function, which sees everything, one batch."""
-        layout, batches = self.split(call, call.units)
         if call.registered is None:
+            layout, batches = self.datums(call)
             return layout, [[self.micro_batch(call, batch, layout) for batch in batches]]
+        layout, batches = self.split(call, call.units)
         apart = [self.forwards(call, batch, layout) for batch in batches]
         return layout, [[self.micro_batch(call, forward, layout) for forward in batch] for batch in apart]
+
+
+def by_temperature(call: PreparedCall, members: Sequence[int]) -> list[list[int]]:
+    """Return the datums of a forward apart by the temperature that they are scored at."""
+    apart: dict[float, list[int]] = {}
+    for i in members:
+        apart.setdefault(call.requests[i].temperature, []).append(i)
+    return list(apart.values())
