@@ -30,6 +30,8 @@ class Accumulation:
 
     def record(self, call: PreparedCall, gradient: Gradient) -> None:
         """Enter a call whose gradient has been added into the ledger."""
+        self.ledger.counts |= {(call.name, key): total for key, total in (call.counts or {}).items()}
+        self.ledger.groups |= call.groups
         self.ledger.record(
             loss=call.name,
             datums=len(call.data),

@@ -44,11 +44,7 @@ class Backend:
         return self._engine.weights_version
 
     def gradients(self, grad_accumulation_normalization: NormalizationMode = None) -> dict[str, Tensor]:
-        """Return the accumulated gradient by parameter name, divided as ``optim_step`` would divide it (copies).
-
-        Raises:
-            UnsupportedError: the gradients lie elsewhere.
-        """
+        """Return copies of the accumulated gradient by parameter name, divided as ``optim_step`` would divide it."""
         divisor = self._accumulation.ledger.divisor(grad_accumulation_normalization).value or 1.0
         return {name: gradient / divisor for name, gradient in self._engine.gradients().items()}
 
@@ -83,8 +79,7 @@ class Backend:
             counts: totals of the whole step by denominator, e.g. ``{"tokens": 18231}``: divide now, not at
                 ``optim_step``. Needed where two denominators meet in one accumulation.
 
-        Returns:
-            Log-probs (0.0 with a ``scored`` mask where untrained positions were skipped) and metrics.
+        Returns: log-probs (0.0 with a ``scored`` mask where untrained positions were skipped) and metrics.
         """
 
         def work() -> Answer[ForwardBackwardOutput]:
@@ -252,6 +247,7 @@ class Backend:
         """Add a call's gradient (by ``add``, if that is not the engine's ordinary way), and enter it into the ledger."""
         ledger = self._accumulation.ledger
         ledger.admit(call.name, self._engine.deferred_denominator(call))
+        ledger.admit_units(call.name, call.counts or {}, call.groups)
         gradient = self._engine.accumulate(call) if add is None else add()
         self._accumulation.record(call, gradient)
         return gradient.output

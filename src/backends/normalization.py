@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
-from ..errors import ConfigError, DoubleNormalizationError, MixedDenominatorsError
+from ..errors import ConfigError, DoubleNormalizationError, IncompleteUnitError, MixedDenominatorsError
 from .protocol import NormalizationMode
 from .types import LedgerEntry
 
@@ -38,11 +38,15 @@ class Ledger:
         entries: one per operation.
         declared: for each, the normalisation that its loss declares (None: a mean; ``function``: unknown).
         operations: gradient operations ever, which number the entries.
+        counts: totals of the step that calls have given, by loss and denominator.
+        groups: ids of the groups whose gradients a mean over groups has.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
     declared: list[str | None] = field(default_factory=list)
     operations: int = 0
+    counts: dict[tuple[str, str], float] = field(default_factory=dict)
+    groups: set[int] = field(default_factory=set)
 
     @property
     def tokens(self) -> int:
@@ -70,6 +74,26 @@ class Ledger:
                 f"{name} is divided by {_words(denominator)}, but gradients have accumulated that are to be divided by "
                 f"{_words(self.denominator)} (from {self.entries[0].loss}): one division cannot serve both; "
                 "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
+            )
+
+    def admit_units(self, name: str, counts: Mapping[str, float], groups: Collection[int]) -> None:
+        """Check that a call agrees with those before it on the totals of the step, and cuts none of their groups.
+
+        Raises:
+            ConfigError: two calls say different totals.
+            IncompleteUnitError: a group lies in two calls, so that each would weigh its tokens as if they were all.
+        """
+        for key, total in counts.items():
+            before = self.counts.get((name, key), total)
+            if before != total:
+                raise ConfigError(
+                    f"{name} says that the step has {total:g} {key}, an earlier call said {before:g}; give all of them the "
+                    "total of the whole step"
+                )
+        cut = sorted(self.groups & set(groups))
+        if cut:
+            raise IncompleteUnitError(
+                f"{name}: groups {cut} lie in this call and in an earlier one; a mean over groups needs each group whole"
             )
 
     def record(self, *, loss: str, datums: int, declared: str | None, **counted: Any) -> None:

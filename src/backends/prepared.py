@@ -18,8 +18,10 @@ from ..losses.base import Counts, Loss
 from ..losses.batch import TokenBatch
 from ..losses.metrics import wire_metrics
 from ..losses.registry import get_loss
+from ..losses.terms import check_counts
 from .protocol import CustomLoss
 from .types import ForwardBackwardOutput, as_mapping
+from .units import by_group, loss_units
 
 __all__ = [
     "Positions",
@@ -27,7 +29,6 @@ __all__ = [
     "ScoreRequest",
     "as_loss",
     "loss_name",
-    "loss_units",
     "missing_inputs",
     "prepare",
     "scored",
@@ -115,6 +116,13 @@ class PreparedCall:
     def declared_normalization(self) -> str | None:
         """The normalisation that fits the loss: None for a mean, ``function`` where nobody says."""
         return "function" if self.registered is None else self.registered.normalization
+
+    @cached_property
+    def groups(self) -> frozenset[int]:
+        """Ids of the prompt groups, where the loss takes a mean over groups or within each."""
+        if self.registered is None or not by_group(self.registered):
+            return frozenset()
+        return frozenset(int(as_tensor(datum.loss_fn_inputs["group_id"])) for datum in self.data)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -205,10 +213,11 @@ def prepare(
     """
     if loss is not None and not callable(loss):
         raise LossTypeError(f"loss_fn must be a function (data, logprobs_list) -> (loss, metrics), got {loss!r}")
+    check_counts(counts)
     registered = loss if isinstance(loss, Loss) else None
     validate(
         data,
-        required=() if registered is None else ("target_tokens", *registered.required_inputs),
+        required=() if registered is None else _required(registered),
         optional=() if registered is None else registered.optional_inputs,
         vocab_size=vocab_size,
         max_length=max_length,
@@ -217,6 +226,12 @@ def prepare(
     )
     requests = [ScoreRequest.of(datum, positions) for datum in data]
     return PreparedCall(data, _no_loss if loss is None else loss, counts, requests, by_name)
+
+
+def _required(loss: Loss) -> list[str]:
+    """Inputs without which a call makes no sense; a mean by groups needs to know them, as a call may hold several."""
+    needed = ["target_tokens", *loss.required_inputs]
+    return [*needed, "group_id"] if by_group(loss) and "group_id" not in needed else needed
 
 
 def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
@@ -257,27 +272,6 @@ def scored(datum: Datum) -> Datum:
         return datum
     tokens = datum.model_input.tokens
     return Datum(type(datum.model_input).from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
-
-
-def loss_units(loss: Loss, data: Sequence[Datum]) -> list[list[int]]:
-    """Return the datums that must stay in one micro-batch: pairs, groups, the whole batch, or single datums."""
-    if loss.gradient_kind == "batch":
-        return [list(range(len(data)))]
-    if loss.gradient_kind == "pair":
-        if "pair_id" not in data[0].loss_fn_inputs:
-            return [[i, i + 1] for i in range(0, len(data), 2)]
-        return _by_id("pair_id", data)
-    if loss.main_aggregation.local == "group":
-        return _by_id("group_id", data)
-    return [[i] for i in range(len(data))]
-
-
-def _by_id(key: str, data: Sequence[Datum]) -> list[list[int]]:
-    members: dict[int, list[int]] = {}
-    for i, datum in enumerate(data):
-        identity = datum.loss_fn_inputs.get(key)
-        members.setdefault(0 if identity is None else int(as_tensor(identity)), []).append(i)
-    return list(members.values())
 
 
 def _no_loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:

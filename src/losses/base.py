@@ -99,7 +99,7 @@ class Loss(abc.ABC):
         Raises:
             ConfigError: ``counts`` lacks the denominator that is needed, or it is not positive.
         """
-        check_counts(counts)
+        check_counts(counts, terms)
         parts = tuple(reduce_term(term, batch, counts) for term in terms)
         shares = [p.numerator / p.count if p.count else p.numerator * 0.0 for p in parts]
         loss = sum(shares[1:], shares[0]).to(batch.policy.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..deprecation import renamed_keyword
-from ..errors import DatumError, IncompleteUnitError, LengthError, MissingFieldError
+from ..errors import ConfigError, DatumError, IncompleteUnitError, LengthError, MissingFieldError
 from .keys import ROLE_CHOSEN, ROLE_REJECTED
 
 __all__ = ["Groups", "Pairs", "TokenBatch"]
@@ -75,6 +75,8 @@ class TokenBatch:
             raise LengthError(f"logprobs must be [N] or [N, K], got shape {shape}")
         if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != shape[0] or bool((self.offsets.diff() < 0).any()):
             raise LengthError(f"offsets must rise from 0 to {shape[0]}, got {self.offsets.tolist()}")
+        if self.weights is not None and not self.weights.is_floating_point() and bool((self.weights == -100).any()):
+            raise ConfigError("weights contain -100: these are transformers' labels; give weights = labels != -100")
         for name in _TOKEN_FIELDS:
             _check_shape(name, getattr(self, name), shape, "the shape of logprobs")
         for name in _SEQUENCE_FIELDS:

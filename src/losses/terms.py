@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final, get_args
 
@@ -83,31 +83,48 @@ def reduce_term(term: Term, batch: TokenBatch, counts: Counts | None) -> Part:
     """
     denominator = term.aggregation.denominator
     count = count_units(batch, denominator, term.where)
-    return Part(term.name, term.numerator(batch), denominator, count if counts is None else given_count(term, counts))
+    if counts is not None and denominator != "none":
+        own, count = count, given_count(term, counts)
+        if own > count * (1 + 1e-6):
+            raise ConfigError(
+                f"counts[{denominator!r}] is {count:g}, but this call alone has {own:g}: give the total of the whole step"
+            )
+    return Part(term.name, term.numerator(batch), denominator, count)
 
 
 def given_count(term: Term, counts: Counts) -> float:
     """Return the total that the caller gave for a term's denominator; 1 where nothing is divided.
 
     Raises:
-        ConfigError: it is missing or not positive.
+        ConfigError: it is missing.
     """
     denominator = term.aggregation.denominator
     if denominator == "none":
         return 1.0
     if denominator not in counts:
         raise ConfigError(f"counts lacks {denominator!r}, which term {term.name!r} is divided by; got {dict(counts)}")
-    count = float(counts[denominator])
-    if not count > 0:
-        raise ConfigError(f"counts[{denominator!r}] must be positive, got {count}")
-    return count
+    return float(counts[denominator])
 
 
-def check_counts(counts: object) -> None:
-    """Check that ``counts`` is a mapping, or None.
+def check_counts(counts: object, terms: Sequence[Term] | None = None) -> None:
+    """Check totals that the caller gave, before anything is divided by them.
+
+    Args:
+        counts: should map denominators to positive numbers; None: nothing was given.
+        terms: of the loss, if they are known: a total that none of them is divided by would be ignored.
 
     Raises:
         ConfigError: it is something else.
     """
-    if counts is not None and not isinstance(counts, Mapping):
+    if counts is None:
+        return
+    if not isinstance(counts, Mapping):
         raise ConfigError(f"counts must map denominators to totals, e.g. {{'tokens': 18231}}, got {counts!r}")
+    for name, total in counts.items():
+        choice("a key of counts", name, [d for d in get_args(Denominator) if d != "none"])
+        number(f"counts[{name!r}]", total, low=0.0)
+    used = {term.aggregation.denominator for term in terms or ()} - {"none"}
+    unused = sorted(set(counts) - used)
+    if terms is not None and unused:
+        divides = ", ".join(sorted(used)) or "nothing (it is a sum)"
+        raise ConfigError(f"counts has {unused}, but the loss is divided by {divides}: it would be ignored; drop it")

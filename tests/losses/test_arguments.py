@@ -191,3 +191,11 @@ def test_neighbours_of_one_role_are_refused() -> None:
     data = [Datum(ModelInput.from_ints([1, 2]), {"role": [1]})] * 2
     with pytest.raises(InvalidDatumsError, match=r"pair 0 .* 2 chosen"):
         validate(data, pairs=True)
+
+
+def test_labels_are_no_weights() -> None:
+    """Labels of a transformers trainer are refused in the place of a mask, which they would pass for."""
+    logprobs, labels = torch.full((2, 4), -1.0), torch.tensor([[-100, -100, 5, 9], [-100, 3, 2, 1]])
+    with pytest.raises(ConfigError, match="weights = labels != -100"):
+        TokenBatch.from_padded(logprobs, labels)
+    assert TokenBatch.from_padded(logprobs, labels != -100).trained.sum() == 5

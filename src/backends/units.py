@@ -1,0 +1,38 @@
+"""Which datums of a call belong together: pairs, groups, or everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..datums.types import Datum
+from ..losses.adapt import as_tensor
+from ..losses.base import Loss
+
+__all__ = ["by_group", "loss_units"]
+
+
+def by_group(loss: Loss) -> bool:
+    """Return whether a loss takes a mean over prompt groups, or within each."""
+    aggregation = loss.main_aggregation
+    return aggregation.local == "group" or aggregation.denominator == "groups"
+
+
+def loss_units(loss: Loss, data: Sequence[Datum]) -> list[list[int]]:
+    """Return the datums that must stay in one micro-batch: pairs, groups, the whole batch, or single datums."""
+    if loss.gradient_kind == "batch":
+        return [list(range(len(data)))]
+    if loss.gradient_kind == "pair":
+        if "pair_id" not in data[0].loss_fn_inputs:
+            return [[i, i + 1] for i in range(0, len(data), 2)]
+        return _by_id("pair_id", data)
+    if by_group(loss):
+        return _by_id("group_id", data)
+    return [[i] for i in range(len(data))]
+
+
+def _by_id(key: str, data: Sequence[Datum]) -> list[list[int]]:
+    members: dict[int, list[int]] = {}
+    for i, datum in enumerate(data):
+        identity = datum.loss_fn_inputs.get(key)
+        members.setdefault(0 if identity is None else int(as_tensor(identity)), []).append(i)
+    return list(members.values())
