@@ -120,9 +120,7 @@ class TokenBatch:
     @property
     def behaviour_logprobs(self) -> Tensor | None:
         """Deprecated spelling of ``rollout_logprobs``."""
-        warnings.warn(
-            "TokenBatch.behaviour_logprobs is now TokenBatch.rollout_logprobs", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn("TokenBatch.behaviour_logprobs is now rollout_logprobs", DeprecationWarning, stacklevel=2)
         return self.rollout_logprobs
 
     @property

@@ -8,8 +8,8 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from ..native.sampling import choose_tokens
 from ..prepared import ScoreRequest
+from ..sampling import choose_tokens
 from ..types import AdamParams, SamplingParams
 
 __all__ = ["TableModel"]

@@ -1,4 +1,4 @@
-"""The model's next-token distribution along one text: its likeliest tokens, draws from it, and tokens that are given."""
+"""The model's next-token distribution along one text: its most probable tokens, draws from it, and tokens that are given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS = 256  # positions whose logits exist together
 
 
 def top_k_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` likeliest tokens after each but the last, the likeliest first.
+    """Return the ``k`` most probable tokens after each but the last, the most probable first.
 
     Args:
         model: the model.

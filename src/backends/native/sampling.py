@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, Final, Protocol, final
 from weakref import WeakKeyDictionary
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...datums.types import ModelInput
-from ...errors import DatumError, InvalidDatumsError, require_extra
+from ...errors import require_extra
 from ...ops.logprobs import head_logits
+from ..sampling import check_prompts, choose_tokens
 from ..types import Rollout, SamplingParams
 from .causal_lm import CausalLM
 from .execution.forward import model_device
@@ -23,7 +23,7 @@ from .models.hf import HFModel
 from .models.probes import probe_sequences
 from .models.probing import in_float32
 
-__all__ = ["Ends", "cache_agrees", "choose_tokens", "draw"]
+__all__ = ["Ends", "cache_agrees", "draw"]
 
 _logger = logging.getLogger(__name__)
 _MAX_ROWS = 128
@@ -62,7 +62,8 @@ def draw(
     Raises:
         InvalidDatumsError: a prompt is empty, has tokens outside the vocabulary, or leaves the model's context.
     """
-    _check(model, prompts, n, params.max_tokens)
+    vocab, context = model.head().weight.shape[0], _facts(model).max_length
+    check_prompts(prompts, n, vocab, context, params.max_tokens)
     generators = [generator] * len(prompts)
     if params.seed is not None:
         seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
@@ -128,52 +129,6 @@ def _complete(
         keep = torch.tensor(going, device=chosen.device)
         logits = decoder.step(chosen[keep], keep)
     return rows
-
-
-def choose_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token per row from the tempered, cut distribution, [R]; neighbours share a generator or do not."""
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    tempered = logits / params.temperature
-    if params.top_k != -1:
-        smallest = tempered.topk(min(params.top_k, tempered.shape[-1]), -1).values[:, -1:]
-        tempered = tempered.masked_fill(tempered < smallest, -torch.inf)
-    if params.top_p < 1.0:
-        tempered = _nucleus(tempered, params.top_p)
-    shared = [(generator, len(list(rows))) for generator, rows in groupby(generators)]
-    parts = tempered.softmax(-1).split([count for _, count in shared])
-    drawn = [torch.multinomial(part, 1, generator=one) for part, (one, _) in zip(parts, shared, strict=True)]
-    return torch.cat(drawn)[:, 0]
-
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of tokens whose probability reaches ``top_p``; at least one."""
-    ordered, order = logits.sort(-1, descending=True)
-    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-    return logits.masked_fill(cut, -torch.inf)
-
-
-def _check(model: CausalLM, prompts: Sequence[ModelInput], n: int, max_tokens: int) -> None:
-    if n < 1:
-        raise DatumError(f"n must be at least 1 completion per prompt, got {n}")
-    if not prompts:
-        raise DatumError("prompts is empty: give at least one ModelInput")
-    vocab, context = model.head().weight.shape[0], _facts(model).max_length
-    problems = []
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, ModelInput):
-            problems.append(f"prompt {i}: expected a ModelInput, got {type(prompt).__name__}; use ModelInput.from_ints")
-        elif len(prompt) == 0:
-            problems.append(f"prompt {i}: is empty; give at least one token")
-        elif int(prompt.tokens.min()) < 0 or int(prompt.tokens.max()) >= vocab:
-            problems.append(f"prompt {i}: has token ids outside the vocabulary of {vocab}")
-        elif context is not None and len(prompt) + max_tokens - 1 > context:
-            problems.append(
-                f"prompt {i}: {len(prompt)} tokens and max_tokens={max_tokens} leave the model's context of {context} tokens"
-            )
-    if problems:
-        raise InvalidDatumsError(problems)
 
 
 def _facts(model: CausalLM) -> ModelFacts:
