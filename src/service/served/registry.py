@@ -18,6 +18,7 @@ from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
 from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
+from ...backends.native.optimizer import forget_casts
 from ...backends.native.sampling import Ends, draw
 from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
@@ -255,3 +256,4 @@ def _copy_adapter(source: nn.Module, target: nn.Module) -> None:
     for name, p in target.named_parameters():
         if p.requires_grad:
             p.copy_(parameters[name])
+    forget_casts()

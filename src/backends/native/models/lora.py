@@ -12,6 +12,7 @@ from typing import Any, Final, final
 from torch import nn
 
 from ....errors import CheckpointError, ConfigError, require_extra
+from .adapters import active_adapter, adapter_differences
 
 __all__ = ["ATTENTION", "MLP", "UNEMBED", "LoraChoice", "add_lora", "checkpoint_alpha", "saved_config", "set_alpha"]
 
@@ -138,24 +139,30 @@ def checkpoint_alpha(model: Any, folder: Path) -> float | None:
     """Return the alpha that a model must take over with a checkpoint's weights; None: it has it, or has no such thing.
 
     Raises:
-        CheckpointError: the model was asked for with another rank or alpha.
+        CheckpointError: the model's adapter is another function of the same weights.
     """
-    saved, own = saved_config(folder), model.peft_config["default"]
+    saved, own = saved_config(folder).to_dict(), model.peft_config[active_adapter(model)].to_dict()
+    theirs, ours = saved.get("lora_alpha"), own.get("lora_alpha")
+    taken_over = theirs is not None and getattr(model, _OPEN_ALPHA, False)
     for name, spoken in (("r", "rank"), ("lora_alpha", "alpha")):
-        theirs, ours = getattr(saved, name, None), getattr(own, name, None)
-        if theirs != ours and not (name == "lora_alpha" and getattr(model, _OPEN_ALPHA, False)):
-            raise CheckpointError(
-                f"the adapter of {folder} has {spoken} {theirs}, and this model was made with {spoken} {ours}: make it with "
-                "lora=<that folder>, which takes the checkpoint's settings"
-            )
-    alpha = getattr(saved, "lora_alpha", None)
-    return None if alpha == getattr(own, "lora_alpha", None) else alpha
+        if saved.get(name) != own.get(name) and not (name == "lora_alpha" and taken_over):
+            raise _another(folder, f"{spoken} {saved.get(name)}, and this model was made with {spoken} {own.get(name)}")
+    differing = adapter_differences(saved, own | ({"lora_alpha": theirs} if taken_over else {}))
+    if differing:
+        raise _another(folder, f"other settings than this model's: {'; '.join(differing)}")
+    return None if theirs == ours else theirs
+
+
+def _another(folder: Path, difference: str) -> CheckpointError:
+    advice = "make it with lora=<that folder>, which takes the checkpoint's settings"
+    return CheckpointError(f"the adapter of {folder} has {difference}: {advice}")
 
 
 def set_alpha(model: Any, alpha: float) -> None:
-    """Give all adapters of a model another alpha."""
-    model.peft_config["default"].lora_alpha = alpha
+    """Give all layers of a model's adapter another alpha."""
+    name = active_adapter(model)
+    model.peft_config[name].lora_alpha = alpha
     for module in model.modules():
-        if hasattr(module, "lora_alpha"):
-            module.lora_alpha["default"] = alpha
-            module.scaling["default"] = alpha / module.r["default"]
+        if hasattr(module, "lora_alpha") and name in module.lora_alpha:
+            module.lora_alpha[name] = alpha
+            module.scaling[name] = alpha / module.r[name]
