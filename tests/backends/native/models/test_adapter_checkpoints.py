@@ -15,7 +15,7 @@ from own_model import sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel, checkpoint
-from pullback.backends.native.models import lora
+from pullback.backends.native.models import adapters
 from pullback.errors import CheckpointError, UnsupportedError
 from pullback.testing.models import zoo
 
@@ -130,7 +130,7 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
         resumed.load_state_with_optimizer(path).result()
     model: Any = saved.model
     model.model.add_adapter("second", peft.LoraConfig(r=2, target_modules=Q_V))
-    assert lora.active_adapter(model.model) == "policy"
+    assert adapters.active_adapter(model.model) == "policy"
     model.model.base_model.set_adapter(["policy", "second"])
     with pytest.raises(UnsupportedError, match="one adapter"):
         saved.save_state("several").result()
