@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....errors import MissingReferenceError, UnsupportedError
 
-__all__ = ["active_adapter", "adapter_differences", "head_weight", "require_frozen_base"]
+__all__ = ["active_adapter", "adapter_differences", "head_weight", "require_frozen_base", "require_supported"]
 
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
 _WRAPPERS: Final = ("modules_to_save", "trainable_tokens_")  # peft keeps the original beside what is trained
@@ -18,7 +18,7 @@ _NO_FUNCTION: Final = frozenset(
     (
         *("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"),
         *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
-        *("modules_to_save", "ensure_weight_tying", "runtime_config"),
+        *("modules_to_save", "ensure_weight_tying", "runtime_config", "fan_in_fan_out"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_weights"),
     )
 )
@@ -35,6 +35,23 @@ def active_adapter(model: Any) -> str:
     if len(active) != 1:
         raise UnsupportedError(f"one adapter of a model is trained and saved at a time; active are {list(active)}")
     return str(active[0])
+
+
+def require_supported(model: Any) -> None:
+    """Check that a model with its adapters is one function of the tokens.
+
+    Raises:
+        UnsupportedError: virtual tokens, or dropout.
+    """
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
+        dropouts = {key: value for key, value in config.to_dict().items() if key.endswith("dropout") and value}
+        for key, value in dropouts.items():
+            raise UnsupportedError(
+                f"adapter {name!r} has {key}={value}, and dropout is off here, so that a policy and its reference are the same "
+                f"function each time: set {key}=0"
+            )
 
 
 def require_frozen_base(model: Any) -> None:

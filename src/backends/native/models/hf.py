@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head
 from ....ops.logprobs import head_logits
-from .adapters import active_adapter, head_weight, require_frozen_base
+from .adapters import active_adapter, head_weight, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
 from .facts import attention_width, read_facts
 from .packed_attention import install, packed_inputs
@@ -49,8 +49,8 @@ class HFModel(nn.Module):
         causal = self._causal
         self.config: Any = causal.config.get_text_config()
         self.facts = read_facts(causal.config)
-        if self.is_lora and any(c.is_prompt_learning for c in cast(Any, model).peft_config.values()):
-            raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
+        if self.is_lora:
+            require_supported(model)
         if getattr(self.config, "output_router_logits", False):
             raise UnsupportedError(
                 "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model that a loss on log-probs "
@@ -174,16 +174,23 @@ class HFModel(nn.Module):
                 hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
                 theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
                 ours = head_logits(hidden, self._head(hidden.dtype)).double()
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            raise UnsupportedError(
-                f"{type(self._causal).__name__} cannot be run on tokens alone, as hidden states and a head: {error}"
-            ) from error
+        except Exception as error:  # whatever a model raises
+            raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
         if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
-            raise UnsupportedError(
-                f"{type(self._causal).__name__} does not compute its logits as hidden states times a head (relative difference "
-                f"{difference:.2g}); write an adapter with hidden_states and head"
+            raise self._unsupported(
+                f"does not compute its logits as hidden states times a head (relative difference {difference:.2g}); "
+                "write an adapter with hidden_states and head"
             )
+
+    def _unsupported(self, words: str) -> UnsupportedError:
+        head = self._causal.get_output_embeddings()
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        advice = (
+            f"; the adapter on its head ({kind}) may be no matrix that is added: leave the head out of target_modules"
+        )
+        name = type(self._causal).__name__
+        return UnsupportedError(f"{name} {words}{advice if hasattr(head, 'get_base_layer') else ''}")
 
 
 def _require_head(output: Any) -> None:
@@ -191,5 +198,6 @@ def _require_head(output: Any) -> None:
     known = isinstance(output, nn.Linear) or any(hasattr(output, name) for name in _HEAD_WRAPPERS)
     if not known:
         raise UnsupportedError(
-            f"the head is a {type(output).__name__}, not a linear layer; leave lm_head out of the adapter's target_modules"
+            f"the head is a {type(output).__module__}.{type(output).__name__}, not a linear layer or one with a matrix added; "
+            "leave it out of the adapter's target_modules"
         )
