@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeGuard
 
@@ -23,13 +24,13 @@ from .models.hf import HFModel
 from .models.lora import checkpoint_alpha, set_alpha
 from .optimizer import Optimizer, forget_casts
 
-__all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["ADAPTER", "load_checkpoint", "load_weights", "save_checkpoint", "unfinished", "write_tensors"]
 
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MANIFEST: Final = "manifest.json"
 _WEIGHTS: Final = "weights.safetensors"
-_ADAPTER: Final = "adapter_model.safetensors"
+ADAPTER: Final = "adapter_model.safetensors"
 _OUTSIDE: Final = "trained_beside_adapter.safetensors"
 
 
@@ -57,15 +58,24 @@ def save_checkpoint(
     final = root / name
     if final.exists() and not overwrite:
         raise CheckpointError(f"checkpoint {final} exists; choose another name or pass overwrite=True")
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
-    try:
+    with unfinished(final) as folder:
         _write(state, folder, ledger, everything)
+    return str(final)
+
+
+@contextmanager
+def unfinished(final: Path) -> Iterator[Path]:
+    """Give a folder to write into, which then takes its place at once; after a failure nothing has changed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield folder
+        for path in folder.iterdir():
+            _sync(path)
         _replace(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return str(final)
 
 
 def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> Ledger:
@@ -149,8 +159,7 @@ def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool)
             "random.safetensors": _random_tensors(state),
         }
     for file, tensors in files.items():
-        copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        save_file(copied, folder / file)
+        write_tensors(tensors, folder / file)
     if _is_lora(state.module):
         state.module.write_adapter_config(folder)
     manifest = {
@@ -162,8 +171,12 @@ def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool)
         "files": {file: _digest(folder / file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in folder.iterdir():
-        _sync(path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write copies of tensors, which may share memory, as safetensors."""
+    copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    save_file(copied, file, {"format": "pt"})
 
 
 def _replace(folder: Path, final: Path) -> None:
@@ -237,7 +250,7 @@ def _weights(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     and buffer once."""
     if _is_lora(module):
         outside = module.trained_outside()
-        return {_ADAPTER: module.adapter_weights()} | ({_OUTSIDE: outside} if outside else {})
+        return {ADAPTER: module.adapter_weights()} | ({_OUTSIDE: outside} if outside else {})
     persistent = set(module.state_dict())
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {_WEIGHTS: {name: t.detach() for name, t in tensors if name in persistent}}

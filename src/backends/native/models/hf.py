@@ -46,7 +46,7 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model
         self.is_lora = hasattr(model, "get_base_model")
-        causal = self._causal
+        causal = self.causal
         self.config: Any = causal.config.get_text_config()
         self.facts = read_facts(causal.config)
         if self.is_lora:
@@ -68,18 +68,19 @@ class HFModel(nn.Module):
         self._check_logits()
 
     @property
-    def _causal(self) -> Any:
+    def causal(self) -> Any:
+        """The transformers model, below its adapter."""
         return cast(Any, self.model).get_base_model() if self.is_lora else self.model
 
     @property
     def _base(self) -> Any:
-        causal = self._causal
+        causal = self.causal
         return getattr(causal, causal.base_model_prefix, None) or causal.model  # Llama 4 names a prefix that it lacks
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        for config in (getattr(self._causal, "generation_config", None), self.config):
+        for config in (getattr(self.causal, "generation_config", None), self.config):
             ids = getattr(config, "eos_token_id", None)
             if ids is not None:
                 return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
@@ -125,7 +126,7 @@ class HFModel(nn.Module):
 
     def _head(self, dtype: torch.dtype | None) -> Head:
         """Return the head, summed with its adapter in ``dtype``; None: that of its weights."""
-        weight, bias = head_weight(self._causal.get_output_embeddings())
+        weight, bias = head_weight(self.causal.get_output_embeddings())
         if dtype is not None:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         scale = float(getattr(self.config, "logit_scale", None) or 1.0)
@@ -135,7 +136,7 @@ class HFModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the head, and so the log-probs, live."""
-        return cast(torch.device, self._causal.get_input_embeddings().weight.device)
+        return cast(torch.device, self.causal.get_input_embeddings().weight.device)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -167,12 +168,12 @@ class HFModel(nn.Module):
     @torch.no_grad()
     def _check_logits(self) -> None:
         """Compare head times hidden states with what the model itself answers."""
-        device = self._causal.get_input_embeddings().weight.device
+        device = self.causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
         try:
             with perturbed_adapters(self), in_float32(self):
                 hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-                theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
+                theirs = self.causal(input_ids=tokens, use_cache=False).logits[0].double()
                 ours = head_logits(hidden, self._head(hidden.dtype)).double()
         except Exception as error:  # whatever a model raises
             raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
@@ -184,12 +185,12 @@ class HFModel(nn.Module):
             )
 
     def _unsupported(self, words: str) -> UnsupportedError:
-        head = self._causal.get_output_embeddings()
+        head = self.causal.get_output_embeddings()
         kind = f"{type(head).__module__}.{type(head).__name__}"
         advice = (
             f"; the adapter on its head ({kind}) may be no matrix that is added: leave the head out of target_modules"
         )
-        name = type(self._causal).__name__
+        name = type(self.causal).__name__
         return UnsupportedError(f"{name} {words}{advice if hasattr(head, 'get_base_layer') else ''}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -108,10 +109,7 @@ def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = N
     peft = require_extra("peft", "hf", "lora=")
     own = not isinstance(lora, peft.PeftConfig)
     open_alpha = isinstance(lora, int) or (isinstance(lora, Mapping) and "lora_alpha" not in lora)
-    with warnings.catch_warnings():
-        # peft asks for a name that transformers 5 deprecates; nothing the caller could change
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft sets it by the kind of layer
+    with quiet_peft():
         if own:
             # An adapter on the output projection is on it alone; the embedding stays the base's.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
@@ -119,6 +117,16 @@ def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = N
     setattr(adapted, _OPEN_ALPHA, open_alpha)
     _logger.info("%s", coverage(adapted))
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Ignore what peft warns of and a caller could not change."""
+    with warnings.catch_warnings():
+        # peft asks for a name that transformers 5 deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft sets it by the kind of layer
+        yield
 
 
 def _config(peft: Any, model: Any, lora: Any, layers: Sequence[str] | str | None) -> Any:
