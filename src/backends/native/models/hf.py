@@ -175,6 +175,8 @@ class HFModel(nn.Module):
                 hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
                 theirs = self.causal(input_ids=tokens, use_cache=False).logits[0].double()
                 ours = head_logits(hidden, self._head(hidden.dtype)).double()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model raises
             raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))

@@ -90,7 +90,7 @@ def coverage(model: Any) -> Coverage:
     return Coverage(
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
-        adapted=tuple(sorted({_end(path) for path in wrapped})),
+        adapted=tuple(sorted({_end(path.replace(".base_layer", "")) for path in wrapped})),
         left_out=tuple(left.items()) if wrapped else (),
     )
 

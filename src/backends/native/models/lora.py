@@ -81,7 +81,7 @@ class LoraChoice:
 
     def as_saved(self, config: Any, names: LayerNames = LLAMA) -> LoraChoice:
         """Return the choice that a checkpoint's adapter was made by; layers of unknown names say nothing."""
-        adapted = [f".{name}" for name in config.target_modules]
+        adapted = [f".{name}" for name in (*config.target_modules, *(config.target_parameters or ()))]
         found = [any(_meet(f".{name}", one) for name in part for one in adapted) for part in names]
         parts = dict(zip(("train_attn", "train_mlp", "train_unembed"), found, strict=True))
         return replace(self, rank=config.r, alpha=config.lora_alpha, **(parts if any(found) else {}))
@@ -103,7 +103,7 @@ def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = N
             a text runs through.
 
     Raises:
-        ConfigError: the rank is no whole number of at least 1, or a field is not known.
+        ConfigError: the rank is no whole number of at least 1, a field is not known, or no layer has such a name.
         CheckpointError: the folder has no adapter.
     """
     peft = require_extra("peft", "hf", "lora=")
@@ -113,7 +113,10 @@ def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = N
         if own:
             # An adapter on the output projection is on it alone; the embedding stays the base's.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
-        adapted: nn.Module = peft.get_peft_model(model, _config(peft, model, lora, layers) if own else lora)
+        try:
+            adapted: nn.Module = peft.get_peft_model(model, _config(peft, model, lora, layers) if own else lora)
+        except ValueError as error:
+            raise ConfigError(f"lora={lora!r} does not fit {type(model).__name__}: {error}") from error
     setattr(adapted, _OPEN_ALPHA, open_alpha)
     _logger.info("%s", coverage(adapted))
     return adapted
@@ -126,6 +129,8 @@ def quiet_peft() -> Iterator[None]:
         # peft asks for a name that transformers 5 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft sets it by the kind of layer
+        # and lets an adapter of all linear layers be on fused experts, by patterns that it then does not find
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys .*gate_up_proj", RuntimeWarning)
         yield
 
 

@@ -74,18 +74,23 @@ def test_the_whole_model(kind: str, tied: bool, lora: Any, tmp_path: Path) -> No
     assert largest_error(again, loaded.float(), DATA) < 1e-5
 
 
-def test_a_start_that_changed_the_base(tmp_path: Path) -> None:
-    """PiSSA, which peft makes in fp32 only: merged, it is the model; alone, peft takes it from the base once more."""
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's, of fused experts
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("llama", {"r": 4, "init_lora_weights": "pissa"}), ("qwen3_moe", 4)], ids=["pissa", "experts"]
+)
+def test_what_is_made_in_fp32_only(kind: str, lora: Any, tmp_path: Path) -> None:
+    """PiSSA, which changed the base and does so again where its adapter is loaded; and adapters on fused experts."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = add_lora(zoo.build("llama"), {"r": 4, "init_lora_weights": "pissa"})
+        model = add_lora(zoo.build(kind), lora)
     backend = TorchBackend(HFModel(model))
     backend.forward_backward(DATA, "cross_entropy").result()
     backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    assert largest_error(backend, zoo.build(kind).eval(), DATA) > 0.1
     path = backend.export(tmp_path / "out").result().path
     assert largest_error(backend, transformers.AutoModelForCausalLM.from_pretrained(path).eval(), DATA) < 5e-6
     path = backend.export(tmp_path / "adapter", merged=False).result().path
-    assert largest_error(backend, peft.PeftModel.from_pretrained(zoo.build("llama"), path).eval(), DATA) < 5e-6
+    assert largest_error(backend, peft.PeftModel.from_pretrained(zoo.build(kind), path).eval(), DATA) < 5e-6
 
 
 def test_a_head_that_stayed_tied_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
