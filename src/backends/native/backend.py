@@ -22,6 +22,7 @@ from .engine import NativeEngine
 from .execution.batching import Layout
 from .execution.gradient import RetainedForward
 from .execution.memory import Overflow
+from .export import export_model
 
 __all__ = ["TorchBackend"]
 
@@ -104,6 +105,7 @@ class TorchBackend(Backend):
         *,
         gguf_file: str | None = None,
         lora: Any = None,
+        base: str | Path | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         gradient_checkpointing: bool = False,
@@ -113,10 +115,12 @@ class TorchBackend(Backend):
         """Load a transformers model (extra ``hf``).
 
         Args:
-            path: folder or hub name that ``AutoModelForCausalLM`` understands; with ``gguf_file`` the folder it lies in.
+            path: folder or hub name that ``AutoModelForCausalLM`` understands, or of an adapter, which is loaded on its base
+                and trained on; with ``gguf_file`` the folder it lies in.
             gguf_file: name of a GGUF file; it is converted to safetensors once and cached.
-            lora: rank (see `LoraChoice` for what else holds), a ``peft.LoraConfig``, or the folder of a checkpoint, whose
-                adapter's settings are used; None trains every parameter.
+            lora: rank (see `LoraChoice` for what else holds), a ``peft.LoraConfig`` or a dict of its fields, or the folder of
+                a checkpoint, whose adapter's settings are used; None trains every parameter.
+            base: the model that an adapter is on; default: the one that its config names.
             dtype: of the base weights; LoRA adapters are always fp32.
             device: default: a GPU where there is one.
             gradient_checkpointing: recompute activations in the backward.
@@ -125,6 +129,8 @@ class TorchBackend(Backend):
 
         Raises:
             MissingExtraError: transformers, peft or gguf is not installed.
+            CheckpointError: a file or a weight is missing, or the adapter is on another model.
+            UnsupportedError: not a causal language model, or one that cannot be trained so.
         """
         from .models.load import load_pretrained
 
@@ -132,6 +138,7 @@ class TorchBackend(Backend):
             path,
             gguf_file=gguf_file,
             lora=lora,
+            base=base,
             dtype=dtype,
             device=device,
             gradient_checkpointing=gradient_checkpointing,
@@ -188,6 +195,25 @@ class TorchBackend(Backend):
             return SaveStateOutput(save_checkpoint(self._native, root, name, overwrite, ledger, everything=False))
 
         return self._run(Call("save_weights", name), work)
+
+    def export(self, path: str | Path, *, merged: bool = True, overwrite: bool = False) -> Future[SaveStateOutput]:
+        """Write the model as a folder that transformers loads: weights, config, and the tokenizer if there is one; atomically.
+
+        Args:
+            path: of the folder.
+            merged: add a LoRA adapter to the weights below it; False writes it alone, in PEFT's format.
+            overwrite: replace what is there.
+
+        Raises (by the future):
+            CheckpointError: the folder exists.
+            UnsupportedError: not a model of transformers, or one whose adapter cannot be written so.
+        """
+
+        def work() -> Answer[SaveStateOutput]:
+            model, folder = self._native.module, Path(path)
+            return SaveStateOutput(export_model(model, self.tokenizer, folder, merged=merged, overwrite=overwrite))
+
+        return self._run(Call("export", str(path)), work)
 
     def hold(self, data: Sequence[Datum], *, budget: float | None = None) -> Future[RetainedForward]:
         """The old name of `forward_retain`."""

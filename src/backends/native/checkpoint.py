@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,24 +20,23 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ..normalization import Ledger
 from .accumulator import Accumulator
-from .causal_lm import CausalLM
 from .models.hf import HFModel
 from .models.lora import checkpoint_alpha, set_alpha
-from .optimizer import Optimizer
+from .optimizer import Optimizer, forget_casts
 
-__all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["ADAPTER", "load_checkpoint", "load_weights", "save_checkpoint", "unfinished", "write_tensors"]
 
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MANIFEST: Final = "manifest.json"
 _WEIGHTS: Final = "weights.safetensors"
-_ADAPTER: Final = "adapter_model.safetensors"
+ADAPTER: Final = "adapter_model.safetensors"
+_OUTSIDE: Final = "trained_beside_adapter.safetensors"
 
 
 class TrainingState(Protocol):
     """What a checkpoint holds: weights, accumulated gradients, optimizer, random state, and the number of steps."""
 
-    model: CausalLM
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     accumulator: Accumulator
@@ -58,15 +58,24 @@ def save_checkpoint(
     final = root / name
     if final.exists() and not overwrite:
         raise CheckpointError(f"checkpoint {final} exists; choose another name or pass overwrite=True")
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
-    try:
+    with unfinished(final) as folder:
         _write(state, folder, ledger, everything)
+    return str(final)
+
+
+@contextmanager
+def unfinished(final: Path) -> Iterator[Path]:
+    """Give a folder to write into, which then takes its place at once; after a failure nothing has changed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield folder
+        for path in folder.iterdir():
+            _sync(path)
         _replace(folder, final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return str(final)
 
 
 def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> Ledger:
@@ -78,23 +87,13 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
         CheckpointError: missing, damaged, or of another model.
     """
     manifest = _manifest(folder)
-    model: Any = state.model
-    lora = isinstance(model, HFModel) and model.is_lora
-    weights = _read(folder, _weights_file(state), manifest)
-    alpha = checkpoint_alpha(model.model, folder) if lora else None
-    current = _weights(state)
-    _require_same(folder, "weights", weights, current)
-    if manifest["frozen"] != frozen_fingerprint(state.module):
-        raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
+    apply = _checked(state.module, folder, manifest)
     kinds = ("optimizer", "window", "random") if everything else ()
     extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in kinds}
     if everything:
-        _require_known(folder, extras["window"], state.parameters)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            current[name].copy_(tensor)
-    if alpha is not None:
-        set_alpha(model.model, alpha)
+        moments = {key.partition(":")[2] for key in extras["optimizer"]}
+        _require_known(folder, {*extras["window"], *moments}, state.parameters)
+    apply()
     state.accumulator.clear()
     state.optimizer.reset()
     state.weights_version = int(manifest["weights_version"])
@@ -122,16 +121,37 @@ def load_weights(model: HFModel, folder: Path) -> None:
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
-    manifest = _manifest(folder)
-    weights, current = _read(folder, _ADAPTER, manifest), model.adapter_weights()
-    _require_same(folder, "weights", weights, current)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            current[name].copy_(tensor)
+    _checked(model, folder, _manifest(folder))()
+
+
+def _checked(module: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Callable[[], None]:
+    """Read a checkpoint's weights and check that they are this model's; return what copies them into it."""
+    current = _weights(module)
+    saved = {file: _read(folder, file, manifest) for file in current}
+    alpha = checkpoint_alpha(module.model, folder) if _is_lora(module) else None
+    for file, tensors in current.items():
+        _require_same(folder, "weights", saved[file], tensors)
+    if _OUTSIDE in manifest["files"] and _OUTSIDE not in current:
+        raise CheckpointError(
+            f"{folder} holds weights beside the adapter that are not trained here: see its {_OUTSIDE}"
+        )
+    if manifest["frozen"] != frozen_fingerprint(module):
+        raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
+
+    @torch.no_grad()
+    def apply() -> None:
+        for file, tensors in current.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[file][name])
+        if alpha is not None:
+            set_alpha(module.model, alpha)
+        forget_casts()
+
+    return apply
 
 
 def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool) -> None:
-    files = {_weights_file(state): _weights(state)}
+    files = _weights(state.module)
     if everything:
         files |= {
             "optimizer.safetensors": state.optimizer.to_tensors(),
@@ -139,10 +159,9 @@ def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool)
             "random.safetensors": _random_tensors(state),
         }
     for file, tensors in files.items():
-        copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        save_file(copied, folder / file)
-    if isinstance(state.model, HFModel) and state.model.is_lora:
-        state.model.write_adapter_config(folder)
+        write_tensors(tensors, folder / file)
+    if _is_lora(state.module):
+        state.module.write_adapter_config(folder)
     manifest = {
         "format": FORMAT,
         "weights_version": state.weights_version,
@@ -152,8 +171,12 @@ def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool)
         "files": {file: _digest(folder / file) for file in files},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in folder.iterdir():
-        _sync(path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write copies of tensors, which may share memory, as safetensors."""
+    copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    save_file(copied, file, {"format": "pt"})
 
 
 def _replace(folder: Path, final: Path) -> None:
@@ -210,24 +233,27 @@ def _require_same(folder: Path, what: str, saved: Mapping[str, Tensor], current:
         raise CheckpointError(f"the {what} of {folder} are not those of this model; they differ in: {differing[:5]}")
 
 
-def _require_known(folder: Path, gradients: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    unknown = sorted(set(gradients) - set(parameters))
+def _require_known(folder: Path, names: set[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    unknown = sorted(names - set(parameters))
     if unknown:
-        raise CheckpointError(f"{folder} holds gradients of parameters that are not trained here: {unknown[:5]}")
+        raise CheckpointError(
+            f"{folder} holds gradients or moments of parameters that are not trained here: {unknown[:5]}"
+        )
 
 
-def _weights_file(state: TrainingState) -> str:
-    return _ADAPTER if isinstance(state.model, HFModel) and state.model.is_lora else _WEIGHTS
+def _is_lora(module: nn.Module) -> TypeGuard[HFModel]:
+    return isinstance(module, HFModel) and module.is_lora
 
 
-def _weights(state: TrainingState) -> dict[str, Tensor]:
-    """The live trained weights: in PEFT's naming for an adapter, else every parameter and buffer once."""
-    if isinstance(state.model, HFModel) and state.model.is_lora:
-        return state.model.adapter_weights()
-    module = state.module
+def _weights(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The live trained weights by file: an adapter in PEFT's naming and what is trained beside it, else every parameter
+    and buffer once."""
+    if _is_lora(module):
+        outside = module.trained_outside()
+        return {ADAPTER: module.adapter_weights()} | ({_OUTSIDE: outside} if outside else {})
     persistent = set(module.state_dict())
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: t.detach() for name, t in tensors if name in persistent}
+    return {_WEIGHTS: {name: t.detach() for name, t in tensors if name in persistent}}
 
 
 def _random_tensors(state: TrainingState) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ from ...backends import SamplingParams, TorchBackend
 from ...backends.native.checkpoint import load_weights
 from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
+from ...backends.native.models.layers import LLAMA, LayerNames, layer_names
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
 from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
+from ...backends.native.optimizer import forget_casts
 from ...backends.native.sampling import Ends, draw
 from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
@@ -38,7 +40,8 @@ class Base:
         model: a transformers causal language model.
         tokenizer_id: a folder that its tokenizer can be loaded from, for clients; None if there is none.
         options: of every `TorchBackend`.
-        attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean.
+        attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean; where
+            none are given, those of the model, whatever their names.
     """
 
     name: str
@@ -58,14 +61,20 @@ class Base:
         Raises:
             ConfigError: nothing would be trained.
         """
-        layers = lora.layers(self.attention, self.mlp, self.unembed) if isinstance(lora, LoraChoice) else None
+        layers = lora.layers(self.names) if isinstance(lora, LoraChoice) else None
         with torch.random.fork_rng():
             torch.manual_seed(lora.seed if isinstance(lora, LoraChoice) else 0)
             return HFModel(add_lora(self.copy(), lora, layers))
 
+    @functools.cached_property
+    def names(self) -> LayerNames:
+        """The names of the layers that a choice can be made of."""
+        given = LayerNames(tuple(self.attention), tuple(self.mlp), tuple(self.unembed))
+        return layer_names(self.model) if given == LLAMA else given
+
     def saved_choice(self, lora: LoraChoice, folder: Path) -> LoraChoice:
         """Return a choice with all that a checkpoint's adapter says otherwise."""
-        return lora.as_saved(saved_config(folder), self.attention, self.mlp, self.unembed)
+        return lora.as_saved(saved_config(folder), self.names)
 
     @property
     def context(self) -> int | None:
@@ -255,3 +264,4 @@ def _copy_adapter(source: nn.Module, target: nn.Module) -> None:
     for name, p in target.named_parameters():
         if p.requires_grad:
             p.copy_(parameters[name])
+    forget_casts()

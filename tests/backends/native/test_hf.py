@@ -188,13 +188,23 @@ def test_checkpointing_recomputes(lora: int | None) -> None:
 
 
 def test_dropout_is_off() -> None:
-    """An adapter's dropout does not make policy and reference different functions."""
+    """An adapter's dropout, which would make policy and reference different functions, is refused; without it nothing drops."""
     import peft
 
-    lora = peft.LoraConfig(r=2, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with pytest.raises(UnsupportedError, match=r"lora_dropout=0\.5.*set lora_dropout=0"):
+        tiny_llama(lora=peft.LoraConfig(**settings, lora_dropout=0.5))
     data = make_data([5, 4])
+    lora = peft.LoraConfig(**settings)
     grads = [accumulate(TorchBackend(tiny_llama(lora=lora, gradient_checkpointing=True)), GRPO(), [data]) for _ in "ab"]
     assert distance(*grads) == 0.0
+    model = tiny_llama(lora=lora)  # negative control: what is refused drops out when it trains
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.add_module("default", torch.nn.Dropout(0.5))
+    model.train()
+    tokens, positions = torch.arange(6)[None], torch.arange(6)[None]
+    assert not torch.equal(model.hidden_states(tokens, positions), model.hidden_states(tokens, positions))
 
 
 def test_models_that_do_not_fit_are_refused() -> None:

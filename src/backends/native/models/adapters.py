@@ -5,28 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
-from ....errors import MissingReferenceError
+from ....errors import MissingReferenceError, UnsupportedError
 
-__all__ = ["adapter_differences", "require_frozen_base"]
+__all__ = ["active_adapter", "adapter_differences", "head_weight", "require_frozen_base", "require_supported"]
 
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
 _WRAPPERS: Final = ("modules_to_save", "trainable_tokens_")  # peft keeps the original beside what is trained
-_FUNCTION: Final = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_dropout",
-    "lora_bias",
-    "bias",
-    "fan_in_fan_out",
-    "layer_replication",
+# What a config says beside the function of its weights; which layers it is on is told by the names of the weights.
+_NO_FUNCTION: Final = frozenset(
+    (
+        *("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"),
+        *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+        *("modules_to_save", "ensure_weight_tying", "runtime_config", "fan_in_fan_out"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_weights"),
+    )
 )
+_START: Final = "init_lora_weights"
+
+
+def active_adapter(model: Any) -> str:
+    """Return the name of the adapter that is on.
+
+    Raises:
+        UnsupportedError: there are several, or none.
+    """
+    active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
+    if len(active) != 1:
+        raise UnsupportedError(f"one adapter of a model is trained and saved at a time; active are {list(active)}")
+    return str(active[0])
+
+
+def require_supported(model: Any) -> None:
+    """Check that a model with its adapters is one function of the tokens.
+
+    Raises:
+        UnsupportedError: virtual tokens, or dropout.
+    """
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
+        dropouts = {key: value for key, value in config.to_dict().items() if key.endswith("dropout") and value}
+        for key, value in dropouts.items():
+            raise UnsupportedError(
+                f"adapter {name!r} has {key}={value}, and dropout is off here, so that a policy and its reference are the same "
+                f"function each time: set {key}=0"
+            )
 
 
 def require_frozen_base(model: Any) -> None:
@@ -50,6 +75,29 @@ def require_frozen_base(model: Any) -> None:
         )
 
 
+def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of an output projection as its adapter leaves them, differentiably.
+
+    Args:
+        output: a linear layer; or one that peft wraps, to add a matrix to it, to train a copy, or to train some rows.
+    """
+    active = [] if getattr(output, "disable_adapters", False) else getattr(output, "active_adapters", [])
+    if hasattr(output, "modules_to_save"):
+        output = output.modules_to_save[active[0]] if active else output.original_module
+        return output.weight, output.bias
+    if hasattr(output, "token_adapter"):
+        base = output.token_adapter.get_base_layer()
+        return (output.token_adapter.get_merged_weights(active) if active else base.weight), base.bias
+    if not hasattr(output, "get_delta_weight"):
+        return output.weight, output.bias
+    base = output.get_base_layer()
+    weight: Tensor = base.weight
+    for name in active:
+        if any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
+            weight = weight + output.get_delta_weight(name).to(weight.dtype)
+    return weight, base.bias
+
+
 def _trained_outside(model: nn.Module) -> Iterator[str]:
     prefix = str(getattr(model.base_model, "prefix", "lora_"))
     for name, p in model.named_parameters():
@@ -64,10 +112,11 @@ def adapter_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         saved: what ``adapter_config.json`` holds.
         current: ``to_dict()`` of the model's own config.
     """
+    pairs = {n: (_plain(saved.get(n)), _plain(current.get(n))) for n in sorted({*saved, *current} - _NO_FUNCTION)}
     return [
-        f"{name} is {saved.get(name)!r}, here {_plain(current.get(name))!r}"
-        for name in (*_FUNCTION, "init_lora_weights")
-        if name in saved and saved[name] != _plain(current.get(name)) and not _same_start(name, saved, current)
+        f"{name} is {theirs!r}, here {ours!r}"
+        for name, (theirs, ours) in pairs.items()
+        if theirs != ours and (theirs or ours) and not (name == _START and _same_start(theirs, ours))
     ]
 
 
@@ -75,7 +124,6 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _same_start(name: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+def _same_start(*starts: Any) -> bool:
     """Whether two starts leave the base as it is; then the weights that are loaded replace them."""
-    starts = (str(one.get(name, "")).lower() for one in (saved, current))
-    return name == "init_lora_weights" and not any(start.startswith(_CHANGES_BASE) for start in starts)
+    return not any(str(start).lower().startswith(_CHANGES_BASE) for start in starts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import CheckpointError, require_extra
+from .tokenizers import load_tokenizer
 
 __all__ = ["cache_directory", "convert_gguf"]
 
@@ -60,10 +61,11 @@ def convert_gguf(directory: Path, gguf_file: str, cache: Path | None = None) -> 
 def _convert(directory: Path, gguf_file: str, folder: Path) -> None:
     transformers = require_extra("transformers", "hf", "a GGUF file")
     require_extra("gguf", "hf", "a GGUF file")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file)
+    tokenizer = load_tokenizer(directory, gguf_file=gguf_file)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=gguf_file, dtype="float32")
     _plain(transformers, loaded).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _plain(transformers: Any, loaded: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head
 from ....ops.logprobs import head_logits
-from .adapters import require_frozen_base
+from .adapters import active_adapter, head_weight, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
 from .facts import attention_width, read_facts
 from .packed_attention import install, packed_inputs
@@ -23,6 +23,7 @@ from .rope import forward_by_length, reset_dynamic_rope
 
 __all__ = ["HFModel"]
 
+_HEAD_WRAPPERS = ("get_delta_weight", "modules_to_save", "token_adapter")
 _LOGITS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
@@ -44,22 +45,18 @@ class HFModel(nn.Module):
     def __init__(self, model: nn.Module, *, gradient_checkpointing: bool = False, compile: str | None = None) -> None:
         super().__init__()
         self.model = model
-        self.is_lora = hasattr(model, "peft_config")
-        causal = self._causal
+        self.is_lora = hasattr(model, "get_base_model")
+        causal = self.causal
         self.config: Any = causal.config.get_text_config()
         self.facts = read_facts(causal.config)
-        if self.is_lora and any(c.is_prompt_learning for c in cast(Any, model).peft_config.values()):
-            raise UnsupportedError("prompt-learning adapters add virtual tokens; use a LoRA-like adapter")
+        if self.is_lora:
+            require_supported(model)
         if getattr(self.config, "output_router_logits", False):
             raise UnsupportedError(
                 "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model that a loss on log-probs "
                 "would drop; set it to False"
             )
-        output = causal.get_output_embeddings()
-        if not isinstance(output, nn.Linear) and not hasattr(output, "get_delta_weight"):
-            raise UnsupportedError(
-                f"the head is a {type(output).__name__}, not a linear layer; leave lm_head out of the adapter's target_modules"
-            )
+        _require_head(causal.get_output_embeddings())
         self.eval()
         self.attends_by_segment = compile is None and install(causal)
         if gradient_checkpointing:
@@ -71,18 +68,19 @@ class HFModel(nn.Module):
         self._check_logits()
 
     @property
-    def _causal(self) -> Any:
+    def causal(self) -> Any:
+        """The transformers model, below its adapter."""
         return cast(Any, self.model).get_base_model() if self.is_lora else self.model
 
     @property
     def _base(self) -> Any:
-        causal = self._causal
+        causal = self.causal
         return getattr(causal, causal.base_model_prefix, None) or causal.model  # Llama 4 names a prefix that it lacks
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        for config in (getattr(self._causal, "generation_config", None), self.config):
+        for config in (getattr(self.causal, "generation_config", None), self.config):
             ids = getattr(config, "eos_token_id", None)
             if ids is not None:
                 return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
@@ -128,21 +126,17 @@ class HFModel(nn.Module):
 
     def _head(self, dtype: torch.dtype | None) -> Head:
         """Return the head, summed with its adapter in ``dtype``; None: that of its weights."""
-        linear = self._causal.get_output_embeddings()
+        weight, bias = head_weight(self.causal.get_output_embeddings())
+        if dtype is not None:
+            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         scale = float(getattr(self.config, "logit_scale", None) or 1.0)
         scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
-        base = linear if isinstance(linear, nn.Linear) else linear.get_base_layer()
-        weight, bias = base.weight.to(dtype or base.weight.dtype), base.bias
-        if base is not linear and not linear.disable_adapters:
-            for name in linear.active_adapters:  # added differentiably
-                weight = weight + linear.get_delta_weight(name).to(weight.dtype)
-        bias = bias if bias is None or dtype is None else bias.to(dtype)
         return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None), scale)
 
     @property
     def device(self) -> torch.device:
         """Where the head, and so the log-probs, live."""
-        return cast(torch.device, self._causal.get_input_embeddings().weight.device)
+        return cast(torch.device, self.causal.get_input_embeddings().weight.device)
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
@@ -158,29 +152,55 @@ class HFModel(nn.Module):
     def adapter_weights(self) -> dict[str, Tensor]:
         """Return the adapter's live weights under PEFT's names."""
         peft = require_extra("peft", "hf", "an adapter checkpoint")
-        return dict(peft.get_peft_model_state_dict(self.model, save_embedding_layers=False))
+        name = active_adapter(self.model)
+        return dict(peft.get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False))
+
+    def trained_outside(self) -> dict[str, Tensor]:
+        """Return the live weights that are trained beside the adapter, and that PEFT's file of it does not hold."""
+        held = {tensor.data_ptr() for tensor in self.adapter_weights().values()}
+        named = self.model.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad and p.data_ptr() not in held}
 
     def write_adapter_config(self, folder: Path) -> None:
         """Write ``adapter_config.json``, so that peft can load the checkpoint's folder."""
-        cast(Any, self.model).peft_config["default"].save_pretrained(str(folder))
+        cast(Any, self.model).peft_config[active_adapter(self.model)].save_pretrained(str(folder))
 
     @torch.no_grad()
     def _check_logits(self) -> None:
         """Compare head times hidden states with what the model itself answers."""
-        device = self._causal.get_input_embeddings().weight.device
+        device = self.causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
         try:
             with perturbed_adapters(self), in_float32(self):
                 hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-                theirs = self._causal(input_ids=tokens, use_cache=False).logits[0].double()
+                theirs = self.causal(input_ids=tokens, use_cache=False).logits[0].double()
                 ours = head_logits(hidden, self._head(hidden.dtype)).double()
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            raise UnsupportedError(
-                f"{type(self._causal).__name__} cannot be run on tokens alone, as hidden states and a head: {error}"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model raises
+            raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
         difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
         if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
-            raise UnsupportedError(
-                f"{type(self._causal).__name__} does not compute its logits as hidden states times a head (relative difference "
-                f"{difference:.2g}); write an adapter with hidden_states and head"
+            raise self._unsupported(
+                f"does not compute its logits as hidden states times a head (relative difference {difference:.2g}); "
+                "write an adapter with hidden_states and head"
             )
+
+    def _unsupported(self, words: str) -> UnsupportedError:
+        head = self.causal.get_output_embeddings()
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        advice = (
+            f"; the adapter on its head ({kind}) may be no matrix that is added: leave the head out of target_modules"
+        )
+        name = type(self.causal).__name__
+        return UnsupportedError(f"{name} {words}{advice if hasattr(head, 'get_base_layer') else ''}")
+
+
+def _require_head(output: Any) -> None:
+    """Check that the output projection is a linear layer, or one that peft wraps in a way that `head_weight` knows."""
+    known = isinstance(output, nn.Linear) or any(hasattr(output, name) for name in _HEAD_WRAPPERS)
+    if not known:
+        raise UnsupportedError(
+            f"the head is a {type(output).__module__}.{type(output).__name__}, not a linear layer or one with a matrix added; "
+            "leave it out of the adapter's target_modules"
+        )

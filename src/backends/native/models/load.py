@@ -1,18 +1,29 @@
-"""Loading a transformers model and its tokenizer from a folder (extra ``hf``)."""
+"""Loading a transformers model, or an adapter on its base, and the tokenizer from a folder (extra ``hf``)."""
 
 from __future__ import annotations
 
+import logging
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import nn
 
-from ....errors import ConfigError, require_extra
+from ....errors import CheckpointError, ConfigError, UnsupportedError, require_extra
 from .gguf import convert_gguf
 from .hf import HFModel
-from .lora import add_lora
+from .layers import coverage
+from .lora import add_lora, quiet_peft
+from .tokenizers import load_tokenizer
 
 __all__ = ["load_pretrained", "torch_dtype"]
+
+_logger = logging.getLogger(__name__)
+_NO_CAUSAL_CLASS: Final = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>")
+_RAISED: Final = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
 def load_pretrained(
@@ -24,6 +35,7 @@ def load_pretrained(
     device: str | torch.device | None,
     gradient_checkpointing: bool,
     compile: str | None = None,
+    base: str | Path | None = None,
 ) -> tuple[HFModel, Any]:
     """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
@@ -32,12 +44,18 @@ def load_pretrained(
     device = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype(dtype))
-    if lora is not None:
-        model = add_lora(model, lora)
-    return HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile), _tokenizer(
-        transformers, path
-    )
+    folders, dtype = [path], torch_dtype(dtype)
+    if _is_adapter(path):
+        config = _adapter_config(path, lora)
+        folders.append(_base_of(path, config, base))
+        model = _add_saved(_load(transformers, folders[-1], dtype), path, config)
+    elif base is not None:
+        raise ConfigError(f"base= names the base of an adapter, and {path} is none: it has no adapter_config.json")
+    else:
+        model = _load(transformers, path, dtype)
+        model = _require_trainable(model) if lora is None else add_lora(model, lora)
+    wrapped = HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile)
+    return wrapped, next((t for t in map(load_tokenizer, folders) if t is not None), None)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -50,8 +68,89 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _tokenizer(transformers: Any, path: str | Path) -> Any:
+def _load(transformers: Any, path: str | Path, dtype: torch.dtype) -> Any:
+    """Load a causal language model all of whose weights are there."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None  # a folder with weights only is fine: the backend itself needs no tokenizer
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except torch.OutOfMemoryError:
+        raise
+    except _RAISED as error:
+        raise _unloadable(path, error) from error
+    missing = sorted(set(found["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise CheckpointError(f"{path} lacks weights of {type(model).__name__}, which would be random: {missing[:5]}")
+    return model
+
+
+def _unloadable(path: str | Path, error: Exception) -> Exception:
+    no_class = _NO_CAUSAL_CLASS.search(str(error))
+    if no_class:
+        kind = no_class[1].removesuffix("Config")
+        return UnsupportedError(f"{path} is a {kind} model, and transformers has no causal language model of that kind")
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        return CheckpointError(f"{path} holds no model that transformers can load: {first}")
+    return UnsupportedError(f"{path} cannot be loaded by transformers as a causal language model: {first}")
+
+
+def _require_trainable(model: Any) -> Any:
+    """Check that all weights can be trained, where no adapter is."""
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "the weights of this model are quantized and cannot be trained themselves: pass lora=<rank>"
+        )
+    return model
+
+
+def _is_adapter(path: str | Path) -> bool:
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(str(path)) is not None
+    except (OSError, ValueError):
+        return False  # no folder and no name of the hub; loading says so
+
+
+def _adapter_config(path: str | Path, lora: Any) -> Any:
+    """Return the config of a saved adapter; ``lora`` may say of it only that it drops nothing out."""
+    config = require_extra("peft", "hf", "an adapter").PeftConfig.from_pretrained(str(path))
+    given = dict(lora) if isinstance(lora, Mapping) else {"lora": lora} if lora is not None else {}
+    if given and set(given) != {"lora_dropout"}:
+        raise ConfigError(
+            f"{path} is an adapter, which is loaded and trained on; lora={lora!r} would be another one. Leave lora out, or "
+            "train a new adapter on the base"
+        )
+    for name, value in given.items():
+        setattr(config, name, value)
+    return config
+
+
+def _base_of(path: str | Path, config: Any, base: str | Path | None) -> str | Path:
+    found: str | Path | None = base if base is not None else config.base_model_name_or_path
+    if not found:
+        raise ConfigError(f"the adapter of {path} does not name the model that it is on: pass base=<its folder>")
+    return found
+
+
+def _add_saved(model: Any, path: str | Path, config: Any) -> nn.Module:
+    """Load an adapter's weights onto its base.
+
+    Raises:
+        CheckpointError: they are of another base, or not all that was trained.
+    """
+    if list(Path(path).glob("trained_beside_adapter*")):
+        raise CheckpointError(
+            f"{path} holds weights beside the adapter: load its base with lora={str(path)!r}, then load_state"
+        )
+    peft = require_extra("peft", "hf", "an adapter")
+    try:
+        with quiet_peft():
+            warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+            adapted: nn.Module = peft.PeftModel.from_pretrained(model, str(path), config=config, is_trainable=True)
+    except (RuntimeError, ValueError, LookupError, OSError, UserWarning) as error:
+        first = str(error).strip().splitlines()[:2]
+        raise CheckpointError(
+            f"the adapter of {path} is not one of {type(model).__name__}: {' '.join(first)}"
+        ) from error
+    _logger.info("%s", coverage(adapted))
+    return adapted

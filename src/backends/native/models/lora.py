@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -12,12 +14,15 @@ from typing import Any, Final, final
 from torch import nn
 
 from ....errors import CheckpointError, ConfigError, require_extra
+from .adapters import active_adapter, adapter_differences
+from .layers import LLAMA, LayerNames, coverage, layer_names
 
 __all__ = ["ATTENTION", "MLP", "UNEMBED", "LoraChoice", "add_lora", "checkpoint_alpha", "saved_config", "set_alpha"]
 
-ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP: Final = ("gate_proj", "up_proj", "down_proj")
-UNEMBED: Final = ("lm_head",)
+_logger = logging.getLogger(__name__)
+ATTENTION: Final = LLAMA.attention
+MLP: Final = LLAMA.mlp
+UNEMBED: Final = LLAMA.unembed
 _CONFIG: Final = "adapter_config.json"
 _OPEN_ALPHA: Final = "alpha_is_default"  # on a model whose adapter's alpha nobody asked for
 
@@ -57,67 +62,91 @@ class LoraChoice:
         given = json.loads(text)
         return cls(**given | ({"alpha": given["rank"]} if given.get("alpha") is None else {}))
 
-    def layers(
-        self, attention: Sequence[str] = ATTENTION, mlp: Sequence[str] = MLP, unembed: Sequence[str] = UNEMBED
-    ) -> list[str] | str:
+    def layers(self, names: LayerNames = LLAMA) -> list[str] | str:
         """Return the names of the layers to adapt, or peft's word for all linear layers but the head.
+
+        Args:
+            names: of the model's layers.
 
         Raises:
             ConfigError: there are none.
         """
         chosen = (self.train_attn, self.train_mlp, self.train_unembed)
-        if chosen == (True, True, False) and (attention, mlp) == (ATTENTION, MLP):
+        if chosen == (True, True, False) and names[:2] == LLAMA[:2]:
             return "all-linear"
-        found = [name for names, on in zip((attention, mlp, unembed), chosen, strict=True) if on for name in names]
+        found = [name for part, on in zip(names, chosen, strict=True) if on for name in part]
         if not found:
             raise ConfigError("the adapter trains nothing: set train_attn, train_mlp or train_unembed")
         return found
 
-    def as_saved(
-        self,
-        config: Any,
-        attention: Sequence[str] = ATTENTION,
-        mlp: Sequence[str] = MLP,
-        unembed: Sequence[str] = UNEMBED,
-    ) -> LoraChoice:
+    def as_saved(self, config: Any, names: LayerNames = LLAMA) -> LoraChoice:
         """Return the choice that a checkpoint's adapter was made by; layers of unknown names say nothing."""
-        adapted = {name.rpartition(".")[2] for name in config.target_modules}
-        parts = {"train_attn": attention, "train_mlp": mlp, "train_unembed": unembed}
-        found = {part: not adapted.isdisjoint(names) for part, names in parts.items()}
-        return replace(self, rank=config.r, alpha=config.lora_alpha, **(found if any(found.values()) else {}))
+        adapted = [f".{name}" for name in (*config.target_modules, *(config.target_parameters or ()))]
+        found = [any(_meet(f".{name}", one) for name in part for one in adapted) for part in names]
+        parts = dict(zip(("train_attn", "train_mlp", "train_unembed"), found, strict=True))
+        return replace(self, rank=config.r, alpha=config.lora_alpha, **(parts if any(found) else {}))
+
+
+def _meet(a: str, b: str) -> bool:
+    return a.endswith(b) or b.endswith(a)
 
 
 def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = None) -> nn.Module:
-    """Wrap a transformers model with LoRA.
+    """Wrap a transformers model with LoRA; what it is on, and what not, is logged.
 
     Args:
         model: of transformers; it is changed.
-        lora: a rank, all else being as `LoraChoice` has it; a `LoraChoice`; a ``peft.LoraConfig``; or the folder of a
-            checkpoint, whose adapter's settings are used (its weights are not loaded).
-        layers: what a `LoraChoice` adapts; default: its own ``layers()``.
+        lora: a rank, all else being as `LoraChoice` has it; a `LoraChoice`; a ``peft.LoraConfig``, or a dict of its
+            fields, those left out being as `LoraChoice` has them; or the folder of a checkpoint, whose adapter's settings
+            are used (its weights are not loaded).
+        layers: what is adapted where ``lora`` does not say; default: all linear layers of attention and feed-forward that
+            a text runs through.
 
     Raises:
-        ConfigError: the rank is no whole number of at least 1.
+        ConfigError: the rank is no whole number of at least 1, a field is not known, or no layer has such a name.
         CheckpointError: the folder has no adapter.
     """
     peft = require_extra("peft", "hf", "lora=")
-    by_rank, own = isinstance(lora, int), not isinstance(lora, peft.PeftConfig)
-    if by_rank:
-        lora = LoraChoice(lora)
-    if isinstance(lora, (str, Path)):
-        lora = saved_config(Path(lora))
-    if isinstance(lora, LoraChoice):
-        settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": layers or lora.layers()}
-        lora = peft.LoraConfig(**settings, task_type="CAUSAL_LM", ensure_weight_tying=False)
-    with warnings.catch_warnings():
-        # peft asks for a name that transformers 5 deprecates; nothing the caller could change
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    own = not isinstance(lora, peft.PeftConfig)
+    open_alpha = isinstance(lora, int) or (isinstance(lora, Mapping) and "lora_alpha" not in lora)
+    with quiet_peft():
         if own:
             # An adapter on the output projection is on it alone; the embedding stays the base's.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
-        adapted: nn.Module = peft.get_peft_model(model, lora)
-    setattr(adapted, _OPEN_ALPHA, by_rank)
+        try:
+            adapted: nn.Module = peft.get_peft_model(model, _config(peft, model, lora, layers) if own else lora)
+        except ValueError as error:
+            raise ConfigError(f"lora={lora!r} does not fit {type(model).__name__}: {error}") from error
+    setattr(adapted, _OPEN_ALPHA, open_alpha)
+    _logger.info("%s", coverage(adapted))
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Ignore what peft warns of and a caller could not change."""
+    with warnings.catch_warnings():
+        # peft asks for a name that transformers 5 deprecates
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # peft sets it by the kind of layer
+        # and lets an adapter of all linear layers be on fused experts, by patterns that it then does not find
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys .*gate_up_proj", RuntimeWarning)
+        yield
+
+
+def _config(peft: Any, model: Any, lora: Any, layers: Sequence[str] | str | None) -> Any:
+    """Return peft's config of what is given in another form."""
+    if isinstance(lora, (str, Path)):
+        return saved_config(Path(lora))
+    fields = dict(lora) if isinstance(lora, Mapping) else {}
+    choice = lora if isinstance(lora, LoraChoice) else LoraChoice(fields.get("r", LoraChoice.rank) if fields else lora)
+    settings = {"r": choice.rank, "lora_alpha": choice.alpha, "task_type": "CAUSAL_LM", "ensure_weight_tying": False}
+    if "target_modules" not in fields:
+        settings["target_modules"] = layers or choice.layers(layer_names(model))
+    try:
+        return peft.LoraConfig(**{**settings, **fields})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora={lora!r} is no set of fields of peft.LoraConfig: {error}") from error
 
 
 def saved_config(folder: Path) -> Any:
@@ -138,24 +167,30 @@ def checkpoint_alpha(model: Any, folder: Path) -> float | None:
     """Return the alpha that a model must take over with a checkpoint's weights; None: it has it, or has no such thing.
 
     Raises:
-        CheckpointError: the model was asked for with another rank or alpha.
+        CheckpointError: the model's adapter is another function of the same weights.
     """
-    saved, own = saved_config(folder), model.peft_config["default"]
+    saved, own = saved_config(folder).to_dict(), model.peft_config[active_adapter(model)].to_dict()
+    theirs, ours = saved.get("lora_alpha"), own.get("lora_alpha")
+    taken_over = theirs is not None and getattr(model, _OPEN_ALPHA, False)
     for name, spoken in (("r", "rank"), ("lora_alpha", "alpha")):
-        theirs, ours = getattr(saved, name, None), getattr(own, name, None)
-        if theirs != ours and not (name == "lora_alpha" and getattr(model, _OPEN_ALPHA, False)):
-            raise CheckpointError(
-                f"the adapter of {folder} has {spoken} {theirs}, and this model was made with {spoken} {ours}: make it with "
-                "lora=<that folder>, which takes the checkpoint's settings"
-            )
-    alpha = getattr(saved, "lora_alpha", None)
-    return None if alpha == getattr(own, "lora_alpha", None) else alpha
+        if saved.get(name) != own.get(name) and not (name == "lora_alpha" and taken_over):
+            raise _another(folder, f"{spoken} {saved.get(name)}, and this model was made with {spoken} {own.get(name)}")
+    differing = adapter_differences(saved, own | ({"lora_alpha": theirs} if taken_over else {}))
+    if differing:
+        raise _another(folder, f"other settings than this model's: {'; '.join(differing)}")
+    return None if theirs == ours else theirs
+
+
+def _another(folder: Path, difference: str) -> CheckpointError:
+    advice = "make it with lora=<that folder>, which takes the checkpoint's settings"
+    return CheckpointError(f"the adapter of {folder} has {difference}: {advice}")
 
 
 def set_alpha(model: Any, alpha: float) -> None:
-    """Give all adapters of a model another alpha."""
-    model.peft_config["default"].lora_alpha = alpha
+    """Give all layers of a model's adapter another alpha."""
+    name = active_adapter(model)
+    model.peft_config[name].lora_alpha = alpha
     for module in model.modules():
-        if hasattr(module, "lora_alpha"):
-            module.lora_alpha["default"] = alpha
-            module.scaling["default"] = alpha / module.r["default"]
+        if hasattr(module, "lora_alpha") and name in module.lora_alpha:
+            module.lora_alpha[name] = alpha
+            module.scaling[name] = alpha / module.r[name]

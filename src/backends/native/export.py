@@ -1,0 +1,93 @@
+"""Getting a trained model out, as a folder that transformers or peft loads (extra ``hf``)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, UnsupportedError
+from .checkpoint import ADAPTER, unfinished, write_tensors
+from .models.hf import HFModel
+
+__all__ = ["export_model"]
+
+
+def export_model(model: nn.Module, tokenizer: Any, folder: Path, *, merged: bool, overwrite: bool) -> str:
+    """Write weights, config and tokenizer into a folder, atomically; return it.
+
+    Args:
+        model: as the backend has it; it is not changed.
+        tokenizer: None is left out.
+        folder: where to.
+        merged: a LoRA adapter is added to the weights below it; else it is written alone, in PEFT's format.
+        overwrite: replace what is there.
+
+    Raises:
+        CheckpointError: the folder exists.
+        UnsupportedError: not a model of transformers, or one whose adapter cannot be written so.
+    """
+    if not isinstance(model, HFModel):
+        raise UnsupportedError(
+            f"export writes models of transformers (HFModel), not {type(model).__name__}: use save_weights"
+        )
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
+    with unfinished(folder) as path:
+        if model.is_lora and not merged:
+            _write_adapter(model, path)
+        else:
+            _write_whole(model, path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+    return str(folder)
+
+
+def _write_adapter(model: HFModel, folder: Path) -> None:
+    outside = sorted(model.trained_outside())
+    if outside:
+        raise UnsupportedError(
+            f"weights are trained beside the adapter, so it is not all: pass merged=True: {outside[:5]}"
+        )
+    write_tensors(model.adapter_weights(), folder / ADAPTER)
+    model.write_adapter_config(folder)
+
+
+def _write_whole(model: HFModel, folder: Path) -> None:
+    if getattr(model.causal, "is_quantized", False):
+        raise UnsupportedError("an adapter cannot be added to quantized weights without loss: pass merged=False")
+    whole = _copy_on_cpu(model.model)
+    if model.is_lora:
+        _untie(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of tied weights, which are seen to
+            whole = whole.merge_and_unload(safe_merge=True)
+    whole.config._attn_implementation_internal = None  # the one that packs is this library's own
+    whole.save_pretrained(folder)
+
+
+def _untie(model: Any) -> None:
+    """Give the head weights of its own, where an adapter or a copy on it must not reach the embedding, or the reverse."""
+    causal = model.get_base_model()
+    head, embedding = causal.get_output_embeddings(), causal.get_input_embeddings()
+    wrapped = [hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in (head, embedding)]
+    config = causal.config.get_text_config()
+    if not getattr(config, "tie_word_embeddings", False) or not any(wrapped):
+        return
+    base = getattr(head, "base_layer", getattr(head, "original_module", head))
+    base.weight = nn.Parameter(base.weight.detach().clone())
+    for one in {id(c): c for c in (config, causal.config)}.values():
+        one.tie_word_embeddings = False
+
+
+def _copy_on_cpu(model: nn.Module) -> Any:
+    """Return a copy in main memory; tensors that were shared are shared there."""
+    memo: dict[int, Tensor] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().cpu().clone(), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().cpu().clone()
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,98 @@
+"""An adapter on the head is used as it is, or refused in words; tied rows and copies of the head too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
+
+import peft
+from own_model import largest_error, own_logprobs, sharing_prompt
+
+from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native import HFModel
+from pullback.backends.native.models import hf
+from pullback.errors import UnsupportedError
+from pullback.testing.models import zoo
+
+DATA = sharing_prompt(6, (5, 3))
+HEAD = {"target_modules": ["lm_head"]}
+Q = {"r": 4, "target_modules": ["q_proj"]}
+USED: dict[str, tuple[bool, Any]] = {
+    "lora": (False, lambda: peft.LoraConfig(r=4, **HEAD)),
+    "rslora": (False, lambda: peft.LoraConfig(r=4, use_rslora=True, **HEAD)),
+    "randlora": (False, lambda: peft.RandLoraConfig(r=4, **HEAD)),
+    "loha": (False, lambda: peft.LoHaConfig(r=4, **HEAD)),
+    "vera": (False, lambda: peft.VeraConfig(r=4, **HEAD)),
+    "a copy": (False, lambda: peft.LoraConfig(**Q, modules_to_save=["lm_head"])),
+    "a copy, tied": (True, lambda: peft.LoraConfig(**Q, modules_to_save=["lm_head"])),
+    "tied rows": (True, lambda: peft.LoraConfig(**Q, trainable_token_indices=[5, 9])),
+    "rows": (False, lambda: peft.LoraConfig(**Q, trainable_token_indices={"lm_head": [5], "embed_tokens": [5, 9]})),
+}
+REFUSED: dict[str, Any] = {
+    "dora": lambda: peft.LoraConfig(r=4, use_dora=True, **HEAD),
+    "lora_bias": lambda: peft.LoraConfig(r=4, lora_bias=True, **HEAD),
+    "oft": lambda: peft.OFTConfig(r=4, oft_block_size=0, **HEAD),
+    "hra": lambda: peft.HRAConfig(r=4, **HEAD),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, **HEAD),
+    "ia3": lambda: peft.IA3Config(feedforward_modules=[], **HEAD),
+}
+
+
+def adapted(config: Any, tied: bool = False) -> Any:
+    """A tiny Llama with an adapter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peft.get_peft_model(zoo.build("llama", tie_word_embeddings=tied), config)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of tied weights
+@pytest.mark.parametrize(("tied", "config"), USED.values(), ids=USED.keys())
+def test_a_head_that_is_used(tied: bool, config: Any) -> None:
+    """Log-probs after training are the peft model's own, and the gradient is plain autograd's."""
+    model = adapted(config(), tied)
+    backend = TorchBackend(HFModel(model))
+    for _ in range(3):
+        backend.forward_backward(DATA, "cross_entropy").result()
+        backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    assert largest_error(backend, model, DATA) < 1e-5
+    backend.forward_backward(DATA, "cross_entropy").result()
+    ours = backend.gradients()
+    trained = {name: p for name, p in backend.model.named_parameters() if p.requires_grad}
+    weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in DATA]
+    loss = -sum((own_logprobs(model, datum) * w).sum() for datum, w in zip(DATA, weights, strict=True))
+    assert isinstance(loss, torch.Tensor)
+    plain = dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), allow_unused=True), strict=True))
+    for name, gradient in ours.items():
+        expected = plain[name]
+        assert expected is not None
+        assert float((gradient - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-7, name
+    assert any("lm_head" in name or "token" in name for name in ours)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", REFUSED.values(), ids=REFUSED.keys())
+def test_a_head_that_is_no_sum_is_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their start they are the identity; moved away from it they are refused, and the words say what to leave out."""
+    with pytest.raises(UnsupportedError, match="target_modules"):
+        HFModel(adapted(config()))
+    if config is REFUSED["dora"]:  # negative control: what is not moved is not seen
+        monkeypatch.setattr(hf, "perturbed_adapters", lambda model: torch.no_grad())
+        HFModel(adapted(config()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("config", REFUSED.values(), ids=REFUSED.keys())
+def test_on_other_layers_they_are_used(config: Any) -> None:
+    """The same adapters on an attention layer train, and are right."""
+    settings = config()
+    settings.target_modules = {"q_proj"}
+    model = adapted(settings)
+    backend = TorchBackend(HFModel(model))
+    for _ in range(2):
+        backend.forward_backward(DATA, "cross_entropy").result()
+        backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    assert largest_error(backend, model, DATA) < 1e-5
