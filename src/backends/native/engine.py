@@ -238,9 +238,12 @@ def _allowed(asked: Layout | Literal["auto"], limits: LayoutLimits) -> LayoutLim
         return limits
     if asked not in ("packed", "forked", "padded", "single"):
         raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {asked!r}")
-    if asked not in (*limits.longest, "single"):
+    if asked not in limits.allowed():
+        most = limits.longest.get(asked)
+        where = "" if most is None else f" beyond {most} tokens"
         raise LeakyModelError(
-            f"layout={asked!r}: this model lets sequences of one forward see each other; it keeps them apart in: "
-            f"{', '.join((*limits.longest, 'single'))}; use one of these, or layout='auto'"
+            f"layout={asked!r}: this model lets sequences of one forward see each other{where} "
+            f"({limits.reasons.get(asked, 'not tried')}); at any length it keeps them apart in: "
+            f"{', '.join(limits.allowed())}; use one of these, or layout='auto'"
         )
     return limits.only(asked)
