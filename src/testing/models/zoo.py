@@ -75,7 +75,7 @@ _OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "cpmant": {"position_bias_max_distance": 64, "prompt_types": 2, "segment_types": 2, "prompt_length": 2},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dory": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
@@ -110,6 +110,7 @@ _OWN: Final[Mapping[str, Mapping[str, Any]]] = {
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 2,
         "n_layers_per_attn_res_block": 1,
+        "initializer_range": 0.1,
     },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

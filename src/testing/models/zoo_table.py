@@ -38,20 +38,24 @@ PROMPTS: Final = (WINDOW, 3 * WINDOW, 40 * WINDOW)
 _TOLERANCE: Final = 1e-5  # nats; relative, for gradients; both fp32
 _SECONDS: Final = 240
 
-_LONGROPE: Final[Mapping[str, Any]] = {
-    "rope_parameters": {
-        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 2 * WINDOW, "factor": 32.0},
-        **{"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 3.0, 9.0, 27.0]},
-    }
+_ORIGINAL: Final[Mapping[str, Any]] = {"original_max_position_embeddings": 2 * WINDOW}
+_FACTORS: Final[Mapping[str, Any]] = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 32.0, **_ORIGINAL},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 3.0, 9.0, 27.0]},
 }
+_LONGROPE: Final[Mapping[str, Any]] = {"rope_parameters": _FACTORS, **_ORIGINAL}
 _DYNAMIC: Final[Mapping[str, Any]] = {
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 16.0},
     "max_position_embeddings": 4 * WINDOW,
 }
 # Beside the defaults of an architecture: rotary frequencies that depend on the length.
 VARIANTS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
-    **{f"{name}, longrope": (name, _LONGROPE) for name in ("llama", "mistral", "phi3", "phimoe", "qwen3")},
-    **{f"{name}, dynamic NTK": (name, _DYNAMIC) for name in ("llama", "mistral", "qwen3", "stablelm")},
+    **{f"{name}, longrope": (name, _LONGROPE) for name in ("llama", "mistral", "phi3", "qwen3")},
+    "phimoe, longrope": (
+        "phimoe",
+        {"rope_parameters": {**_FACTORS, "short_mscale": 1.0, "long_mscale": 1.2}, **_ORIGINAL},
+    ),
+    **{f"{name}, dynamic NTK": (name, _DYNAMIC) for name in ("llama", "mistral", "olmo2", "qwen3")},
 }
 
 Verdict = Literal["right", "refused", "wrong", "not built"]

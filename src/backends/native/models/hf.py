@@ -17,6 +17,7 @@ from ....ops.logprobs import head_logits
 from .adapters import require_frozen_base
 from .checkpointing import checkpoint_layers
 from .facts import attention_width, read_facts
+from .logit_parameters import require_no_others
 from .packed_attention import install, packed_inputs
 from .probing import in_float32, perturbed_adapters
 from .rope import forward_by_length, reset_dynamic_rope
@@ -69,6 +70,7 @@ class HFModel(nn.Module):
             base.forward if compile is None else torch.compile(base.forward, backend=compile, dynamic=True)
         )
         self._check_logits()
+        require_no_others(causal, base, causal.get_output_embeddings())
 
     @property
     def _causal(self) -> Any:

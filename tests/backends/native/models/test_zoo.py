@@ -93,3 +93,18 @@ def test_a_model_that_cannot_run_is_refused_in_words() -> None:
     """Whatever a model raises on plain tokens, loading says it in one sentence."""
     with pytest.raises(UnsupportedError, match="RemBertForCausalLM cannot be run on tokens alone"):
         HFModel(zoo.build("rembert"))
+
+
+def test_a_trained_parameter_of_the_logits_is_refused() -> None:
+    """A scale of each token's logit is one at its start: log-probs are right, and its gradient would be lost."""
+    model = zoo.build("dory", window=WINDOW)
+    with pytest.raises(UnsupportedError, match=r"computes its logits with lm_head\.logit_scale beside"):
+        HFModel(model)
+    model.lm_head.logit_scale.requires_grad_(False)
+    HFModel(model)  # negative control: frozen, it is a scale like any other, and here one
+
+
+def test_a_model_that_cannot_be_run_backward_is_refused() -> None:
+    """Reformer's reversible layers have a backward in training mode only, with dropout."""
+    with pytest.raises(UnsupportedError, match="cannot be trained in evaluation mode, without dropout: If you want"):
+        TorchBackend(HFModel(zoo.build("reformer")))
