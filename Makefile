@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workstea
 # What `make bench` runs: python -m benchmarks $(BENCH).
 BENCH ?= custom --sequences 4 --rounds 3
 
-.PHONY: demo test test-all soak coverage check bench build wheel-test clean
+.PHONY: demo test test-all soak zoo coverage check bench build wheel-test clean
 demo: $(STAMP)  ## train the four losses on a real model (DEMO="--model tiny" for a minute)
 	$(BIN)/pullback demo $(DEMO)
 
@@ -27,6 +27,9 @@ test-all: $(STAMP)  ## everything but the long proofs, at most 30 minutes on two
 
 soak: $(STAMP)  ## the long proofs, whole
 	PULLBACK_TIER=soak $(PYTEST) $(TESTS)
+
+zoo: $(STAMP)  ## every causal language model of transformers, tiny and random: prints the table of docs/models.md, and writes it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pullback.testing.models.zoo_table --workers 2 --write docs/models.md
 
 coverage: $(STAMP)  ## the quick tier with coverage of src, and its floor
 	PULLBACK_TIER=quick $(PYTEST) --cov --cov-report=term:skip-covered

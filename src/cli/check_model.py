@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..testing.model_checks import check_model
+from .models import MODEL_HELP, load_named
 
 __all__ = ["add_parser"]
 
@@ -16,7 +17,7 @@ __all__ = ["add_parser"]
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     model = commands.add_parser("model", help="log-probs, gradients, adapters, sampling against the model's own code")
-    model.add_argument("path", help="a folder or hub name that transformers can load")
+    model.add_argument("path", help=MODEL_HELP)
     model.add_argument("--dtype", default="float32", help="that training would use")
     model.add_argument("--rank", type=int, default=8, help="of the adapter in the rows on LoRA")
     model.add_argument("--device", help="default: a GPU where there is one")
@@ -27,9 +28,11 @@ def add_parser(commands: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Print the table; status 1 if a row is wrong or the model does not load."""
-    rows = check_model(
-        arguments.path, dtype=arguments.dtype, lora=arguments.rank, long=arguments.long, device=arguments.device
-    )
+
+    def load() -> Any:
+        return load_named(arguments.path, device=arguments.device).model
+
+    rows = check_model(load, dtype=arguments.dtype, lora=arguments.rank, long=arguments.long, device=arguments.device)
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
@@ -17,6 +18,7 @@ from ..backends.native.models.facts import ModelFacts
 from ..backends.native.models.hf import HFModel
 from ..backends.native.models.probes import LayoutLimits
 from ..backends.native.models.probing import perturbed_adapters
+from ..backends.native.models.rope import reset_dynamic_rope
 from ..backends.native.sampling import cache_agrees
 from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams
@@ -30,6 +32,8 @@ Verdict = Literal["right", "refused", "wrong", "not applicable"]
 _TOLERANCE: Final = 1e-4  # nats, fp32
 _HALF: Final = 0.25  # nats, half precision against the same weights
 _SHORT: Final = 1024  # tokens of the longest row without ``long``
+_PROMPT: Final = 12  # tokens
+_ANSWERS: Final = (6, 9, 2)  # tokens
 
 
 @final
@@ -65,11 +69,11 @@ def check_model(
     Returns:
         A row for each check. If the model does not load, that row alone.
     """
-    check = _Check(model, dtype, lora, long, options)
-    rows = list(check.loads())
-    if rows[-1].verdict == "right":
-        for name, one in check.all().items():
-            rows.append(_row(name, one))
+    with tempfile.TemporaryDirectory() as folder:
+        check = _Check(model, dtype, lora, long, {"checkpoint_dir": folder, **options})
+        rows = [_row("loads", check.loads)]
+        if rows[0].verdict == "right":
+            rows += [_row(name, one) for name, one in check.all().items()]
     return rows
 
 
@@ -87,74 +91,89 @@ def _row(name: str, one: Callable[[], Found]) -> ModelRow:
 
 @final
 class _Check:
+    """The rows on one model: it is loaded once as it is, once with an adapter, and once more to resume."""
+
     def __init__(self, model: Any, dtype: str, lora: Any, long: bool, options: dict[str, Any]) -> None:
         self._model, self._dtype, self._lora, self._long, self._options = model, dtype, lora, long, options
-        self._facts = ModelFacts()
-        self._backend: Any = None
+        self._own: dict[int, list[Tensor]] = {}
 
-    def loads(self) -> Iterator[ModelRow]:
-        def load() -> Found:
-            self._backend = self._make(lora=None)
-            self._facts = self._backend.model.facts
-            return "right", None, "; ".join(self._facts.reasons)
-
-        yield _row("loads", load)
+    def loads(self) -> Found:
+        return "right", None, "; ".join(self._plain.model.facts.reasons)
 
     def all(self) -> dict[str, Callable[[], Found]]:
+        """The other rows, by name."""
         found: dict[str, Callable[[], Found]] = {}
-        for layout in ("single", "packed", "forked", "padded"):
-            found[f"log-probs, {layout}"] = lambda layout=layout: self._logprobs(layout, None)  # type: ignore[misc]
-            for n in self._facts.thresholds:
-                name = f"log-probs, {layout}, beyond {n} tokens"
-                found[name] = lambda layout=layout, n=n: self._logprobs(layout, n)  # type: ignore[misc]
+        for prompt, words in self._prompts().items():
+            for layout in ("single", "packed", "forked", "padded"):
+                found[f"log-probs, {layout}{words}"] = partial(self._logprobs, layout, prompt)
         found["beyond the context"] = self._beyond_context
         if self._dtype != "float32":
             found[f"log-probs in {self._dtype}"] = self._in_dtype
-        found["gradient, full"] = lambda: self._gradient(None)
-        found["gradient, LoRA"] = lambda: self._gradient(self._lora)
+        found["gradient, full"] = lambda: self._gradient(self._plain)
+        found["sampling"] = self._sampling
+        found["gradient, LoRA"] = lambda: self._gradient(self._adapted)
         found["log-probs, adapter moved"] = self._adapter
         found["reference"] = self._reference
-        found["sampling"] = self._sampling
+        found["what is trained"] = lambda: _trained(self._adapted.model)
         found["checkpoint and resume"] = self._resume
-        found["what is trained"] = self._trained
         return found
 
+    @cached_property
+    def _plain(self) -> Any:
+        return self._make(lora=None)
+
+    @cached_property
+    def _adapted(self) -> Any:
+        return self._make(lora=self._lora)
+
     def _make(self, **changes: Any) -> TorchBackend:
-        options = {"dtype": "float32", "lora": None, **self._options, **changes}
+        options = {"dtype": "float32", "device": None, **self._options, **changes}
         if not callable(self._model):
             return TorchBackend.from_pretrained(self._model, **options)
         from ..backends.native.models.lora import add_lora
 
-        model, lora, dtype = self._model(), options.pop("lora"), getattr(torch, options.pop("dtype"))
-        return TorchBackend(HFModel(add_lora(model.to(dtype), lora) if lora else model.to(dtype)), **options)
+        model, lora = self._model(), options.pop("lora")
+        model = model.to(options.pop("device"), getattr(torch, options.pop("dtype")))
+        return TorchBackend(HFModel(add_lora(model, lora) if lora else model), **options)
 
-    def _data(self, threshold: int | None) -> list[Datum]:
-        """Texts with a shared prompt, and one of another length; on both sides of a length, where one is given."""
-        vocab, generator = self._backend.vocab_size, torch.Generator().manual_seed(0)
-        size = 12 if threshold is None else threshold + max(3, threshold // 4)
+    def _prompts(self) -> dict[int, str]:
+        """Tokens of the prompts, and what their rows are called: one beyond each threshold, or else one that is long."""
+        facts: ModelFacts = self._plain.model.facts
+        found = {_PROMPT: "", **{n + max(3, n // 4): f", beyond {n} tokens" for n in facts.thresholds}}
+        most = min(_SHORT, facts.max_length or _SHORT)
+        if max(found) < most // 2:
+            found[most - max(_ANSWERS)] = f", {most:,} tokens"
+        return found
+
+    def _data(self, prompt: int = _PROMPT) -> list[Datum]:
+        """Texts that share a prompt, and one that does not."""
+        generator = torch.Generator().manual_seed(0)
 
         def draw(n: int) -> list[int]:
-            return torch.randint(vocab, (n,), generator=generator).tolist()
+            return torch.randint(self._plain.vocab_size, (n,), generator=generator).tolist()
 
-        prompt, short = draw(size), draw(5)
+        shared, short = draw(prompt), draw(5)
+        answers = _ANSWERS if prompt < _SHORT // 2 else _ANSWERS[:2]  # a long text takes seconds
         return [
-            datum_from_prompt_completion(p, draw(n)) for p, n in ((prompt, 6), (short, 3), (prompt, 9), (prompt, 2))
+            datum_from_prompt_completion(short, draw(3)),
+            *(datum_from_prompt_completion(shared, draw(n)) for n in answers),
         ]
 
-    def _logprobs(self, layout: Any, threshold: int | None) -> Found:
-        if threshold is not None and threshold > _SHORT and not self._long:
+    def _logprobs(self, layout: Any, prompt: int) -> Found:
+        if prompt > _SHORT and not self._long:
             return "not applicable", None, "longer than 1,024 tokens; ask for it with long"
-        data = self._data(threshold)
-        layouts = self._backend.layouts(max(len(datum.model_input) for datum in data))
+        data = self._data(prompt)
+        layouts = self._plain.layouts(max(len(datum.model_input) for datum in data))
         if layout not in layouts:
             return "refused", None, f"not used; texts go {', '.join(layouts)}"
+        if prompt not in self._own:
+            self._own[prompt] = _each_own(self._plain.model, data)
         with self._laid_out(layout):
-            worst = _largest(self._backend, self._backend.model, data)
-        return _judged(worst, _TOLERANCE)
+            return _judged(_largest(_scored(self._plain, data), self._own[prompt]), _TOLERANCE)
 
     @contextmanager
     def _laid_out(self, layout: Any) -> Iterator[None]:
-        engine = self._backend._native
+        engine = self._plain._native
         before = engine.scheduler
         engine.scheduler = replace(before, layouts=LayoutLimits({} if layout == "single" else {layout: None}))
         try:
@@ -163,102 +182,93 @@ class _Check:
             engine.scheduler = before
 
     def _beyond_context(self) -> Found:
-        most = self._facts.max_length
+        most = self._plain.model.facts.max_length
         if most is None:
             return "not applicable", None, "the config names no context"
-        if most > _SHORT and not self._long:
+        limit = self._plain._native.limits.max_length
+        if most > _SHORT and not self._long and (limit is None or limit > most):
             return "not applicable", float(most), "longer than 1,024 tokens; ask for it with long"
         try:
-            self._backend.forward([datum_from_prompt_completion([3] * most, [4, 5])]).result()
+            self._plain.forward([datum_from_prompt_completion([3] * most, [4, 5])]).result()
         except InvalidDatumsError:
             return "right", float(most), "a text beyond the context is refused"
         return "wrong", float(most), f"a text beyond the context of {most} tokens is scored, and nothing is said"
 
     def _in_dtype(self) -> Found:
-        backend = self._make(dtype=self._dtype)
-        return _judged(_largest(backend, backend.model, self._data(None)), _HALF)
+        backend, data = self._make(dtype=self._dtype, lora=None), self._data()
+        return _judged(_largest(_scored(backend, data), _each_own(backend.model, data)), _HALF)
 
-    def _gradient(self, lora: Any) -> Found:
-        backend = self._make(lora=lora)
+    def _gradient(self, backend: Any) -> Found:
+        data = self._data()
         with perturbed_adapters(backend.model):
-            data = self._data(None)
-
-            def loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-                return sum((x.exp() * x).sum() for x in logprobs), {}  # type: ignore[return-value]
-
-            backend.forward_backward_custom(data, loss).result()
+            backend.forward_backward_custom(data, _loss).result()
             found = backend.gradients()
-            backend.model.zero_grad()
-            own = [_own(backend.model, datum) for datum in data]
-            loss(data, own)[0].backward()
+            backend.discard_gradients()
+            with torch.enable_grad():
+                _loss(data, [_own(backend.model, datum) for datum in data])[0].backward()
             expected = {n: p.grad for n, p in backend.model.named_parameters() if p.grad is not None}
-        names = sorted(expected)
-        off = torch.stack([(found[n].double() - expected[n].double()).square().sum() for n in names]).sum().sqrt()
-        size = torch.stack([expected[n].double().square().sum() for n in names]).sum().sqrt()
-        return _judged(float(off / size), 1e-4)
+        backend.model.zero_grad()
+        off = sum((found[n].double() - x.double()).square().sum() for n, x in expected.items())
+        size = sum(x.double().square().sum() for x in expected.values())
+        return _judged(float(off / size) ** 0.5, 1e-4)
 
     def _adapter(self) -> Found:
-        backend = self._make(lora=self._lora)
-        with perturbed_adapters(backend.model):
-            return _judged(_largest(backend, backend.model, self._data(None)), _TOLERANCE)
+        data = self._data()
+        with perturbed_adapters(self._adapted.model):
+            return _judged(_largest(_scored(self._adapted, data), _each_own(self._adapted.model, data)), _TOLERANCE)
 
     def _reference(self) -> Found:
-        backend, data = self._make(lora=self._lora), self._data(None)
-        with perturbed_adapters(backend.model):
-            scored = with_reference(data, backend.reference())
-        base = [_own(self._backend.model, datum) for datum in data]
-        pairs = zip(scored, base, strict=True)
-        return _judged(max(_gap(d.loss_fn_inputs["ref_logprobs"].to_torch(), x) for d, x in pairs), _TOLERANCE)
+        data = self._data()
+        with perturbed_adapters(self._adapted.model):
+            scored = with_reference(data, self._adapted.reference())
+        found = [d.loss_fn_inputs["ref_logprobs"].to_torch() for d in scored]
+        return _judged(_largest(found, _each_own(self._plain.model, data)), _TOLERANCE)
 
     def _sampling(self) -> Found:
-        prompts = [ModelInput.from_ints(d.model_input.tokens[: 4 + 3 * i]) for i, d in enumerate(self._data(None)[:3])]
-        rollouts = self._backend.sample(prompts, 2, SamplingParams(max_tokens=8, seed=0, stop=[])).result()
-        worst = 0.0
-        for one in rollouts:
-            whole = datum_from_prompt_completion(prompts[one.prompt_index].tokens.tolist(), one.tokens)
-            own = _own(self._backend.model, whole)[-len(one.tokens) :]
-            worst = max(worst, _gap(torch.tensor(one.logprobs), own))
-        how = "with a cache" if cache_agrees(self._backend.model) else "without a cache, at quadratic cost"
-        verdict, figure, _ = _judged(worst, 1e-3)
+        prompts = [ModelInput.from_ints(d.model_input.tokens[: 4 + 3 * i]) for i, d in enumerate(self._data()[1:])]
+        rollouts = self._plain.sample(prompts, 2, SamplingParams(max_tokens=8, seed=0, stop=[])).result()
+        wholes = [
+            datum_from_prompt_completion(prompts[one.prompt_index].tokens.tolist(), one.tokens) for one in rollouts
+        ]
+        own = [x[-len(one.tokens) :] for one, x in zip(rollouts, _each_own(self._plain.model, wholes), strict=True)]
+        how = "with a cache" if cache_agrees(self._plain.model) else "without a cache, at quadratic cost"
+        verdict, figure, _ = _judged(_largest([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3)
         return verdict, figure, how
 
     def _resume(self) -> Found:
-        with tempfile.TemporaryDirectory() as folder:
-            first, second = (self._make(lora=self._lora, checkpoint_dir=folder) for _ in range(2))
-            data = self._data(None)
-            first.forward_backward(data, "cross_entropy").result()
-            first.optim_step(AdamParams(learning_rate=1e-2)).result()
-            second.load_state_with_optimizer(first.save_state("checked").result().path).result()
-            pairs = zip(_scored(first, data), _scored(second, data), strict=True)
-            return _judged(max(_gap(a, b) for a, b in pairs), 1e-6)
-
-    def _trained(self) -> Found:
-        backend = self._make(lora=self._lora)
-        module: Any = backend.model.model
-        left = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, one in module.named_modules()
-                if isinstance(one, torch.nn.Linear) and not _below_adapter(name) and not hasattr(one, "lora_A")
-            }
-        )
-        trained = sum(p.numel() for p in backend.model.parameters() if p.requires_grad)
-        share = trained / sum(p.numel() for p in backend.model.parameters())
-        experts = sorted(
-            {n.rsplit(".", 1)[-1] for n, p in module.named_parameters() if p.dim() == 3 and "lora" not in n}
-        )
-        words = f"no adapter on: {', '.join([*left, *experts])}" if left or experts else "an adapter on every matrix"
-        return "right", share, words
+        first, data = self._adapted, self._data()
+        start = _scored(first, data)
+        first.forward_backward(data, "cross_entropy").result()
+        first.optim_step(AdamParams(learning_rate=1e-2)).result()
+        second = self._make(lora=self._lora)
+        second.load_state_with_optimizer(first.save_state("checked").result().path).result()
+        trained = _scored(first, data)
+        if not _largest(trained, start) > 0:
+            return "wrong", 0.0, "a step changes nothing"
+        return _judged(_largest(_scored(second, data), trained), 1e-6)
 
 
-def _below_adapter(name: str) -> bool:
-    return ".base_layer" in name or "lora_" in name
+def _loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return torch.stack([(x.exp() * x).sum() for x in logprobs]).sum(), {}
+
+
+def _trained(model: Any) -> Found:
+    """The share of the weights that is trained; wrong where no matrix within the layers has an adapter."""
+    head = model._causal.get_output_embeddings()
+    adapted, left = 0, set()
+    for name, one in model.model.named_modules():
+        if getattr(one, "lora_A", None):
+            adapted += one is not head
+        elif isinstance(one, torch.nn.Linear) and ".base_layer" not in name and "lora_" not in name:
+            left.add(name.rsplit(".", 1)[-1])
+    left |= {n.rsplit(".", 1)[-1] for n, p in model.model.named_parameters() if p.dim() == 3 and "lora" not in n}
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
+    words = f"no adapter on: {', '.join(sorted(left))}" if left else "an adapter on every matrix"
+    return ("right" if adapted else "wrong"), share, words if adapted else f"no layer is adapted; {words}"
 
 
 def _own(model: Any, datum: Datum) -> Tensor:
     """The log-probs that the transformers model itself gives, alone, [T]."""
-    from ..backends.native.models.rope import reset_dynamic_rope
-
     reset_dynamic_rope(model)
     tokens = datum.model_input.tokens[None].to(model.device)
     logits = model.model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
@@ -267,17 +277,19 @@ def _own(model: Any, datum: Datum) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def _each_own(model: Any, data: Sequence[Datum]) -> list[Tensor]:
+    return [_own(model, datum) for datum in data]
+
+
 def _scored(backend: Any, data: Sequence[Datum]) -> list[Tensor]:
     return [o["logprobs"].to_torch() for o in backend.forward(data).result().loss_fn_outputs]
 
 
-@torch.no_grad()
-def _largest(backend: Any, model: Any, data: Sequence[Datum]) -> float:
-    return max(_gap(found, _own(model, datum)) for found, datum in zip(_scored(backend, data), data, strict=True))
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a.detach().cpu().double() - b.detach().cpu().double()).abs().max())
+def _largest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    differences = torch.stack([(a.detach().cpu().double() - b.detach().cpu().double()).abs().max() for a, b in pairs])
+    return float(differences.nan_to_num(nan=float("inf")).max())
 
 
 def _judged(figure: float, most: float) -> Found:

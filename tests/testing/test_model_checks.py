@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("peft", reason="checks of models need transformers and peft (extra hf)")
 
+from peft import LoraConfig
+
 from pullback.backends.native.models import packed_attention, probes
 from pullback.cli import main
+from pullback.testing import model_checks
 from pullback.testing.model_checks import ModelRow, check_model
 from pullback.testing.models import zoo
 
@@ -50,6 +54,43 @@ def test_a_model_that_is_refused(name: str) -> None:
     (row,) = check_model(lambda: zoo.build(name))
     assert row.verdict == "refused"
     assert "head" in row.reason or "causal" in row.reason
+
+
+def test_what_is_trained() -> None:
+    """The row says what has no adapter; it is wrong where no layer has one, though the head has."""
+    head_alone = LoraConfig(r=2, target_modules=["lm_head"])
+    found = [{r.name: r for r in check_model(windowed, lora=lora)}["what is trained"] for lora in (2, head_alone)]
+    assert [row.verdict for row in found] == ["right", "wrong"]
+    assert found[0].reason == "no adapter on: lm_head"
+    assert found[1].reason.startswith("no layer is adapted; no adapter on: down_proj, gate_proj")
+
+
+def test_a_model_is_loaded_three_times() -> None:
+    """Once as it is, once with an adapter, once more to resume: no row loads another."""
+    loads = []
+
+    def load() -> Any:
+        loads.append(1)
+        return windowed()
+
+    assert set(verdicts(check_model(load, lora=2)).values()) == {"right"}
+    assert len(loads) == 3
+
+
+def test_a_difference_that_is_no_number_is_wrong() -> None:
+    """NaN is no agreement."""
+    (figure,) = {model_checks._largest([torch.tensor(x)], [torch.zeros(2)]) for x in ([0.0, math.nan], [math.nan, 0.0])}
+    assert model_checks._judged(figure, 1.0)[0] == "wrong"
+
+
+def test_command_on_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command takes the names that every command takes, and all is right of the random Llama."""
+    assert main(["check", "model", "tiny", "--device", "cpu", "--rank", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "log-probs, forked, 1,024 tokens              right" in table
+    assert table.splitlines()[-1] == "17 right"
+    assert main(["check", "model", "no such folder", "--device", "cpu"]) == 1
+    assert "--model must be smollm2, tiny" in capsys.readouterr().out
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

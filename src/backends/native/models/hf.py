@@ -17,6 +17,7 @@ from ....ops.logprobs import head_logits
 from .adapters import active_adapter, head_weight, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
 from .facts import attention_width, read_facts
+from .logit_parameters import require_no_others
 from .packed_attention import install, packed_inputs
 from .probing import in_float32, perturbed_adapters
 from .rope import forward_by_length, reset_dynamic_rope
@@ -66,6 +67,7 @@ class HFModel(nn.Module):
             base.forward if compile is None else torch.compile(base.forward, backend=compile, dynamic=True)
         )
         self._check_logits()
+        require_no_others(causal, base, causal.get_output_embeddings())
 
     @property
     def causal(self) -> Any:

@@ -11,11 +11,11 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor, nn
 
-from ....errors import LeakyModelError
+from ....errors import LeakyModelError, UnsupportedError
 from ...prepared import ScoreRequest
 from ..causal_lm import CausalLM
 from ..execution.batching import Layout, arrange
-from ..execution.forward import model_device, needed_hidden
+from ..execution.forward import model_device, needed_hidden, trainable
 from ..execution.memory import GraphMeter
 from .facts import ModelFacts
 from .probing import SHORT, in_float32, perturbed_adapters, shortened
@@ -116,10 +116,30 @@ def layout_limits(model: CausalLM, vocab_size: int) -> LayoutLimits:
 
 
 def measure_graph(model: CausalLM, vocab_size: int, layout: Layout, meter: GraphMeter) -> None:
-    """Build one small graph, so that the first real one can be predicted."""
+    """Build one small graph, so that the first real one can be predicted, and run it backward to its beginning.
+
+    Raises:
+        UnsupportedError: it cannot be run backward as it is evaluated, without dropout.
+    """
     pair = list(probe_sequences(vocab_size)[:2])
-    with torch.enable_grad(), meter.measuring(sum(r.length for r in pair)):
-        needed_hidden(model, pair, layout)
+    begun: list[Tensor] = []
+    with ExitStack() as hooks:
+        for one in cast(nn.Module, model).modules():
+            if isinstance(one, nn.Embedding):
+                hooks.callback(one.register_forward_hook(lambda _, __, out: begun.append(out)).remove)
+        with torch.enable_grad(), meter.measuring(sum(r.length for r in pair)):
+            hidden = needed_hidden(model, pair, layout)
+    _run_backward(hidden, [x for x in begun if x.requires_grad] or list(trainable(cast(nn.Module, model)).values()))
+
+
+def _run_backward(hidden: Tensor, sources: Sequence[Tensor]) -> None:
+    if not hidden.requires_grad:
+        return
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(hidden.sum(), sources[0], allow_unused=True)
+    except Exception as error:  # whatever a model's own backward raises
+        raise UnsupportedError(f"the model cannot be trained in evaluation mode, without dropout: {error}") from error
 
 
 def probe_sequences(vocab_size: int, threshold: int | None = None) -> list[ScoreRequest]:
