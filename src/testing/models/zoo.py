@@ -118,6 +118,10 @@ _OWN: Final[Mapping[str, Mapping[str, Any]]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
     "moss_transcribe_diarize": {"audio_config": _LOOKS},
     "phi4_multimodal": {"vision_config": _LOOKS, "audio_config": _LOOKS},
+    "nemotron_h": {
+        **{"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 32},
+        "moe_shared_expert_intermediate_size": 48,
+    },
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},

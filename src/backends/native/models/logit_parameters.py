@@ -25,8 +25,10 @@ def require_no_others(causal: Any, base: nn.Module, head: nn.Module) -> None:
     Raises:
         UnsupportedError: there is one.
     """
-    known = {id(p) for p in base.parameters()}
-    known |= {id(p) for n, p in head.named_parameters() if "lora_" in n or n.rpartition(".")[2] in ("weight", "bias")}
+    of_head = (
+        [head.weight, head.bias] if isinstance(head, nn.Linear) else list(head.parameters())
+    )  # else wrapped by peft
+    known = {id(p) for p in (*base.parameters(), *of_head)}
     others = {n: p for n, p in causal.named_parameters() if p.requires_grad and id(p) not in known}
     if not others:
         return
