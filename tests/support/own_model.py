@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from pullback.backends import TorchBackend
-from pullback.datums import Datum, datum_from_prompt_completion
+from pullback.datums import Datum
+from pullback.testing.models.zoo_table import sharing_prompt
 
-
-def sharing_prompt(length: int, answers: tuple[int, ...], seed: int = 0) -> list[Datum]:
-    """Datums whose prompt is shared."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, 60, (length,), generator=generator).tolist()
-    drawn = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in answers]
-    return [datum_from_prompt_completion(prompt, tokens) for tokens in drawn]
+__all__ = ["largest_error", "own_logprobs", "sharing_prompt"]
 
 
 def own_logprobs(model: Any, datum: Datum) -> Tensor:

@@ -60,9 +60,11 @@ def test_a_window_by_place_in_the_row_is_noticed(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(packed_attention.PackedRow, "_related", by_place)
     wrapped, plain = HFModel(zoo.build("mistral", window=WINDOW)), zoo.build("mistral", window=WINDOW).eval()
-    refused = TorchBackend(wrapped, layout="forked")
-    assert refused.layouts(WINDOW) == ("forked", "single")
-    assert refused.layouts(WINDOW + 1) == refused.layouts() == ("single",)
+    with pytest.raises(LeakyModelError, match=f"forked.*beyond {WINDOW} tokens"):
+        TorchBackend(wrapped, layout="forked")
+    auto = TorchBackend(wrapped)
+    assert "forked" in auto.layouts(WINDOW)
+    assert "forked" not in auto.layouts(WINDOW + 1)
     wrapped.facts = ModelFacts()  # the probes then stay below the window, and notice nothing
     backend = TorchBackend(wrapped, layout="forked")
     assert largest_error(backend, plain, sharing_prompt(3 * WINDOW, (4, 6, 5))) > 1e-2
