@@ -8,7 +8,7 @@ from typing import final
 
 from ..errors import PrecedingOperationFailed, UnretrievedFailureError
 from .engine import Gradient
-from .futures import Outcome
+from .futures import Failure, Outcome
 from .normalization import Ledger
 from .prepared import PreparedCall
 
@@ -31,7 +31,7 @@ class Accumulation:
     def record(self, call: PreparedCall, gradient: Gradient) -> None:
         """Enter a call whose gradient has been added into the ledger."""
         self.ledger.counts |= {(call.name, key): total for key, total in (call.counts or {}).items()}
-        self.ledger.groups |= call.groups
+        self.ledger.groups |= {(call.name, group) for group in call.groups}
         self.ledger.record(
             loss=call.name,
             datums=len(call.data),
@@ -57,6 +57,16 @@ class Accumulation:
                 on_failure(error)
             if error is not None and not outcome.retrieved:
                 raise preceding_failure(error) from error
+
+    def require_saveable(self) -> None:
+        """Check that no gradient operation has failed unseen: a checkpoint would not know of it.
+
+        Raises:
+            PrecedingOperationFailed: one has.
+        """
+        failures = [o.error for o in self.outcomes if isinstance(o, Failure) and not o.retrieved]
+        if failures:
+            raise preceding_failure(failures[0]) from failures[0]
 
     def retrieve_failures(self) -> None:
         """Count every failure as retrieved."""

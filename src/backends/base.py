@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from ..datums.types import Datum, ModelInput
-from ..errors import BackendError, ConfigError, MissingReferenceError, UnsupportedError
+from ..errors import BackendError, ConfigError, MixedDenominatorsError, UnsupportedError
 from ..losses.base import Counts, Loss
 from .accumulation import Accumulation
 from .engine import Call, Engine, Gradient
@@ -18,11 +18,11 @@ from .futures import Answer, Future, then
 from .operations import Operations
 from .prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
-from .reference import ReferenceView
+from .reference import ReferenceView, refusal
 from .sampling import check_prompts
 from .types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "sized"]
 
 
 class Backend:
@@ -60,7 +60,7 @@ class Backend:
             call = self._prepare(data, as_loss(loss_fn, loss_fn_config))
             return then(self._engine.score(call), call.evaluated)
 
-        return self._run(Call("forward", loss_name(loss_fn), _size(data)), work)
+        return self._run(Call("forward", loss_name(loss_fn), sized(data)), work)
 
     def forward_backward(
         self,
@@ -87,7 +87,7 @@ class Backend:
             loss = as_loss(loss_fn, loss_fn_config)
             return self._accumulate(self._prepare(data, loss, counts=counts, positions=positions))
 
-        return self._run(Call("forward_backward", loss_name(loss_fn), _size(data)), work, gradient=True)
+        return self._run(Call("forward_backward", loss_name(loss_fn), sized(data)), work, gradient=True)
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLoss, *, positions: Positions = "all"
@@ -109,7 +109,7 @@ class Backend:
                 raise UnsupportedError(f"positions={positions!r}: this backend scores all positions; leave it out")
             return self._accumulate(self._prepare(data, loss_fn, positions=positions, by_name=False))
 
-        return self._run(Call("forward_backward_custom", loss_name(loss_fn), _size(data)), work, gradient=True)
+        return self._run(Call("forward_backward_custom", loss_name(loss_fn), sized(data)), work, gradient=True)
 
     def optim_step(
         self, params: AdamParams, grad_accumulation_normalization: NormalizationMode = None
@@ -143,12 +143,14 @@ class Backend:
         Raises:
             UnsupportedError: the gradients lie where they cannot be forgotten.
         """
-        if self._accumulation.ledger.entries and not self._engine.limits.discards:
-            raise UnsupportedError(
-                "the service cannot forget gradients that it has; use defer_backward=True, or load the last checkpoint"
-            )
-        self._accumulation.retrieve_failures()
-        self._clear()
+        with self._operations.one_at_a_time:
+            self._operations.require_outermost("discard_gradients")
+            if self._accumulation.ledger.entries and not self._engine.limits.discards:
+                raise UnsupportedError(
+                    "the service cannot forget gradients that it has; use defer_backward=True, or load the last checkpoint"
+                )
+            self._accumulation.retrieve_failures()
+            self._clear()
 
     def plan(self, loss_fn: str | Loss | CustomLoss, data: Sequence[Datum]) -> Plan:
         """Say what ``forward_backward`` (or ``_custom``, for a function) would do, before any work.
@@ -158,14 +160,14 @@ class Backend:
             DatumError: the data is wrong in itself. What is missing for this loss is refused in the plan instead.
         """
         if not isinstance(loss_fn, (str, Loss)):
-            return self._engine.plan(self._prepare(data, loss_fn, by_name=False))
+            return self._planned(self._prepare(data, loss_fn, by_name=False))
         loss = as_loss(loss_fn, None)
         missing = missing_inputs(loss, data)
         if missing:
             self._prepare(data, None)
-            return Plan("refuse", self._missing(loss, missing))
+            return Plan("refuse", refusal(loss, missing, self.reference))
         positions: Positions = "trained" if self._engine.limits.skips_positions else "all"
-        return self._engine.plan(self._prepare(data, loss, positions=positions))
+        return self._planned(self._prepare(data, loss, positions=positions))
 
     def reference(self) -> ReferenceModel:
         """Return a forward-only view of the frozen reference.
@@ -182,7 +184,7 @@ class Backend:
                 call = self._prepare(data, as_loss(loss_fn, config))
                 return then(score(call), call.evaluated)
 
-            return self._run(Call("reference", loss_name(loss_fn), _size(data)), work)
+            return self._run(Call("reference", loss_name(loss_fn), sized(data)), work)
 
         return ReferenceView(forward)
 
@@ -193,12 +195,13 @@ class Backend:
             check_prompts(prompts, n, self._engine.limits.vocab_size)
             return self._engine.sample(prompts, n, params)
 
-        return self._run(Call("sample", datums=_size(prompts)), work)
+        return self._run(Call("sample", datums=sized(prompts)), work)
 
     def save_state(self, name: str, *, overwrite: bool = False) -> Future[SaveStateOutput]:
         """Write weights, optimizer, accumulation, counters and random state, atomically."""
 
         def work() -> Answer[SaveStateOutput]:
+            self._accumulation.require_saveable()
             return then(self._engine.save(name, overwrite, self._accumulation.ledger), SaveStateOutput)
 
         return self._run(Call("save_state", name), work)
@@ -252,6 +255,13 @@ class Backend:
         self._accumulation.record(call, gradient)
         return gradient.output
 
+    def _planned(self, call: PreparedCall) -> Plan:
+        try:
+            self._accumulation.ledger.admit(call.name, self._engine.deferred_denominator(call))
+        except (MixedDenominatorsError, UnsupportedError) as error:
+            return Plan("refuse", str(error))
+        return self._engine.plan(call)
+
     def _step(self, params: AdamParams, mode: NormalizationMode) -> Answer[OptimStepOutput]:
         ledger = self._accumulation.ledger
         divisor, entries = self._engine.divisor(ledger, mode), tuple(ledger.entries)
@@ -283,16 +293,7 @@ class Backend:
 
         return self._run(Call(operation, str(path)), work)
 
-    def _missing(self, loss: Loss, missing: Sequence[str]) -> str:
-        reason = f"missing required field {missing[0]!r}: {loss.name} needs {', '.join(missing)}"
-        if "ref_logprobs" not in missing:
-            return reason
-        try:
-            self.reference()
-        except MissingReferenceError as error:
-            return f"{reason}; {error}"
-        return f"{reason}; fill them in by with_reference(data, backend.reference())"
 
-
-def _size(data: object) -> int:
+def sized(data: object) -> int:
+    """Return how many datums there are, 0 for what is no sequence."""
     return len(data) if isinstance(data, Sequence) else 0

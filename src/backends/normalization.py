@@ -39,14 +39,14 @@ class Ledger:
         declared: for each, the normalisation that its loss declares (None: a mean; ``function``: unknown).
         operations: gradient operations ever, which number the entries.
         counts: totals of the step that calls have given, by loss and denominator.
-        groups: ids of the groups whose gradients a mean over groups has.
+        groups: loss and id of the groups whose gradients a mean over groups has.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
     declared: list[str | None] = field(default_factory=list)
     operations: int = 0
     counts: dict[tuple[str, str], float] = field(default_factory=dict)
-    groups: set[int] = field(default_factory=set)
+    groups: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def tokens(self) -> int:
@@ -90,7 +90,7 @@ class Ledger:
                     f"{name} says that the step has {total:g} {key}, an earlier call said {before:g}; give all of them the "
                     "total of the whole step"
                 )
-        cut = sorted(self.groups & set(groups))
+        cut = sorted(group for group in groups if (name, group) in self.groups)
         if cut:
             raise IncompleteUnitError(
                 f"{name}: groups {cut} lie in this call and in an earlier one; a mean over groups needs each group whole"
@@ -152,12 +152,17 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
-        return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.declared)}
+        counts = [[loss, key, total] for (loss, key), total in self.counts.items()]
+        units = {"counts": counts, "groups": sorted(map(list, self.groups))}
+        return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.declared), **units}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], operations: int = 0) -> Ledger:
         """Read what `to_json` wrote."""
-        return cls([LedgerEntry(**entry) for entry in saved["ledger"]], list(saved["fitting"]), operations)
+        entries = [LedgerEntry(**entry) for entry in saved["ledger"]]
+        counts = {(loss, key): total for loss, key, total in saved.get("counts", ())}
+        groups = {(loss, group) for loss, group in saved.get("groups", ())}
+        return cls(entries, list(saved["fitting"]), operations, counts, groups)
 
     def _deferred(self) -> Divisor:
         if self.denominator in (None, "none"):

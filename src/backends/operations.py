@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TypeVar, cast, final
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar, cast, final
 
-from ..errors import ClosedError
+from ..errors import BackendError, ClosedError
 from .accumulation import Accumulation, unretrieved
 from .engine import Call, Engine
 from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
@@ -14,6 +16,7 @@ from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
 __all__ = ["Operations"]
 
 T = TypeVar("T")
+_HARMLESS: Final = ("forward", "reference", "sample")
 
 
 @final
@@ -23,12 +26,14 @@ class Operations:
     Attributes:
         accumulation: is told of gradient operations.
         closed: nothing runs any more.
+        one_at_a_time: held while an operation runs.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._outcomes: list[Outcome] = []
-        self._one_at_a_time = threading.RLock()  # e.g. scoring the reference switches the adapter off for a while
+        self.one_at_a_time = threading.RLock()  # e.g. scoring the reference switches the adapter off for a while
+        self._depth = 0
         self.accumulation = Accumulation()
         self.closed = False
 
@@ -38,8 +43,28 @@ class Operations:
         Raises:
             ClosedError: the backend has been closed.
         """
-        with self._one_at_a_time:
+        with self.one_at_a_time, self._inside(call.operation):
             return self._run(call, work, gradient)
+
+    @contextmanager
+    def _inside(self, operation: str) -> Iterator[None]:
+        self.require_outermost(operation)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def require_outermost(self, operation: str) -> None:
+        """Check that an operation which changes something is not asked for by a loss, inside another operation.
+
+        Raises:
+            BackendError: it is.
+        """
+        if self._depth and operation not in _HARMLESS:
+            raise BackendError(
+                f"{operation} inside another operation of the same backend: a loss may score, but not train"
+            )
 
     def _run(self, call: Call, work: Callable[[], Answer[T]], gradient: bool) -> Future[T]:
         if self.closed:
@@ -48,6 +73,7 @@ class Operations:
             self._engine.begin(call)
             answer = work()
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # or they would keep graphs alive for as long as the error
             failure = Failure(error)
             self._remember(failure, gradient)
             return FinishedFuture(failure=failure, operation=call.operation)
@@ -67,13 +93,14 @@ class Operations:
         Raises:
             UnretrievedFailureError: an operation failed and nobody retrieved its error.
         """
-        if self.closed:
-            return
-        self.closed = True
-        try:
-            self._require_retrieved()
-        finally:
-            self._engine.close()
+        with self.one_at_a_time:
+            if self.closed:
+                return
+            self.closed = True
+            try:
+                self._require_retrieved()
+            finally:
+                self._engine.close()
 
     def abandon(self) -> None:
         """Close without asking for failures: an error that is on its way out matters more."""
@@ -92,4 +119,5 @@ class Operations:
     def _remember(self, outcome: Outcome, gradient: bool) -> None:
         self._outcomes = [*(o for o in self._outcomes if not o.retrieved), outcome]
         if gradient:
-            self.accumulation.outcomes.append(outcome)
+            failed = [o for o in self.accumulation.outcomes if not (isinstance(o, Failure) and o.retrieved)]
+            self.accumulation.outcomes = [*failed, outcome]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
-from ..errors import ConfigError, LossTypeError, UnsupportedError
+from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnsupportedError
 from ..losses.adapt import as_tensor
 from ..losses.base import Counts, Loss
 from ..losses.batch import TokenBatch
@@ -225,6 +225,15 @@ def prepare(
         pairs=registered is not None and registered.gradient_kind == "pair",
     )
     requests = [ScoreRequest.of(datum, positions) for datum in data]
+    shapes = [tuple(request.targets.shape[1:]) for request in requests]
+    other = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
+    if other:
+        raise InvalidDatumsError(
+            [
+                f"datum {i}: has {shapes[i] or 'one'} target(s) a position, datum 0 has {shapes[0] or 'one'}"
+                for i in other
+            ]
+        )
     return PreparedCall(data, _no_loss if loss is None else loss, counts, requests, by_name)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from ..datums.types import Datum
+from ..errors import MissingReferenceError
+from ..losses.base import Loss
 from .futures import Future
 from .protocol import ReferenceModel
 from .types import ForwardBackwardOutput
 
-__all__ = ["ReferenceView", "with_reference"]
+__all__ = ["ReferenceView", "refusal", "with_reference"]
 
 Forward = Callable[[Sequence[Datum], str, Mapping[str, Any] | None], Future[ForwardBackwardOutput]]
 
@@ -36,3 +38,21 @@ def with_reference(data: Sequence[Datum], reference: ReferenceModel) -> list[Dat
         datum.with_inputs(ref_logprobs=output["logprobs"])
         for datum, output in zip(data, scored.loss_fn_outputs, strict=True)
     ]
+
+
+def refusal(loss: Loss, missing: Sequence[str], reference: Callable[[], object]) -> str:
+    """Say what data lacks for a loss, and where reference log-probs would come from.
+
+    Args:
+        loss: the loss.
+        missing: keys that some datum lacks.
+        reference: returns the reference model, or raises `MissingReferenceError`.
+    """
+    reason = f"missing required field {missing[0]!r}: {loss.name} needs {', '.join(missing)}"
+    if "ref_logprobs" not in missing:
+        return reason
+    try:
+        reference()
+    except MissingReferenceError as error:
+        return f"{reason}; {error}"
+    return f"{reason}; fill them in by with_reference(data, backend.reference())"

@@ -254,7 +254,7 @@ def _loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]
 
 def _trained(model: Any) -> Found:
     """The share of the weights that is trained; wrong where no matrix within the layers has an adapter."""
-    head = model._causal.get_output_embeddings()
+    head = model.causal.get_output_embeddings()
     adapted, left = 0, set()
     for name, one in model.model.named_modules():
         if getattr(one, "lora_A", None):

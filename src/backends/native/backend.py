@@ -12,7 +12,7 @@ from torch import nn
 
 from ...datums.types import Datum
 from ...losses.base import Loss
-from ..base import Backend
+from ..base import Backend, sized
 from ..engine import Call
 from ..futures import Answer, Future
 from ..prepared import as_loss, loss_name
@@ -157,7 +157,7 @@ class TorchBackend(Backend):
         def work() -> Answer[RetainedForward]:
             return self._native.retain(self._prepare(data, None), budget)
 
-        return self._run(Call("forward_retain", datums=len(data)), work)
+        return self._run(Call("forward_retain", datums=sized(data)), work)
 
     def backward(
         self, retained: Mapping[RetainedForward, Sequence[int]], data: Sequence[Datum], loss_fn: str | Loss
@@ -182,7 +182,7 @@ class TorchBackend(Backend):
                 ),
             )
 
-        return self._run(Call("backward", loss_name(loss_fn), len(data)), work, gradient=True)
+        return self._run(Call("backward", loss_name(loss_fn), sized(data)), work, gradient=True)
 
     def save_weights(
         self, name: str, *, overwrite: bool = False, folder: str | Path | None = None

@@ -53,7 +53,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the name leaves the folder, or is taken.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(f"checkpoint name {name!r} must be letters, digits, '.', '_' and '-' (no folders)")
     final = root / name
     if final.exists() and not overwrite:
@@ -87,6 +87,7 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
         CheckpointError: missing, damaged, or of another model.
     """
     manifest = _manifest(folder)
+    ledger = _ledger(folder, manifest) if everything else Ledger()
     apply = _checked(state.module, folder, manifest)
     kinds = ("optimizer", "window", "random") if everything else ()
     extras = {key: _read(folder, f"{key}.safetensors", manifest) for key in kinds}
@@ -98,11 +99,11 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
     state.optimizer.reset()
     state.weights_version = int(manifest["weights_version"])
     if not everything:
-        return Ledger()
+        return ledger
     state.optimizer.restore(extras["optimizer"])
     state.accumulator.restore(extras["window"])
     _restore_random(state, extras["random"])
-    return Ledger.from_json(manifest["window"], int(manifest["operations"]))
+    return ledger
 
 
 def frozen_fingerprint(module: nn.Module) -> str:
@@ -205,13 +206,26 @@ def _digest(path: Path) -> str:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {_MANIFEST}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise CheckpointError(f"{folder / _MANIFEST} is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged: it holds a {type(manifest).__name__}, not a mapping")
+    missing = sorted({"files", "frozen", "weights_version"} - set(manifest))
+    if manifest.get("format") == FORMAT and missing:
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged: it lacks {', '.join(missing)}")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {manifest.get('format')!r}; this version reads {FORMAT}")
     return manifest
+
+
+def _ledger(folder: Path, manifest: Mapping[str, Any]) -> Ledger:
+    try:
+        return Ledger.from_json(manifest["window"], int(manifest["operations"]))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder / _MANIFEST} is damaged: its accumulation cannot be read ({what})") from error
 
 
 def _read(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

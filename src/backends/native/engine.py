@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...datums.types import ModelInput
 from ...errors import BackendError, ConfigError, LeakyModelError, MissingReferenceError
-from ..engine import Engine, EngineLimits, Gradient, Scorer
+from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..normalization import Divisor, Ledger
 from ..prepared import PreparedCall, ScoreRequest
 from ..types import AdamParams, Plan, Rollout, SamplingParams
@@ -63,6 +63,8 @@ class NativeEngine(Engine):
         seed: int,
     ) -> None:
         self.model, self.module = as_causal_lm(model), model
+        if reference is model:
+            raise ConfigError("reference is the model itself, which changes as it is trained; give a frozen copy of it")
         self.parameters = trainable(model)
         if not self.parameters:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
@@ -79,9 +81,11 @@ class NativeEngine(Engine):
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
         self.accumulator = Accumulator(self.parameters)
+        self.accumulator.clear()  # what a model's earlier life has left there is not ours
         self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.weights_version = 0
+        self._weights = object()  # another one whenever they change
         self.directory = checkpoint_dir
         self._fp16 = any(p.dtype == torch.float16 for p in model.parameters())
         self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
@@ -120,7 +124,7 @@ class NativeEngine(Engine):
         graphs = self.memory.retry(attempt, call.lengths)
         scored = graphs.logprobs()
         logprobs = [scored[i].cpu() for i in range(len(call.data))]
-        return RetainedForward(call.requests, graphs, logprobs, self.weights_version)
+        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self._weights)
 
     def accumulate_retained(
         self,
@@ -135,14 +139,16 @@ class NativeEngine(Engine):
             retained: which of its datums each of a forward's is.
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
-        if any(r.weights_version != self.weights_version or r.spent for r in retained):
+        if any(r.weights is not self._weights or r.spent for r in retained):
             raise BackendError(
                 "this retained forward has served already, or the weights have changed since; make it again"
             )
+        places = [i for at in retained.values() for i in at]
+        if len(set(places)) < len(places) or not all(0 <= i < len(call.data) for i in places):
+            raise BackendError(f"each datum has one place among 0 to {len(call.data) - 1}, got the places {places}")
         for forward, at in retained.items():
             forward.require_same([call.requests[i] for i in at])
-        covered = {i for at in retained.values() for i in at}
-        rest = [i for i in range(len(call.data)) if i not in covered]
+        rest = [i for i in range(len(call.data)) if i not in set(places)]
         scale = GradientScale(self.parameters.values(), self._fp16)
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
             fresh = {self.retain(prepare(rest)): rest} if rest else {}
@@ -153,6 +159,7 @@ class NativeEngine(Engine):
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
         norm = self.optimizer.step(params, divisor.value)
+        self._weights = object()
         self.clear()
         self.weights_version += 1
         return {"grad_norm": norm}
@@ -189,7 +196,16 @@ class NativeEngine(Engine):
         return save_checkpoint(self, self.directory, name, overwrite, ledger)
 
     def load(self, path: str, everything: bool) -> Ledger:
-        return load_checkpoint(self, Path(path), everything=everything)
+        ledger = load_checkpoint(self, Path(path), everything=everything)
+        self._weights = object()
+        return ledger
+
+    def begin(self, call: Call) -> None:
+        if self.optimizer.half_stepped and call.operation not in ("load_state", "load_state_with_optimizer"):
+            raise BackendError(
+                "the last optimizer step was interrupted while it changed the weights, so they are neither the old nor the new "
+                "ones; call discard_gradients() and load the last checkpoint"
+            )
 
     def close(self) -> None:
         self.clear()

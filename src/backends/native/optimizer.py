@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ...errors import NonFiniteError
 from ..types import AdamParams
 
 __all__ = ["Optimizer", "forget_casts"]
@@ -27,10 +28,14 @@ class Optimizer:
 
     Args:
         parameters: by name.
+
+    Attributes:
+        half_stepped: a step failed when it had changed some weights.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
+        self.half_stepped = False
         self._masters: dict[str, nn.Parameter] = {}
         for name, p in parameters.items():
             if p.dtype in (torch.bfloat16, torch.float16):
@@ -47,6 +52,10 @@ class Optimizer:
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         scaled = torch._foreach_div(list(held.values()), divisor)
         norm = torch.nn.utils.get_total_norm(scaled)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(
+                f"the norm of the gradient is {float(norm)}, though each number is finite; nothing has changed"
+            )
         stepped = [self._stepped(name) for name in held]
         for group in self._adamw.param_groups:
             group |= {
@@ -55,12 +64,16 @@ class Optimizer:
                 "eps": params.eps,
                 "weight_decay": params.weight_decay,
             }
+        versions = [p._version for p in stepped]
         try:
             for p, gradient in zip(stepped, scaled, strict=True):
                 p.grad = gradient
             if params.grad_clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
             self._adamw.step()
+        except BaseException:
+            self.half_stepped = versions != [p._version for p in stepped]
+            raise
         finally:
             for (name, gradient), p in zip(held.items(), stepped, strict=True):
                 p.grad = None
@@ -71,6 +84,7 @@ class Optimizer:
     def reset(self) -> None:
         """Start cold from the present weights, which may be new."""
         forget_casts()
+        self.half_stepped = False
         self._adamw.state.clear()
         for name, master in self._masters.items():
             master.data.copy_(self._parameters[name].detach())

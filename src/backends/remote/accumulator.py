@@ -118,10 +118,6 @@ class RemoteAccumulator:
         """Say which way a gradient call would go, and what it would cost there; nothing is sent."""
         tokens = sum(len(datum.model_input) for datum in call.data)
         cost: dict[str, Any] = {"tokens": tokens, "scored": tokens}
-        try:
-            self.denominator(call)
-        except UnsupportedError as error:
-            return Plan("refuse", str(error))
         if self.by_name(call):
             reason = f"the service computes {call.name} by name: one forward and one backward there"
             return Plan("native", reason, **cost)

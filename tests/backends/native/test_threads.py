@@ -45,5 +45,5 @@ def test_the_reference_in_another_thread() -> None:
 def test_without_the_lock_it_would() -> None:
     """Negative control."""
     backend = TorchBackend(tiny_llama(torch.float32, lora=4))
-    backend._operations._one_at_a_time = contextlib.nullcontext()  # type: ignore[assignment]  # no lock at all
+    backend._operations.one_at_a_time = contextlib.nullcontext()  # type: ignore[assignment]  # no lock at all
     assert any(worst(backend) > 1e-2 for _ in range(5))

@@ -71,7 +71,9 @@ class DeferredBackward:
 
     def backward(self, cotangents: Mapping[int, Tensor], scale: float = 1.0) -> None:
         """Take the cotangents, times ``scale``, back into ``parameter.grad``, retained graphs first; forget everything."""
-        for forward in sorted(self._forwards, key=lambda f: f.hidden is None):
+        waiting, self._forwards = sorted(self._forwards, key=lambda f: f.hidden is not None), []
+        while waiting:  # each graph is freed once it has served; after a failure none is left that could serve twice
+            forward = waiting.pop()
             cotangent = scale * torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
             torch.autograd.backward(forward.logprobs, cotangent)
             hidden = forward.hidden
@@ -80,7 +82,6 @@ class DeferredBackward:
                 _require_same(hidden.detach(), forward.leaf.detach())
             if hidden.requires_grad:
                 torch.autograd.backward(hidden, forward.leaf.grad)
-            self._forwards.remove(forward)
 
     def one_pass(self, batch: MicroBatch, cotangent: Tensor | Callable[[Tensor, slice], Tensor]) -> dict[int, Tensor]:
         """Score and go backward at once, for a loss whose cotangent at a token needs at most that token's log-prob.

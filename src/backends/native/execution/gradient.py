@@ -33,13 +33,15 @@ class RetainedForward:
         requests: what was scored.
         graphs: the forwards that wait.
         logprobs: one tensor per datum, detached, on the CPU.
-        weights_version: the weights that it belongs to.
+        weights_version: optimizer steps that the weights had seen.
+        weights: stands for the weights that it belongs to.
     """
 
     requests: Sequence[ScoreRequest]
     graphs: DeferredBackward
     logprobs: Sequence[Tensor]
     weights_version: int
+    weights: object
 
     @property
     def tokens(self) -> int:
@@ -60,10 +62,13 @@ class RetainedForward:
         """Check that these datums are the ones that were scored.
 
         Raises:
-            BackendError: one has other tokens or targets.
+            BackendError: one has other tokens, targets or another temperature.
         """
         pairs = list(zip(self.requests, requests, strict=False))
-        same = [torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) for a, b in pairs]
+        same = [
+            torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and a.temperature == b.temperature
+            for a, b in pairs
+        ]
         if len(self.requests) != len(requests) or not all(same):
             raise BackendError("a retained forward serves the datums that it scored, all of them; these are others")
 

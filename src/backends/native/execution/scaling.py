@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 __all__ = ["GradientScale"]
 
 
+_MOST: Final = 60  # powers of two; gradients are fp32, which holds the product
+
+
 @final
 class GradientScale:
-    """A power of two by which the cotangents of a call are raised where half precision would lose them.
+    """A power of two that brings the cotangents of a call to about 1, where half precision would lose or overflow them.
 
     fp16 holds nothing below 6e-8: the gradient of a mean over a million tokens would vanish on its way through the
     model. Each batch of a call brings its largest cotangent to about 1; gradients of earlier batches follow if a later
@@ -38,7 +41,7 @@ class GradientScale:
         largest = max((float(c.abs().max()) for c in cotangents.values() if c.numel()), default=0.0)
         if not self.needed or not 0.0 < largest < math.inf:
             return self.value
-        fitting = 2.0 ** max(0, math.floor(-math.log2(largest)))
+        fitting = 2.0 ** min(max(math.floor(-math.log2(largest)), -_MOST), _MOST)
         if not self._chosen or fitting < self.value:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             if gradients:

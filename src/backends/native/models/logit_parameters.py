@@ -25,9 +25,8 @@ def require_no_others(causal: Any, base: nn.Module, head: nn.Module) -> None:
     Raises:
         UnsupportedError: there is one.
     """
-    of_head = (
-        [head.weight, head.bias] if isinstance(head, nn.Linear) else list(head.parameters())
-    )  # else wrapped by peft
+    wrapped = type(head).__module__.startswith("peft.")  # what adapters do to the logits is checked elsewhere
+    of_head = list(head.parameters()) if wrapped else [head.weight, getattr(head, "bias", None)]
     known = {id(p) for p in (*base.parameters(), *of_head)}
     others = {n: p for n, p in causal.named_parameters() if p.requires_grad and id(p) not in known}
     if not others:
