@@ -244,7 +244,7 @@ def as_causal_lm(model: Any) -> CausalLM:
     if not isinstance(model, nn.Module) or not isinstance(model, CausalLM):
         raise BackendError(
             f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
-            "a transformers model is wrapped by HFModel(model), or loaded by TorchBackend.from_pretrained"
+            "a transformers model is wrapped by pullback.backends.HFModel(model), or loaded by TorchBackend.from_pretrained"
         )
     return model
 
