@@ -68,7 +68,7 @@ def test_numerics_of_hidden_states() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(arguments, marks=() if arguments[0] == "step" else pytest.mark.slow, id=arguments[0])
+        pytest.param(arguments, marks=pytest.mark.slow, id=arguments[0])
         for arguments in (
             ["head", "--shapes", "small", "--dtypes", "float32,bfloat16"],
             ["custom", "--model", "tiny", "--sequences", "4", "--length", "32", "--token-budget", "64"],
