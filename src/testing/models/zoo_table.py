@@ -137,8 +137,8 @@ def sharing_prompt(length: int, answers: Sequence[int], seed: int = 0) -> list[D
 def _laid_out(model: nn.Module, layout: Layout) -> TorchBackend:
     """A backend that uses one layout, whatever the length."""
     backend = TorchBackend(model)
-    only = LayoutLimits({} if layout == "single" else {layout: None})
-    backend._native.scheduler = replace(backend._native.scheduler, layouts=only)
+    limits = LayoutLimits.whatever_the_length(layout)
+    backend._native.scheduler = replace(backend._native.scheduler, layouts=limits)
     return backend
 
 

@@ -43,11 +43,6 @@ class ModelFacts:
         return tuple(sorted({n for n in named if n is not None and n < (self.max_length or n + 1)}))
 
     @property
-    def varies_with_longest(self) -> bool:
-        """Whether the longest text of a forward decides about the others."""
-        return self.longrope is not None or self.dynamic_rope is not None
-
-    @property
     def reasons(self) -> tuple[str, ...]:
         """The thresholds in words."""
         named = {

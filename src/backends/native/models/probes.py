@@ -20,7 +20,7 @@ from ..execution.memory import GraphMeter
 from .facts import ModelFacts
 from .probing import SHORT, in_float32, perturbed_adapters, shortened
 
-__all__ = ["LayoutLimits", "isolated_layouts", "layout_limits", "measure_graph", "probe_sequences", "require_causal"]
+__all__ = ["LayoutLimits", "layout_limits", "measure_graph", "probe_sequences", "require_causal"]
 
 _logger = logging.getLogger(__name__)
 _TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -50,6 +50,11 @@ class LayoutLimits:
         )
         return (*fitting, "single")
 
+    @classmethod
+    def whatever_the_length(cls, layout: Layout) -> LayoutLimits:
+        """Return limits that allow one layout everywhere, known to be exact or not: to examine it."""
+        return cls({} if layout == "single" else {layout: None})
+
     def only(self, layout: Layout) -> LayoutLimits:
         """Return the limits of one layout, which must be among these."""
         return LayoutLimits({} if layout == "single" else {layout: self.longest[layout]}, self.reasons)
@@ -72,14 +77,6 @@ def require_causal(model: CausalLM, vocab_size: int) -> None:
             "the model is not causal: changing the last token changes the hidden states before it "
             f"(relative difference {_difference(before, after):.2g}); a causal language model is needed"
         )
-
-
-def isolated_layouts(model: CausalLM, vocab_size: int) -> tuple[Layout, ...]:
-    """Return the layouts in which several sequences of any length give what each gives alone, cheapest first.
-
-    ``single`` is always among them.
-    """
-    return layout_limits(model, vocab_size).allowed()
 
 
 def layout_limits(model: CausalLM, vocab_size: int) -> LayoutLimits:
