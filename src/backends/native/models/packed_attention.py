@@ -98,12 +98,10 @@ class PackedRow:
     Attributes:
         positions: int64 [L].
         segments: the row, cut where its positions do not run on.
-        by_mask: the model takes no segments, so every layer needs a mask.
     """
 
     positions: Tensor
     segments: Sequence[Segment]
-    by_mask: bool = False
 
     def require_no_forks(self) -> None:
         """Refuse a shared prefix.
@@ -127,14 +125,14 @@ class PackedRow:
         """
         if local is not None and int(self.positions.max()) < local:
             local = None
-        if local is None and not self.by_mask:
+        if local is None:
             return None
         positions = self.positions.to(device)
         query, key = positions[:, None], positions[None, :]
         seen = self._related(positions) & (key <= query)
-        if local is not None and _is_chunk(config, local):
+        if _is_chunk(config, local):
             seen &= key // local == query // local
-        elif local is not None:
+        else:
             seen &= key > query - local
         return seen[None, None]
 
@@ -165,18 +163,17 @@ def segments_of(positions: Tensor) -> list[Segment]:
 
 
 @contextmanager
-def packed_inputs(positions: Tensor, *, by_mask: bool = False) -> Iterator[dict[str, Any]]:
+def packed_inputs(positions: Tensor) -> Iterator[dict[str, Any]]:
     """Yield what a model that was `install`-ed needs beside tokens and positions, for one row of packed sequences.
 
     The segments travel as an input, not in the context, so that a checkpointed layer that runs again still has them.
 
     Args:
         positions: int64 [1, L].
-        by_mask: give every layer a mask instead, for a model that does not hand inputs on to its attention.
     """
-    row = PackedRow(positions[0], segments_of(positions[0]), by_mask)
+    row = PackedRow(positions[0], segments_of(positions[0]))
     token = _current.set(row)
     try:
-        yield {} if by_mask else {"segments": row.segments}
+        yield {"segments": row.segments}
     finally:
         _current.reset(token)
