@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -16,7 +15,6 @@ from torch import Tensor
 from ..backends.native.backend import TorchBackend
 from ..backends.native.models.facts import ModelFacts
 from ..backends.native.models.hf import HFModel
-from ..backends.native.models.probes import LayoutLimits
 from ..backends.native.models.probing import perturbed_adapters
 from ..backends.native.models.rope import reset_dynamic_rope
 from ..backends.native.sampling import cache_agrees
@@ -25,6 +23,7 @@ from ..backends.types import AdamParams, SamplingParams
 from ..datums.builders import datum_from_prompt_completion
 from ..datums.types import Datum, ModelInput
 from ..errors import InvalidDatumsError, PullbackError
+from .layouts import laid_out
 
 __all__ = ["ModelRow", "check_model"]
 
@@ -168,18 +167,8 @@ class _Check:
             return "refused", None, f"not used; texts go {', '.join(layouts)}"
         if prompt not in self._own:
             self._own[prompt] = _each_own(self._plain.model, data)
-        with self._laid_out(layout):
+        with laid_out(self._plain, layout):
             return _judged(_largest(_scored(self._plain, data), self._own[prompt]), _TOLERANCE)
-
-    @contextmanager
-    def _laid_out(self, layout: Any) -> Iterator[None]:
-        engine = self._plain._native
-        before = engine.scheduler
-        engine.scheduler = replace(before, layouts=LayoutLimits.whatever_the_length(layout))
-        try:
-            yield
-        finally:
-            engine.scheduler = before
 
     def _beyond_context(self) -> Found:
         most = self._plain.model.facts.max_length

@@ -14,23 +14,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backends.native.backend import TorchBackend
-from ...backends.native.execution.batching import Layout
 from ...backends.native.models.hf import HFModel
-from ...backends.native.models.probes import LayoutLimits
 from ...backends.native.models.rope import reset_dynamic_rope
 from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum
 from ...errors import PullbackError
+from ..layouts import laid_out
 from . import zoo
 
 __all__ = ["PROMPTS", "VARIANTS", "WINDOW", "ZooRow", "examine", "markdown"]
@@ -115,8 +114,8 @@ def _compared(name: str, first: TorchBackend, plain: Any, prompts: Sequence[int]
         own, slopes = _own(plain, data)
         for layout in layouts[n]:
             try:
-                backend = _laid_out(first.model, layout)
-                off, slope = _off(backend, data, own), _slope_off(backend, data, slopes)
+                with laid_out(first, layout):
+                    off, slope = _off(first, data, own), _slope_off(first, data, slopes)
             except Exception as error:
                 reasons.append(f"{layout}, prompt of {n} tokens: {_words(error)}")
                 continue
@@ -132,14 +131,6 @@ def sharing_prompt(length: int, answers: Sequence[int], seed: int = 0) -> list[D
     prompt = torch.randint(3, 60, (length,), generator=generator).tolist()
     drawn = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in answers]
     return [datum_from_prompt_completion(prompt, tokens) for tokens in drawn]
-
-
-def _laid_out(model: nn.Module, layout: Layout) -> TorchBackend:
-    """A backend that uses one layout, whatever the length."""
-    backend = TorchBackend(model)
-    limits = LayoutLimits.whatever_the_length(layout)
-    backend._native.scheduler = replace(backend._native.scheduler, layouts=limits)
-    return backend
 
 
 def _loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
