@@ -143,8 +143,7 @@ class Backend:
         Raises:
             UnsupportedError: the gradients lie where they cannot be forgotten.
         """
-        with self._operations.one_at_a_time:
-            self._operations.require_outermost("discard_gradients")
+        with self._operations.lock.operation("discard_gradients"):
             if self._accumulation.ledger.entries and not self._engine.limits.discards:
                 raise UnsupportedError(
                     "the service cannot forget gradients that it has; use defer_backward=True, or load the last checkpoint"
@@ -156,9 +155,11 @@ class Backend:
         """Say what ``forward_backward`` (or ``_custom``, for a function) would do, before any work.
 
         Raises:
+            ClosedError: the backend has been closed.
             LossError: there is no such loss.
             DatumError: the data is wrong in itself. What is missing for this loss is refused in the plan instead.
         """
+        self._operations.require_open("plan")
         if not isinstance(loss_fn, (str, Loss)):
             return self._planned(self._prepare(data, loss_fn, by_name=False))
         loss = as_loss(loss_fn, None)
@@ -289,7 +290,9 @@ class Backend:
                 raise BackendError(
                     "gradients of the present weights have accumulated; call optim_step or discard_gradients() before loading"
                 )
-            self._operations.accumulation = Accumulation(self._engine.load(str(path), everything))
+            loaded, before = self._engine.load(str(path), everything), self._accumulation.ledger
+            # Weights alone bring no history: operations are numbered on.
+            self._operations.accumulation = Accumulation(loaded if everything else before.emptied())
 
         return self._run(Call(operation, str(path)), work)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
 from ..losses.base import Loss, Part
 from ..losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
+from .operation_lock import running_loss
 from .prepared import PreparedCall, loss_name
 from .protocol import CustomLoss
 
@@ -62,7 +63,8 @@ def evaluate(call: PreparedCall, logprobs: Mapping[int, Tensor]) -> Cotangents:
         return _of_function(call, [logprobs[i] for i in members])
     leaf = torch.cat([logprobs[i].detach() for i in members]).requires_grad_()
     with torch.enable_grad():
-        output = call.registered.evaluate(call.batch(members, leaf), call.counts)
+        with running_loss():
+            output = call.registered.evaluate(call.batch(members, leaf), call.counts)
         part = output.deferred() if call.counts is None else Part("loss", output.loss, "none", 1.0)
         (cotangent,) = torch.autograd.grad(part.numerator, leaf)
     apart = torch.split(cotangent, [len(logprobs[i]) for i in members])
@@ -108,7 +110,8 @@ def _call_function(
         NonFiniteError: the loss is NaN or inf.
     """
     name = loss_name(function)
-    returned = function(data, leaves)
+    with running_loss():
+        returned = function(data, leaves)
     if not isinstance(returned, tuple) or len(returned) != 2:
         size = f" of {len(returned)}" if isinstance(returned, tuple) else ""
         raise LossTypeError(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final, TypeVar, cast, final
+from collections.abc import Callable
+from typing import TypeVar, cast, final
 
-from ..errors import BackendError, ClosedError
+from ..errors import ClosedError
 from .accumulation import Accumulation, unretrieved
 from .engine import Call, Engine
 from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
+from .operation_lock import OperationLock
 
 __all__ = ["Operations"]
 
 T = TypeVar("T")
-_HARMLESS: Final = ("forward", "reference", "sample")
 
 
 @final
@@ -26,14 +24,13 @@ class Operations:
     Attributes:
         accumulation: is told of gradient operations.
         closed: nothing runs any more.
-        one_at_a_time: held while an operation runs.
+        lock: held while an operation runs.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._outcomes: list[Outcome] = []
-        self.one_at_a_time = threading.RLock()  # e.g. scoring the reference switches the adapter off for a while
-        self._depth = 0
+        self.lock = OperationLock()  # e.g. scoring the reference switches the adapter off for a while
         self.accumulation = Accumulation()
         self.closed = False
 
@@ -41,34 +38,23 @@ class Operations:
         """Run an operation; its result, or its error, comes through the future.
 
         Raises:
+            BackendError: a loss, inside another operation, asks for one that changes something.
             ClosedError: the backend has been closed.
         """
-        with self.one_at_a_time, self._inside(call.operation):
+        with self.lock.operation(call.operation):
             return self._run(call, work, gradient)
 
-    @contextmanager
-    def _inside(self, operation: str) -> Iterator[None]:
-        self.require_outermost(operation)
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-
-    def require_outermost(self, operation: str) -> None:
-        """Check that an operation which changes something is not asked for by a loss, inside another operation.
+    def require_open(self, operation: str) -> None:
+        """Check that the backend has not been closed.
 
         Raises:
-            BackendError: it is.
+            ClosedError: it has.
         """
-        if self._depth and operation not in _HARMLESS:
-            raise BackendError(
-                f"{operation} inside another operation of the same backend: a loss may score, but not train"
-            )
+        if self.closed:
+            raise ClosedError(f"{operation} on a backend that has been closed")
 
     def _run(self, call: Call, work: Callable[[], Answer[T]], gradient: bool) -> Future[T]:
-        if self.closed:
-            raise ClosedError(f"{call.operation} on a backend that has been closed")
+        self.require_open(call.operation)
         try:
             self._engine.begin(call)
             answer = work()
@@ -93,7 +79,7 @@ class Operations:
         Raises:
             UnretrievedFailureError: an operation failed and nobody retrieved its error.
         """
-        with self.one_at_a_time:
+        with self.lock.operation("close"):
             if self.closed:
                 return
             self.closed = True

@@ -19,6 +19,7 @@ from ..losses.batch import TokenBatch
 from ..losses.metrics import wire_metrics
 from ..losses.registry import get_loss
 from ..losses.terms import check_counts
+from .operation_lock import running_loss
 from .protocol import CustomLoss
 from .types import ForwardBackwardOutput, as_mapping
 from .units import by_group, loss_units
@@ -154,7 +155,9 @@ class PreparedCall:
         """Return the result of a call that only scores, with what its registered loss reports."""
         assert isinstance(self.loss, Loss), "functions are not evaluated without a gradient"
         batch = self.batch(range(len(self.data)), torch.cat([x.detach() for x in logprobs]))
-        return self.output(logprobs, wire_metrics(self.loss.evaluate(batch).metrics))
+        with running_loss():
+            found = self.loss.evaluate(batch)
+        return self.output(logprobs, wire_metrics(found.metrics))
 
     def require_untempered(self) -> None:
         """Check that everything is scored at temperature 1.

@@ -46,6 +46,10 @@ def test_closed_backend_refuses() -> None:
     backend.close()
     with pytest.raises(ClosedError, match="forward"):
         backend.forward(make_data([3]))
+    with pytest.raises(ClosedError, match="plan on a backend that has been closed"):
+        backend.plan("cross_entropy", make_data([3]))
+    with pytest.raises(ClosedError, match="plan"):
+        backend.plan(lambda data, logprobs: (logprobs[0].sum(), {}), make_data([3]))
 
 
 def test_operations_run_in_the_callers_thread_and_modes() -> None:

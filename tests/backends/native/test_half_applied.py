@@ -183,15 +183,22 @@ def test_discarding_and_closing_wait_for_what_runs() -> None:
     """Another thread that discards or closes meanwhile does it before or after, never in between."""
     backend, inside = tiny_backend(), threading.Event()
     backend.forward_backward(DATA, "cross_entropy").result()
-    threads = [threading.Thread(target=backend.discard_gradients)]
+
+    def discard() -> None:
+        assert inside.wait(60)
+        backend.discard_gradients()
+
+    thread = threading.Thread(target=discard)
+    thread.start()
 
     def slow(data: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        threads[0].start()
-        inside.wait(0.2)
+        inside.set()
+        thread.join(0.2)
+        assert thread.is_alive()
         return nll(data, logprobs)
 
     backend.forward_backward_custom(DATA, slow).result()
-    threads[0].join()
+    thread.join()
     assert backend.gradients() == {}
     assert not backend.optim_step(PARAMS).result().stepped
 

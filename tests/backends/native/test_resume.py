@@ -148,3 +148,21 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
     refused(CheckpointError, "format 99", backend.load_state(tmp_path / "middle"))
     assert distance(weights_of(backend), before) == 0.0
+
+
+def test_operations_are_numbered_on(tmp_path: Path) -> None:
+    """Weights alone bring no history: the next operation has the next number; everything brings its own."""
+    backend, data = TorchBackend(TinyLM(), checkpoint_dir=tmp_path), make_data([5, 4])
+
+    def numbers(times: int) -> list[int]:
+        for _ in range(times):
+            backend.forward_backward(data, "cross_entropy").result()
+        return [entry.operation for entry in backend.optim_step(AdamParams(learning_rate=1e-3)).result().ledger]
+
+    assert numbers(2) == [1, 2]
+    path = backend.save_state("two").result().path
+    assert numbers(1) == [3]
+    backend.load_state(path).result()
+    assert numbers(2) == [4, 5]
+    backend.load_state_with_optimizer(path).result()
+    assert numbers(1) == [3]

@@ -14,6 +14,7 @@ from ....losses.metrics import Metric, total
 from ....losses.streaming import TokenStream
 from ...cotangents import Cotangents, evaluate, summarize
 from ...engine import Gradient
+from ...operation_lock import running_loss
 from ...prepared import PreparedCall, ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import MicroBatch
@@ -160,7 +161,8 @@ def _in_one_pass(
     stream = TokenStream(loss, call.batch(batch.members, given), call.counts)
 
     def cotangent(logprobs: Tensor, at: slice) -> Tensor:
-        given[index.at[at]] = stream.cotangent(logprobs, index.at[at])
+        with running_loss():
+            given[index.at[at]] = stream.cotangent(logprobs, index.at[at])
         return given[index.at[at]]
 
     scored = graphs.one_pass(batch, cotangent)
