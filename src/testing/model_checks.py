@@ -16,14 +16,15 @@ from ..backends.native.backend import TorchBackend
 from ..backends.native.models.facts import ModelFacts
 from ..backends.native.models.hf import HFModel
 from ..backends.native.models.probing import perturbed_adapters
-from ..backends.native.models.rope import reset_dynamic_rope
+from ..backends.native.models.quantized import is_quantized, require_adapter
 from ..backends.native.sampling import cache_agrees
 from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams
 from ..datums.builders import datum_from_prompt_completion
 from ..datums.types import Datum, ModelInput
-from ..errors import InvalidDatumsError, PullbackError
+from ..errors import InvalidDatumsError, PullbackError, UnsupportedError
 from .layouts import laid_out
+from .own_forward import each_own, own_logprobs
 
 __all__ = ["ModelRow", "check_model"]
 
@@ -108,7 +109,7 @@ class _Check:
         found["beyond the context"] = self._beyond_context
         if self._dtype != "float32":
             found[f"log-probs in {self._dtype}"] = self._in_dtype
-        found["gradient, full"] = lambda: self._gradient(self._plain)
+        found["gradient, full"] = self._full_gradient
         found["sampling"] = self._sampling
         found["gradient, LoRA"] = lambda: self._gradient(self._adapted)
         found["log-probs, adapter moved"] = self._adapter
@@ -119,7 +120,18 @@ class _Check:
 
     @cached_property
     def _plain(self) -> Any:
-        return self._make(lora=None)
+        """The model without an adapter; one that is quantised has one, which changes nothing yet."""
+        try:
+            return self._make(lora=None)
+        except UnsupportedError:
+            adapted = self._make(lora=self._lora)
+            if not self._quantized(adapted):
+                raise
+            return adapted
+
+    @staticmethod
+    def _quantized(backend: Any) -> bool:
+        return is_quantized(backend.model.causal)
 
     @cached_property
     def _adapted(self) -> Any:
@@ -132,7 +144,10 @@ class _Check:
         from ..backends.native.models.lora import add_lora
 
         model, lora = self._model(), options.pop("lora")
-        model = model.to(options.pop("device"), getattr(torch, options.pop("dtype")))
+        device, dtype = options.pop("device"), getattr(torch, options.pop("dtype"))
+        model = model.to(device) if is_quantized(model) else model.to(device, dtype)
+        if lora is None:
+            require_adapter(model)
         return TorchBackend(HFModel(add_lora(model, lora) if lora else model), **options)
 
     def _prompts(self) -> dict[int, str]:
@@ -166,7 +181,7 @@ class _Check:
         if layout not in layouts:
             return "refused", None, f"not used; texts go {', '.join(layouts)}"
         if prompt not in self._own:
-            self._own[prompt] = _each_own(self._plain.model, data)
+            self._own[prompt] = each_own(self._plain.model, data)
         with laid_out(self._plain, layout):
             return _judged(_largest(_scored(self._plain, data), self._own[prompt]), _TOLERANCE)
 
@@ -184,8 +199,14 @@ class _Check:
         return "wrong", float(most), f"a text beyond the context of {most} tokens is scored, and nothing is said"
 
     def _in_dtype(self) -> Found:
-        backend, data = self._make(dtype=self._dtype, lora=None), self._data()
-        return _judged(_largest(_scored(backend, data), _each_own(backend.model, data)), _HALF)
+        lora = self._lora if self._quantized(self._plain) else None
+        backend, data = self._make(dtype=self._dtype, lora=lora), self._data()
+        return _judged(_largest(_scored(backend, data), each_own(backend.model, data)), _HALF)
+
+    def _full_gradient(self) -> Found:
+        if self._quantized(self._plain):
+            return "not applicable", None, "the weights are quantized"
+        return self._gradient(self._plain)
 
     def _gradient(self, backend: Any) -> Found:
         data = self._data()
@@ -194,7 +215,7 @@ class _Check:
             found = backend.gradients()
             backend.discard_gradients()
             with torch.enable_grad():
-                _loss(data, [_own(backend.model, datum) for datum in data])[0].backward()
+                _loss(data, [own_logprobs(backend.model, datum) for datum in data])[0].backward()
             expected = {n: p.grad for n, p in backend.model.named_parameters() if p.grad is not None}
         backend.model.zero_grad()
         off = sum((found[n].double() - x.double()).square().sum() for n, x in expected.items())
@@ -204,14 +225,14 @@ class _Check:
     def _adapter(self) -> Found:
         data = self._data()
         with perturbed_adapters(self._adapted.model):
-            return _judged(_largest(_scored(self._adapted, data), _each_own(self._adapted.model, data)), _TOLERANCE)
+            return _judged(_largest(_scored(self._adapted, data), each_own(self._adapted.model, data)), _TOLERANCE)
 
     def _reference(self) -> Found:
         data = self._data()
         with perturbed_adapters(self._adapted.model):
             scored = with_reference(data, self._adapted.reference())
         found = [d.loss_fn_inputs["ref_logprobs"].to_torch() for d in scored]
-        return _judged(_largest(found, _each_own(self._plain.model, data)), _TOLERANCE)
+        return _judged(_largest(found, each_own(self._plain.model, data)), _TOLERANCE)
 
     def _sampling(self) -> Found:
         prompts = [ModelInput.from_ints(d.model_input.tokens[: 4 + 3 * i]) for i, d in enumerate(self._data()[1:])]
@@ -219,7 +240,7 @@ class _Check:
         wholes = [
             datum_from_prompt_completion(prompts[one.prompt_index].tokens.tolist(), one.tokens) for one in rollouts
         ]
-        own = [x[-len(one.tokens) :] for one, x in zip(rollouts, _each_own(self._plain.model, wholes), strict=True)]
+        own = [x[-len(one.tokens) :] for one, x in zip(rollouts, each_own(self._plain.model, wholes), strict=True)]
         how = "with a cache" if cache_agrees(self._plain.model) else "without a cache, at quadratic cost"
         verdict, figure, _ = _judged(_largest([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3)
         return verdict, figure, how
@@ -254,21 +275,6 @@ def _trained(model: Any) -> Found:
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
     words = f"no adapter on: {', '.join(sorted(left))}" if left else "an adapter on every matrix"
     return ("right" if adapted else "wrong"), share, words if adapted else f"no layer is adapted; {words}"
-
-
-def _own(model: Any, datum: Datum) -> Tensor:
-    """The log-probs that the transformers model itself gives, alone, [T]."""
-    reset_dynamic_rope(model)
-    tokens = datum.model_input.tokens[None].to(model.device)
-    logits = model.model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
-    targets = datum.loss_fn_inputs["target_tokens"].to_torch().to(logits.device)
-    found: Tensor = logits.gather(-1, targets[:, None])[:, 0]
-    return found
-
-
-@torch.no_grad()
-def _each_own(model: Any, data: Sequence[Datum]) -> list[Tensor]:
-    return [_own(model, datum) for datum in data]
 
 
 def _scored(backend: Any, data: Sequence[Datum]) -> list[Tensor]:

@@ -196,22 +196,40 @@ class TorchBackend(Backend):
 
         return self._run(Call("save_weights", name), work)
 
-    def export(self, path: str | Path, *, merged: bool = True, overwrite: bool = False) -> Future[SaveStateOutput]:
+    def export(
+        self,
+        path: str | Path,
+        *,
+        merged: bool = True,
+        dtype: str | torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> Future[SaveStateOutput]:
         """Write the model as a folder that transformers loads: weights, config, and the tokenizer if there is one; atomically.
+
+        An adapter is added to the weights below it in fp32, and each sum is rounded once to the dtype that is written. In
+        bfloat16 that is an error of up to 2^-8 of each weight, which can be as large as what the adapter has learned; the log
+        says how large it is, relative to the adapter's change.
 
         Args:
             path: of the folder.
-            merged: add a LoRA adapter to the weights below it; False writes it alone, in PEFT's format.
+            merged: add a LoRA adapter to the weights below it; False writes it alone, in PEFT's format, without any loss.
+            dtype: of the weights that are written, e.g. ``float32``; None: that of the weights as they were loaded.
             overwrite: replace what is there.
 
         Raises (by the future):
             CheckpointError: the folder exists.
+            ConfigError: no floating-point dtype, or one for an adapter alone.
             UnsupportedError: not a model of transformers, or one whose adapter cannot be written so.
         """
 
+        from .models.load import torch_dtype
+
         def work() -> Answer[SaveStateOutput]:
             model, folder = self._native.module, Path(path)
-            return SaveStateOutput(export_model(model, self.tokenizer, folder, merged=merged, overwrite=overwrite))
+            written = None if dtype is None else torch_dtype(dtype)
+            return SaveStateOutput(
+                export_model(model, self.tokenizer, folder, merged=merged, overwrite=overwrite, dtype=written)
+            )
 
         return self._run(Call("export", str(path)), work)
 

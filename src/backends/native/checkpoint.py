@@ -22,6 +22,7 @@ from ..normalization import Ledger
 from .accumulator import Accumulator
 from .models.hf import HFModel
 from .models.lora import checkpoint_alpha, set_alpha
+from .models.quantized import plain_tensors
 from .optimizer import Optimizer, forget_casts
 
 __all__ = ["ADAPTER", "load_checkpoint", "load_weights", "save_checkpoint", "unfinished", "write_tensors"]
@@ -111,8 +112,10 @@ def frozen_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(module.named_parameters()):
         if not p.requires_grad:
-            sample = p.detach().reshape(-1)[:: max(1, p.numel() // 64)][:64].double().cpu()
-            digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
+            digest.update(f"{name}{tuple(p.shape)}".encode())
+            for plain in plain_tensors(p.detach()):
+                sample = plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64].double().cpu()
+                digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 

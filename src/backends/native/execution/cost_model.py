@@ -10,6 +10,7 @@ from torch import nn
 
 from ....ops.head import Head
 from ...prepared import ScoreRequest
+from ..models.quantized import weight_count
 from .batching import Layout, micro_batches, own_lengths, padded_tokens
 
 __all__ = ["BaseFlops", "ModelSizes", "base_flops", "choose_layout", "describe_model", "forward_tokens"]
@@ -47,7 +48,7 @@ def describe_model(module: nn.Module, head: Head, pair_flops: float) -> ModelSiz
     matrices = [p for p in module.parameters() if p.dim() >= 2 and p is not head.weight and id(p) not in embeddings]
     trained = [p for p in module.parameters() if p.requires_grad]
     return ModelSizes(
-        base=sum(p.numel() for p in matrices),
+        base=sum(weight_count(p) for p in matrices),
         trained=sum(p.numel() for p in trained),
         hidden=hidden,
         vocab=vocab,

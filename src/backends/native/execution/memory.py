@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import ConfigError, UnsupportedError
+from ..models.quantized import plain_tensors
 from .batching import Layout
 
 __all__ = ["GraphMeter", "GraphSettings", "MemoryBudget", "Overflow", "available_bytes", "graph_allowance", "ran_out"]
@@ -42,7 +43,7 @@ class GraphMeter:
     @classmethod
     def of(cls, module: nn.Module) -> GraphMeter:
         """Return a meter for graphs through this model."""
-        tensors = [*module.parameters(), *module.buffers()]
+        tensors = [plain for t in (*module.parameters(), *module.buffers()) for plain in plain_tensors(t)]
         return cls(frozenset(t.untyped_storage().data_ptr() for t in tensors if t.layout == torch.strided))
 
     @contextmanager
@@ -63,10 +64,11 @@ class GraphMeter:
         return (self.bytes_per_token or 0.0) * tokens
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.owned:
-                self._held[storage.data_ptr()] = storage.nbytes()
+        for plain in plain_tensors(tensor):
+            if plain.layout == torch.strided:
+                storage = plain.untyped_storage()
+                if storage.data_ptr() not in self.owned:
+                    self._held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 

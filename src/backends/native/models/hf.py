@@ -20,6 +20,8 @@ from .facts import attention_width, read_facts
 from .logit_parameters import require_no_others
 from .packed_attention import install, packed_inputs
 from .probing import in_float32, perturbed_adapters
+from .quantized import is_quantized, require_plain_head, require_weights_only
+from .rescaling import keep_unscaled
 from .rope import forward_by_length, reset_dynamic_rope
 
 __all__ = ["HFModel"]
@@ -58,6 +60,9 @@ class HFModel(nn.Module):
                 "would drop; set it to False"
             )
         _require_head(causal.get_output_embeddings())
+        require_plain_head(causal, causal.get_output_embeddings())
+        require_weights_only(causal)
+        keep_unscaled(self._base, is_quantized(causal))
         self.eval()
         self.attends_by_segment = compile is None and install(causal)
         if gradient_checkpointing:

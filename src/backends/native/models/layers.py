@@ -9,7 +9,9 @@ from typing import Any, Final, NamedTuple, final
 
 from torch import nn
 
-__all__ = ["LLAMA", "Coverage", "LayerNames", "coverage", "layer_names"]
+from .quantized import weight_count
+
+__all__ = ["LLAMA", "Coverage", "LayerNames", "coverage", "layer_ends", "layer_names", "linear_layers"]
 
 _SENSES: Final = re.compile(r"vision|visual|audio|speech|image|multi_?modal|mm_")  # parts that no text runs through
 _MIXES_TOKENS: Final = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|rnn|temporal")
@@ -40,14 +42,14 @@ def layer_names(model: Any) -> LayerNames:
     Args:
         model: of transformers, without an adapter.
     """
-    linear = dict(_linear(model))
+    linear = dict(linear_layers(model))
     head = _path_of(model, model.get_output_embeddings())
     text = [path for path in linear if path != head and not _SENSES.search(path)]
     if len(text) + (head in linear) == len(linear) and {p.rpartition(".")[2] for p in text} <= {*LLAMA[0], *LLAMA[1]}:
         return LLAMA._replace(unembed=(head.rpartition(".")[2],)) if head else LLAMA
     mixing = [path for path in text if _MIXES_TOKENS.search(path)]
     other = [path for path in text if not _MIXES_TOKENS.search(path)]
-    return LayerNames(_ends(mixing, linear), _ends(other, linear), (head,) if head else ())
+    return LayerNames(layer_ends(mixing, linear), layer_ends(other, linear), (head,) if head else ())
 
 
 @final
@@ -89,7 +91,7 @@ def coverage(model: Any) -> Coverage:
             left[kind] = left.get(kind, 0) + size
     return Coverage(
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(weight_count(p) for p in parameters),
         adapted=tuple(sorted({_end(path.replace(".base_layer", "")) for path in wrapped})),
         left_out=tuple(left.items()) if wrapped else (),
     )
@@ -98,8 +100,8 @@ def coverage(model: Any) -> Coverage:
 def _candidates(causal: Any) -> Iterator[tuple[str, str, int]]:
     """Yield kind, path and number of weights of all that an adapter could be thought to be on."""
     head = _path_of(causal, causal.get_output_embeddings())
-    for path, module in _linear(causal):
-        size = sum(p.numel() for p in module.parameters())
+    for path, module in linear_layers(causal):
+        size = sum(weight_count(p) for p in module.parameters())
         if path == head:
             yield "the output projection", path, size
         elif _SENSES.search(path):
@@ -111,7 +113,8 @@ def _candidates(causal: Any) -> Iterator[tuple[str, str, int]]:
             yield "fused experts", path, p.numel()
 
 
-def _linear(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def linear_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear layers of a transformers model by their paths."""
     from transformers.pytorch_utils import Conv1D
 
     for path, module in model.named_modules():
@@ -133,7 +136,7 @@ def _end(path: str) -> str:
     return last if before.isdigit() or not before else f"{before}.{last}"
 
 
-def _ends(paths: list[str], linear: dict[str, nn.Module]) -> tuple[str, ...]:
+def layer_ends(paths: list[str], linear: dict[str, nn.Module]) -> tuple[str, ...]:
     """Return the ends of paths; whole paths where an end is that of another layer too."""
     own, chosen = set(paths), dict[str, None]()
     for path in paths:

@@ -17,12 +17,14 @@ from .gguf import convert_gguf
 from .hf import HFModel
 from .layers import coverage
 from .lora import add_lora, quiet_peft
+from .quantized import require_adapter
 from .tokenizers import load_tokenizer
 
 __all__ = ["load_pretrained", "torch_dtype"]
 
 _logger = logging.getLogger(__name__)
 _NO_CAUSAL_CLASS: Final = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>")
+_HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _RAISED: Final = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
@@ -53,7 +55,10 @@ def load_pretrained(
         raise ConfigError(f"base= names the base of an adapter, and {path} is none: it has no adapter_config.json")
     else:
         model = _load(transformers, path, dtype)
-        model = _require_trainable(model) if lora is None else add_lora(model, lora)
+        if lora is None:
+            require_adapter(model)
+        else:
+            model = add_lora(model, lora)
     wrapped = HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile)
     return wrapped, next((t for t in map(load_tokenizer, folders) if t is not None), None)
 
@@ -70,6 +75,8 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _load(transformers: Any, path: str | Path, dtype: torch.dtype) -> Any:
     """Load a causal language model all of whose weights are there."""
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(str(path)):
+        raise CheckpointError(f"there is no folder {path}")
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except torch.OutOfMemoryError:
@@ -88,21 +95,30 @@ def _unloadable(path: str | Path, error: Exception) -> Exception:
         kind = no_class[1].removesuffix("Config")
         return UnsupportedError(f"{path} is a {kind} model, and transformers has no causal language model of that kind")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError) and not Path(path).exists():
+        cached = ", ".join(_cached_names()) or "nothing"
+        return CheckpointError(
+            f"there is no folder {path}, and no model of that name could be loaded from the hub, of which the cache of this "
+            f"machine holds {cached}: {first}"
+        )
     if isinstance(error, OSError):
         return CheckpointError(f"{path} holds no model that transformers can load: {first}")
     return UnsupportedError(f"{path} cannot be loaded by transformers as a causal language model: {first}")
 
 
-def _require_trainable(model: Any) -> Any:
-    """Check that all weights can be trained, where no adapter is."""
-    if getattr(model, "is_quantized", False):
-        raise UnsupportedError(
-            "the weights of this model are quantized and cannot be trained themselves: pass lora=<rank>"
-        )
-    return model
+def _cached_names() -> list[str]:
+    """Return the names of the hub's models that are on this machine."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except (CacheNotFound, OSError, ValueError):
+        return []
 
 
 def _is_adapter(path: str | Path) -> bool:
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(str(path)):
+        return False
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:

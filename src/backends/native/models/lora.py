@@ -15,6 +15,7 @@ from torch import nn
 
 from ....errors import CheckpointError, ConfigError, require_extra
 from .adapters import active_adapter, adapter_differences
+from .dense_layers import keep_dense_layers
 from .layers import LLAMA, LayerNames, coverage, layer_names
 
 __all__ = ["ATTENTION", "MLP", "UNEMBED", "LoraChoice", "add_lora", "checkpoint_alpha", "saved_config", "set_alpha"]
@@ -81,7 +82,8 @@ class LoraChoice:
 
     def as_saved(self, config: Any, names: LayerNames = LLAMA) -> LoraChoice:
         """Return the choice that a checkpoint's adapter was made by; layers of unknown names say nothing."""
-        adapted = [f".{name}" for name in (*config.target_modules, *(config.target_parameters or ()))]
+        named = (*config.target_modules, *(config.target_parameters or ()))
+        adapted = [f".{name.removesuffix('.weight')}" for name in named]
         found = [any(_meet(f".{name}", one) for name in part for one in adapted) for part in names]
         parts = dict(zip(("train_attn", "train_mlp", "train_unembed"), found, strict=True))
         return replace(self, rank=config.r, alpha=config.lora_alpha, **(parts if any(found) else {}))
@@ -115,7 +117,7 @@ def add_lora(model: nn.Module, lora: Any, layers: Sequence[str] | str | None = N
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         try:
             adapted: nn.Module = peft.get_peft_model(model, _config(peft, model, lora, layers) if own else lora)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter of weights of a quantisation that peft does not know
             raise ConfigError(f"lora={lora!r} does not fit {type(model).__name__}: {error}") from error
     setattr(adapted, _OPEN_ALPHA, open_alpha)
     _logger.info("%s", coverage(adapted))
@@ -144,9 +146,10 @@ def _config(peft: Any, model: Any, lora: Any, layers: Sequence[str] | str | None
     if "target_modules" not in fields:
         settings["target_modules"] = layers or choice.layers(layer_names(model))
     try:
-        return peft.LoraConfig(**{**settings, **fields})
+        config = peft.LoraConfig(**{**settings, **fields})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora={lora!r} is no set of fields of peft.LoraConfig: {error}") from error
+    return config if "target_modules" in fields else keep_dense_layers(config, model)
 
 
 def saved_config(folder: Path) -> Any:

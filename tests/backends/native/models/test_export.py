@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from own_model import largest_error, sharing_prompt
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel, checkpoint, export
 from pullback.backends.native.models.lora import LoraChoice, add_lora
-from pullback.errors import CheckpointError, UnsupportedError
+from pullback.errors import CheckpointError, ConfigError, UnsupportedError
 from pullback.testing import TinyLM
 from pullback.testing.models import zoo
 
@@ -91,6 +92,86 @@ def test_what_is_made_in_fp32_only(kind: str, lora: Any, tmp_path: Path) -> None
     assert largest_error(backend, transformers.AutoModelForCausalLM.from_pretrained(path).eval(), DATA) < 5e-6
     path = backend.export(tmp_path / "adapter", merged=False).result().path
     assert largest_error(backend, peft.PeftModel.from_pretrained(zoo.build(kind), path).eval(), DATA) < 5e-6
+
+
+def half(lora: Any) -> tuple[TorchBackend, dict[str, torch.Tensor]]:
+    """A backend on a base in bfloat16 after a few steps, and what base and adapter come to, layer by layer, in fp64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = zoo.build("llama")
+        for p in model.parameters():
+            p.data = p.data.bfloat16()  # but not the buffers, whose frequencies stay in fp32
+        model = add_lora(model, lora)
+    backend = TorchBackend(HFModel(model))
+    for _ in range(3):
+        backend.forward_backward(DATA, "cross_entropy").result()
+        backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    exact = {}
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+            exact[f"{name}.weight"] = layer.get_base_layer().weight.double() + layer.scaling["default"] * b @ a
+    return backend, {name: p.detach() for name, p in exact.items()}
+
+
+def test_a_half_base_is_rounded_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each weight is the exact sum, rounded to bfloat16: within 2^-8 of it. The log says how much of the change that is."""
+    backend, exact = half(4)
+    base = zoo.build("llama").bfloat16().state_dict()
+    with caplog.at_level(logging.WARNING):
+        path = backend.export(tmp_path / "out").result().path
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert exact
+    lost, change = 0.0, 0.0
+    for name, expected in exact.items():
+        found = loaded[name]
+        assert found.dtype == torch.bfloat16
+        assert bool(((found.double() - expected).abs() <= expected.abs() * 2**-8).all())
+        assert (
+            float((found == expected.bfloat16()).double().mean()) > 0.999
+        )  # but where a sum in fp32 falls on another side
+        lost += float((found.double() - expected).square().sum())
+        change += float((expected - base[name].double()).square().sum())
+    share = (lost / change) ** 0.5
+    assert 0 < share < 1
+    assert f"rounded to bfloat16: the error is {share:.2g} of the adapter's change" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32])
+def test_a_half_base_is_written_in_fp32(dtype: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With dtype nothing is lost: the model with its adapter, computed in fp32, is what is loaded."""
+    backend, exact = half(4)
+    with caplog.at_level(logging.WARNING):
+        path = backend.export(tmp_path / "out", dtype=dtype).result().path
+    assert "rounded" not in caplog.text
+    assert json.loads((Path(path) / "config.json").read_text())["dtype"] == "float32"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(torch.allclose(loaded.state_dict()[n].double(), p, rtol=1e-6, atol=1e-8) for n, p in exact.items())
+    again = TorchBackend.from_pretrained(path, device="cpu")
+    assert largest_error(again, backend.model.model.float().eval(), DATA) < 1e-5  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="an adapter alone is written as it is"):
+        backend.export(tmp_path / "adapter", merged=False, dtype=dtype).result()
+    with pytest.raises(ConfigError, match="floating-point"):
+        backend.export(tmp_path / "adapter", dtype="int8").result()
+
+
+def test_fp32_says_nothing_of_rounding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An fp32 base is written as it is computed; asked for in bfloat16, it is rounded, and that is said."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backend = TorchBackend(HFModel(add_lora(zoo.build("llama"), 4)))
+    backend.forward_backward(DATA, "cross_entropy").result()
+    backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    with caplog.at_level(logging.WARNING):
+        path = backend.export(tmp_path / "out").result().path
+    assert "rounded" not in caplog.text
+    assert largest_error(backend, transformers.AutoModelForCausalLM.from_pretrained(path).eval(), DATA) < 5e-6
+    with caplog.at_level(logging.WARNING):
+        path = backend.export(tmp_path / "half", dtype="bfloat16").result().path
+    assert "rounded to bfloat16" in caplog.text
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_a_head_that_stayed_tied_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
-from own_model import sharing_prompt
+import transformers
+from own_model import largest_error, sharing_prompt
 
-from pullback.backends import TorchBackend
+from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models.layers import LLAMA, Coverage, coverage, layer_names
 from pullback.backends.native.models.lora import LoraChoice, add_lora
@@ -63,6 +65,29 @@ def test_every_adapter_has_a_gradient(kind: str) -> None:
         assert len(coverage(add_lora(zoo.build(kind), choice, names)).adapted) < len(
             coverage(backend.model.model).adapted
         )
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's, of fused experts
+@pytest.mark.parametrize("kind", ["deepseek_v2", "glm4_moe", "qwen3_next", "dots1"])
+def test_dense_layers_beside_experts(kind: str, tmp_path: Path) -> None:
+    """They have adapters as the experts have, which train, and which peft saves and loads."""
+    adapted = add_lora(zoo.build(kind), 2)
+    assert [name for name, _ in coverage(adapted).left_out] == ["the output projection"]
+    backend = TorchBackend(HFModel(adapted))
+    backend.forward_backward(DATA, "cross_entropy").result()
+    assert all(float(g.norm()) > 0 for name, g in backend.gradients().items() if "lora_B" in name and "_proj" in name)
+    backend.optim_step(AdamParams(learning_rate=1e-2)).result()
+    path = backend.export(tmp_path / "adapter", merged=False).result().path
+    assert largest_error(backend, peft.PeftModel.from_pretrained(zoo.build(kind), path).eval(), DATA) < 5e-6
+    again: Any = add_lora(zoo.build(kind), path)
+    assert coverage(again).adapted == coverage(adapted).adapted
+    choice = LoraChoice(2, train_attn=False).as_saved(again.peft_config["default"], layer_names(zoo.build(kind)))
+    assert choice == LoraChoice(2)
+    whole = backend.export(tmp_path / "whole").result().path
+    assert largest_error(backend, transformers.AutoModelForCausalLM.from_pretrained(whole).eval(), DATA) < 5e-6
+    config = peft.LoraConfig(r=2, target_modules="all-linear")  # negative control: peft's own choice
+    left = [name for name, _ in coverage(peft.get_peft_model(zoo.build(kind), config)).left_out]
+    assert [name for name in left if name.endswith("_proj")]
 
 
 def test_llama_keeps_its_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
+import huggingface_hub
 import peft
 import transformers
 from own_model import largest_error, sharing_prompt
@@ -164,7 +166,7 @@ REFUSED: list[tuple[Callable[[Path], None], type[PullbackError], str]] = [
     (config_only, CheckpointError, "holds no model that transformers can load"),
     (unknown, UnsupportedError, "cannot be loaded by transformers as a causal language model: .*blorb"),
     (lambda folder: None, UnsupportedError, "cannot be loaded by transformers"),
-    (lambda folder: folder.rmdir(), CheckpointError, "holds no model that transformers can load"),
+    (lambda folder: folder.rmdir(), CheckpointError, r"there is no folder /.*it$"),
 ]
 
 
@@ -181,6 +183,39 @@ def test_what_is_no_causal_model_is_refused(
         with pytest.raises(error, match=words) as caught:
             TorchBackend.from_pretrained(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nofolder", "no/folder"])
+def test_a_name_that_is_no_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be one of the hub's; without a connection it is said that there is no such folder, and which names are known."""
+
+    def unreachable(*given: Any, **options: Any) -> Any:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "_is_adapter", lambda path: False)
+    monkeypatch.setattr(load, "_cached_names", lambda: ["me/known"])
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
+    words = f"there is no folder {name}, and no model of that name .* holds me/known: We couldn't connect"
+    with pytest.raises(CheckpointError, match=words):
+        TorchBackend.from_pretrained(name, device="cpu")
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"^{name} holds no model that transformers can load"):
+        TorchBackend.from_pretrained(name, device="cpu")  # negative control: it is a folder
+
+
+def test_names_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of models, and none where there is no cache."""
+    scan = huggingface_hub.scan_cache_dir
+    for cache in ("none", "hub"):
+        monkeypatch.setattr(huggingface_hub, "scan_cache_dir", partial(scan, tmp_path / cache))
+        if cache == "hub":
+            commit = "0" * 40
+            for folder in ("models--me--known", "datasets--me--data"):
+                snapshot = tmp_path / cache / folder / "snapshots" / commit
+                snapshot.mkdir(parents=True)
+                (snapshot / "config.json").write_text("{}")
+        assert load._cached_names() == (["me/known"] if cache == "hub" else [])
 
 
 def test_quantized_weights_are_not_trained_in_part(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
