@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["moved", "renamed_keyword"]
+__all__ = ["moved", "renamed_keyword", "replaced"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +43,25 @@ def renamed_keyword(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P
                 message = f"the argument {old} of {function.__qualname__} is now {new}"
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def replaced(new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator under which a function still works, and warns that its place is taken by another.
+
+    Args:
+        new: how to write the call now, dotted below ``pullback``.
+    """
+    package = __name__.rpartition(".")[0]
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            warnings.warn(f"{function.__qualname__} is now {package}.{new}", DeprecationWarning, stacklevel=2)
             return function(*args, **kwargs)
 
         return call

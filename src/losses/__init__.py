@@ -9,14 +9,12 @@ from .base import Loss, LossOutput, Part, Term
 from .batch import TokenBatch
 from .functional import (
     bounded_exp,
-    capped_log_odds,
-    clipped_surrogate,
-    dpo_sigmoid,
-    kl_value,
     log1mexp,
     log_odds_ratio,
-    negative_log_likelihood,
 )
+from .functional.old_names import clipped_surrogate as clipped_surrogate
+from .functional.old_names import dpo_sigmoid as dpo_sigmoid
+from .functional.old_names import kl_value as kl_value
 from .metrics import Metric, combine_metrics, wire_metrics
 from .parts.advantages import GroupAdvantages, group_advantages
 from .parts.clip import ClipRange
@@ -54,18 +52,13 @@ __all__ = [
     "TokenStream",
     "batch_from_datums",
     "bounded_exp",
-    "capped_log_odds",
-    "clipped_surrogate",
     "combine_metrics",
-    "dpo_sigmoid",
     "fixed_length",
     "get_loss",
     "group_advantages",
-    "kl_value",
     "log1mexp",
     "log_odds_ratio",
     "loss_names",
-    "negative_log_likelihood",
     "preset",
     "preset_names",
     "recipe",
@@ -74,4 +67,11 @@ __all__ = [
     "wire_metrics",
 ]
 
-__getattr__ = moved(__name__, {"RatioBand": ("losses", "ClipRange")})
+__getattr__ = moved(
+    __name__,
+    {
+        "RatioBand": ("losses", "ClipRange"),
+        "capped_log_odds": ("losses.functional", "log_odds"),
+        "negative_log_likelihood": ("losses.functional", "nll"),
+    },
+)

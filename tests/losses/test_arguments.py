@@ -59,7 +59,8 @@ def test_bare_number_is_an_epsilon() -> None:
     assert PPO(0.2) == PPO(ClipRange(0.8, 1.2)) == PPO()
     assert GRPO(clip=0.3).clip == ClipRange(0.7, 1.3)
     ratio = torch.tensor([0.5, 1.0, 1.5])
-    assert clipped_surrogate(ratio, torch.ones(3), 0.2).tolist() == pytest.approx([-0.5, -1.0, -1.2])
+    with pytest.warns(DeprecationWarning, match=r"is now pullback\.losses\.functional\.ppo_clip"):
+        assert clipped_surrogate(ratio, torch.ones(3), 0.2).tolist() == pytest.approx([-0.5, -1.0, -1.2])
 
 
 def test_old_spellings_of_clip_ranges() -> None:
@@ -68,9 +69,24 @@ def test_old_spellings_of_clip_ranges() -> None:
         assert pullback.losses.RatioBand is ClipRange
     with pytest.warns(DeprecationWarning, match="from_epsilon"):
         assert ClipRange.from_offsets(0.2, 0.28) == ClipRange.from_epsilon(0.2, 0.28)
-    with pytest.warns(DeprecationWarning, match="band of clipped_surrogate is now clip"):
+    with (
+        pytest.warns(DeprecationWarning, match="clipped_surrogate is now"),
+        pytest.warns(DeprecationWarning, match="band of clipped_surrogate is now clip"),
+    ):
         old = clipped_surrogate(ONES, ONES, band=None)  # type: ignore[call-arg]
-    assert torch.equal(old, clipped_surrogate(ONES, ONES, clip=None))
+    with pytest.warns(DeprecationWarning, match="clipped_surrogate is now"):
+        assert torch.equal(old, clipped_surrogate(ONES, ONES, clip=None))
+
+
+def test_old_formulas() -> None:
+    """The formulas whose arguments have changed give what the new ones give, and name them."""
+    with pytest.warns(DeprecationWarning, match=r"kl_value is now pullback\.losses\.functional\.kl"):
+        assert torch.equal(pullback.losses.kl_value("k2", -ONES), functional.kl(-ONES, 0.0, "k2"))
+    with pytest.warns(DeprecationWarning, match=r"dpo_sigmoid is now pullback\.losses\.functional\.dpo"):
+        assert torch.equal(pullback.losses.dpo_sigmoid(0.3 * ONES, 0.1), functional.dpo(3 * ONES, 2 * ONES, 0.3, 0.1))
+    with pytest.warns(DeprecationWarning, match="clipped_surrogate is now"):
+        old = clipped_surrogate(torch.exp(-ONES), -ONES, ClipRange(0.5, 1.5))
+    assert torch.equal(old, functional.ppo_clip(-ONES, 0.0, -ONES, 0.5, 1.5))
 
 
 def test_old_spellings_of_the_rollout_policy() -> None:

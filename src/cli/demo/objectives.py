@@ -12,7 +12,7 @@ import torch
 from ...backends import AdamParams, Rollout, SamplingParams, with_reference
 from ...backends.protocol import PolicyBackend
 from ...datums import Datum, ModelInput, datum_from_prompt_completion, datum_from_rollout, preference_pair
-from ...losses import DPO, GRPO, KL, ORPO, Loss, group_advantages, kl_value, recipe
+from ...losses import DPO, GRPO, KL, ORPO, Loss, functional, group_advantages, recipe
 from .models import DemoModel
 from .tasks import Pair, Sum, Text, documentation, preferences, sum_prompts
 
@@ -177,7 +177,7 @@ class Rl(Objective):
             inputs = datum.loss_fn_inputs
             trained = inputs["weights"].to_torch() != 0
             shift = (inputs["logprobs"].to_torch() - inputs["ref_logprobs"].to_torch())[trained]
-            per_token.append(float(kl_value("k3", shift).mean()))
+            per_token.append(float(functional.kl(shift, 0.0).mean()))
             per_sequence.append(float(shift.sum()))
         count = len(rollouts)
         return {

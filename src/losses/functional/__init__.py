@@ -1,22 +1,48 @@
-"""The formulas of the losses: pure functions of tensors, unreduced, each with its equation and source."""
+"""The formulas of the losses: pure functions of tensors, unreduced, each with its equation and source.
+
+Beside a formula per token stands its closed form, value and slope in one pass; see `closed_form_of`.
+"""
 
 from __future__ import annotations
 
-from .kl import KLEstimator, kl_value
-from .likelihood import negative_log_likelihood
+from ...deprecation import moved
+from .closed_form import closed_form, closed_form_of
+from .kl import KLEstimator, KLGradient, kl, kl_penalty
+from .likelihood import nll
 from .numerics import bounded_exp, bounded_expm1, log1mexp
-from .policy import clipped_surrogate
-from .preference import capped_log_odds, dpo_sigmoid, log_odds_ratio
+from .old_names import clipped_surrogate as clipped_surrogate
+from .old_names import dpo_sigmoid as dpo_sigmoid
+from .old_names import kl_value as kl_value
+from .policy import cispo, dro, importance_sampling, policy_gradient, ppo_clip
+from .preference import dpo, log_odds, log_odds_ratio, odds_ratio, simpo
 
 __all__ = [
     "KLEstimator",
+    "KLGradient",
     "bounded_exp",
     "bounded_expm1",
-    "capped_log_odds",
-    "clipped_surrogate",
-    "dpo_sigmoid",
-    "kl_value",
+    "cispo",
+    "closed_form",
+    "closed_form_of",
+    "dpo",
+    "dro",
+    "importance_sampling",
+    "kl",
+    "kl_penalty",
     "log1mexp",
+    "log_odds",
     "log_odds_ratio",
-    "negative_log_likelihood",
+    "nll",
+    "odds_ratio",
+    "policy_gradient",
+    "ppo_clip",
+    "simpo",
 ]
+
+__getattr__ = moved(
+    __name__,
+    {
+        "capped_log_odds": ("losses.functional", "log_odds"),
+        "negative_log_likelihood": ("losses.functional", "nll"),
+    },
+)

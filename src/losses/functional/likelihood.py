@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["negative_log_likelihood"]
+from .closed_form import closed_form
+
+__all__ = ["nll"]
 
 
-def negative_log_likelihood(logprobs: Tensor) -> Tensor:
+def nll(logprobs: Tensor) -> Tensor:
     """Return the negative log-likelihood of each token, ``-logprob``.
 
     Its derivative with respect to the log-prob is -1.
@@ -19,3 +22,11 @@ def negative_log_likelihood(logprobs: Tensor) -> Tensor:
         One value per token, shape and dtype of ``logprobs``.
     """
     return -logprobs
+
+
+@closed_form(nll)
+def _nll(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.neg(), torch.full_like(x, -1.0)
+
+
+negative_log_likelihood = nll  # until its callers are ported

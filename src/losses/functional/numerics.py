@@ -8,25 +8,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "log1mexp"]
+__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "constant", "log1mexp"]
 
 EXPONENT_LIMIT: Final = 20.0
 
 
 def bounded_exp(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
-    """Return ``exp(x)`` up to ``limit``, and its tangent beyond.
+    """Return ``exp(x)`` up to ``limit``, and its tangent beyond: ``exp(min(x, limit)) (1 + max(x - limit, 0))``.
 
     The slope stays at exp(limit) beyond the limit, where a clamp would silently make it 0 and a plain exp overflows
     (fp32: at 88.7, with NaN gradients).
     """
-    peak = math.exp(limit)
-    return torch.where(x <= limit, torch.exp(x.clamp(max=limit)), peak * (x - limit) + peak)
+    return x.clamp(max=limit).exp() * (1.0 + (x - limit).relu())
 
 
 def bounded_expm1(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     """Return ``exp(x) - 1`` without cancellation near 0, continued by its tangent beyond ``limit``."""
-    peak = math.exp(limit)
-    return torch.where(x <= limit, torch.expm1(x.clamp(max=limit)), peak * (x - limit) + (peak - 1.0))
+    return x.clamp(max=limit).expm1() + math.exp(limit) * (x - limit).relu()
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -39,3 +37,8 @@ def log1mexp(x: Tensor) -> Tensor:
     safe_near = torch.where(near, x, torch.full_like(x, -0.5))
     safe_far = torch.where(near, torch.full_like(x, -1.0), x)
     return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))
+
+
+def constant(x: Tensor | float) -> Tensor | float:
+    """Return ``x`` as a constant: a tensor without its history, a number as it is."""
+    return x.detach() if isinstance(x, Tensor) else x
