@@ -128,19 +128,19 @@ def _ppo_clip(
     torch.maximum(plain, value, out=value)
     if dual is not None:
         torch.minimum(value, advantages.clamp(max=0.0).mul_(-dual), out=value)
-    return value, _keep_where_equal_(slope, plain, value)
+        return value, _keep_where_zero_(slope, plain.sub_(value).abs_().neg_())
+    return value, _keep_where_zero_(slope, plain.sub_(value))
 
 
-def _keep_where_equal_(slope: Tensor, plain: Tensor, value: Tensor) -> Tensor:
-    """Set ``slope`` to 0 where ``plain`` is not ``value``, and return it; overwrites ``plain``.
+def _keep_where_zero_(slope: Tensor, gap: Tensor) -> Tensor:
+    """Set ``slope`` to 0 where ``gap`` is negative, keep it where it is 0 or NaN, and return it; no gap is positive.
 
     The backward of a threshold is an exact select at the price of a multiplication, where `torch.where` costs a dozen. It
-    keeps what is above the largest negative number; NaN counts as equal.
+    keeps what is above the negative number next to 0.
     """
-    distance = plain.sub_(value).abs_().neg_()
     limits = torch.finfo(slope.dtype)
     below_zero = -limits.tiny * limits.eps
-    torch.ops.aten.threshold_backward.grad_input(slope, distance, below_zero, grad_input=slope)
+    torch.ops.aten.threshold_backward.grad_input(slope, gap, below_zero, grad_input=slope)
     return slope
 
 
