@@ -70,8 +70,10 @@ def test_fp32_is_the_definition_in_fp64(formula: Formula, steps: list[tuple[int,
     tokens = [(x / 64, d / 4096, a / 128) for x, d, a in steps]
     narrow, wide = tensors(tokens, torch.float32), tensors(tokens)
     have = closed(formula.definition, narrow[0], *formula.arguments(*narrow[1:]))
+    want = by_autograd(formula.definition, wide[0], *formula.arguments(*wide[1:]))
     assert have[0].dtype == have[1].dtype == torch.float32
-    assert distance(have, by_autograd(formula.definition, wide[0], *formula.arguments(*wide[1:]))) <= 1e-6
+    terms = (wide[0] * wide[2]).abs() if formula.definition is F.dro else 0.0  # the two terms of its value may cancel
+    assert distance(have, want, terms) <= 1e-6
 
 
 @EACH

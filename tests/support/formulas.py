@@ -150,10 +150,11 @@ def closed(definition: Callable[..., Tensor], x: Tensor, *arguments: Any) -> tup
     return found(x, *arguments)
 
 
-def distance(have: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> float:
-    """Largest difference of values or slopes, relative where they are above 1."""
+def distance(have: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], terms: Tensor | float = 0.0) -> float:
+    """Largest difference of values or slopes, relative where they, or the terms they are summed from, are above 1."""
+    size = torch.as_tensor(terms).clamp(min=1.0)
     pairs = [(a.double(), b.double()) for a, b in zip(have, want, strict=True)]
-    return max(float(((a - b).abs() / b.abs().clamp(min=1.0)).max()) for a, b in pairs)
+    return max(float(((a - b).abs() / torch.maximum(b.abs(), size)).max()) for a, b in pairs)
 
 
 def shares_memory(results: tuple[Tensor, Tensor], inputs: tuple[Any, ...]) -> bool:
