@@ -1,7 +1,7 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends``.
+"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses``.
 
-A table for people; the last line is one JSON document. Works are interleaved and ratios are medians of paired rounds:
-only these mean anything on a shared machine.
+A table for people; the last line is one JSON document. Works are interleaved in random order and ratios are medians of paired
+rounds: only these mean anything on a shared machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, head, layouts, step
+from . import backends, custom, head, layouts, losses, step
 
 
 def main() -> None:
@@ -49,7 +49,13 @@ def main() -> None:
     six.add_argument("--unembed", action="store_true", help="an adapter on the output projection too (a trained head)")
     six.add_argument("--out", default="backends.png", help="the picture")
     six.set_defaults(run=backends.run)
-    for command in (one, two, three, five, six):
+    seven = commands.add_parser("losses", help="the losses alone, against padded code written by hand")
+    seven.add_argument("--sizes", default="256x1024,16x256", help="sequences x tokens")
+    seven.add_argument("--only", nargs="*", default=[], help="words of the losses to time")
+    seven.add_argument("--no-compiled", dest="compiled", action="store_false", help="without torch.compile")
+    seven.add_argument("--peers", action="store_true", help="torchrl's, TRL's and verl's own functions too")
+    seven.set_defaults(run=losses.run, threads=1)
+    for command in (one, two, three, five, six, seven):
         command.add_argument("--rounds", type=int, default=9)
     for command in (one, two, three, five):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -21,7 +23,7 @@ import torch
 __all__ = ["Clock", "Report", "Times", "environment", "interleave", "peak_bytes"]
 
 Work = Callable[[], object]
-Clock = Literal["wall", "cpu"]
+Clock = Literal["wall", "cpu", "thread"]
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Times:
 
     Attributes:
         seconds: by name.
-        others: share of the machine's cores that other processes took meanwhile, by name.
+        others: share of the machine's cores that other processes took meanwhile, by name; NaN with the clock ``thread``.
     """
 
     seconds: dict[str, list[float]]
@@ -45,19 +47,27 @@ class Times:
         """Median of the paired ratios."""
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[baseline], strict=True))
 
+    def difference(self, name: str, baseline: str) -> float:
+        """Median of the paired differences, seconds."""
+        return statistics.median(a - b for a, b in zip(self.seconds[name], self.seconds[baseline], strict=True))
+
 
 def interleave(works: Mapping[str, Work], rounds: int, clock: Clock = "wall") -> Times:
-    """Time works in turn, round after round; one round before does not count.
+    """Time works in random order, round after round; one round before does not count.
 
     Args:
         works: by name.
         rounds: that count.
         clock: ``cpu`` counts this process's CPU time; with one thread it is what an idle machine would take.
+            ``thread`` counts the calling thread's CPU time: for works of some microseconds on one thread of a CPU.
     """
     times = Times({name: [] for name in works}, {name: [] for name in works})
+    order = random.Random(
+        0
+    )  # a work finds the caches as the one before it left them: it must not always be the same one
     for round_ in range(rounds + 1):
-        for name, work in works.items():
-            seconds, others = _taken(work, clock)
+        for name in order.sample(list(works), len(works)):
+            seconds, others = _taken(works[name], clock)
             if round_:
                 times.seconds[name].append(seconds)
                 times.others[name].append(others)
@@ -66,6 +76,10 @@ def interleave(works: Mapping[str, Work], rounds: int, clock: Clock = "wall") ->
 
 def _taken(work: Work, clock: Clock) -> tuple[float, float]:
     """Return the seconds, and the share of all cores that others took."""
+    if clock == "thread":
+        began = time.thread_time()
+        work()
+        return time.thread_time() - began, math.nan  # looking at other processes would empty the caches of a short work
     _synchronize()
     busy, own, began = _busy_seconds(), time.process_time(), time.perf_counter()
     work()
@@ -115,7 +129,17 @@ def _status(key: str) -> int:
 def environment() -> dict[str, Any]:
     """What was measured on, and with which versions."""
     versions = {}
-    for name in ("pullback", "torch", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy"):
+    for name in (
+        "pullback",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "torchrl",
+        "verl",
+        "liger-kernel",
+        "cut-cross-entropy",
+    ):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
