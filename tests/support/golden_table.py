@@ -1,0 +1,215 @@
+"""Which of our losses each golden value of a peer's own code (`tests/golden`) belongs to; run it to print the documented table.
+
+Every entry of every peer is in exactly one of three tables: `HELD` (one of our losses gives the same value and gradient),
+`DIFFERS` (ours is another number on purpose) and `NOT_YET` (no loss of ours computes it).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from golden_pending import NOT_YET
+
+from pullback.losses import (
+    DPO,
+    GRPO,
+    KL,
+    PPO,
+    Aggregation,
+    ClipRange,
+    CrossEntropy,
+    ImportanceSampling,
+    Loss,
+    fixed_length,
+    preset,
+)
+from pullback.losses.functional.kl import KLEstimator
+from pullback.losses.parts.kl import KLGradient
+
+__all__ = ["DIFFERS", "ENTRIES", "HELD", "NOT_YET", "PEERS", "Case", "documented_table", "inputs_of"]
+
+FOLDER: Final = Path(__file__).parents[1] / "golden"
+PEERS: Final = {
+    peer: json.loads((FOLDER / f"{peer}.json").read_text()) for peer in ("verl", "trl", "skyrl", "cookbook")
+}
+ENTRIES: Final[dict[str, dict[str, Any]]] = {
+    f"{peer}:{entry['name']}": entry for peer, document in PEERS.items() for entry in document["entries"]
+}
+FP32: Final = 1e-6  # where the peer takes exp, or a logsigmoid, in fp32
+ALL_ROWS: Final = {"sequences": 4.0}  # the peer counts a masked row as a sequence; we do not, unless told so
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of our losses, and how to call it so that it answers what the peer does.
+
+    Args:
+        loss: of ours.
+        family: the row of the documented table.
+        control: another loss of ours, which must not agree.
+        tolerance: relative to the larger of 1 and the peer's number.
+        counts: given to `evaluate`.
+        anchor: the log-probs that the ratio is taken against; the others are withheld.
+        only_kl: with advantages of zero, so that the KL is all of the loss.
+        groups: prompt group of each row.
+    """
+
+    loss: Loss
+    family: str
+    control: Loss
+    tolerance: float = 1e-12
+    counts: Mapping[str, float] | None = None
+    anchor: str = "old_logprobs"
+    only_kl: bool = False
+    groups: tuple[int, ...] | None = None
+
+
+def inputs_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of an entry by our names; nested lists [B, T]."""
+    inputs: dict[str, Any] = PEERS[entry["peer"]]["inputs"][entry["inputs"]]
+    return inputs
+
+
+def _ppo(aggregation: str | Aggregation, family: str = "PPO clip", **options: Any) -> Case:
+    band = ClipRange.from_epsilon(0.2, 0.28)
+    return Case(PPO(band, aggregation), family, PPO(0.05, aggregation), **options)
+
+
+def _kl(
+    estimator: KLEstimator, gradient: KLGradient, aggregation: str, control: KLGradient | None = None, **options: Any
+) -> Case:
+    def penalty(beta: float, gradient: KLGradient) -> Loss:
+        kl = KL(estimator, beta, gradient, importance=False, acknowledge_biased=True)
+        return GRPO(None, kl, "none", aggregation)
+
+    family = "KL, straight-through" if gradient == "reverse" else f"KL {estimator}"
+    wrong = penalty(2.0, gradient) if control is None else penalty(1.0, control)
+    return Case(penalty(1.0, gradient), family, wrong, only_kl=True, **options)
+
+
+def _verl() -> dict[str, Case]:
+    modes: dict[str, tuple[str | Aggregation, float]] = {
+        "token-mean": ("token_mean", 1e-12),
+        "token-sum": ("sum", 1e-12),
+        "seq-mean-token-sum": ("sequence_mean_token_sum", 1e-12),
+        "seq-mean-token-mean": ("sequence_mean_token_mean", 1e-7),  # verl adds 1e-8 to each length
+        "seq-mean-token-sum-norm": (fixed_length(7), 1e-12),  # the padded width, where no factor is given
+    }
+    cases = {
+        f"ppo-{inputs}-{mode}": _ppo(aggregation, tolerance=tolerance)
+        for inputs in ("tokens", "rows")
+        for mode, (aggregation, tolerance) in modes.items()
+    }
+    cases["ppo-tokens-norm-16"] = _ppo(fixed_length(16))
+    reinforce = GRPO(None, None, "none", "token_mean")
+    cases["reinforce"] = Case(reinforce, "REINFORCE", ImportanceSampling("token_mean"))
+    estimators: tuple[KLEstimator, ...] = ("k1", "abs", "k2", "k3")
+    for estimator in estimators:
+        cases[f"kl-{estimator}"] = _kl(estimator, "pathwise", "token_mean")
+        if estimator != "k2":
+            cases[f"kl-{estimator}+"] = _kl(estimator, "reverse", "token_mean", control="pathwise")
+    cases["kl-k2-far"] = _kl("k2", "pathwise", "token_mean")
+    cases["kl-k3-seq-mean-token-mean"] = _kl("k3", "pathwise", "sequence_mean_token_mean", tolerance=1e-7)
+    return cases
+
+
+def _skyrl() -> dict[str, Case]:
+    mean, sampler, prompts = "sequence_mean_token_mean", "rollout_logprobs", (0, 0, 1, 1)
+    cases = {
+        "ppo-tokens-token_mean": _ppo("token_mean", tolerance=FP32),
+        "ppo-tokens-sequence_mean": _ppo(mean, tolerance=FP32),
+        "ppo-tokens-seq_mean_token_sum_norm": _ppo(fixed_length(16), tolerance=FP32),
+        "ppo-tokens-prompt_mean": _ppo("group_mean_token_mean", tolerance=FP32, groups=prompts),
+        "ppo-rows-token_mean": _ppo("token_mean", tolerance=FP32),
+        "ppo-rows-sequence_mean": _ppo(mean, tolerance=FP32, counts=ALL_ROWS),
+        "ppo-rows-seq_mean_token_sum_norm": _ppo(fixed_length(16), tolerance=FP32, counts=ALL_ROWS),
+        "ppo-rows-prompt_mean": _ppo("group_mean_token_mean", tolerance=FP32, groups=prompts),
+        "cross_entropy": Case(CrossEntropy(), "cross-entropy", CrossEntropy("token_mean")),
+        "importance_sampling": Case(ImportanceSampling(), "importance sampling", PPO()),
+        "server-cross_entropy": Case(CrossEntropy(), "cross-entropy", CrossEntropy("token_mean")),
+        "server-importance_sampling": Case(ImportanceSampling(), "importance sampling", PPO(), anchor=sampler),
+        "server-ppo": _ppo("sum", anchor=sampler),
+        "kl-k3-rows": _kl("k3", "pathwise", mean, counts=ALL_ROWS),
+    }
+    estimators: tuple[KLEstimator, ...] = ("k1", "abs", "k2", "k3")
+    return {**cases, **{f"kl-{estimator}": _kl(estimator, "pathwise", mean) for estimator in estimators}}
+
+
+def _trl() -> dict[str, Case]:
+    cases = {
+        name: _trl_grpo(entry, name.endswith("rows-clip") and not name.startswith("dapo"))
+        for name, entry in ((e["name"], e) for e in PEERS["trl"]["entries"])
+        if name.split("-")[0] in ("grpo", "dapo", "bnpo", "dr_grpo")
+    }
+    for beta in (0.05, 0.1, 0.5):
+        cases[f"dpo-sigmoid-{beta:g}"] = Case(preset("trl:dpo", beta=beta), "DPO", DPO(2 * beta))
+    for beta in (0.1, 0.5):
+        wrong = preset("trl:orpo", beta=3 * beta)
+        cases[f"orpo-{beta:g}"] = Case(preset("trl:orpo", beta=beta), "ORPO", wrong, tolerance=FP32)
+    return cases
+
+
+def _trl_grpo(entry: Mapping[str, Any], all_rows: bool) -> Case:
+    config = entry["config"]
+    kind, corrected = config["loss_type"], config["use_bias_correction_kl"]
+    length = {"max_completion_length": 16} if kind == "dr_grpo" else {}
+    options = {"beta": config["beta"], "epsilon_high": config["epsilon_high"], "use_bias_correction_kl": corrected}
+    changed = {"use_bias_correction_kl": not corrected} if config["beta"] else {"epsilon": 0.05, "epsilon_high": 0.05}
+    return Case(
+        preset(f"trl:{kind}", **options, **length),
+        "GRPO with KL" if config["beta"] else "PPO clip",
+        preset(f"trl:{kind}", **{**options, **changed}, **length),
+        counts=ALL_ROWS if all_rows else None,
+    )
+
+
+def _cookbook() -> dict[str, Case]:
+    return {f"dpo-{beta:g}": Case(DPO(beta), "DPO", DPO(2 * beta)) for beta in (0.05, 0.1, 0.5)}
+
+
+HELD: Final[dict[str, Case]] = {
+    f"{peer}:{name}": case
+    for peer, cases in (("verl", _verl()), ("trl", _trl()), ("skyrl", _skyrl()), ("cookbook", _cookbook()))
+    for name, case in cases.items()
+}
+
+# Ours on the same inputs, and why it is another number.
+_CLAMPED: Final = "k3 is clamped to 10, so its gradient is zero once the reference is 14 times likelier; ours is not"
+DIFFERS: Final[dict[str, tuple[Case, str]]] = {
+    "verl:kl-k3-far": (_kl("k3", "pathwise", "token_mean"), _CLAMPED),
+    "verl:kl-k3+-far": (
+        _kl("k3", "reverse", "token_mean"),
+        "the reported value is clamped to 10; the gradient is ours",
+    ),
+    "skyrl:kl-k3-far": (_kl("k3", "pathwise", "sequence_mean_token_mean"), _CLAMPED),
+}
+
+
+def documented_table() -> str:
+    """Return the table of `docs/losses.md`: what is held to which peer's code, in Markdown."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    groups = [
+        *((case.family, "equal", key) for key, case in HELD.items()),
+        *((case.family, "differ", key) for key, (case, _) in DIFFERS.items()),
+        *((family, "recorded only", key) for family, keys in NOT_YET.items() for key in keys),
+    ]
+    for family, state, key in groups:
+        cells.setdefault(family, {}).setdefault(key.split(":")[0], []).append(state)
+    heads = [f"{peer} {document['version']}" for peer, document in PEERS.items()]
+    lines = ["| loss | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    for family in sorted(cells, key=str.lower):
+        lines.append(f"| {family} | " + " | ".join(_cell(cells[family].get(peer, [])) for peer in PEERS) + " |")
+    return "\n".join(lines)
+
+
+def _cell(states: list[str]) -> str:
+    counts = [(states.count(state), state) for state in ("equal", "differ", "recorded only")]
+    return ", ".join(f"{count} {state}" for count, state in counts if count) or "no peer code"
+
+
+if __name__ == "__main__":
+    print(documented_table())
