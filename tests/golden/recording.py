@@ -28,8 +28,8 @@ from torch import Tensor
 Inputs = dict[str, Tensor]
 
 ROWS, WIDTH = 4, 7
-# log(policy / old): inside every clip range, beyond 0.2 and 0.28, and beyond the 3 of dual clipping, on both sides
-TOKEN_DRIFTS = [0.05, -0.08, 0.22, -0.3, 0.9, -1.6, 1.3]
+# log(policy / old): inside every clip range, beyond 0.2 and 0.28 on both sides, beyond the 3 of dual clipping and CISPO's 5
+TOKEN_DRIFTS = [0.05, -0.08, 0.22, -0.3, 0.9, -1.6, 1.75]
 ROW_DRIFTS = [0.4, -0.5, 0.0, 1.4]  # the mean of each row
 ROW_STALENESS = [0.21, -0.26, 0.0, 0.003]  # the mean of log(old / sampler) of each row
 TOKEN_MASK = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1]]
