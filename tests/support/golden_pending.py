@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["NOT_YET"]
+__all__ = ["NOT_RECORDED", "NOT_YET"]
 
 
 def _both(peer: str, *names: str) -> tuple[str, ...]:
@@ -85,3 +85,19 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "SimPO": _all("trl", "simpo", "simpo-nll"),
     "AlphaPO": ("trl:alphapo",),
 }
+
+# The peer has code of it, which was not called: inside a worker or a larger function, or no loss of its own.
+NOT_RECORDED: Final[frozenset[tuple[str, str]]] = frozenset(
+    {
+        ("GMPO", "trl"),
+        ("KL k3", "trl"),
+        ("GRPO with KL", "verl"),
+        ("GRPO with KL", "skyrl"),
+        ("truncated weights with KL", "verl"),
+        ("truncated weights with KL", "skyrl"),
+        ("rejection and truncated weights", "trl"),
+        ("cross-entropy", "verl"),
+        ("cross-entropy", "trl"),
+        ("cross-entropy", "cookbook"),
+    }
+)

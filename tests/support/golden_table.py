@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from golden_pending import NOT_YET
+from golden_pending import NOT_RECORDED, NOT_YET
 
 from pullback.losses import (
     DPO,
@@ -202,13 +202,15 @@ def documented_table() -> str:
     heads = [f"{peer} {document['version']}" for peer, document in PEERS.items()]
     lines = ["| loss | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for family in sorted(cells, key=str.lower):
-        lines.append(f"| {family} | " + " | ".join(_cell(cells[family].get(peer, [])) for peer in PEERS) + " |")
+        lines.append(f"| {family} | " + " | ".join(_cell(family, peer, cells[family]) for peer in PEERS) + " |")
     return "\n".join(lines)
 
 
-def _cell(states: list[str]) -> str:
-    counts = [(states.count(state), state) for state in ("equal", "differ", "recorded only")]
-    return ", ".join(f"{count} {state}" for count, state in counts if count) or "no peer code"
+def _cell(family: str, peer: str, row: Mapping[str, list[str]]) -> str:
+    if peer not in row:
+        return "not recorded" if (family, peer) in NOT_RECORDED else "no peer code"
+    counts = [(row[peer].count(state), state) for state in ("equal", "differ", "recorded only")]
+    return ", ".join(f"{count} {state}" for count, state in counts if count)
 
 
 if __name__ == "__main__":
