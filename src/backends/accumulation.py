@@ -32,6 +32,8 @@ class Accumulation:
         """Enter a call whose gradient has been added into the ledger."""
         self.ledger.counts |= {(call.name, key): total for key, total in (call.counts or {}).items()}
         self.ledger.groups |= {(call.name, group) for group in call.groups}
+        if gradient.denominator != "none":
+            self.ledger.deferred = call.described
         self.ledger.record(
             loss=call.name,
             datums=len(call.data),

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from ..datums.types import Datum, ModelInput
 from ..errors import BackendError, ConfigError, MixedDenominatorsError, UnsupportedError
-from ..losses.base import Counts, Loss
+from ..losses.base import Loss
+from ..losses.counts import Counts
 from .accumulation import Accumulation
 from .engine import Call, Engine, Gradient
 from .futures import Answer, Future, then
-from .operations import Operations
+from .operations import Operations, sized
 from .prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
 from .reference import ReferenceView, refusal
 from .sampling import check_prompts
 from .types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 
-__all__ = ["Backend", "sized"]
+__all__ = ["Backend"]
 
 
 class Backend:
@@ -250,7 +251,7 @@ class Backend:
     ) -> Answer[ForwardBackwardOutput]:
         """Add a call's gradient (by ``add``, if that is not the engine's ordinary way), and enter it into the ledger."""
         ledger = self._accumulation.ledger
-        ledger.admit(call.name, self._engine.deferred_denominator(call))
+        ledger.admit(call.name, self._engine.deferred_denominator(call), call.described)
         ledger.admit_units(call.name, call.counts or {}, call.groups)
         gradient = self._engine.accumulate(call) if add is None else add()
         self._accumulation.record(call, gradient)
@@ -258,7 +259,7 @@ class Backend:
 
     def _planned(self, call: PreparedCall) -> Plan:
         try:
-            self._accumulation.ledger.admit(call.name, self._engine.deferred_denominator(call))
+            self._accumulation.ledger.admit(call.name, self._engine.deferred_denominator(call), call.described)
         except (MixedDenominatorsError, UnsupportedError) as error:
             return Plan("refuse", str(error))
         return self._engine.plan(call)
@@ -295,8 +296,3 @@ class Backend:
             self._operations.accumulation = Accumulation(loaded if everything else before.emptied())
 
         return self._run(Call(operation, str(path)), work)
-
-
-def sized(data: object) -> int:
-    """Return how many datums there are, 0 for what is no sequence."""
-    return len(data) if isinstance(data, Sequence) else 0

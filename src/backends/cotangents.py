@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
-from ..losses.base import Loss, Part
-from ..losses.metrics import Metric, combine_metrics, mean, total, wire_metrics
+from ..losses.base import Loss
+from ..losses.batch import TokenBatch
+from ..losses.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
+from ..losses.output import LossOutput, Part
 from .operation_lock import running_loss
 from .prepared import PreparedCall, loss_name
 from .protocol import CustomLoss
@@ -64,11 +66,12 @@ def evaluate(call: PreparedCall, logprobs: Mapping[int, Tensor]) -> Cotangents:
     leaf = torch.cat([logprobs[i].detach() for i in members]).requires_grad_()
     with torch.enable_grad():
         with running_loss():
-            output = call.registered.evaluate(call.batch(members, leaf), call.counts)
-        part = output.deferred() if call.counts is None else Part("loss", output.loss, "none", 1.0)
+            part, output = _evaluated(call, call.registered, call.batch(members, leaf))
         (cotangent,) = torch.autograd.grad(part.numerator, leaf)
+    if output.problems:
+        output.check()
     apart = torch.split(cotangent, [len(logprobs[i]) for i in members])
-    return Cotangents(dict(zip(members, apart, strict=True)), part.denominator, part.count, output.metrics)
+    return Cotangents(dict(zip(members, apart, strict=True)), part.denominator, float(part.count), output.metrics)
 
 
 def evaluate_all(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
@@ -85,7 +88,17 @@ def summarize(parts: Sequence[Cotangents], more: Sequence[Mapping[str, Metric]] 
 def signal_metrics(parts: Sequence[Cotangents]) -> dict[str, Metric]:
     """Return how large the gradient's signal is, so that a loss of 0 is not taken for a bug."""
     absolute = torch.cat([c.detach().cpu().abs().reshape(-1).double() for p in parts for c in p.by_datum.values()])
-    return {"cotangent_abs": mean(absolute), "tokens_with_gradient": total(float(sum(p.tokens for p in parts)))}
+    tokens = float(sum(part.tokens for part in parts))
+    return read({"cotangent_abs": mean(absolute), "tokens_with_gradient": total(tokens)})
+
+
+def _evaluated(call: PreparedCall, loss: Loss, batch: TokenBatch) -> tuple[Part, LossOutput]:
+    """Return what is to be differentiated: the numerator that is divided later, or with counts the divided loss."""
+    if call.counts is None:
+        output = loss.undivided(batch)
+        return output.deferred(), output
+    output = loss.evaluate(batch, call.counts)
+    return Part("loss", output.loss, "none", 1.0), output
 
 
 def _of_function(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
@@ -96,7 +109,7 @@ def _of_function(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
     if all(g is None for g in gradients):
         raise NotDifferentiableError(_no_path(call.loss))
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
-    return Cotangents(dict(enumerate(filled)), "none", 1.0, {"loss": total(float(loss.detach()))}, own)
+    return Cotangents(dict(enumerate(filled)), "none", 1.0, {"loss": Metric(float(loss.detach()), 1.0, "sum")}, own)
 
 
 def _call_function(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from ..errors import ConfigError, DoubleNormalizationError, IncompleteUnitError, MixedDenominatorsError
+from ..losses.counts import not_positive
 from .protocol import NormalizationMode
 from .types import LedgerEntry
 
@@ -40,6 +41,7 @@ class Ledger:
         operations: gradient operations ever, which number the entries.
         counts: totals of the step that calls have given, by loss and denominator.
         groups: loss and id of the groups whose gradients a mean over groups has.
+        deferred: the loss, with its hyperparameters, whose mean waits to be divided; empty before the first.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Ledger:
     operations: int = 0
     counts: dict[tuple[str, str], float] = field(default_factory=dict)
     groups: set[tuple[str, int]] = field(default_factory=set)
+    deferred: str = ""
 
     @property
     def tokens(self) -> int:
@@ -63,17 +66,28 @@ class Ledger:
         """What the accumulated gradient waits to be divided by; None before the first."""
         return self.entries[0].denominator if self.entries else None
 
-    def admit(self, name: str, denominator: str) -> None:
+    def admit(self, name: str, denominator: str, loss: str = "") -> None:
         """Check that a gradient with this denominator can join.
 
+        Args:
+            name: of the loss.
+            denominator: what it is divided by later.
+            loss: the loss with its hyperparameters.
+
         Raises:
-            MixedDenominatorsError: another denominator has been deferred already.
+            MixedDenominatorsError: another denominator has been deferred already, or the mean of another loss: calls of one
+                loss are parts of one mean, but two losses are added, each with a count of its own.
         """
         if self.denominator not in (None, denominator):
             raise MixedDenominatorsError(
                 f"{name} is divided by {_words(denominator)}, but gradients have accumulated that are to be divided by "
                 f"{_words(self.denominator)} (from {self.entries[0].loss}): one division cannot serve both; "
                 "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
+            )
+        if denominator != "none" and self.deferred and loss and loss != self.deferred:
+            raise MixedDenominatorsError(
+                f"{loss} and {self.deferred} are two means of one step: their common count would divide each by too much; "
+                "call optim_step first, or give counts={...} with the totals of the whole step to all calls"
             )
 
     def admit_units(self, name: str, counts: Mapping[str, float], groups: Collection[int]) -> None:
@@ -153,7 +167,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """Everything, for a checkpoint."""
         counts = [[loss, key, total] for (loss, key), total in self.counts.items()]
-        units = {"counts": counts, "groups": sorted(map(list, self.groups))}
+        units = {"counts": counts, "groups": sorted(map(list, self.groups)), "deferred": self.deferred}
         return {"ledger": [asdict(entry) for entry in self.entries], "fitting": list(self.declared), **units}
 
     @classmethod
@@ -162,12 +176,14 @@ class Ledger:
         entries = [LedgerEntry(**entry) for entry in saved["ledger"]]
         counts = {(loss, key): total for loss, key, total in saved.get("counts", ())}
         groups = {(loss, group) for loss, group in saved.get("groups", ())}
-        return cls(entries, list(saved["fitting"]), operations, counts, groups)
+        return cls(entries, list(saved["fitting"]), operations, counts, groups, saved.get("deferred", ""))
 
     def _deferred(self) -> Divisor:
         if self.denominator in (None, "none"):
             return Divisor(1.0, "nothing")
         total = sum(entry.count for entry in self.entries)
+        if self.denominator == "weight_sum" and total <= 0 and self.tokens:
+            raise not_positive(total)
         return Divisor(total, f"{self.denominator} over {_calls(self.entries)}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast, final
 
 from ..errors import ClosedError
@@ -12,7 +12,7 @@ from .engine import Call, Engine
 from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
 from .operation_lock import OperationLock
 
-__all__ = ["Operations"]
+__all__ = ["Operations", "sized"]
 
 T = TypeVar("T")
 
@@ -107,3 +107,8 @@ class Operations:
         if gradient:
             failed = [o for o in self.accumulation.outcomes if not (isinstance(o, Failure) and o.retrieved)]
             self.accumulation.outcomes = [*failed, outcome]
+
+
+def sized(data: object) -> int:
+    """Return how many datums there are, 0 for what is no sequence."""
+    return len(data) if isinstance(data, Sequence) else 0

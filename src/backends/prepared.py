@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, final
 
@@ -14,11 +14,11 @@ from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
 from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnsupportedError
 from ..losses.adapt import as_tensor
-from ..losses.base import Counts, Loss
+from ..losses.base import Loss
 from ..losses.batch import TokenBatch
+from ..losses.counts import Counts, check_counts
 from ..losses.metrics import wire_metrics
 from ..losses.registry import get_loss
-from ..losses.terms import check_counts
 from .operation_lock import running_loss
 from .protocol import CustomLoss
 from .types import ForwardBackwardOutput, as_mapping
@@ -91,7 +91,7 @@ class PreparedCall:
 
     data: Sequence[Datum]
     loss: Loss | CustomLoss
-    counts: Counts | None
+    counts: Mapping[str, float] | None
     requests: Sequence[ScoreRequest]
     by_name: bool = True
     _packed: dict[tuple[int, ...], TokenBatch] = field(default_factory=dict)
@@ -105,6 +105,11 @@ class PreparedCall:
     def name(self) -> str:
         """Of the loss or function."""
         return loss_name(self.loss)
+
+    @property
+    def described(self) -> str:
+        """The loss with its hyperparameters; empty for a function."""
+        return "" if self.registered is None else repr(self.registered)
 
     @property
     def denominator(self) -> str:
@@ -149,14 +154,14 @@ class PreparedCall:
         if key not in self._packed:
             apart = torch.split(logprobs.detach(), [self.requests[i].length for i in members])
             self._packed[key] = self.loss.batch([self.data[i] for i in members], apart)
-        return replace(self._packed[key], logprobs=logprobs)
+        return self._packed[key].with_logprobs(logprobs)
 
     def evaluated(self, logprobs: Sequence[Tensor]) -> ForwardBackwardOutput:
         """Return the result of a call that only scores, with what its registered loss reports."""
         assert isinstance(self.loss, Loss), "functions are not evaluated without a gradient"
         batch = self.batch(range(len(self.data)), torch.cat([x.detach() for x in logprobs]))
         with running_loss():
-            found = self.loss.evaluate(batch)
+            found = self.loss.undivided(batch)
         return self.output(logprobs, wire_metrics(found.metrics))
 
     def require_untempered(self) -> None:
@@ -237,7 +242,8 @@ def prepare(
                 for i in other
             ]
         )
-    return PreparedCall(data, _no_loss if loss is None else loss, counts, requests, by_name)
+    totals = None if counts is None else {name: float(total) for name, total in counts.items()}
+    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name)
 
 
 def _required(loss: Loss) -> list[str]:

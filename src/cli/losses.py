@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..losses import loss_names, registry
-from ..losses.registry import config_keys
+from ..losses.config import config_keys
 
 __all__ = ["add_parser"]
 
@@ -18,9 +18,9 @@ def add_parser(commands: Any) -> None:
 
 def _list_losses(arguments: argparse.Namespace) -> int:
     for name in loss_names():
-        loss = registry.get(name)
-        keys = ", ".join(f"{key}={default!r}" for key, default in config_keys(loss).items())
-        required = ", ".join(registry.build(name).required_inputs) or "none"
-        print(f"{name}  ({loss.gradient_kind} kind; {'; '.join(loss.sources)})")
+        loss = registry.build(name)
+        keys = ", ".join(f"{key}={default!r}" for key, default in config_keys(type(loss)).items())
+        required = ", ".join(loss.required_inputs) or "none"
+        print(f"{name}  (gradient: {loss.gradient_kind}; {'; '.join(loss.sources)})")
         print(f"  config: {keys}\n  required: {required}")
     return 0

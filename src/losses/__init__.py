@@ -5,8 +5,10 @@ from __future__ import annotations
 from ..deprecation import moved
 from .adapt import batch_from_datums
 from .aggregation import AGGREGATIONS, Aggregation, fixed_length
-from .base import Loss, LossOutput, Part, Term
+from .base import Loss
 from .batch import TokenBatch
+from .config import keys
+from .counting import Counted
 from .functional import (
     bounded_exp,
     log1mexp,
@@ -15,7 +17,9 @@ from .functional import (
 from .functional.old_names import clipped_surrogate as clipped_surrogate
 from .functional.old_names import dpo_sigmoid as dpo_sigmoid
 from .functional.old_names import kl_value as kl_value
-from .metrics import Metric, combine_metrics, wire_metrics
+from .layout import Layout, Packed, Padded
+from .metrics import Metric, Unread, combine_metrics, wire_metrics
+from .output import LossOutput, Part
 from .parts.advantages import GroupAdvantages, group_advantages
 from .parts.clip import ClipRange
 from .parts.kl import KL
@@ -25,9 +29,7 @@ from .recipes import Recipe, preset, preset_names, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
 from .streaming import TokenStream
 from .supervised import CrossEntropy
-
-for _loss in (CrossEntropy, ImportanceSampling, PPO, GRPO, DPO, ORPO):
-    register(_loss)
+from .terms import Summand, Term, TokenTerm
 
 __all__ = [
     "AGGREGATIONS",
@@ -38,24 +40,32 @@ __all__ = [
     "PPO",
     "Aggregation",
     "ClipRange",
+    "Counted",
     "CrossEntropy",
     "GroupAdvantages",
     "ImportanceSampling",
+    "Layout",
     "Loss",
     "LossOutput",
     "Metric",
+    "Packed",
+    "Padded",
     "Part",
     "Recipe",
     "Registry",
+    "Summand",
     "Term",
     "TokenBatch",
     "TokenStream",
+    "TokenTerm",
+    "Unread",
     "batch_from_datums",
     "bounded_exp",
     "combine_metrics",
     "fixed_length",
     "get_loss",
     "group_advantages",
+    "keys",
     "log1mexp",
     "log_odds_ratio",
     "loss_names",

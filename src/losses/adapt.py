@@ -12,7 +12,7 @@ from ..errors import DatumError, LengthError, MissingFieldError
 from .batch import TokenBatch
 from .keys import INPUT_KEYS
 
-__all__ = ["as_tensor", "batch_field", "batch_from_datums"]
+__all__ = ["as_tensor", "batch_field", "batch_from_datums", "logprobs_in_place"]
 
 
 def batch_from_datums(
@@ -55,6 +55,18 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
 def batch_field(key: str) -> str:
     """Return the `TokenBatch` field of a datum key: its ``logprobs`` are the sampler's, the batch's the current policy's."""
     return "rollout_logprobs" if key == "logprobs" else key
+
+
+def logprobs_in_place(data: Sequence[Any]) -> list[Tensor]:
+    """Return zeros in the place of the log-probs of datums, which have not been computed yet."""
+    return [torch.zeros(_target_shape(_inputs(datum, i), i)) for i, datum in enumerate(data)]
+
+
+def _target_shape(inputs: Mapping[str, Any], index: int) -> tuple[int, ...]:
+    for key in ("target_tokens", "weights", "advantages", "logprobs"):
+        if key in inputs:
+            return tuple(as_tensor(inputs[key]).shape)
+    raise MissingFieldError(f"datum {index}: missing required field 'target_tokens'")
 
 
 def _inputs(datum: Any, index: int) -> Mapping[str, Any]:

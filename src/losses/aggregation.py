@@ -13,15 +13,15 @@ from typing import Final, Literal, final, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, EmptyUnitError
+from ..errors import ConfigError
 from .batch import TokenBatch
 from .checks import choice, number
 
-__all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "Unit", "count_units", "fixed_length"]
+__all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "Unit", "fixed_length"]
 
-Denominator = Literal["tokens", "weight_sum", "sequences", "pairs", "groups", "none"]
+Denominator = Literal["tokens", "weight_sum", "sequences", "all_sequences", "pairs", "groups", "none"]
 Local = Literal["one", "sequence", "group", "fixed"]
-Unit = Literal["token", "pair"]
+Unit = Literal["token", "sequence", "pair"]
 
 
 @final
@@ -34,7 +34,7 @@ class Aggregation:
         local: coefficient of a token: ``one`` (1), ``sequence`` (1 / trained tokens of its sequence), ``group``
             (1 / trained tokens of its prompt group) or ``fixed`` (1 / ``length``).
         denominator: what the sum is divided by: trained tokens, the sum of the weights, sequences with a trained
-            token, pairs, groups with a trained token, or nothing.
+            token, all sequences (as some peers do), pairs, groups with a trained token, or nothing.
         length: the constant of ``fixed``, tokens.
 
     Raises:
@@ -58,27 +58,28 @@ class Aggregation:
 
     def fits(self, unit: Unit) -> bool:
         """Return whether values of that unit can be put together so."""
-        if unit == "pair":
-            return self.local == "one" and self.denominator in ("pairs", "none")
-        return self.denominator != "pairs"
+        if unit == "token":
+            return self.denominator != "pairs" and self.name != "sequence_mean"
+        return self.local == "one" and self.denominator in (unit + "s", "none")
 
-    def coefficients(self, batch: TokenBatch) -> Tensor:
-        """Return c for every token; float64 [N]."""
-        ones = torch.ones(batch.logprobs.shape[0], dtype=torch.float64, device=batch.logprobs.device)
+    def row_coefficients(self, batch: TokenBatch) -> Tensor | None:
+        """Return c for the tokens of every sequence, float64 [B]; None where it is the same for all (`constant`)."""
         match self.local:
             case "sequence":
-                return ones / batch.tokens_per_sequence.clamp(min=1)[batch.sequence_index]
+                return batch.tokens_per_sequence.clamp(min=1).reciprocal()
             case "group":
-                return ones / _tokens_per_group(batch).clamp(min=1)[batch.groups.index][batch.sequence_index]
-            case "fixed":
-                return ones / self.length
+                groups = batch.groups
+                tokens = batch.tokens_per_sequence
+                return (
+                    torch.zeros_like(tokens).index_add(0, groups.index, tokens).clamp(min=1).reciprocal()[groups.index]
+                )
             case _:
-                return ones
+                return None
 
-    def weighted_coefficients(self, batch: TokenBatch) -> Tensor:
-        """Return ``c_u w_u``, what each token's value is multiplied by; float64, shape of the batch's log-probs."""
-        weight, coefficients = batch.weight.double(), self.coefficients(batch)
-        return weight * (coefficients if weight.dim() == 1 else coefficients[:, None])
+    @property
+    def constant(self) -> float:
+        """The coefficient that all tokens share: 1, or 1 / ``length``."""
+        return 1.0 / self.length if self.local == "fixed" else 1.0
 
     @classmethod
     def of(cls, value: Aggregation | str, unit: Unit | None = None) -> Aggregation:
@@ -95,8 +96,12 @@ class Aggregation:
             choice("aggregation", value, AGGREGATIONS)
             value = AGGREGATIONS[value]
         if unit is not None and not value.fits(unit):
-            fitting = ", ".join(name for name, known in AGGREGATIONS.items() if known.fits(unit))
-            raise ConfigError(f"a loss with one value per {unit} is aggregated by one of {fitting}, got {value.name!r}")
+            fitting = [name for name, known in AGGREGATIONS.items() if known.fits(unit)]
+            if unit == "token":
+                fitting.append("fixed_length(n)")
+            raise ConfigError(
+                f"a loss with one value per {unit} is aggregated by one of {', '.join(fitting)}, got {value.name!r}"
+            )
         return value
 
 
@@ -126,46 +131,6 @@ AGGREGATIONS: Final[dict[str, Aggregation]] = {
         Aggregation("sequence_mean_token_sum", "one", "sequences"),
         Aggregation("group_mean_token_mean", "group", "groups"),
         Aggregation("pair_mean", "one", "pairs"),
+        Aggregation("sequence_mean", "one", "sequences"),
     )
 }
-
-
-def count_units(batch: TokenBatch, denominator: Denominator, where: Tensor | None = None) -> float:
-    """Return how many of what ``denominator`` names are in ``batch``.
-
-    Args:
-        batch: the tensors.
-        denominator: what is counted.
-        where: bool [N]; the tokens that count, if not all trained ones.
-
-    Raises:
-        EmptyUnitError: the sum of the weights is not positive, though something is trained.
-    """
-    kept = batch.trained_positions if where is None else batch.trained_positions & where
-    match denominator:
-        case "tokens":
-            return float(kept.sum())
-        case "weight_sum":
-            return _weight_sum(batch, kept)
-        case "sequences":
-            return float(torch.unique(batch.sequence_index[kept]).numel())
-        case "pairs":
-            return float(batch.pairs.chosen.numel())
-        case "groups":
-            return float(torch.unique(batch.groups.index[batch.sequence_index[kept]]).numel())
-        case "none":
-            return 1.0
-
-
-def _weight_sum(batch: TokenBatch, kept: Tensor) -> float:
-    weights = float(batch.weight.double()[kept].sum())
-    if weights <= 0 and bool(batch.trained.any()):
-        raise EmptyUnitError(
-            f"weighted_mean divides by the sum of the weights, which is {weights:g}; it must be positive"
-        )
-    return weights
-
-
-def _tokens_per_group(batch: TokenBatch) -> Tensor:
-    index, count = batch.groups.index, batch.groups.count
-    return batch.tokens_per_sequence.new_zeros(count).index_add(0, index, batch.tokens_per_sequence)

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import abc
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
-import torch
 from torch import Tensor
 
 from ..errors import DatumError, MissingFieldError
-from .adapt import batch_field, batch_from_datums
+from .adapt import batch_field, batch_from_datums, logprobs_in_place
 from .aggregation import Aggregation
 from .batch import TokenBatch
-from .metrics import Metric, total, wire_metrics
+from .config import from_wire
+from .counting import Counted, totals
+from .counts import Counts
+from .evaluation import assemble, fields_of
+from .metrics import Metric, Unread, wire_metrics
 from .output import LossOutput
-from .terms import Counts, Part, Term, check_counts, reduce_term
+from .problems import Problem
+from .terms import Summand
+from .values import look
 
-__all__ = ["Counts", "GradientKind", "Loss", "LossOutput", "Normalization", "Part", "Term"]
+__all__ = ["GradientKind", "Loss", "Normalization"]
 
 GradientKind = Literal["constant", "token", "sequence", "pair", "batch"]
 Normalization = Literal["num_loss_tokens", "num_sequences"]
-_logger = logging.getLogger(__name__)
 
 
 class Loss(abc.ABC):
     """A loss on per-token log-probs: a frozen dataclass of hyperparameters with one definition of its maths.
 
-    Subclasses are final. They give `terms` (the maths, unreduced), the inputs they need, and `from_config`.
-    Everything is minimised.
+    Subclasses are final. They give `terms` (the maths, unreduced) and the inputs they need, as class variables or, where
+    they depend on a field, as properties. Everything is minimised.
+
+    Attributes:
+        name: in the registry.
+        sources: papers or pages.
+        aggregation: how the first term is put together.
     """
 
     name: ClassVar[str]
-    gradient_kind: ClassVar[GradientKind]
     sources: ClassVar[tuple[str, ...]]
     aggregation: Aggregation | str
+
+    @property
+    @abc.abstractmethod
+    def gradient_kind(self) -> GradientKind:
+        """What a token's gradient depends on: nothing, its own log-prob, its sequence, its pair, or the whole batch."""
 
     @property
     @abc.abstractmethod
@@ -45,9 +55,9 @@ class Loss(abc.ABC):
         """Datum keys without which the loss cannot be computed."""
 
     @property
-    @abc.abstractmethod
     def optional_inputs(self) -> tuple[str, ...]:
         """Datum keys that the loss uses where they are given."""
+        return ()
 
     @final
     @property
@@ -64,55 +74,58 @@ class Loss(abc.ABC):
         return "num_sequences" if self.gradient_kind == "pair" else "num_loss_tokens"
 
     @classmethod
-    @abc.abstractmethod
     def from_config(cls, *args: Any, **config: Any) -> Self:
-        """Build from flat keys, as they travel in ``loss_fn_config``; the signature is the list of keys."""
+        """Build from flat keys, as they travel in ``loss_fn_config``; see `pullback.losses.config`.
+
+        Raises:
+            ConfigError: a key is unknown, has no effect, or a value is out of range.
+        """
+        if args:
+            raise TypeError(f"{cls.__name__}.from_config takes keys only, got {args}")
+        return from_wire(cls, config)
 
     @abc.abstractmethod
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        """Return the unreduced values of each summand: the loss's maths."""
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        """Return the summands: the loss's maths."""
 
-    @abc.abstractmethod
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+    def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
+        """Return what may be wrong with the values of a batch for this loss; nothing is looked at here."""
+        return ()
+
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread | Metric]:
         """Return the loss's own metrics, from detached tensors; called when they are read, and may fail without harm."""
+        return {}
 
     @final
     def evaluate(self, batch: TokenBatch, counts: Counts | None = None) -> LossOutput:
-        """Compute the loss of a batch of tensors.
+        """Compute the loss of a batch of tensors. Nothing is read from a device.
 
         Args:
             batch: the tensors.
             counts: totals of the whole step by denominator, e.g. ``{"tokens": 18231}``, where this batch is only a
-                part of it. Absent: the batch's own counts.
+                part of it; numbers, or 0-d tensors. Absent: the batch's own counts.
 
         Raises:
             MissingFieldError: the batch lacks an input.
             ConfigError: ``counts`` lacks the denominator that is needed, or it is not positive.
+            PullbackError: the values of a batch on the CPU are refused; elsewhere see `LossOutput.check`.
         """
-        self.check_inputs(batch)
-        return self.assemble(batch, self.terms(batch), counts)
+        self._inspect(batch)
+        return assemble(self, batch, self.terms(batch), counts)
 
     @final
-    def assemble(self, batch: TokenBatch, terms: tuple[Term, ...], counts: Counts | None = None) -> LossOutput:
-        """Put the unreduced terms of a batch together: the second half of `evaluate`.
+    def undivided(self, batch: TokenBatch) -> LossOutput:
+        """Compute the parts of a loss that the caller divides later, by the totals of a step; see `LossOutput.parts`.
 
-        Raises:
-            ConfigError: ``counts`` lacks the denominator that is needed, or it is not positive.
+        Unlike `evaluate` it does not ask that the batch alone could be divided: the weights of a micro-batch may sum to
+        0 or less where those of the step do not.
         """
-        check_counts(counts, terms)
-        parts = tuple(reduce_term(term, batch, counts) for term in terms)
-        shares = [p.numerator / p.count if p.count else p.numerator * 0.0 for p in parts]
-        loss = sum(shares[1:], shares[0]).to(batch.policy.dtype)
-        # Metrics may be read after the backward, so what they need is kept without its graph.
-        detached = tuple(replace(term, values=term.values.detach()) for term in terms)
-        metrics = partial(
-            self._metrics,
-            batch.with_logprobs(batch.logprobs.detach()),
-            detached,
-            tuple(replace(part, numerator=part.numerator.detach()) for part in parts),
-        )
-        values = {term.name: term.values for term in detached}
-        return LossOutput(loss, parts, values, metrics, any(not p.count for p in parts))
+        self._inspect(batch)
+        return assemble(self, batch, self.terms(batch), None, divided=False)
+
+    def _inspect(self, batch: TokenBatch) -> None:
+        self.check_inputs(batch)
+        look(batch, fields_of(self))
 
     @final
     def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -137,6 +150,38 @@ class Loss(abc.ABC):
         return batch_from_datums(data, logprobs, self.required_inputs, self.optional_inputs)
 
     @final
+    def counts(self, data: Sequence[Any]) -> dict[str, float]:
+        """Return a step's totals by denominator, before any forward; give them to `evaluate` or `with_counts`.
+
+        Args:
+            data: all datums of the step, or all its `TokenBatch`es, whose log-probs are not looked at.
+
+        Returns:
+            E.g. ``{"tokens": 18231.0}``; empty for a sum.
+
+        Raises:
+            DatumError: an input is missing, or ``data`` is neither.
+        """
+        given = isinstance(data[0], TokenBatch) if data else False
+        batches = data if given else [self.batch(data, logprobs_in_place(data))]
+        return totals(self, batches)
+
+    @final
+    def with_counts(self, *, averaged_over: int = 1, **counts: float | Tensor) -> Counted:
+        """Return the loss divided by the totals of a step, for an SDK or trainer that adds up its calls.
+
+        Args:
+            averaged_over: by how much the trainer divides the gradient once more: the world size of data parallelism
+                that averages over ranks, times the accumulation steps of a trainer that averages over them. The loss is
+                multiplied by it.
+            counts: the totals, by denominator: ``tokens=18231``; see `counts`.
+
+        Raises:
+            ConfigError: a total is missing, unknown or not positive.
+        """
+        return Counted(self, counts, averaged_over)
+
+    @final
     def check_inputs(self, batch: TokenBatch) -> None:
         """Check that the batch has what the loss requires.
 
@@ -150,24 +195,3 @@ class Loss(abc.ABC):
             name = batch_field(key)
             if getattr(batch, name) is None:
                 raise MissingFieldError(f"missing required field {key!r}: {self.name} needs {name} in its TokenBatch")
-
-    @torch.no_grad()
-    def _metrics(self, batch: TokenBatch, terms: tuple[Term, ...], parts: tuple[Part, ...]) -> dict[str, Metric]:
-        try:
-            common = {"loss": total(sum(p.numerator.item() for p in parts))}
-            if all(p.denominator != "none" for p in parts):
-                common["loss_per_unit"] = _per_unit(parts)
-            common["tokens"] = total(batch.trained_positions.sum())
-            common["sequences"] = total(float(batch.num_sequences))
-            return common | dict(self.describe(batch, terms))
-        except Exception:
-            # A metric must never cost a training step (nor hide that it is missing).
-            _logger.exception("metrics of %s could not be computed", self.name)
-            return {"metrics_failed": total(1.0)}
-
-
-def _per_unit(parts: tuple[Part, ...]) -> Metric:
-    values, count = [p.numerator.item() for p in parts], parts[0].count
-    if any(p.count != count for p in parts):
-        return Metric(sum(v / p.count for v, p in zip(values, parts, strict=True) if p.count), 1.0, "mean")
-    return Metric(sum(values), count, "mean")

@@ -34,6 +34,7 @@ _KEYS = (
     InputKey("logprobs", "float32", True, "log-probs of the rollout policy (the sampler), at its temperature"),
     InputKey("old_logprobs", "float32", True, "log-probs of the proximal anchor, where it differs from the sampler"),
     InputKey("ref_logprobs", "float32", True, "log-probs of the frozen reference"),
+    InputKey("sequence_ratio_mask", "float32", True, "1 on the tokens that a sequence's ratio is taken over, else 0"),
     InputKey("pair_id", "int64", False, "which preference pair the sequence belongs to"),
     InputKey("role", "int64", False, "0 rejected, 1 chosen, 2 gold"),
     InputKey("group_id", "int64", False, "which prompt group the sequence belongs to"),

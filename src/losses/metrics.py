@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
+import torch
 from torch import Tensor
 
-__all__ = ["Metric", "Metrics", "combine_metrics", "maximum", "mean", "minimum", "total", "wire_metrics"]
+__all__ = ["Metric", "Metrics", "Unread", "combine_metrics", "maximum", "mean", "read", "total", "wire_metrics"]
 
 Reduction = Literal["mean", "sum", "min", "max"]
 
@@ -49,28 +50,47 @@ class Metric:
 Metrics = Mapping[str, Metric]
 
 
-def mean(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Return the mean of ``values`` over the True entries of ``where`` (all, if absent)."""
-    kept = values.detach() if where is None else values.detach()[where]
-    return Metric(float(kept.double().sum()), float(kept.numel()), "mean")
+class Unread(NamedTuple):
+    """A metric whose numbers may still be on a device, 0-d; see `read`."""
+
+    numerator: Tensor | float
+    denominator: Tensor | float
+    reduction: Reduction
 
 
-def total(value: Tensor | float) -> Metric:
+def mean(values: Tensor, count: Tensor | float | None = None) -> Unread:
+    """Return the mean of ``values``: of all, or of ``count`` of them where the others are 0."""
+    return Unread(values.sum(dtype=torch.float64), float(values.numel()) if count is None else count, "mean")
+
+
+def total(value: Tensor | float) -> Unread:
     """Return the sum of ``value``."""
-    amount = float(value.detach().double().sum()) if isinstance(value, Tensor) else value
-    return Metric(amount, 1.0, "sum")
+    return Unread(value.sum(dtype=torch.float64) if isinstance(value, Tensor) else value, 1.0, "sum")
 
 
-def maximum(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Return the largest of ``values``; minus infinity of nothing."""
-    kept = values.detach() if where is None else values.detach()[where]
-    return Metric(float(kept.max()) if kept.numel() else -math.inf, 1.0, "max")
+def maximum(values: Tensor, count: Tensor) -> Unread:
+    """Return the largest of ``values``, at least 0; minus infinity where ``count`` is 0."""
+    largest = values.amax() if values.numel() else values.new_zeros(())
+    return Unread(torch.where(count > 0, largest, -math.inf), 1.0, "max")
 
 
-def minimum(values: Tensor, where: Tensor | None = None) -> Metric:
-    """Return the smallest of ``values``; infinity of nothing."""
-    kept = values.detach() if where is None else values.detach()[where]
-    return Metric(float(kept.min()) if kept.numel() else math.inf, 1.0, "min")
+def read(metrics: Mapping[str, Unread | Metric]) -> dict[str, Metric]:
+    """Return metrics as numbers, brought over in one transfer."""
+    tensors = [
+        x for metric in metrics.values() if isinstance(metric, Unread) for x in metric[:2] if isinstance(x, Tensor)
+    ]
+    if tensors and tensors[0].device.type == "cpu":
+        numbers = iter([x.item() for x in tensors])
+    else:
+        numbers = iter(torch.stack([x.detach().double() for x in tensors]).tolist() if tensors else [])
+    found = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, Metric):
+            found[name] = metric
+            continue
+        top, bottom = (float(next(numbers)) if isinstance(x, Tensor) else float(x) for x in metric[:2])
+        found[name] = Metric(top, bottom, metric.reduction)
+    return found
 
 
 def combine_metrics(parts: Iterable[Metrics]) -> dict[str, Metric]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import ConfigError, suggestion
@@ -66,12 +67,14 @@ def _trl_grpo(
     use_bias_correction_kl: bool,
 ) -> Loss:
     # The corrected k3 has exactly the gradient of the reverse KL; the uncorrected one is k3's own derivative.
-    corrected, plain = KL("k3", beta), KL("k3", beta, "pathwise", importance=False)
+    # Its weight is the ratio to old_logprobs.
+    corrected = KL("k3", beta, importance="anchor", acknowledge_biased=True)
+    plain = KL("k3", beta, "pathwise", importance=False)
     kl = corrected if use_bias_correction_kl else plain
     return GRPO(clip=ClipRange.from_epsilon(epsilon, epsilon_high), kl=kl if beta else None, aggregation=aggregation)
 
 
-def _trl(aggregation: str) -> Callable[..., Loss]:
+def _trl(aggregation: str | Aggregation) -> Callable[..., Loss]:
     def build(
         beta: float = 0.0,
         epsilon: float = 0.2,
@@ -83,6 +86,10 @@ def _trl(aggregation: str) -> Callable[..., Loss]:
     return build
 
 
+def _all_rows(length: float) -> Aggregation:
+    return replace(fixed_length(length), denominator="all_sequences")
+
+
 def _trl_dr_grpo(
     max_completion_length: int = 256,
     beta: float = 0.0,
@@ -90,7 +97,7 @@ def _trl_dr_grpo(
     epsilon_high: float | None = None,
     use_bias_correction_kl: bool = True,
 ) -> Loss:
-    return _trl_grpo(fixed_length(max_completion_length), beta, epsilon, epsilon_high, use_bias_correction_kl)
+    return _trl_grpo(_all_rows(max_completion_length), beta, epsilon, epsilon_high, use_bias_correction_kl)
 
 
 _PRESETS: Final[dict[str, Callable[..., Loss]]] = {
@@ -101,7 +108,8 @@ _PRESETS: Final[dict[str, Callable[..., Loss]]] = {
     "seed:grpo": _seed_grpo,
     "seed:dpo": lambda beta=0.1: DPO(beta),
     "trl:dpo": lambda beta=0.1: DPO(beta),
-    "trl:grpo": _trl("sequence_mean_token_mean"),
+    # A row without a trained token counts there.
+    "trl:grpo": _trl(Aggregation("sequence_mean_token_mean", "sequence", "all_sequences")),
     "trl:dapo": _trl("token_mean"),
     "trl:bnpo": _trl("token_mean"),
     "trl:dr_grpo": _trl_dr_grpo,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final, TypeVar, final
 
-from ..errors import ConfigError, DuplicateLossError, UnknownLossError, suggestion
+from ..errors import DuplicateLossError, UnknownLossError, suggestion
 from .base import Loss
+from .config import to_wire
 
 __all__ = ["ENTRY_POINT_GROUP", "Registry", "config_of", "get_loss", "loss_names", "register", "registry"]
 
@@ -59,13 +59,7 @@ class Registry:
             UnknownLossError: the name is unknown.
             ConfigError: a key is unknown (close spellings are suggested) or a value is out of range.
         """
-        loss = self.get(name)
-        keys = config_keys(loss)
-        for key in config or {}:
-            if key not in keys:
-                known = ", ".join(keys) or "none"
-                raise ConfigError(f"loss {name!r} has no config key {key!r}{suggestion(key, keys)}; it has: {known}")
-        return loss.from_config(**dict(config or {}))
+        return self.get(name).from_config(**dict(config or {}))
 
     def names(self) -> tuple[str, ...]:
         """Return the registered names, sorted."""
@@ -79,32 +73,9 @@ class Registry:
             self.register(entry.load())
 
 
-def config_keys(loss: type[Loss]) -> dict[str, Any]:
-    """Return the config keys of a loss with their defaults."""
-    return {name: parameter.default for name, parameter in inspect.signature(loss.from_config).parameters.items()}
-
-
 def config_of(loss: Loss) -> dict[str, Any] | None:
     """Return the flat config that builds this very loss by its name; None if a hyperparameter has no key, or it has no name."""
-    if registry._classes.get(loss.name) is not type(loss):
-        return None
-    config = {}
-    for key, default in config_keys(type(loss)).items():
-        value = _flat(loss, key)
-        if value is not None and value != default:
-            config[key] = value
-    try:
-        return config if type(loss).from_config(**config) == loss else None
-    except (ConfigError, TypeError):
-        return None
-
-
-def _flat(loss: object, key: str) -> Any:
-    """Look a flat key up: ``aggregation`` by its name, ``kl_beta`` is ``kl.beta``, ``clip_low_threshold`` is ``clip.low``."""
-    if hasattr(loss, key):
-        return getattr(getattr(loss, key), "name", getattr(loss, key))
-    part, _, attribute = key.partition("_")
-    return getattr(getattr(loss, part, None), attribute.removesuffix("_threshold"), None)
+    return to_wire(loss) if registry._classes.get(loss.name) is type(loss) else None
 
 
 registry: Final = Registry(ENTRY_POINT_GROUP)

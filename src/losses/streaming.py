@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LengthError, LossError
-from .aggregation import Aggregation, count_units
+from .aggregation import Aggregation
 from .base import Loss
 from .batch import TokenBatch
+from .counts import Count, Counts, check_counts, given_count
+from .evaluation import part_of, put_together
+from .inputs import INPUTS, TOKEN_INPUTS
+from .layout import Packed
 from .output import LossOutput
-from .terms import Counts, Term, check_counts, given_count
+from .problems import Problem, raise_readable
+from .terms import Summand, Term
 
-__all__ = ["TokenStream"]
+__all__ = ["TokenStream", "select_tokens"]
 
 
 @final
@@ -27,12 +31,12 @@ class TokenStream:
 
     Args:
         loss: of gradient kind ``constant`` or ``token``.
-        batch: the whole batch, with one target per token; its log-probs are placeholders, e.g. zeros.
+        batch: the whole batch, packed, with one target per token; its log-probs are placeholders, e.g. zeros.
         counts: totals of the whole step by denominator; with them the cotangent is that of the divided loss.
 
     Raises:
         ConfigError: a token's gradient depends on more than the token, or ``counts`` is no mapping.
-        LengthError: the batch has several targets per token.
+        LengthError: the batch is not packed, or has several targets per token.
         MissingFieldError: the batch lacks an input of the loss.
     """
 
@@ -44,17 +48,18 @@ class TokenStream:
                 f"{loss.name} is of gradient kind {loss.gradient_kind!r}: a token's gradient depends on other tokens, so "
                 "it cannot be computed chunk by chunk; use Loss.evaluate"
             )
-        if batch.logprobs.dim() != 1:
-            raise LengthError(f"a TokenStream takes one target per token, got shape {tuple(batch.logprobs.shape)}")
-        if loss.main_aggregation.denominator == "weight_sum":
-            count_units(batch, "weight_sum")  # refuses what `output` could not divide by
+        if not isinstance(batch.layout, Packed) or batch.layout.candidates:
+            raise LengthError(f"a TokenStream takes packed tokens of one target, got shape {batch.layout.shape}")
         self._loss, self._batch, self._counts = loss, batch, counts
+        self._layout = batch.layout
         self._positions = torch.arange(batch.logprobs.numel(), device=batch.logprobs.device)
         # Kept on the CPU, so that slices of a batch on a device are checked without waiting for it.
         self._missing = torch.ones(batch.logprobs.numel(), dtype=torch.bool)
         self._coefficients: dict[Aggregation, Tensor] = {}
-        self._logprobs = torch.empty(0)
-        self._terms: tuple[Term, ...] = ()
+        self._logprobs = torch.zeros_like(batch.logprobs)
+        self._numerators: list[Tensor] = []
+        self._terms: tuple[Summand, ...] = ()  # of the first chunk, which the others must be like
+        self._where: dict[str, Tensor] = {}
 
     def cotangent(self, logprobs: Tensor, at: slice | Tensor) -> Tensor:
         """Return the derivative of the sum of the numerators (with ``counts``, of the divided loss) at some tokens.
@@ -74,12 +79,19 @@ class TokenStream:
         leaf = logprobs.detach().requires_grad_()
         order = index.argsort() if isinstance(at, Tensor) else slice(None)
         places = index[order]
+        chunk = select_tokens(self._batch, places)
         with torch.enable_grad():
-            terms = self._loss.terms(self._batch.select_tokens(places).with_logprobs(leaf[order]))
-            self._check_terms(terms, places)
-            total = torch.stack([self._share(term, places) for term in terms]).sum()
+            chunk = chunk.with_logprobs(leaf[order])
+            terms = self._loss.terms(chunk)
+            self._check_terms(terms, chunk)
+            numerators = [term.numerator(chunk, self._coefficient(term)[places]) for term in terms]
+            divisors = [self._divisor(term) for term in terms]
+            total = torch.stack([n / d for n, d in zip(numerators, divisors, strict=True)]).sum()
         (cotangent,) = torch.autograd.grad(total, leaf)
-        self._keep(leaf.detach()[order], terms, places)
+        self._logprobs[places] = leaf.detach()[order].to(self._logprobs.dtype)
+        before = self._numerators or [torch.zeros_like(n) for n in numerators]
+        self._numerators = [n.detach() + b for n, b in zip(numerators, before, strict=True)]
+        self._keep(terms, places)
         self._missing[on_cpu] = False
         return cotangent
 
@@ -97,7 +109,17 @@ class TokenStream:
             )
         if not self._terms:  # a batch without tokens
             self.cotangent(self._batch.logprobs, slice(0, 0))
-        return self._loss.assemble(self._batch.with_logprobs(self._logprobs), self._terms, self._counts)
+        whole = self._batch.with_logprobs(self._logprobs)
+        parts = []
+        problems: list[Problem | None] = [*whole.problems(), *self._loss.problems(whole)]
+        for term, numerator in zip(self._terms, self._numerators, strict=True):
+            joined = term.counting(self._where.get(term.name))
+            part, problem = part_of(joined, numerator, whole, self._counts, divided=False)
+            parts.append(part)
+            problems.append(problem)
+        unread = raise_readable(problems)
+        with torch.no_grad():
+            return put_together(self._loss, whole, lambda: self._loss.terms(whole), tuple(parts), unread)
 
     def _resolve(self, at: slice | Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that ``at`` names, on the batch's device and on the CPU."""
@@ -114,36 +136,53 @@ class TokenStream:
             raise LossError("a token's cotangent is asked a second time; each token has one place in a stream")
         return (on_cpu.to(device) if isinstance(at, Tensor) else self._positions[at]), on_cpu
 
-    def _share(self, term: Term, places: Tensor) -> Tensor:
+    def _coefficient(self, term: Summand) -> Tensor:
+        """Return c of every token, as the whole batch has it; [N]."""
         if term.aggregation not in self._coefficients:
-            self._coefficients[term.aggregation] = term.aggregation.weighted_coefficients(self._batch)
-        numerator = term.weighed(self._coefficients[term.aggregation][places])
-        return numerator if self._counts is None else numerator / given_count(term, self._counts)
+            per_row = term.aggregation.row_coefficients(self._batch)
+            ones = torch.ones(self._layout.shape, dtype=torch.float64, device=self._positions.device)
+            self._coefficients[term.aggregation] = ones if per_row is None else self._layout.spread(per_row, 1)
+        return self._coefficients[term.aggregation]
 
-    def _check_terms(self, terms: tuple[Term, ...], places: Tensor) -> None:
-        if any(term.unit != "token" or term.values.shape != places.shape for term in terms):
-            raise LossError(f"{self._loss.name} does not give one value per token, so it cannot be streamed")
-        if self._terms and [_constants(term) for term in terms] != [_constants(term) for term in self._terms]:
+    def _divisor(self, term: Summand) -> Count:
+        return 1.0 if self._counts is None else given_count(term, self._counts)
+
+    def _check_terms(self, terms: tuple[Summand, ...], chunk: TokenBatch) -> None:
+        for term in terms:
+            if isinstance(term, Term) and (term.unit != "token" or term.unreduced.shape != chunk.logprobs.shape):
+                raise LossError(f"{self._loss.name} does not give one value per token, so it cannot be streamed")
+        if not self._terms:
+            check_counts(self._counts, terms)
+        elif [_constants(term) for term in terms] != [_constants(term) for term in self._terms]:
             raise LossError(f"{self._loss.name} has other terms for this chunk of tokens than for the first one")
 
-    def _keep(self, logprobs: Tensor, terms: tuple[Term, ...], places: Tensor) -> None:
-        if not self._terms:
-            size = self._missing.numel()
-            self._logprobs = logprobs.new_zeros(size)
-            self._terms = tuple(
-                replace(
-                    term,
-                    values=term.values.detach().new_zeros(size),
-                    where=None if term.where is None else term.where.new_zeros(size),
-                )
-                for term in terms
-            )
-        self._logprobs[places] = logprobs
-        for whole, chunk in zip(self._terms, terms, strict=True):
-            whole.values[places] = chunk.values.detach()
-            if whole.where is not None and chunk.where is not None:
-                whole.where[places] = chunk.where
+    def _keep(self, terms: tuple[Summand, ...], places: Tensor) -> None:
+        self._terms = self._terms or terms
+        for term in terms:
+            if term.where is not None:
+                whole = self._where.setdefault(term.name, torch.zeros_like(self._positions, dtype=torch.bool))
+                whole[places] = term.where
 
 
-def _constants(term: Term) -> tuple[object, ...]:
+def _constants(term: Summand) -> tuple[object, ...]:
     return term.name, term.aggregation, term.scale, term.where is None
+
+
+def select_tokens(batch: TokenBatch, at: Tensor) -> TokenBatch:
+    """Return a packed batch of some of the tokens of a packed one; every sequence stays, with fewer tokens or none.
+
+    Args:
+        batch: the whole batch.
+        at: int64 [n]; positions of the tokens, ascending.
+    """
+    layout = batch.layout
+    assert isinstance(layout, Packed), "only packed batches are streamed"
+    row = layout.index[at]
+    counts = torch.zeros_like(layout.offsets).index_add(0, row + 1, torch.ones_like(row))
+    chosen = {name: getattr(batch, name) for name in INPUTS}
+    for name in TOKEN_INPUTS:
+        chosen[name] = None if chosen[name] is None else chosen[name][at]
+    logprobs = batch.logprobs[at]
+    packed = Packed(logprobs.shape, counts.cumsum(0))
+    packed.__dict__["index"] = row
+    return TokenBatch(logprobs, packed, **chosen)

@@ -1,43 +1,140 @@
-"""Terms: a loss's unreduced values, their coefficients, and what their sum is divided by."""
+"""Terms: the summands of a loss, as a function of each token or as values of each unit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import final, get_args
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, final, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .aggregation import Aggregation, Denominator, Unit, count_units
+from .aggregation import AGGREGATIONS, Aggregation, Unit
 from .batch import TokenBatch
 from .checks import choice, number
+from .functional.likelihood import nll
+from .selection import wide
+from .sums import token_sum, token_values, weighted_sum
 
-__all__ = ["Counts", "Part", "Term", "check_counts", "given_count", "reduce_term"]
+__all__ = ["Summand", "Term", "TokenTerm"]
 
-Counts = Mapping[str, float]
+
+class Summand(abc.ABC):
+    """One summand of a loss: ``scale * sum_u c_u w_u value_u / D``.
+
+    Attributes:
+        name: e.g. ``policy`` or ``kl``.
+        unit: what there is one value of.
+        aggregation: how the values are put together.
+        scale: the summand's coefficient, e.g. a KL's beta.
+        where: bool, one per token; the tokens that count, if not all trained ones.
+    """
+
+    name: str
+    aggregation: Aggregation
+    scale: float
+    where: Tensor | None
+
+    @abc.abstractmethod
+    def counting(self, where: Tensor | None) -> Summand:
+        """Return the same summand with other tokens that count."""
+
+    @abc.abstractmethod
+    def values(self, batch: TokenBatch) -> Tensor:
+        """Return the unreduced values, detached; 0 where nothing is trained."""
+
+    @abc.abstractmethod
+    def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
+        """Return ``scale * sum_u c_u w_u value_u``; 0-d, fp32 or better, differentiable in the batch's log-probs.
+
+        Args:
+            batch: the tensors that the summand was made of.
+            coefficients: c of every token, in place of the aggregation's own, where the batch is only a part of its
+                sequences.
+        """
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Term:
-    """Unreduced values of one summand of a loss.
+class TokenTerm(Summand):
+    """A summand with one value per token, ``definition(logprob_t, *args_t)``.
 
     Args:
-        name: e.g. ``policy`` or ``kl``.
-        values: one value per token ([N] or [N, K], 0 where untrained) or per pair ([P]).
+        name: e.g. ``policy``.
+        definition: a function of `pullback.losses.functional`, or any other pure one; a closed form is used where there is
+            one.
+        args: its other arguments, constants of the differentiation: numbers, and tensors that broadcast to the log-probs
+            (NaN in untrained positions does no harm).
+        aggregation: how the values are put together.
+        scale: the summand's coefficient.
+        factor: a detached weight of each token, e.g. an importance ratio; multiplies the value, not the count.
+        where: bool, shape of the log-probs; the tokens that count, if not all trained ones.
+
+    Raises:
+        ConfigError: the aggregation does not fit tokens, or the scale is no finite number.
+    """
+
+    name: str
+    definition: Callable[..., Tensor]
+    args: tuple[Any, ...] = ()
+    aggregation: Aggregation = AGGREGATIONS["sum"]
+    scale: float = 1.0
+    factor: Tensor | None = None
+    where: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
+        number("scale of a term", self.scale)
+
+    def counting(self, where: Tensor | None) -> TokenTerm:
+        return replace(self, where=where)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        with torch.no_grad():
+            return token_values(wide(batch.logprobs.detach()), self.definition, self.args, self._mask(batch))
+
+    def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
+        scale = self.scale * self.aggregation.constant
+        per_row = self.aggregation.row_coefficients(batch) if coefficients is None else None
+        if self.definition is nll and self.factor is None and self.where is None and coefficients is None:
+            # Linear in the log-probs: no token's value is needed.
+            if per_row is None:
+                return weighted_sum(wide(batch.logprobs), batch.mask, batch.scale, -scale, batch.finite)
+            return (batch.weighted_row_sum() * per_row).sum() * -scale
+        factors = [f for f in (batch.scale, self.factor, coefficients) if f is not None]
+        if per_row is not None:
+            factors.append(batch.layout.spread(per_row, batch.logprobs.dim()))
+        x = wide(batch.logprobs)
+        factors = [f if f.dtype == x.dtype else f.to(x.dtype) for f in factors]
+        return token_sum(x, self.definition, self.args, factors, self._mask(batch), scale)
+
+    def _mask(self, batch: TokenBatch) -> Tensor | None:
+        if self.where is None:
+            return batch.mask
+        return torch.where(self.where, batch.weight, torch.zeros_like(batch.weight))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Term(Summand):
+    """A summand whose values have been computed already, by differentiable operations.
+
+    Args:
+        name: e.g. ``dpo``.
+        unreduced: one value per token (shape of the log-probs, 0 where untrained), per sequence ([B], 0 where
+            nothing of it is trained) or per pair ([P]).
         unit: what there is one value of.
         aggregation: how the values are put together.
-        scale: the summand's coefficient, e.g. a KL's beta.
-        where: bool [N]; the tokens that count, if not all trained ones.
+        scale: the summand's coefficient.
+        where: bool, one per token; the tokens that count, if not all trained ones.
 
     Raises:
         ConfigError: the unit is unknown, the aggregation does not fit it, or the scale is no finite number.
     """
 
     name: str
-    values: Tensor
+    unreduced: Tensor
     unit: Unit
     aggregation: Aggregation
     scale: float = 1.0
@@ -48,83 +145,19 @@ class Term:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, self.unit))
         number("scale of a term", self.scale)
 
-    def coefficients(self, batch: TokenBatch) -> Tensor:
-        """Return ``c_u w_u``, what each value is multiplied by; float64, shape of ``values``."""
-        if self.unit == "pair":
-            return torch.ones_like(self.values, dtype=torch.float64)
-        return self.aggregation.weighted_coefficients(batch)
+    def counting(self, where: Tensor | None) -> Term:
+        return replace(self, where=where)
 
-    def weighed(self, coefficients: Tensor) -> Tensor:
-        """Return ``scale * sum_u c_u w_u value_u`` for these coefficients, accumulated in float64."""
-        return self.scale * (coefficients * self.values.double()).sum()
+    def values(self, batch: TokenBatch) -> Tensor:
+        return self.unreduced.detach()
 
-    def numerator(self, batch: TokenBatch) -> Tensor:
-        """Return ``scale * sum_u c_u w_u value_u``, accumulated in float64."""
-        return self.weighed(self.coefficients(batch))
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One term, reduced but not divided: ``numerator / count`` is its share of the loss."""
-
-    name: str
-    numerator: Tensor
-    denominator: Denominator
-    count: float
-
-
-def reduce_term(term: Term, batch: TokenBatch, counts: Counts | None) -> Part:
-    """Return a term's numerator and what it is divided by: the batch's own count, or the one of ``counts``.
-
-    Raises:
-        EmptyUnitError: the weights of a weighted mean have no positive sum.
-        ConfigError: ``counts`` lacks the denominator that is needed, or it is not positive.
-    """
-    denominator = term.aggregation.denominator
-    count = count_units(batch, denominator, term.where)
-    if counts is not None and denominator != "none":
-        own, count = count, given_count(term, counts)
-        if own > count * (1 + 1e-6):
-            raise ConfigError(
-                f"counts[{denominator!r}] is {count:g}, but this call alone has {own:g}: give the total of the whole step"
-            )
-    return Part(term.name, term.numerator(batch), denominator, count)
-
-
-def given_count(term: Term, counts: Counts) -> float:
-    """Return the total that the caller gave for a term's denominator; 1 where nothing is divided.
-
-    Raises:
-        ConfigError: it is missing.
-    """
-    denominator = term.aggregation.denominator
-    if denominator == "none":
-        return 1.0
-    if denominator not in counts:
-        raise ConfigError(f"counts lacks {denominator!r}, which term {term.name!r} is divided by; got {dict(counts)}")
-    return float(counts[denominator])
-
-
-def check_counts(counts: object, terms: Sequence[Term] | None = None) -> None:
-    """Check totals that the caller gave, before anything is divided by them.
-
-    Args:
-        counts: should map denominators to positive numbers; None: nothing was given.
-        terms: of the loss, if they are known: a total that none of them is divided by would be ignored.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if counts is None:
-        return
-    if not isinstance(counts, Mapping):
-        raise ConfigError(f"counts must map denominators to totals, e.g. {{'tokens': 18231}}, got {counts!r}")
-    for name, total in counts.items():
-        choice("a key of counts", name, [d for d in get_args(Denominator) if d != "none"])
-        number(f"counts[{name!r}]", total, low=0.0)
-    used = {term.aggregation.denominator for term in terms or ()} - {"none"}
-    unused = sorted(set(counts) - used)
-    if terms is not None and unused:
-        divides = ", ".join(sorted(used)) or "nothing (it is a sum)"
-        raise ConfigError(f"counts has {unused}, but the loss is divided by {divides}: it would be ignored; drop it")
+    def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
+        scale = self.scale * self.aggregation.constant
+        if self.unit != "token":
+            total = self.unreduced.sum(dtype=torch.float64)
+            return total if scale == 1.0 else total * scale
+        per_row = self.aggregation.row_coefficients(batch) if coefficients is None else None
+        weighed = self.unreduced.double() * batch.weight
+        if per_row is not None:
+            weighed = weighed * batch.layout.spread(per_row, weighed.dim())
+        return (weighed if coefficients is None else weighed * coefficients).sum(dtype=torch.float64) * scale

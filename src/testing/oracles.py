@@ -54,19 +54,20 @@ def grpo(
 ) -> Cotangent:
     """``w c / D (-r A [not clipped] + beta v dK)`` with dK = D (reverse, k2), 1 - exp(-D) (k3 pathwise) or 1 (k1 pathwise).
 
-    v is the ratio, or 1 without ``importance``; without ``ratio`` the policy part is ``-A``.
+    v is the ratio to the sampler, or 1 without ``importance``; without ``ratio`` the policy part is ``-A``.
     """
     factor = scale(case, aggregation)
 
     def token(s: CaseSequence, j: int) -> float:
         anchor = s.old_logprobs if case.with_old else s.rollout_logprobs
         r = math.exp(s.logprobs[j] - anchor[j]) if ratio else 1.0
+        v = math.exp(s.logprobs[j] - s.rollout_logprobs[j]) if importance else 1.0
         a = s.advantages[j]
         clipped = clip_range is not None and ((a > 0 and r > clip_range[1]) or (a < 0 and r < clip_range[0]))
         d = s.logprobs[j] - s.ref_logprobs[j]
         slope = {"reverse": d, "k2": d, "k3": 1 - math.exp(-d), "k1": 1.0, "none": 0.0}[kl]
         policy = 0.0 if clipped else -r * a
-        return s.weights[j] * factor(s) * (policy + beta * (r if importance else 1.0) * slope)
+        return s.weights[j] * factor(s) * (policy + beta * v * slope)
 
     return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses.base import Loss, LossOutput
+from ..losses.base import Loss
+from ..losses.output import LossOutput
 from .cases import Case
 from .oracles import finite_differences
 

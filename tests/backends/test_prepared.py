@@ -64,9 +64,9 @@ def count(patch: pytest.MonkeyPatch, loss: type[Loss]) -> Counted:
         counted.evaluated += batch.logprobs.shape[0]
         return terms(self, batch)
 
-    def describing(self: Loss, batch: TokenBatch, values: Any) -> Any:
+    def describing(self: Loss, batch: TokenBatch) -> Any:
         counted.described += batch.logprobs.shape[0]
-        return describe(self, batch, values)
+        return describe(self, batch)
 
     patch.setattr(validation, "_problems", validating)
     patch.setattr(base, "batch_from_datums", packing)

@@ -58,6 +58,7 @@ def test_bare_number_is_an_epsilon() -> None:
     """PPO(0.2) and GRPO(clip=0.2) hold the range 0.8 to 1.2, and so does the formula itself."""
     assert PPO(0.2) == PPO(ClipRange(0.8, 1.2)) == PPO()
     assert GRPO(clip=0.3).clip == ClipRange(0.7, 1.3)
+    assert GRPO(kl=0.04) == GRPO(kl=KL(beta=0.04))
     ratio = torch.tensor([0.5, 1.0, 1.5])
     with pytest.warns(DeprecationWarning, match=r"is now pullback\.losses\.functional\.ppo_clip"):
         assert clipped_surrogate(ratio, torch.ones(3), 0.2).tolist() == pytest.approx([-0.5, -1.0, -1.2])
@@ -121,7 +122,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "clip as flag": lambda: PPO(True),
     "epsilon above 1": lambda: PPO(1.2),
     "epsilon NaN": lambda: PPO(math.nan),
-    "kl as number": lambda: GRPO(kl=0.04),  # type: ignore[arg-type]
+    "kl as text": lambda: GRPO(kl="0.04"),  # type: ignore[arg-type]
     "anchor misspelt": lambda: GRPO(anchor="rolout"),  # type: ignore[arg-type]
     "no aggregation": lambda: CrossEntropy(None),  # type: ignore[arg-type]
     "option of a preset misspelt": lambda: preset("trl:dapo", epsilon_hi=0.3),

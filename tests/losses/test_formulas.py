@@ -26,7 +26,7 @@ from pullback.losses import (
 from pullback.testing import Case, CaseSequence, cotangent, oracles
 from pullback.testing.strategies import cases
 
-TOKEN_AGGREGATIONS = [name for name in AGGREGATIONS if name != "pair_mean"]
+TOKEN_AGGREGATIONS = [name for name, known in AGGREGATIONS.items() if known.fits("token")]
 
 
 def agrees(loss: Loss, case: Case, expected: list[list[float]]) -> bool:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pullback.errors import LengthError
-from pullback.losses import GRPO, KL, PPO, CrossEntropy, Metric, Term, TokenBatch
+from pullback.losses import GRPO, KL, PPO, CrossEntropy, Packed, TokenBatch, Unread
+from pullback.losses.streaming import select_tokens
 
 NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
 BATCH = TokenBatch.from_packed(
@@ -26,10 +27,9 @@ def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[bool] = []
     describe = GRPO.describe
 
-    def counted(self: GRPO, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        tensors = (batch.logprobs, *(term.values for term in terms))
-        calls.append(any(tensor.requires_grad for tensor in tensors) or torch.is_grad_enabled())
-        return describe(self, batch, terms)
+    def counted(self: GRPO, batch: TokenBatch) -> Mapping[str, Unread]:
+        calls.append(batch.logprobs.requires_grad or torch.is_grad_enabled())
+        return describe(self, batch)
 
     monkeypatch.setattr(GRPO, "describe", counted)
     leaf = torch.full((5,), -1.0, dtype=torch.float64, requires_grad=True)
@@ -55,14 +55,15 @@ def test_a_metric_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch, capl
 
 def test_tokens_are_selected_with_their_inputs() -> None:
     """A chunk has the inputs of its own tokens and the sequences they belong to."""
-    chunk = BATCH.select_tokens(torch.tensor([1, 2, 4]))
-    assert chunk.offsets.tolist() == [0, 2, 3]
-    assert chunk.sequence_index.tolist() == [0, 0, 1]
+    chunk = select_tokens(BATCH, torch.tensor([1, 2, 4]))
+    assert isinstance(chunk.layout, Packed)
+    assert chunk.layout.offsets.tolist() == [0, 2, 3]
+    assert chunk.layout.index.tolist() == [0, 0, 1]
     assert chunk.trained.tolist() == [False, True, True]
     assert chunk.advantages is not None
     assert chunk.advantages.tolist() == [-1, 0, 2]
-    checked = TokenBatch(chunk.logprobs, chunk.offsets, chunk.weights)
-    assert checked.sequence_index.tolist() == chunk.sequence_index.tolist()
+    again = Packed(chunk.logprobs.shape, chunk.layout.offsets)
+    assert again.index.tolist() == chunk.layout.index.tolist()
 
 
 def test_other_logprobs_other_dtype() -> None:

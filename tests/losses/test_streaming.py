@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pullback.errors import ConfigError, EmptyUnitError, LengthError, LossError, MissingFieldError
+from pullback.errors import ConfigError, LengthError, LossError, MissingFieldError
 from pullback.losses import (
     AGGREGATIONS,
     DPO,
@@ -24,10 +24,12 @@ from pullback.losses import (
     ImportanceSampling,
     Loss,
     LossOutput,
-    Metric,
+    Summand,
     Term,
     TokenBatch,
     TokenStream,
+    TokenTerm,
+    Unread,
     fixed_length,
     preset,
 )
@@ -36,7 +38,7 @@ from pullback.losses.base import GradientKind
 from pullback.testing import Case
 from pullback.testing.strategies import cases
 
-TOKEN_AGGREGATIONS = [*(name for name in AGGREGATIONS if name != "pair_mean"), fixed_length(7)]
+TOKEN_AGGREGATIONS = [*(name for name, known in AGGREGATIONS.items() if known.fits("token")), fixed_length(7)]
 MAKERS: list[Callable[[Any], Loss]] = [
     CrossEntropy,
     ImportanceSampling,
@@ -67,9 +69,6 @@ class SurprisingTokens(Loss):
         where = batch.policy < -1
         values = torch.where(where, -batch.policy, torch.zeros_like(batch.policy))
         return (Term("nll", values, "token", self.main_aggregation, where=where),)
-
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        return {}
 
 
 def placeholder(case: Case) -> tuple[TokenBatch, Tensor]:
@@ -175,14 +174,12 @@ def test_a_wrong_coefficient_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPa
     case = Case(tuple(_sequence(n) for n in (3, 2)))
     loss, chunks = CrossEntropy("sequence_mean_token_mean"), [slice(0, 2), slice(2, 5)]
     assert same(streamed(loss, case, chunks), at_once(loss, case))
-    share = TokenStream._share
-
-    def broken(self: TokenStream, term: Term, places: Tensor) -> Tensor:
-        if wrong == "shifted":
-            return share(self, term, (places + 1) % 5)
-        return term.numerator(self._batch.select_tokens(places))
-
-    monkeypatch.setattr(TokenStream, "_share", broken)
+    if wrong == "shifted":
+        coefficient = TokenStream._coefficient
+        monkeypatch.setattr(TokenStream, "_coefficient", lambda self, term: coefficient(self, term).roll(-1))
+    else:
+        numerator = TokenTerm.numerator
+        monkeypatch.setattr(TokenTerm, "numerator", lambda self, batch, coefficients=None: numerator(self, batch))
     assert not same(streamed(loss, case, chunks), at_once(loss, case))
 
 
@@ -199,13 +196,13 @@ def test_each_token_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     described: list[int] = []
     terms, describe = PPO.terms, PPO.describe
 
-    def count_terms(self: PPO, batch: TokenBatch) -> tuple[Term, ...]:
+    def count_terms(self: PPO, batch: TokenBatch) -> tuple[Summand, ...]:
         seen.append(batch.logprobs.detach().tolist())
         return terms(self, batch)
 
-    def count_describe(self: PPO, batch: TokenBatch, of: tuple[Term, ...]) -> Mapping[str, Metric]:
+    def count_describe(self: PPO, batch: TokenBatch) -> Mapping[str, Unread]:
         described.append(batch.logprobs.numel())
-        return describe(self, batch, of)
+        return describe(self, batch)
 
     monkeypatch.setattr(PPO, "terms", count_terms)
     monkeypatch.setattr(PPO, "describe", count_describe)
@@ -248,7 +245,6 @@ def twice(stream: TokenStream, logprobs: Tensor) -> None:
             LengthError,
             "one target",
         ),
-        (lambda: TokenStream(CrossEntropy("weighted_mean"), two_answers([-1.0] * 5)), EmptyUnitError, "positive"),
         (misuse(twice), LossError, "second time"),
         (misuse(lambda s, lp: s.cotangent(lp[:2], torch.tensor([1, 1]))), LossError, "second time"),
         (misuse(lambda s, lp: s.output()), LossError, "5 of 5 tokens"),

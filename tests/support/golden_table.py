@@ -141,7 +141,7 @@ def _skyrl() -> dict[str, Case]:
 
 def _trl() -> dict[str, Case]:
     cases = {
-        name: _trl_grpo(entry, name.endswith("rows-clip") and not name.startswith("dapo"))
+        name: _trl_grpo(entry)
         for name, entry in ((e["name"], e) for e in PEERS["trl"]["entries"])
         if name.split("-")[0] in ("grpo", "dapo", "bnpo", "dr_grpo")
     }
@@ -153,7 +153,7 @@ def _trl() -> dict[str, Case]:
     return cases
 
 
-def _trl_grpo(entry: Mapping[str, Any], all_rows: bool) -> Case:
+def _trl_grpo(entry: Mapping[str, Any]) -> Case:
     config = entry["config"]
     kind, corrected = config["loss_type"], config["use_bias_correction_kl"]
     length = {"max_completion_length": 16} if kind == "dr_grpo" else {}
@@ -163,7 +163,6 @@ def _trl_grpo(entry: Mapping[str, Any], all_rows: bool) -> Case:
         preset(f"trl:{kind}", **options, **length),
         "GRPO with KL" if config["beta"] else "PPO clip",
         preset(f"trl:{kind}", **{**options, **changed}, **length),
-        counts=ALL_ROWS if all_rows else None,
     )
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from ...datums.types import Datum
 from ...losses.base import Loss
-from ..base import Backend, sized
+from ..base import Backend
 from ..engine import Call
 from ..futures import Answer, Future
+from ..operations import sized
 from ..prepared import as_loss, loss_name
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .checkpoint import save_checkpoint

@@ -117,7 +117,3 @@ def _expm1_and_tail(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``expm1(min(-D, 20))`` and ``exp(20) max(-D - 20, 0)``, whose sum is `bounded_expm1` of -D."""
     tail = log_ratio.clamp(max=-EXPONENT_LIMIT).add_(EXPONENT_LIMIT).mul_(-_PEAK)
     return log_ratio.clamp(min=-EXPONENT_LIMIT).neg_().expm1_(), tail
-
-
-def kl_value(estimator: KLEstimator, log_ratio: Tensor) -> Tensor:  # until its callers are ported
-    return kl(log_ratio, 0.0, estimator)

@@ -27,6 +27,3 @@ def nll(logprobs: Tensor) -> Tensor:
 @closed_form(nll)
 def _nll(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.neg(), torch.full_like(x, -1.0)
-
-
-negative_log_likelihood = nll  # until its callers are ported

@@ -7,7 +7,7 @@ log-ratios already. Anchors and advantages are constants: no gradient flows into
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -207,7 +207,3 @@ def _exp_and_minus_tail(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     minus_tail = torch.rsub(x.clamp(min=EXPONENT_LIMIT), EXPONENT_LIMIT - 1.0)
     return x.clamp_(max=EXPONENT_LIMIT).exp_(), minus_tail
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: Any) -> Tensor:  # until its callers are ported
-    return -ratio * advantages.detach() if clip is None else clipped_ratio_loss(ratio, advantages, clip.low, clip.high)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-
-from .numerics import log1mexp
 
 __all__ = ["dpo", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"]
 
@@ -32,7 +31,8 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: fl
     Source: DPO, arXiv:2305.18290, equation 7; smoothing: E. Mitchell, "A note on DPO with noisy preferences", 2023.
     """
     margin = beta * (chosen - rejected)
-    return -(1.0 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    loss = -logsigmoid(margin)
+    return loss if label_smoothing == 0.0 else loss + label_smoothing * margin  # log s(-z) = log s(z) - z
 
 
 def log_odds(logprob: Tensor, max_prob: float) -> Tensor:
@@ -50,7 +50,8 @@ def log_odds(logprob: Tensor, max_prob: float) -> Tensor:
     """
     limit = math.log(max_prob)
     inside = logprob.clamp(max=limit)
-    return inside - log1mexp(inside) + (logprob - limit).relu() / (1.0 - max_prob)
+    # Exact to the last digits of the result: where log(1 - p) loses its own, logprob itself is large.
+    return inside - inside.expm1().neg().log() + (logprob - limit).relu() / (1.0 - max_prob)
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> Tensor:
@@ -65,7 +66,8 @@ def log_odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> Tensor:
 
     Source: ORPO, arXiv:2403.07691, equation 4.
     """
-    return log_odds(chosen, max_prob) - log_odds(rejected, max_prob)
+    of_chosen, of_rejected = log_odds(torch.stack([chosen, rejected]), max_prob).unbind()
+    return of_chosen - of_rejected
 
 
 def odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> Tensor:
@@ -102,7 +104,3 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.
     Source: SimPO, arXiv:2405.14734, equation 6.
     """
     return -logsigmoid(beta * (chosen - rejected) - gamma)
-
-
-def dpo_sigmoid(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:  # until its callers are ported
-    return dpo(margin, margin.new_zeros(()), 1.0, label_smoothing)

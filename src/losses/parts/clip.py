@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Final, final
-
-from torch import Tensor
+from typing import final
 
 from ...errors import ConfigError
 from ..checks import number
 
-__all__ = ["DEFAULT_CLIP", "ClipRange"]
+__all__ = ["ClipRange"]
 
 
 @final
@@ -69,10 +67,3 @@ class ClipRange:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"clip must be a ClipRange or an epsilon, got {value!r}")
         return cls.from_epsilon(value)
-
-    def clips(self, ratio: Tensor, advantages: Tensor) -> Tensor:
-        """Return where the clipped branch is the larger loss: strictly outside the range only; bool."""
-        return ((advantages > 0) & (ratio > self.high)) | ((advantages < 0) & (ratio < self.low))
-
-
-DEFAULT_CLIP: Final = ClipRange(0.8, 1.2)

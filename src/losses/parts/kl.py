@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, final, get_args
 
-import torch
 from torch import Tensor
 
-from ...errors import BiasedGradientError
+from ...errors import BiasedGradientError, ConfigError
+from ..aggregation import Aggregation
+from ..batch import TokenBatch
 from ..checks import choice, number
-from ..functional.kl import KLEstimator, kl_value
+from ..functional.kl import KLEstimator, KLGradient, kl, kl_penalty
+from ..metrics import Unread, mean
+from ..selection import select, wide
+from ..terms import TokenTerm
+from .ratio import anchor, importance_ratio
 
 __all__ = ["KL", "KLGradient"]
 
-KLGradient = Literal["reverse", "pathwise", "none"]
 _BIASED: Final = {
     "k1": "its expected gradient is exactly zero: the reference has no influence at all",
     "abs": "its gradient is that of neither direction of the KL",
@@ -24,7 +28,7 @@ _BIASED: Final = {
 @final
 @dataclass(frozen=True)
 class KL:
-    """A KL penalty ``beta * w * K`` with K from `kl_value` and w the detached importance ratio.
+    """A KL penalty ``beta * w * K`` with K from `functional.kl` and w the detached ratio of policy to sampler.
 
     Args:
         estimator: ``k1``, ``k2``, ``k3`` or ``abs``: the value that is reported.
@@ -32,23 +36,28 @@ class KL:
         gradient: ``reverse``: dK/dlogprob = D, with ``importance`` the unbiased gradient of the reverse KL
             (policy || reference), whatever estimator is reported. ``pathwise``: the estimator's own derivative
             (k2: D, biased off-policy; k3: 1 - exp(-D), the gradient of the *forward* KL; k1: 1). ``none``: report only.
-        importance: weigh by the detached ratio policy / rollout policy, so that stale samples stay unbiased.
-        acknowledge_biased: allow a combination that is known to be wrong (k1 or abs with ``pathwise``).
+        importance: weigh by the detached ratio policy / sampler, so that stale samples stay unbiased; needs the sampler's
+            ``logprobs``, also where ``old_logprobs`` are the anchor of the clipped ratio. ``anchor``: by the ratio to that
+            anchor, which is biased where it is not the sampler.
+        acknowledge_biased: allow a combination that is known to be wrong (k1 or abs with ``pathwise``, importance by the
+            anchor).
 
     Raises:
-        BiasedGradientError: k1 or abs with ``pathwise`` and no acknowledgement.
+        BiasedGradientError: a combination that is known to be wrong, and no acknowledgement.
         ConfigError: a field is out of range.
     """
 
     estimator: KLEstimator = "k3"
     beta: float = 0.04
     gradient: KLGradient = "reverse"
-    importance: bool = True
+    importance: bool | Literal["anchor"] = True
     acknowledge_biased: bool = False
 
     def __post_init__(self) -> None:
         choice("KL estimator", self.estimator, get_args(KLEstimator))
         choice("KL gradient", self.gradient, get_args(KLGradient))
+        if self.importance not in (True, False, "anchor"):
+            raise ConfigError(f"KL importance must be True, False or 'anchor', got {self.importance!r}")
         number("KL beta", self.beta, low=0.0, strict=False)
         if self.gradient == "pathwise" and self.estimator in _BIASED and not self.acknowledge_biased:
             raise BiasedGradientError(
@@ -56,21 +65,60 @@ class KL:
                 "gradient='reverse' (unbiased), or acknowledge_biased=True to reproduce a published script"
             )
 
+        if self.importance == "anchor" and not self.acknowledge_biased:
+            raise BiasedGradientError(
+                "KL(importance='anchor') is unbiased only where old_logprobs are the sampler's own. Use importance=True, or "
+                "acknowledge_biased=True to reproduce a published script"
+            )
+
+    @classmethod
+    def of(cls, value: KL | float) -> KL:
+        """Return ``value`` as a penalty; a bare number is the beta of the default one.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        if isinstance(value, KL):
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"kl must be a KL, its beta or None, got {value!r}")
+        return cls(beta=value)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Datum keys that the penalty needs."""
+        return ("ref_logprobs", "logprobs") if self.importance else ("ref_logprobs",)
+
+    def term(self, batch: TokenBatch, aggregation: Aggregation) -> TokenTerm:
+        """Return the penalty as a summand of a loss."""
+        return TokenTerm(
+            "kl",
+            kl_penalty,
+            (batch.given("ref_logprobs"), self.estimator, self.gradient),
+            aggregation,
+            self.beta,
+            self._weight(batch),
+        )
+
+    def _weight(self, batch: TokenBatch) -> Tensor | None:
+        if not self.importance:
+            return None
+        return importance_ratio(
+            batch, anchor(batch) if self.importance == "anchor" else batch.given("rollout_logprobs")
+        )
+
+    def metric(self, batch: TokenBatch) -> Unread:
+        """Return the mean of the estimator over the trained tokens, without importance weights."""
+        estimate = kl(wide(batch.logprobs.detach()), batch.given("ref_logprobs"), self.estimator)
+        return mean(select(estimate, batch.mask), batch.trained_count)
+
     def penalty(self, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
         """Return w * K per token, shape of ``logprobs``; beta is the term's scale.
 
         Args:
             logprobs: current policy, fp32 or better.
             ref_logprobs: the reference; detached here.
-            ratio: policy / rollout policy; detached here, ignored without ``importance``.
+            ratio: policy / sampler; detached here, ignored without ``importance``.
         """
-        log_ratio = logprobs - ref_logprobs.detach()
-        weight = ratio.detach() if self.importance else torch.ones_like(log_ratio)
-        value = kl_value(self.estimator, log_ratio)
-        match self.gradient:
-            case "pathwise":
-                return weight * value
-            case "none":
-                return weight * value.detach()
-            case "reverse":
-                return weight * (value.detach() + log_ratio.detach() * (logprobs - logprobs.detach()))
+        values = kl_penalty(logprobs, ref_logprobs, self.estimator, self.gradient)
+        return ratio.detach() * values if self.importance else values

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+import torch
 from torch import Tensor
 
 from ..batch import TokenBatch
-from ..functional.kl import kl_value
+from ..functional.kl import kl
 from ..functional.numerics import EXPONENT_LIMIT, bounded_exp
-from ..metrics import Metric, maximum, mean, total
+from ..metrics import Unread, maximum, mean, total
+from ..selection import select_, wide
 from .clip import ClipRange
 
-__all__ = ["anchor_ratio", "ratio_metrics"]
+__all__ = ["anchor", "importance_ratio", "ratio_metrics"]
 
 
-def anchor_ratio(batch: TokenBatch) -> Tensor:
-    """Return policy / anchor, differentiable, 1 where untrained; the anchor is ``old_logprobs``, else the sampler's."""
-    return bounded_exp(batch.policy - batch.masked(_anchor(batch)))
+def anchor(batch: TokenBatch) -> Tensor:
+    """Return the log-probs that ratios are taken against: ``old_logprobs`` where given, else the sampler's."""
+    return batch.given("rollout_logprobs" if batch.old_logprobs is None else "old_logprobs")
 
 
-def ratio_metrics(batch: TokenBatch, clip: ClipRange | None) -> dict[str, Metric]:
+def importance_ratio(batch: TokenBatch, of: Tensor) -> Tensor:
+    """Return policy / the policy with the log-probs ``of`` for each token, detached: the weight of what the latter drew."""
+    return bounded_exp(wide(batch.logprobs.detach()) - of)
+
+
+def ratio_metrics(batch: TokenBatch, clip: ClipRange | None) -> dict[str, Unread]:
     """Return ratio, clipping and signal over the trained tokens; ESS / N is ``ratio^2 / ratio_squared``."""
-    trained, advantages, ratio = batch.trained, batch.masked("advantages"), anchor_ratio(batch)
-    log_ratio = batch.policy - batch.masked(_anchor(batch))
+    mask, count = batch.mask, batch.trained_count
+    log_ratio = select_(wide(batch.logprobs.detach()) - anchor(batch), mask)
+    ratio = select_(bounded_exp(log_ratio), mask)
+    advantages = select_(batch.given("advantages").expand(batch.layout.shape).clone(), mask)
     metrics = {
-        "ratio": mean(ratio, trained),
-        "ratio_largest": maximum(ratio, trained),
-        "ratio_squared": mean(ratio.double().square(), trained),
-        "ratio_saturated": total((log_ratio > EXPONENT_LIMIT)[trained].sum()),
-        "kl_anchor": mean(kl_value("k3", log_ratio), trained),
-        "advantage": mean(advantages, trained),
-        "advantage_abs": mean(advantages.abs(), trained),
+        "ratio": mean(ratio, count),
+        "ratio_largest": maximum(ratio, count),
+        "ratio_squared": mean(ratio.square(), count),
+        "ratio_saturated": total(_above(log_ratio, EXPONENT_LIMIT)),
+        "kl_anchor": mean(kl(log_ratio, torch.zeros((), dtype=log_ratio.dtype, device=log_ratio.device)), count),
+        "advantage": mean(advantages, count),
+        "advantage_abs": mean(advantages.abs(), count),
     }
     if clip is not None:
-        metrics["clip_fraction"] = mean(clip.clips(ratio, advantages).double(), trained)
+        beyond = _above(ratio, clip.high) * _above(advantages, 0.0) + _above(-ratio, -clip.low) * _above(
+            -advantages, 0.0
+        )
+        metrics["clip_fraction"] = mean(select_(beyond, mask), count)
     return metrics
 
 
-def _anchor(batch: TokenBatch) -> Literal["old_logprobs", "rollout_logprobs"]:
-    return "rollout_logprobs" if batch.old_logprobs is None else "old_logprobs"
+def _above(values: Tensor, limit: float) -> Tensor:
+    """Return 1 where a value is above the limit, else 0; a comparison and its sum cost ten times as much on the CPU."""
+    return (values - limit).relu_().sign_()

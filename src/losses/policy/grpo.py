@@ -5,26 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, final
-
-import torch
-from torch import Tensor
+from typing import ClassVar, Literal, final
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..checks import choice
-from ..functional.kl import KLEstimator, kl_value
-from ..functional.policy import clipped_surrogate
-from ..metrics import Metric, mean
-from ..parts.clip import DEFAULT_CLIP, ClipRange
-from ..parts.kl import KL, KLGradient
-from ..parts.ratio import anchor_ratio, ratio_metrics
+from ..config import keys
+from ..functional.policy import importance_sampling, policy_gradient, ppo_clip
+from ..metrics import Unread
+from ..parts.clip import ClipRange
+from ..parts.kl import KL
+from ..parts.ratio import anchor, ratio_metrics
+from ..registry import register
+from ..terms import Summand, TokenTerm
 
 __all__ = ["GRPO"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class GRPO(Loss):
@@ -35,7 +35,8 @@ class GRPO(Loss):
 
     Args:
         clip: range of the ratio; a bare number is an epsilon, None is no clipping.
-        kl: the penalty, or None; with it ``ref_logprobs`` is required.
+        kl: the penalty; a bare number is the beta of the default `KL`, None is no penalty. With it ``ref_logprobs`` is
+            required.
         anchor: what the ratio is taken against. ``rollout``: ``old_logprobs`` where given, else the sampler's
             ``logprobs``. ``none``: no ratio at all, the policy term is ``-A logprob`` (REINFORCE).
         aggregation: ``token_mean`` by default (over the whole step, as DAPO's code; arXiv:2503.14476).
@@ -46,8 +47,10 @@ class GRPO(Loss):
     Source: DeepSeekMath, arXiv:2402.03300, equation 3.
     """
 
-    clip: ClipRange | float | None = DEFAULT_CLIP
-    kl: KL | None = None
+    clip: ClipRange | float | None = keys(0.2, ClipRange, clip_low_threshold="low", clip_high_threshold="high")
+    kl: KL | float | None = keys(
+        None, KL, switch="kl_beta", kl_beta="beta", kl_estimator="estimator", kl_gradient="gradient"
+    )
     anchor: Literal["rollout", "none"] = "rollout"
     aggregation: Aggregation | str = "token_mean"
 
@@ -57,12 +60,8 @@ class GRPO(Loss):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
-        if self.clip is not None:
-            object.__setattr__(self, "clip", ClipRange.of(self.clip))
-        if self.kl is not None and not isinstance(self.kl, KL):
-            raise ConfigError(
-                f"kl must be a KL or None, got {self.kl!r}; for a coefficient of 0.04 write KL(beta=0.04)"
-            )
+        object.__setattr__(self, "clip", None if self.clip is None else ClipRange.of(self.clip))
+        object.__setattr__(self, "kl", None if self.kl is None else KL.of(self.kl))
         if self.anchor == "behaviour":  # type: ignore[comparison-overlap]  # the old spelling
             warnings.warn("anchor='behaviour' is now anchor='rollout'", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "anchor", "rollout")
@@ -73,51 +72,34 @@ class GRPO(Loss):
     @property
     def required_inputs(self) -> tuple[str, ...]:
         ratio = ("logprobs",) if self.anchor == "rollout" else ()
-        reference = ("ref_logprobs",) if self.kl is not None else ()
-        return ("weights", "advantages", *ratio, *reference)
+        reference = self._kl.inputs if self._kl is not None else ()
+        return ("weights", "advantages", *dict.fromkeys((*ratio, *reference)))
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
         return ("old_logprobs", "group_id") if self.anchor == "rollout" else ("group_id",)
 
-    @classmethod
-    def from_config(
-        cls,
-        *,
-        clip_low_threshold: float = 0.8,
-        clip_high_threshold: float = 1.2,
-        kl_beta: float = 0.0,
-        kl_estimator: KLEstimator = "k3",
-        kl_gradient: KLGradient = "reverse",
-        aggregation: str = "token_mean",
-    ) -> Self:
-        if not kl_beta and (kl_estimator, kl_gradient) != ("k3", "reverse"):
-            raise ConfigError(
-                f"kl_estimator={kl_estimator!r} and kl_gradient={kl_gradient!r} have no effect without kl_beta; give it, or "
-                "drop them"
-            )
-        kl = KL(kl_estimator, kl_beta, kl_gradient) if kl_beta else None
-        return cls(ClipRange(clip_low_threshold, clip_high_threshold), kl, "rollout", aggregation)
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        penalty = () if self._kl is None else (self._kl.term(batch, self.main_aggregation),)
+        return (self._policy(batch), *penalty)
 
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        advantages = batch.masked("advantages")
-        ratio = self._ratio(batch)
-        unanchored = self.anchor == "none"
-        values = -batch.policy * advantages if unanchored else clipped_surrogate(ratio, advantages, self.clip)
-        policy = Term("policy", values, "token", self.main_aggregation)
-        if self.kl is None:
-            return (policy,)
-        penalty = self.kl.penalty(batch.policy, batch.masked("ref_logprobs"), ratio)
-        return (policy, Term("kl", penalty, "token", self.main_aggregation, self.kl.beta))
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+        ratio = ratio_metrics(batch, self._clip) if self.anchor == "rollout" else {}
+        return ratio if self._kl is None else {**ratio, "kl_ref": self._kl.metric(batch)}
 
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        metrics: dict[str, Metric] = {}
-        if self.anchor == "rollout":
-            metrics |= ratio_metrics(batch, None if self.clip is None else ClipRange.of(self.clip))
-        if self.kl is not None:
-            log_ratio = batch.policy - batch.masked("ref_logprobs")
-            metrics["kl_ref"] = mean(kl_value(self.kl.estimator, log_ratio), batch.trained)
-        return metrics
+    def _policy(self, batch: TokenBatch) -> TokenTerm:
+        advantages = batch.given("advantages")
+        if self.anchor == "none":
+            return TokenTerm("policy", policy_gradient, (advantages,), self.main_aggregation)
+        if self._clip is None:
+            return TokenTerm("policy", importance_sampling, (anchor(batch), advantages), self.main_aggregation)
+        arguments = (anchor(batch), advantages, self._clip.low, self._clip.high)
+        return TokenTerm("policy", ppo_clip, arguments, self.main_aggregation)
 
-    def _ratio(self, batch: TokenBatch) -> Tensor:
-        return torch.ones_like(batch.policy) if self.anchor == "none" else anchor_ratio(batch)
+    @property
+    def _clip(self) -> ClipRange | None:
+        return None if self.clip is None else ClipRange.of(self.clip)
+
+    @property
+    def _kl(self) -> KL | None:
+        return None if self.kl is None else KL.of(self.kl)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
-from ..functional.policy import clipped_surrogate
-from ..metrics import Metric
-from ..parts.ratio import anchor_ratio, ratio_metrics
+from ..functional.policy import importance_sampling
+from ..metrics import Unread
+from ..parts.ratio import anchor, ratio_metrics
+from ..registry import register
+from ..terms import Summand, TokenTerm
 
 __all__ = ["ImportanceSampling"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class ImportanceSampling(Loss):
@@ -39,13 +42,9 @@ class ImportanceSampling(Loss):
     def __post_init__(self) -> None:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
-    @classmethod
-    def from_config(cls, *, aggregation: str = "sum") -> Self:
-        return cls(aggregation)
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        arguments = (anchor(batch), batch.given("advantages"))
+        return (TokenTerm("policy", importance_sampling, arguments, self.main_aggregation),)
 
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        values = clipped_surrogate(anchor_ratio(batch), batch.masked("advantages"), None)
-        return (Term("policy", values, "token", self.main_aggregation),)
-
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
         return ratio_metrics(batch, None)

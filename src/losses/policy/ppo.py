@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
-from ..functional.policy import clipped_surrogate
-from ..metrics import Metric
-from ..parts.clip import DEFAULT_CLIP, ClipRange
-from ..parts.ratio import anchor_ratio, ratio_metrics
+from ..config import keys
+from ..functional.policy import ppo_clip
+from ..metrics import Unread
+from ..parts.clip import ClipRange
+from ..parts.ratio import anchor, ratio_metrics
+from ..registry import register
+from ..terms import Summand, TokenTerm
 
 __all__ = ["PPO"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class PPO(Loss):
-    r"""Clipped policy gradient, ``sum_t w_t max(-r_t A_t, -clip(r_t) A_t) / D``; see `clipped_surrogate`.
+    r"""Clipped policy gradient, ``sum_t w_t max(-r_t A_t, -clip(r_t) A_t) / D``; see `functional.ppo_clip`.
 
     Args:
         clip: range of the ratio; a bare number is an epsilon.
@@ -29,7 +33,7 @@ class PPO(Loss):
     Source: arXiv:1707.06347, equation 7.
     """
 
-    clip: ClipRange | float = DEFAULT_CLIP
+    clip: ClipRange | float = keys(0.2, ClipRange, clip_low_threshold="low", clip_high_threshold="high")
     aggregation: Aggregation | str = "sum"
 
     name: ClassVar[str] = "ppo"
@@ -42,15 +46,10 @@ class PPO(Loss):
         object.__setattr__(self, "clip", ClipRange.of(self.clip))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
-    @classmethod
-    def from_config(
-        cls, *, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2, aggregation: str = "sum"
-    ) -> Self:
-        return cls(ClipRange(clip_low_threshold, clip_high_threshold), aggregation)
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        clip = ClipRange.of(self.clip)
+        arguments = (anchor(batch), batch.given("advantages"), clip.low, clip.high)
+        return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation),)
 
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        values = clipped_surrogate(anchor_ratio(batch), batch.masked("advantages"), self.clip)
-        return (Term("policy", values, "token", self.main_aggregation),)
-
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
         return ratio_metrics(batch, ClipRange.of(self.clip))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..checks import number
-from ..functional.preference import dpo_sigmoid
-from ..metrics import Metric, mean
-from .pairs import PairAggregation, margin_metrics, refuse_empty
+from ..functional.preference import dpo
+from ..metrics import Unread, mean
+from ..problems import Problem
+from ..registry import register
+from ..terms import Summand, Term
+from .pairs import empty_responses, margin_metrics
 
 __all__ = ["DPO"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class DPO(Loss):
@@ -54,29 +58,18 @@ class DPO(Loss):
         number("label_smoothing", self.label_smoothing, low=0.0, high=0.5, strict=False)
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
-    @classmethod
-    def from_config(
-        cls, *, beta: float = 0.1, label_smoothing: float = 0.0, aggregation: PairAggregation = "pair_mean"
-    ) -> Self:
-        return cls(beta, label_smoothing, aggregation)
-
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        refuse_empty(batch, self.name)
-        rewards = self._rewards(batch)
-        chosen, rejected = batch.pairs
-        values = dpo_sigmoid(rewards[chosen] - rewards[rejected], self.label_smoothing)
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        values = dpo(*self._log_ratios(batch), self.beta, self.label_smoothing)
         return (Term("dpo", values, "pair", self.main_aggregation),)
 
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        rewards = self._rewards(batch)
-        chosen, rejected = batch.pairs
-        return {
-            **margin_metrics(rewards[chosen] - rewards[rejected]),
-            "reward_chosen": mean(rewards[chosen]),
-            "reward_rejected": mean(rewards[rejected]),
-        }
+    def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
+        return (empty_responses(batch, self.name),)
 
-    def _rewards(self, batch: TokenBatch) -> Tensor:
-        """Return beta h of each sequence, float64 [B]."""
-        log_ratio = batch.policy.double() - batch.masked("ref_logprobs").double()
-        return self.beta * batch.sum_by_sequence(batch.weight.double() * log_ratio)
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+        chosen, rejected = (self.beta * log_ratio for log_ratio in self._log_ratios(batch))
+        margins = margin_metrics(chosen - rejected)
+        return {**margins, "reward_chosen": mean(chosen), "reward_rejected": mean(rejected)}
+
+    def _log_ratios(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return h of the chosen and of the rejected responses, float64 [P] each."""
+        return batch.by_pair(batch.weighted_row_sum(batch.given("ref_logprobs")))

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from ...errors import EmptyUnitError
 from ..aggregation import AGGREGATIONS, Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..checks import choice, number
-from ..functional.preference import log_odds_ratio
-from ..metrics import Metric, mean, total
-from .pairs import PairAggregation, margin_metrics, refuse_empty
+from ..functional.likelihood import nll
+from ..functional.preference import log_odds_ratio, odds_ratio
+from ..metrics import Unread, mean, total
+from ..problems import Problem
+from ..registry import register
+from ..terms import Summand, Term, TokenTerm
+from .pairs import empty_responses, margin_metrics, mean_logprobs, weightless_responses
 
 __all__ = ["ORPO"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class ORPO(Loss):
     r"""Odds-ratio preference optimisation: NLL of the chosen response and ``-lambda log sigmoid`` of the log odds ratio.
 
-    With a, b the mean log-probs of chosen and rejected and ``lo(x) = x - log(1 - e^x)``:
+    With a, b the mean log-probs of chosen and rejected and the log odds ``lo(x) = x - log(1 - e^x)``:
     ``-a - lambda log sigmoid(lo(a) - lo(b))``, averaged over pairs. d/da = ``-1 - lambda sigmoid(-z) / (1 - e^a)``,
     d/db = ``lambda sigmoid(-z) / (1 - e^b)``, each times w / sum(w) per token. The factor 1 / (1 - p) is capped at
     p = ``max_prob`` (counted in ``odds_capped``). There is no reference model.
@@ -62,45 +65,27 @@ class ORPO(Loss):
         choice("nll", self.nll, ("sequence_mean", "token_mean"))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
-    @classmethod
-    def from_config(
-        cls,
-        *,
-        lam: float = 0.1,
-        nll: Literal["sequence_mean", "token_mean"] = "sequence_mean",
-        max_prob: float = 1.0 - 1e-4,
-        aggregation: PairAggregation = "pair_mean",
-    ) -> Self:
-        return cls(lam, nll, max_prob, aggregation)
-
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        chosen, rejected = self._mean_logprobs(batch)
-        odds = -logsigmoid(log_odds_ratio(chosen, rejected, self.max_prob))
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        chosen, rejected = mean_logprobs(batch)
+        odds = odds_ratio(chosen, rejected, self.max_prob)
         return (self._nll_term(batch, chosen), Term("odds", odds, "pair", self.main_aggregation, self.lam))
 
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        chosen, rejected = self._mean_logprobs(batch)
+    def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
+        return empty_responses(batch, self.name), weightless_responses(batch, self.name)
+
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+        chosen, rejected = mean_logprobs(batch)
         capped = torch.cat([chosen, rejected]).exp() > self.max_prob
         return {
             **margin_metrics(log_odds_ratio(chosen, rejected, self.max_prob)),
             "nll_chosen": mean(-chosen),
             "nll_rejected": mean(-rejected),
-            "odds_capped": total(capped.sum()),
+            "odds_capped": total(capped),
         }
 
-    def _nll_term(self, batch: TokenBatch, chosen: Tensor) -> Term:
+    def _nll_term(self, batch: TokenBatch, chosen: Tensor) -> Summand:
         if self.nll == "sequence_mean":
-            return Term("nll", -chosen, "pair", self.main_aggregation)
-        is_chosen = torch.zeros(batch.num_sequences, dtype=torch.bool, device=chosen.device)
-        where = is_chosen.index_fill(0, batch.pairs.chosen, True)[batch.sequence_index]
-        values = torch.where(where, -batch.policy, torch.zeros_like(batch.policy))
-        return Term("nll", values, "token", AGGREGATIONS["token_mean"], where=where)
-
-    def _mean_logprobs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return the weighted mean log-probs of chosen and rejected, float64 [P] each."""
-        refuse_empty(batch, self.name)
-        weight = batch.weight_per_sequence
-        if bool((weight[torch.cat(batch.pairs)] <= 0).any()):
-            raise EmptyUnitError("orpo: every response needs weights with a positive sum, to take a mean log-prob")
-        means = batch.sum_by_sequence(batch.weight.double() * batch.policy.double()) / weight
-        return means[batch.pairs.chosen], means[batch.pairs.rejected]
+            return Term("nll", nll(chosen), "pair", self.main_aggregation)
+        is_chosen = torch.zeros(batch.num_sequences, device=chosen.device).index_fill(0, batch.pairs.chosen, 1.0)
+        where = batch.layout.spread(is_chosen != 0, batch.logprobs.dim()).expand(batch.layout.shape)
+        return TokenTerm("nll", nll, (), AGGREGATIONS["token_mean"], where=where)

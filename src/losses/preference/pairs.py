@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ...errors import EmptyUnitError
 from ..batch import TokenBatch
-from ..metrics import Metric, mean
+from ..layout import Padded
+from ..metrics import Unread, mean
+from ..problems import Problem
+from ..selection import readable
 
-__all__ = ["PairAggregation", "margin_metrics", "refuse_empty"]
-
-PairAggregation = Literal["pair_mean", "sum"]
+__all__ = ["empty_responses", "margin_metrics", "mean_logprobs", "weightless_responses"]
 
 
-def refuse_empty(batch: TokenBatch, name: str) -> None:
-    """Check that every response of every pair has a trained token.
+def empty_responses(batch: TokenBatch, name: str) -> Problem | None:
+    """Return the problem of a response without a trained token."""
+    if _surely_trained(batch):
+        return None
+    members, tokens = torch.cat(batch.pairs), batch.tokens_per_sequence
 
-    Raises:
-        EmptyUnitError: names the loss and the sequences that have none.
-    """
+    def error() -> EmptyUnitError:
+        empty = sorted(members[tokens[members] == 0].tolist())
+        return EmptyUnitError(f"{name}: sequences {empty} have no trained token; every response needs one")
+
+    return Problem((tokens[members] == 0).any(), error)
+
+
+def weightless_responses(batch: TokenBatch, name: str) -> Problem | None:
+    """Return the problem of a response whose weights have no positive sum, so that it has no mean log-prob."""
+    weight = batch.weight_per_sequence
+    if readable(weight) and bool((weight > 0).all()):
+        return None
     members = torch.cat(batch.pairs)
-    empty = members[batch.tokens_per_sequence[members] == 0]
-    if empty.numel():
-        raise EmptyUnitError(
-            f"{name}: sequences {sorted(empty.tolist())} have no trained token; every response needs one"
+
+    def error() -> EmptyUnitError:
+        without = sorted(members[weight[members] <= 0].tolist())
+        return EmptyUnitError(
+            f"{name}: every response needs weights with a positive sum, to take a mean log-prob; sequences {without} lack it"
         )
 
+    return Problem((weight[members] <= 0).any(), error)
 
-def margin_metrics(margin: Tensor) -> dict[str, Metric]:
+
+def mean_logprobs(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean log-probs of chosen and rejected responses; float64 [P] each, differentiable."""
+    weight = batch.weight_per_sequence
+    return batch.by_pair(batch.weighted_row_sum() / torch.where(weight > 0, weight, 1.0))
+
+
+def margin_metrics(margin: Tensor) -> dict[str, Unread]:
     """Return the mean margin and the accuracy; ties count as half, as at policy = reference every margin is 0."""
-    accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()
+    accuracy = 0.5 + 0.5 * margin.sign()
     return {"margin": mean(margin), "accuracy": mean(accuracy)}
+
+
+def _surely_trained(batch: TokenBatch) -> bool:
+    """Return whether every sequence has a trained token, as far as that can be seen for nothing."""
+    if not readable(batch.weight):
+        return False
+    # A sum that is not 0 has an entry that is not 0; fp32 is enough for that.
+    sums = batch.weight.flatten(1).sum(1) if isinstance(batch.layout, Padded) else batch.weight_per_sequence
+    return bool((sums != 0).all())

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss, Term
+from ..base import GradientKind, Loss
 from ..batch import TokenBatch
-from ..functional.likelihood import negative_log_likelihood
-from ..metrics import Metric
+from ..functional.likelihood import nll
+from ..metrics import Unread
+from ..registry import register
+from ..terms import Summand, TokenTerm
 
 __all__ = ["CrossEntropy"]
 
 
+@register
 @final
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -39,13 +42,8 @@ class CrossEntropy(Loss):
     def __post_init__(self) -> None:
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
-    @classmethod
-    def from_config(cls, *, aggregation: str = "sum") -> Self:
-        return cls(aggregation)
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        return (TokenTerm("nll", nll, (), self.main_aggregation),)
 
-    def terms(self, batch: TokenBatch) -> tuple[Term, ...]:
-        return (Term("nll", negative_log_likelihood(batch.policy), "token", self.main_aggregation),)
-
-    def describe(self, batch: TokenBatch, terms: tuple[Term, ...]) -> Mapping[str, Metric]:
-        weight = batch.weight.double()
-        return {"nll": Metric(float((weight * terms[0].values).sum()), float(weight.sum()), "mean")}
+    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+        return {"nll": Unread(-batch.weighted_row_sum().sum(), batch.weight_per_sequence.sum(), "mean")}

@@ -17,13 +17,14 @@ from pullback.backends import AdamParams, TorchBackend
 from pullback.errors import (
     ConfigError,
     DoubleNormalizationError,
+    EmptyUnitError,
     MixedDenominatorsError,
     NonFiniteError,
     PrecedingOperationFailed,
     UnretrievedFailureError,
 )
-from pullback.losses import DPO, ORPO, CrossEntropy, preset
-from pullback.testing import TinyLM
+from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, preset
+from pullback.testing import TinyLM, example_datums
 
 DATA = make_data([4, 6, 3, 5])
 
@@ -227,3 +228,36 @@ def test_loss_object_through_the_custom_door_is_deferred() -> None:
     whole.forward_backward(DATA, loss).result()
     assert distance(backend.gradients(), whole.gradients()) < 1e-12
     assert math.isclose(backend.optim_step(AdamParams()).result().divided_by, 4.0)
+
+
+def test_two_means_of_one_denominator_need_counts() -> None:
+    """Calls of one loss are parts of one mean; two losses are added, and would be halved by their common count."""
+    backend, weights = tiny_backend(), GRPO(kl=KL())
+    backend.forward_backward(DATA[:2], CrossEntropy("token_mean")).result()
+    backend.forward_backward(DATA[2:], CrossEntropy("token_mean")).result()
+    with pytest.raises(MixedDenominatorsError, match="two means of one step"):
+        backend.forward_backward(DATA, weights).result()
+    backend.discard_gradients()
+    backend.forward_backward(DATA, DPO(0.1)).result()
+    with pytest.raises(MixedDenominatorsError, match=r"beta=0\.2.*beta=0\.1"):
+        backend.forward_backward(DATA, DPO(0.2)).result()
+    backend.discard_gradients()
+    counts = {"tokens": float(sum(len(d.loss_fn_inputs["weights"].data) for d in DATA))}
+    for loss in (CrossEntropy("token_mean"), weights):
+        backend.forward_backward(DATA, loss, counts=counts).result()
+    assert backend.optim_step(AdamParams()).result().stepped
+
+
+@pytest.mark.parametrize("budget", [4096, 8, 3])
+def test_a_weighted_mean_is_checked_by_the_step(budget: int) -> None:
+    """Weights of mixed signs: what counts is the sum of the step, whatever the micro-batches; a sum of 0 or less is refused."""
+    weights = [[1.0] * 5, [-1.0] * 3, [1.0] * 7, [-0.5] * 4]
+    data = [d.with_inputs(weights=w) for d, w in zip(example_datums((5, 3, 7, 4)), weights, strict=True)]
+    backend = tiny_backend(token_budget=budget)
+    backend.forward_backward(data, CrossEntropy("weighted_mean")).result()
+    assert backend.optim_step(AdamParams()).result().normalization == "weight_sum over 1 call"
+    backend.forward_backward(data, CrossEntropy("weighted_mean"), counts={"weight_sum": 7.0}).result()
+    assert backend.optim_step(AdamParams()).result().stepped
+    backend.forward_backward(data[1::2], CrossEntropy("weighted_mean")).result()
+    with pytest.raises(EmptyUnitError, match="positive"):
+        backend.optim_step(AdamParams()).result()

@@ -84,7 +84,7 @@ class Scoring(Loss):
         self.call()
         return CrossEntropy().terms(batch)
 
-    def describe(self, batch: Any, terms: Any) -> Mapping[str, Any]:
+    def describe(self, batch: Any) -> Mapping[str, Any]:
         return {}
 
 

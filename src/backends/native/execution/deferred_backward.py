@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....losses.metrics import Metric, total
+from ....losses.metrics import Metric
 from ....ops.logprobs import logprob_surrogate
 from ..causal_lm import CausalLM
 from .batching import MicroBatch
@@ -108,7 +108,7 @@ class DeferredBackward:
         """What happened: the largest sum of graphs retained, and the tokens that ran twice."""
         return {
             "graph_bytes": Metric(self._peak, 1.0, "max"),
-            "recomputed_tokens": total(float(self._recomputed)),
+            "recomputed_tokens": Metric(float(self._recomputed), 1.0, "sum"),
         }
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError, NonFiniteError
-from ....losses.metrics import Metric, total
+from ....losses.metrics import Metric, read, total
 from ....losses.streaming import TokenStream
 from ...cotangents import Cotangents, evaluate, summarize
 from ...engine import Gradient
@@ -132,7 +132,7 @@ def retained_gradient(
         own = {local: cotangents.by_datum[i] for local, i in enumerate(at)}
         retained.graphs.backward(own, scale.choose(cotangents.by_datum))
     tokens = sum(retained.tokens for retained in places)
-    counted = {"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))}
+    counted = read({"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))})
     return _summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
 
 
@@ -172,8 +172,10 @@ def _in_one_pass(
     by_datum = batch.apart(given)
     _require_finite_cotangents(by_datum, call)
     output = stream.output()
+    if output.problems:
+        output.check()
     part = output.deferred()
-    denominator, count = (part.denominator, part.count) if call.counts is None else ("none", 1.0)
+    denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
     return scored, Cotangents(by_datum, denominator, count, output.metrics)
 
 

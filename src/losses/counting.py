@@ -1,0 +1,62 @@
+"""A loss divided by the totals of a whole step, for SDKs and trainers that add up their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .batch import TokenBatch
+from .counts import Counts, add_counts, check_counts, count_units
+from .evaluation import Evaluable
+from .metrics import wire_metrics
+
+__all__ = ["Counted", "totals"]
+
+
+def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
+    """Return the counts of all batches by denominator; the log-probs are not looked at."""
+    return add_counts(
+        {
+            term.aggregation.denominator: float(count_units(batch, term.aggregation.denominator, term.where))
+            for term in loss.terms(batch)
+            if term.aggregation.is_mean
+        }
+        for batch in batches
+    )
+
+
+@final
+@dataclass(frozen=True)
+class Counted:
+    """A loss with the totals of its step; made by `Loss.with_counts`.
+
+    Args:
+        loss: what is divided.
+        counts: totals by denominator.
+        averaged_over: what the trainer divides by once more; the loss is multiplied by it.
+
+    Raises:
+        ConfigError: a total is unknown or not positive, or ``averaged_over`` is no positive whole number.
+    """
+
+    loss: Evaluable
+    counts: Counts
+    averaged_over: int = 1
+
+    def __post_init__(self) -> None:
+        check_counts(self.counts)
+        if isinstance(self.averaged_over, bool) or not isinstance(self.averaged_over, int) or self.averaged_over < 1:
+            raise ConfigError(f"averaged_over must be a positive whole number, got {self.averaged_over!r}")
+
+    def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Compute this call's share of the step's loss; see `Loss.__call__`."""
+        output = self.loss.evaluate(self.loss.batch(data, logprobs), self.counts)
+        return output.loss * self.averaged_over, wire_metrics(output.metrics)
+
+    def evaluate(self, batch: TokenBatch) -> Tensor:
+        """Return this batch's share of the step's loss, times ``averaged_over``; see `Loss.evaluate`."""
+        return self.loss.evaluate(batch, self.counts).loss * self.averaged_over

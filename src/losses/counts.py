@@ -1,0 +1,150 @@
+"""Counts: what a mean is divided by, of a batch, or of a whole step before any forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, EmptyUnitError
+from .aggregation import Denominator
+from .batch import TokenBatch
+from .checks import choice, number
+from .problems import Problem
+from .selection import readable
+from .terms import Summand
+
+__all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_total"]
+
+Count = Tensor | float
+Counts = Mapping[str, float | Tensor]
+
+
+def count_units(batch: TokenBatch, denominator: Denominator, where: Tensor | None = None) -> Count:
+    """Return how many of what ``denominator`` names are in ``batch``: float64, 0-d, or a float where shapes tell.
+
+    Args:
+        batch: the tensors.
+        denominator: what is counted.
+        where: bool, one per token; the tokens that count, if not all trained ones.
+    """
+    if where is not None:
+        return _count(batch, denominator, _restricted(batch, where))
+    return batch.remember(f"count of {denominator}", lambda: _count(batch, denominator, None))
+
+
+def divisor(count: Count) -> Count:
+    """Return what to divide by: the count, or 1 where it is 0, so that an empty loss is 0 and stays connected."""
+    if not isinstance(count, Tensor):
+        return count or 1.0
+    if readable(count):
+        return count if count.item() != 0 else 1.0
+    return torch.where(count == 0, torch.ones_like(count), count)
+
+
+def own_total(term: Summand, batch: TokenBatch, count: Count) -> Problem | None:
+    """Return the problem of a weighted mean whose weights have no positive sum, though something is trained."""
+    if term.aggregation.denominator != "weight_sum" or not isinstance(count, Tensor):
+        return None
+    return Problem((count <= 0) & (batch.token_count > 0), lambda: not_positive(float(count)))
+
+
+def not_positive(total: float) -> EmptyUnitError:
+    """Return the error of a weighted mean by a total that is not positive."""
+    return EmptyUnitError(f"weighted_mean divides by the sum of the weights, which is {total:g}; it must be positive")
+
+
+def given_count(term: Summand, counts: Counts) -> Count:
+    """Return the total that the caller gave for a term's denominator; 1 where nothing is divided.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    denominator = term.aggregation.denominator
+    if denominator == "none":
+        return 1.0
+    if denominator not in counts:
+        raise ConfigError(f"counts lacks {denominator!r}, which term {term.name!r} is divided by; got {dict(counts)}")
+    return counts[denominator]
+
+
+def below_own(term: Summand, count: Count, own: Count) -> Problem | None:
+    """Return the problem of a given total that is below what the call alone has."""
+    name = term.aggregation.denominator
+    if name == "weight_sum":  # of mixed signs, a part may exceed the whole
+        return None
+    tensors = [x for x in (count, own) if isinstance(x, Tensor)]
+    present = torch.as_tensor(own, device=tensors[0].device if tensors else None) > count * (1 + 1e-6)
+    return Problem(
+        present,
+        lambda: ConfigError(
+            f"counts[{name!r}] is {float(count):g}, but this call alone has {float(own):g}: give the total of the whole step"
+        ),
+    )
+
+
+def check_counts(counts: object, terms: Sequence[Summand] | None = None) -> None:
+    """Check totals that the caller gave, before anything is divided by them.
+
+    Args:
+        counts: should map denominators to positive numbers; None: nothing was given.
+        terms: of the loss, if they are known: a total that none of them is divided by would be ignored.
+
+    Raises:
+        ConfigError: it is something else, or lacks a total that is needed.
+    """
+    if counts is None:
+        return
+    if not isinstance(counts, Mapping):
+        raise ConfigError(f"counts must map denominators to totals, e.g. {{'tokens': 18231}}, got {counts!r}")
+    for name, total in counts.items():
+        choice("a key of counts", name, [d for d in get_args(Denominator) if d != "none"])
+        if not isinstance(total, Tensor):
+            number(f"counts[{name!r}]", total, low=0.0)
+        elif total.numel() != 1:
+            raise ConfigError(f"counts[{name!r}] must be one number, got shape {tuple(total.shape)}")
+        elif readable(total):
+            number(f"counts[{name!r}]", total.item(), low=0.0)
+    for term in terms or ():
+        given_count(term, counts)
+    used = {term.aggregation.denominator for term in terms or ()} - {"none"}
+    unused = sorted(set(counts) - used)
+    if terms is not None and unused:
+        divides = ", ".join(sorted(used)) or "nothing (it is a sum)"
+        raise ConfigError(f"counts has {unused}, but the loss is divided by {divides}: it would be ignored; drop it")
+
+
+def add_counts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the sums of several counts, by denominator."""
+    totals: dict[str, float] = {}
+    for part in parts:
+        for name, count in part.items():
+            totals[name] = totals.get(name, 0.0) + count
+    return totals
+
+
+def _restricted(batch: TokenBatch, where: Tensor) -> Tensor:
+    at = where.any(-1) if where.dim() > len(batch.layout.tokens) else where
+    return torch.where(at, batch.indicator(), torch.zeros((), dtype=batch.weight.dtype, device=at.device))
+
+
+def _count(batch: TokenBatch, denominator: Denominator, indicator: Tensor | None) -> Count:
+    if denominator == "none":
+        return 1.0
+    if denominator == "all_sequences":
+        return float(batch.num_sequences)
+    if denominator == "pairs":
+        return float(batch.num_pairs)
+    if denominator == "tokens":
+        return batch.token_count if indicator is None else indicator.sum(dtype=torch.float64)
+    if denominator == "weight_sum":
+        weight = batch.weight
+        if indicator is not None:
+            weight = weight * (indicator[..., None] if batch.layout.candidates else indicator)
+        return weight.sum(dtype=torch.float64)
+    tokens = batch.tokens_per_sequence if indicator is None else batch.layout.row_sums(indicator)
+    if denominator == "groups":
+        tokens = torch.zeros_like(tokens).index_add(0, batch.groups.index, tokens)
+    return (tokens > 0).sum().double()

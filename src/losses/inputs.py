@@ -1,0 +1,96 @@
+"""The tensors that a TokenBatch holds beside the log-probs: their names, shapes and device."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DatumError, LengthError
+from .problems import Problem
+
+__all__ = [
+    "INPUTS",
+    "SEQUENCE_INPUTS",
+    "TOKEN_INPUTS",
+    "as_inputs",
+    "check_shape",
+    "check_token_shape",
+    "require_tensor",
+]
+
+TOKEN_INPUTS: Final = (
+    "weights",
+    "advantages",
+    "rollout_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "sequence_ratio_mask",
+)
+SEQUENCE_INPUTS: Final = ("pair_id", "role", "group_id", "label")
+INPUTS: Final = (*TOKEN_INPUTS, *SEQUENCE_INPUTS)
+
+
+def require_tensor(name: str, value: Any) -> Tensor:
+    """Return ``value``, which must be a tensor.
+
+    Raises:
+        DatumError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise DatumError(f"{name} of a TokenBatch must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def as_inputs(logprobs: Tensor, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return inputs as constants on the device of the log-probs.
+
+    Raises:
+        TypeError: a name is unknown.
+        DatumError: a value is no tensor.
+    """
+    for name in given:
+        if name not in INPUTS:
+            raise TypeError(f"TokenBatch has no input {name!r}; it has {sorted(INPUTS)}")
+    return {name: _constant(name, value, logprobs.device) for name, value in given.items() if value is not None}
+
+
+def check_token_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check that an input has one entry per log-prob; advantages may have one per row of a padded batch.
+
+    Raises:
+        LengthError: it has another shape.
+    """
+    if (
+        name == "advantages"
+        and value is not None
+        and len(shape) > 1
+        and value.shape == (shape[0], *(1,) * (len(shape) - 1))
+    ):
+        return
+    check_shape(name, value, shape, "the shape of logprobs")
+
+
+def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    """Check the shape of an input.
+
+    Raises:
+        LengthError: it has another shape.
+    """
+    if value is not None and value.shape != shape:
+        raise LengthError(f"{name} has shape {tuple(value.shape)}, expected {shape} ({meaning})")
+
+
+def label_problems(weights: Tensor | None) -> list[Problem]:
+    """Return the problem of a trainer's labels in the place of weights, where these are whole numbers."""
+    if weights is None or weights.is_floating_point() or weights.dtype == torch.bool:
+        return []
+    message = "weights contain -100: these are transformers' labels; give weights = labels != -100"
+    return [Problem((weights == -100).any(), lambda: ConfigError(message))]
+
+
+def _constant(name: str, value: Any, device: torch.device) -> Tensor:
+    tensor = require_tensor(name, value)
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.device == device else tensor.to(device)

@@ -1,0 +1,141 @@
+"""Layouts: how the tokens of B sequences lie in one tensor, padded or packed."""
+
+from __future__ import annotations
+
+import abc
+from functools import cached_property
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from ..errors import LengthError
+from .problems import Problem
+from .selection import readable, transformed
+
+__all__ = ["Layout", "Packed", "Padded", "accurate_dot"]
+
+_STRIP: Final = 1024  # so many products are added in fp32 before fp64 takes over
+
+
+class Layout(abc.ABC):
+    """The shape of the log-probs and the rows, i.e. sequences, in it.
+
+    Attributes:
+        shape: of the log-probs; one entry per token, or K per token for soft targets.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """B."""
+
+    @property
+    @abc.abstractmethod
+    def candidates(self) -> bool:
+        """Whether there are K targets per token."""
+
+    @abc.abstractmethod
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Sum values ([*tokens] or [*tokens, K]) within each row; float64 [B]."""
+
+    @abc.abstractmethod
+    def spread(self, per_row: Tensor, dim: int) -> Tensor:
+        """Return one number per row, [B], so that it broadcasts over a tensor of ``dim`` dimensions in this layout."""
+
+    def problem(self) -> Problem | None:
+        """Return what may be wrong with the rows but could not be looked at."""
+        return None
+
+    @property
+    @final
+    def tokens(self) -> tuple[int, ...]:
+        """Shape of one entry per token."""
+        return self.shape[:-1] if self.candidates else self.shape
+
+
+@final
+class Padded(Layout):
+    """[B, T] or [B, T, K]: a row of the tensor is a sequence."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        if len(shape) not in (2, 3):
+            raise LengthError(f"logprobs must be [B, T] or [B, T, K], got shape {tuple(shape)}")
+        self.shape = tuple(shape)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def candidates(self) -> bool:
+        return len(self.shape) == 3
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        return values.sum(tuple(range(1, values.dim())), dtype=torch.float64)
+
+    def spread(self, per_row: Tensor, dim: int) -> Tensor:
+        return per_row.view(-1, *(1,) * (dim - 1))
+
+
+@final
+class Packed(Layout):
+    """[N] or [N, K]: the sequences end to end.
+
+    Args:
+        shape: of the log-probs.
+        offsets: int64 [B + 1]; row b is ``offsets[b]:offsets[b + 1]``.
+    """
+
+    def __init__(self, shape: torch.Size, offsets: Tensor) -> None:
+        if len(shape) not in (1, 2):
+            raise LengthError(f"logprobs must be [N] or [N, K], got shape {tuple(shape)}")
+        self.shape, self.offsets = tuple(shape), offsets
+
+    @property
+    def rows(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def candidates(self) -> bool:
+        return len(self.shape) == 2
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each row; int64 [B]."""
+        return self.offsets.diff()
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The row of each token; int64 [N]."""
+        rows = torch.arange(self.rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.lengths, output_size=self.shape[0])
+
+    def problem(self) -> Problem | None:
+        if readable(self.offsets):
+            return None  # `TokenBatch.from_packed` has looked
+        wrong = (self.offsets[-1] != self.shape[0]) | (self.offsets.diff() < 0).any()
+        return Problem(wrong, lambda: LengthError(f"lengths must add up to the {self.shape[0]} tokens of logprobs"))
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        flat = (values if values.dim() == 1 else values.sum(-1, dtype=torch.float64)).double()
+        if flat.requires_grad or not (readable(flat) or flat.is_cuda) or transformed():
+            return flat.new_zeros(self.rows).index_add(0, self.index, flat)
+        # `unsafe` skips a look at the lengths, which the batch has checked where that is free.
+        return torch.segment_reduce(flat, "sum", lengths=self.lengths, unsafe=True)
+
+    def spread(self, per_row: Tensor, dim: int) -> Tensor:
+        flat = per_row[self.index]
+        return flat if dim == 1 else flat[:, None]
+
+
+def accurate_dot(values: Tensor, weights: Tensor) -> Tensor:
+    """Return ``sum(values * weights)`` of two tensors of one shape; float64, 0-d, an error of 1e-8 of the magnitudes."""
+    if transformed() or values.dtype != torch.float32 or not (values.is_contiguous() and weights.is_contiguous()):
+        return (values * weights).sum(dtype=torch.float64)
+    if values.numel() < 16 * _STRIP or values.numel() % _STRIP:
+        return (values * weights).sum(dtype=torch.float64)
+    strips: Tensor = torch.linalg.vecdot(values.view(-1, _STRIP), weights.view(-1, _STRIP))
+    return strips.sum(dtype=torch.float64)

@@ -1,0 +1,83 @@
+"""What the tensors of a batch may hold: finite numbers, and log-probs of at most 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+
+from ..errors import InvalidDatumsError
+from .batch import TokenBatch
+from .layout import Packed
+from .selection import readable
+
+__all__ = ["LARGEST_LOGPROB", "examine", "look"]
+
+LARGEST_LOGPROB: Final = 0.01  # log-probs are at most 0; half precision may round a little above
+_LOGPROBS: Final = ("logprobs", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+_NUMBERS: Final = ("weights", "advantages")
+_SHOWN: Final = 20
+
+
+def look(batch: TokenBatch, inputs: Sequence[str]) -> None:
+    """Look at the log-probs, in one pass, where they are readable; notes where all are finite (`TokenBatch.finite`).
+
+    Args:
+        batch: the tensors.
+        inputs: fields of the batch that a loss reads, beside the log-probs.
+
+    Raises:
+        InvalidDatumsError: see `examine`.
+    """
+    if not readable(batch.logprobs) or not batch.logprobs.numel() or batch.finite:
+        return
+    low, high = (x.item() for x in torch.aminmax(batch.logprobs.detach()))
+    if not low > -math.inf or not high <= LARGEST_LOGPROB:
+        examine(batch, inputs)
+    else:
+        object.__setattr__(batch, "finite", True)
+
+
+def examine(batch: TokenBatch, inputs: Sequence[str]) -> None:
+    """Check the trained values of a batch, with the sequence and token of everything that is wrong.
+
+    Args:
+        batch: the tensors.
+        inputs: fields of the batch that a loss reads, beside the log-probs.
+
+    Raises:
+        InvalidDatumsError: a log-prob is not finite or positive, or another input is not finite.
+    """
+    problems = [
+        problem
+        for name in ("logprobs", *(n for n in (*_LOGPROBS[1:], *_NUMBERS) if n in inputs))
+        for problem in _problems(batch, name)
+    ]
+    if problems:
+        raise InvalidDatumsError(problems)
+
+
+def _problems(batch: TokenBatch, name: str) -> Iterator[str]:
+    values = getattr(batch, name)
+    if values is None or values.dtype == torch.bool:
+        return
+    values = values.detach().expand(batch.layout.shape)
+    bad = ~torch.isfinite(values)
+    if name in _LOGPROBS:
+        bad |= values > LARGEST_LOGPROB
+    places = (bad & batch.trained).nonzero().tolist()
+    for place in places[:_SHOWN]:
+        value = float(values[tuple(place)])
+        why = "a log-prob is a finite number of at most 0" if name in _LOGPROBS else "a finite number is expected"
+        yield f"{_words(batch, place)}: {name} is {value:g}; {why}"
+    if len(places) > _SHOWN:
+        yield f"{name}: {len(places) - _SHOWN} more values like these"
+
+
+def _words(batch: TokenBatch, place: list[int]) -> str:
+    if not isinstance(batch.layout, Packed):
+        return f"sequence {place[0]}, token {place[1]}"
+    row = int(batch.layout.index[place[0]])
+    return f"sequence {row}, token {place[0] - int(batch.layout.offsets[row])}"
