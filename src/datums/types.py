@@ -25,6 +25,7 @@ _EXPLAINED: Final = {
     "logprobs": "logprob",
     "old_logprobs": "old",
     "ref_logprobs": "ref",
+    "sequence_ratio_mask": "in ratio",
 }
 
 

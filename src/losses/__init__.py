@@ -22,10 +22,12 @@ from .metrics import Metric, Unread, combine_metrics, wire_metrics
 from .output import LossOutput, Part
 from .parts.advantages import GroupAdvantages, group_advantages
 from .parts.clip import ClipRange
+from .parts.correction import Correction, Rejection
 from .parts.kl import KL
-from .policy import GRPO, PPO, ImportanceSampling
-from .preference import DPO, ORPO
-from .recipes import Recipe, preset, preset_names, recipe
+from .policy import CISPO, DRO, GRPO, GSPO, PPO, ImportanceSampling
+from .preference import DPO, ORPO, SimPO
+from .presets import preset, preset_names
+from .recipes import Recipe, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
 from .streaming import TokenStream
 from .supervised import CrossEntropy
@@ -33,13 +35,17 @@ from .terms import Summand, Term, TokenTerm
 
 __all__ = [
     "AGGREGATIONS",
+    "CISPO",
     "DPO",
+    "DRO",
     "GRPO",
+    "GSPO",
     "KL",
     "ORPO",
     "PPO",
     "Aggregation",
     "ClipRange",
+    "Correction",
     "Counted",
     "CrossEntropy",
     "GroupAdvantages",
@@ -53,6 +59,8 @@ __all__ = [
     "Part",
     "Recipe",
     "Registry",
+    "Rejection",
+    "SimPO",
     "Summand",
     "Term",
     "TokenBatch",

@@ -27,10 +27,12 @@ class _Keys:
     switch: str | None
 
     def defaults(self, default: Any) -> dict[str, Any]:
-        """Return the default of each key; with a switch, that of the part that it switches on, and 0 for itself."""
+        """Return the default of each key; with a switch, that of the part that it switches on, and 0 or None for itself."""
         part = self.part() if self.switch else _coerced(self.part, default)
         found = {key: getattr(part, attribute) for key, attribute in self.attributes.items()}
-        return found | ({self.switch: 0.0} if self.switch else {})
+        if self.switch:
+            found[self.switch] = 0.0 if isinstance(found[self.switch], float) else None
+        return found
 
     def build(self, given: Mapping[str, Any], default: Any) -> Any:
         """Return the part that some keys describe."""

@@ -32,7 +32,12 @@ _KEYS = (
     InputKey("weights", "float32", True, "0 = not trained; otherwise the weight of the token"),
     InputKey("advantages", "float32", True, "advantage of each token; positive = more of this"),
     InputKey("logprobs", "float32", True, "log-probs of the rollout policy (the sampler), at its temperature"),
-    InputKey("old_logprobs", "float32", True, "log-probs of the proximal anchor, where it differs from the sampler"),
+    InputKey(
+        "old_logprobs",
+        "float32",
+        True,
+        "log-probs of the proximal anchor, where it differs from the sampler; a correction needs both",
+    ),
     InputKey("ref_logprobs", "float32", True, "log-probs of the frozen reference"),
     InputKey("sequence_ratio_mask", "float32", True, "1 on the tokens that a sequence's ratio is taken over, else 0"),
     InputKey("pair_id", "int64", False, "which preference pair the sequence belongs to"),

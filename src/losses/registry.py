@@ -13,6 +13,9 @@ from .config import to_wire
 __all__ = ["ENTRY_POINT_GROUP", "Registry", "config_of", "get_loss", "loss_names", "register", "registry"]
 
 ENTRY_POINT_GROUP: Final = "pullback.losses"
+REFUSED: Final = {
+    "stable_reinforce": "its formula is not public; use importance_sampling, ppo or cispo, with a Correction where needed",
+}
 LossClass = TypeVar("LossClass", bound=type[Loss])
 
 
@@ -42,10 +45,12 @@ class Registry:
         """Return the class of that name.
 
         Raises:
-            UnknownLossError: none is registered; the message lists those that are.
+            UnknownLossError: none is registered; the message lists those that are, or says why the name is refused.
         """
         if name not in self._classes:
             self._load_plugins()
+        if name not in self._classes and name in REFUSED:
+            raise UnknownLossError(f"loss {name!r} is known but not provided: {REFUSED[name]}")
         if name not in self._classes:
             raise UnknownLossError(
                 f"unknown loss {name!r}{suggestion(name, self._classes)}; known: {', '.join(self.names())}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from .cases import Case, CaseSequence
 
-__all__ = ["cross_entropy", "dpo", "finite_differences", "grpo", "orpo"]
+__all__ = ["cispo", "correction", "cross_entropy", "dpo", "dro", "finite_differences", "grpo", "gspo", "orpo", "simpo"]
 
 Cotangent = list[list[float]]
 
@@ -27,7 +27,7 @@ def scale(case: Case, aggregation: str, length: float = 1.0) -> Callable[[CaseSe
             return lambda s: 1.0 / sum(w for x in case.sequences for w in x.weights)
         case "sequence_mean_token_mean":
             return lambda s: 1.0 / (len(s.trained()) * len(trained))
-        case "sequence_mean_token_sum":
+        case "sequence_mean_token_sum" | "sequence_mean":
             return lambda s: 1.0 / len(trained)
         case "group_mean_token_mean":
             return lambda s: 1.0 / (in_group[s.group] * len(groups))
@@ -51,12 +51,16 @@ def grpo(
     kl: str = "reverse",
     ratio: bool = True,
     importance: bool = True,
+    dual: float = math.inf,
+    weights: Cotangent | None = None,
 ) -> Cotangent:
-    """``w c / D (-r A [not clipped] + beta v dK)`` with dK = D (reverse, k2), 1 - exp(-D) (k3 pathwise) or 1 (k1 pathwise).
+    """``w c / D (-u r A [not clipped] + beta v dK)`` with dK = D (reverse, k2), 1 - exp(-D) (k3 pathwise) or 1 (k1 pathwise).
 
-    v is the ratio to the sampler, or 1 without ``importance``; without ``ratio`` the policy part is ``-A``.
+    v is the ratio to the sampler, or 1 without ``importance``; without ``ratio`` the policy part is ``-A``. u is ``weights``, a
+    correction's. A token with A < 0 and r > ``dual`` is clipped too.
     """
     factor = scale(case, aggregation)
+    u = {id(s): row for s, row in zip(case.sequences, weights or [], strict=False)}
 
     def token(s: CaseSequence, j: int) -> float:
         anchor = s.old_logprobs if case.with_old else s.rollout_logprobs
@@ -64,12 +68,82 @@ def grpo(
         v = math.exp(s.logprobs[j] - s.rollout_logprobs[j]) if importance else 1.0
         a = s.advantages[j]
         clipped = clip_range is not None and ((a > 0 and r > clip_range[1]) or (a < 0 and r < clip_range[0]))
+        clipped = clipped or (a < 0 and r > dual)
         d = s.logprobs[j] - s.ref_logprobs[j]
         slope = {"reverse": d, "k2": d, "k3": 1 - math.exp(-d), "k1": 1.0, "none": 0.0}[kl]
-        policy = 0.0 if clipped else -r * a
+        policy = 0.0 if clipped else -r * a * (u[id(s)][j] if u else 1.0)
         return s.weights[j] * factor(s) * (policy + beta * v * slope)
 
     return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def cispo(case: Case, aggregation: str = "sum", low: float = 0.0, high: float = 5.0) -> Cotangent:
+    """``-w c / D clip(r) A``."""
+    factor = scale(case, aggregation)
+
+    def token(s: CaseSequence, j: int) -> float:
+        return -s.weights[j] * factor(s) * min(max(math.exp(_log_ratio(case, s, j)), low), high) * s.advantages[j]
+
+    return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def dro(case: Case, aggregation: str = "sum", beta: float = 0.05) -> Cotangent:
+    """``w c / D (beta (logprob - anchor) - A)``."""
+    factor = scale(case, aggregation)
+
+    def token(s: CaseSequence, j: int) -> float:
+        return s.weights[j] * factor(s) * (beta * _log_ratio(case, s, j) - s.advantages[j])
+
+    return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def gspo(
+    case: Case, aggregation: str = "sum", form: str = "token", low: float = 1 - 3e-4, high: float = 1 + 4e-4
+) -> Cotangent:
+    """``-w c / D s A`` (token form), or ``-w' c / D s A / n`` with w' the mean weight (sequence form); 0 where s is clipped."""
+    factor = scale(case, aggregation)
+
+    def token(s: CaseSequence, j: int) -> float:
+        at, a = s.trained(), s.advantages[j]
+        ratio = math.exp(math.fsum(_log_ratio(case, s, k) for k in at) / len(at))
+        if (a > 0 and ratio > high) or (a < 0 and ratio < low):
+            return 0.0
+        w = s.weights[j] if form == "token" else math.fsum(s.weights) / len(at) ** 2
+        return -w * factor(s) * ratio * a
+
+    return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def correction(
+    case: Case, weight: str = "truncate", level: str = "token", low: float = 0.0, high: float = 2.0
+) -> Cotangent:
+    """Return the weight of each token: old / sampler, of the token, the product or the geometric mean of its sequence.
+
+    ``truncate`` clips it to [low, high], ``mask`` makes it 0 outside; untrained tokens have 0.
+    """
+
+    def token(s: CaseSequence, j: int) -> float:
+        logs = [s.old_logprobs[k] - s.rollout_logprobs[k] for k in s.trained()]
+        mean = math.fsum(logs) / len(logs)
+        log = {"sequence": math.fsum(logs), "geometric": mean, "token": s.old_logprobs[j] - s.rollout_logprobs[j]}[
+            level
+        ]
+        ratio = math.exp(log)
+        return min(max(ratio, low), high) if weight == "truncate" else ratio * (low <= ratio <= high)
+
+    return [[token(s, j) if s.weights[j] else 0.0 for j in range(len(s.weights))] for s in case.sequences]
+
+
+def simpo(case: Case, beta: float = 2.0, gamma: float = 1.0) -> Cotangent:
+    """``-+ beta w / sum(w) sigmoid(-z) / P``."""
+    pairs = len(case.sequences) // 2
+    cotangents: Cotangent = []
+    for p in range(pairs):
+        chosen, rejected = case.sequences[2 * p], case.sequences[2 * p + 1]
+        slope = beta * _sigmoid(gamma - beta * (_mean(chosen) - _mean(rejected))) / pairs
+        cotangents.append([-slope * w / sum(chosen.weights) if w else 0.0 for w in chosen.weights])
+        cotangents.append([slope * w / sum(rejected.weights) if w else 0.0 for w in rejected.weights])
+    return cotangents
 
 
 def dpo(case: Case, beta: float = 0.1, smoothing: float = 0.0) -> Cotangent:
@@ -109,6 +183,10 @@ def finite_differences(value: Callable[[list[float]], float], at: list[float], s
         behind[i] -= step
         slopes.append((value(ahead) - value(behind)) / (2 * step))
     return slopes
+
+
+def _log_ratio(case: Case, s: CaseSequence, j: int) -> float:
+    return s.logprobs[j] - (s.old_logprobs if case.with_old else s.rollout_logprobs)[j]
 
 
 def _shift(s: CaseSequence) -> float:

@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 
 from pullback.losses import (
     AGGREGATIONS,
+    CISPO,
     DPO,
+    DRO,
     GRPO,
+    GSPO,
     KL,
     ORPO,
     PPO,
+    ClipRange,
     CrossEntropy,
     ImportanceSampling,
     Loss,
+    SimPO,
     fixed_length,
     preset,
 )
@@ -98,6 +103,37 @@ def test_dpo(case: Case, beta: float, smoothing: float) -> None:
     assert agrees(DPO(beta, smoothing), case, oracles.dpo(case, beta, smoothing))
 
 
+@given(case=cases(), beta=st.floats(0.1, 4), gamma=st.floats(0, 2))
+def test_simpo(case: Case, beta: float, gamma: float) -> None:
+    """SimPO's gradient is that of mean log-probs with a margin."""
+    assert agrees(SimPO(beta, gamma), case, oracles.simpo(case, beta, gamma))
+
+
+@pytest.mark.parametrize("aggregation", TOKEN_AGGREGATIONS)
+@given(case=cases(), beta=st.floats(0.01, 2))
+def test_cispo_and_dro(aggregation: str, case: Case, beta: float) -> None:
+    """CISPO's gradient is a clipped ratio times the advantage, DRO's a difference of log-probs less the advantage."""
+    assert agrees(CISPO(aggregation=aggregation), case, oracles.cispo(case, aggregation))
+    assert agrees(CISPO(ClipRange(0.5, 1.5), aggregation), case, oracles.cispo(case, aggregation, 0.5, 1.5))
+    assert agrees(DRO(beta, aggregation), case, oracles.dro(case, aggregation, beta))
+
+
+@pytest.mark.parametrize("aggregation", TOKEN_AGGREGATIONS)
+@given(case=cases(), epsilon=st.floats(0.01, 0.9))
+def test_gspo_tokens(aggregation: str, case: Case, epsilon: float) -> None:
+    """The token form gives every token its own advantage and the ratio of its sequence."""
+    expected = oracles.gspo(case, aggregation, "token", 1 - epsilon, 1 + epsilon)
+    assert agrees(GSPO(epsilon, aggregation), case, expected)
+    assert agrees(GSPO(aggregation=aggregation), case, oracles.gspo(case, aggregation))
+
+
+@given(case=cases(), dual=st.floats(1.3, 4))
+def test_dual_clip(case: Case, dual: float) -> None:
+    """Above c a token of negative advantage has no gradient; the others are as before."""
+    assert agrees(PPO(dual_clip=dual), case, oracles.grpo(case, "sum", dual=dual))
+    assert agrees(GRPO(dual_clip=dual), case, oracles.grpo(case, dual=dual))
+
+
 @given(case=cases(), lam=st.floats(0, 2))
 def test_orpo(case: Case, lam: float) -> None:
     """ORPO's gradient is the NLL's and the odds ratio's."""
@@ -111,6 +147,10 @@ def test_orpo(case: Case, lam: float) -> None:
         (CrossEntropy("token_mean"), lambda case: oracles.cross_entropy(case, "sum")),
         (GRPO(kl=KL(beta=0.3)), lambda case: oracles.grpo(case)),
         (ORPO(0.2), lambda case: oracles.orpo(case, 0.1)),
+        (SimPO(), lambda case: oracles.simpo(case, gamma=0.5)),
+        (CISPO(ClipRange(0.0, 1.05)), lambda case: oracles.cispo(case, high=5.0)),
+        (DRO(), lambda case: oracles.dro(case, beta=0.5)),
+        (GSPO(0.2), lambda case: oracles.gspo(case, form="sequence", low=0.8, high=1.2)),
     ],
 )
 def test_wrong_formula_is_noticed(loss: Loss, expected: Callable[[Case], list[list[float]]]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, Case, documented_table, inputs_of
+from golden_case import Case
+from golden_table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, documented_table, inputs_of
 from torch import Tensor
 
-from pullback.losses import Loss, TokenBatch
+from pullback.losses import GRPO, Loss, TokenBatch
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"peer", "version", "name", "function", "config", "inputs", "loss", "gradient"}
@@ -90,6 +91,24 @@ def test_straight_through_differs_in_value_only() -> None:
     value, gradient = errors(case.loss, ENTRIES["verl:kl-k3+-far"], case)
     assert value > 1e-3
     assert gradient <= 1e-12
+
+
+@pytest.mark.parametrize("key", [key for key in DIFFERS if "rejection" in key])
+def test_rejections_differ_in_the_count_only(key: str) -> None:
+    """verl divides by the tokens that are left: times their share, its value and gradient are ours."""
+    entry, (case, _) = ENTRIES[key], DIFFERS[key]
+    assert isinstance(case.loss, GRPO)
+    assert case.loss.correction is not None
+    _, mask, given = batch_inputs(entry, case)
+    batch = TokenBatch.from_padded(torch.zeros_like(mask), mask, **given)
+    kept = case.loss.correction.factor(batch) != 0
+    share = float(torch.where(kept, mask, torch.zeros_like(mask)).sum() / mask.sum())
+    value, gradient = answer(case.loss, entry, case)
+    assert 0 < share < 1
+    assert value == pytest.approx(entry["loss"] * share, rel=1e-12, abs=1e-14)
+    torch.testing.assert_close(
+        gradient, torch.tensor(entry["gradient"], dtype=torch.float64) * share, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_every_entry_has_one_place() -> None:

@@ -87,9 +87,13 @@ FORMULAS = {
     "ppo_clip above": Formula(F.ppo_clip, "anchor advantages", (0.0, 1.28), ppo(0.0, 1.28)),
     "ppo_clip wide": Formula(F.ppo_clip, "anchor advantages", (0.5, 2 * PEAK), ppo(0.5, 2 * PEAK)),
     "ppo_clip dual": Formula(F.ppo_clip, "anchor advantages", (0.8, 1.2, 3.0), ppo(0.8, 1.2, 3.0)),
-    "cispo": Formula(F.cispo, "anchor advantages", (), cispo(0.0, 1.2)),
-    "cispo range": Formula(F.cispo, "anchor advantages", (0.5, 5.0), cispo(0.5, 5.0)),
+    "cispo": Formula(F.cispo, "anchor advantages", (), cispo(0.0, 5.0)),
+    "cispo range": Formula(F.cispo, "anchor advantages", (0.5, 1.2), cispo(0.5, 1.2)),
     "cispo unbounded": Formula(F.cispo, "anchor advantages", (0.0, math.inf), cispo(0.0, math.inf)),
+    # The second argument is the log-ratio itself, in the place of the anchor.
+    "gspo_token": Formula(
+        F.gspo_token, "anchor advantages", (0.8, 1.2, 3.0), lambda x, d, a: ppo(0.8, 1.2, 3.0)(x, x - d, a)
+    ),
     "dro": Formula(
         F.dro, "anchor advantages", (0.3,), lambda x, d, a: (0.15 * d * d - a * x, 0.3 * d - a)
     ),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from golden_case import ALL_ROWS, FP32, Case
 from golden_pending import NOT_RECORDED, NOT_YET
+from golden_policies import REJECTED, rejected, skyrl_policies, trl_policies, verl_policies
 
 from pullback.losses import (
     DPO,
@@ -39,33 +40,6 @@ PEERS: Final = {
 ENTRIES: Final[dict[str, dict[str, Any]]] = {
     f"{peer}:{entry['name']}": entry for peer, document in PEERS.items() for entry in document["entries"]
 }
-FP32: Final = 1e-6  # where the peer takes exp, or a logsigmoid, in fp32
-ALL_ROWS: Final = {"sequences": 4.0}  # the peer counts a masked row as a sequence; we do not, unless told so
-
-
-@dataclass(frozen=True)
-class Case:
-    """One of our losses, and how to call it so that it answers what the peer does.
-
-    Args:
-        loss: of ours.
-        family: the row of the documented table.
-        control: another loss of ours, which must not agree.
-        tolerance: relative to the larger of 1 and the peer's number.
-        counts: given to `evaluate`.
-        anchor: the log-probs that the ratio is taken against; the others are withheld.
-        only_kl: with advantages of zero, so that the KL is all of the loss.
-        groups: prompt group of each row.
-    """
-
-    loss: Loss
-    family: str
-    control: Loss
-    tolerance: float = 1e-12
-    counts: Mapping[str, float] | None = None
-    anchor: str = "old_logprobs"
-    only_kl: bool = False
-    groups: tuple[int, ...] | None = None
 
 
 def inputs_of(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +88,7 @@ def _verl() -> dict[str, Case]:
             cases[f"kl-{estimator}+"] = _kl(estimator, "reverse", "token_mean", control="pathwise")
     cases["kl-k2-far"] = _kl("k2", "pathwise", "token_mean")
     cases["kl-k3-seq-mean-token-mean"] = _kl("k3", "pathwise", "sequence_mean_token_mean", tolerance=1e-7)
-    return cases
+    return cases | verl_policies()
 
 
 def _skyrl() -> dict[str, Case]:
@@ -136,7 +110,8 @@ def _skyrl() -> dict[str, Case]:
         "kl-k3-rows": _kl("k3", "pathwise", mean, counts=ALL_ROWS),
     }
     estimators: tuple[KLEstimator, ...] = ("k1", "abs", "k2", "k3")
-    return {**cases, **{f"kl-{estimator}": _kl(estimator, "pathwise", mean) for estimator in estimators}}
+    kl = {f"kl-{estimator}": _kl(estimator, "pathwise", mean) for estimator in estimators}
+    return {**cases, **kl, **skyrl_policies()}
 
 
 def _trl() -> dict[str, Case]:
@@ -150,7 +125,7 @@ def _trl() -> dict[str, Case]:
     for beta in (0.1, 0.5):
         wrong = preset("trl:orpo", beta=3 * beta)
         cases[f"orpo-{beta:g}"] = Case(preset("trl:orpo", beta=beta), "ORPO", wrong, tolerance=FP32)
-    return cases
+    return cases | trl_policies()
 
 
 def _trl_grpo(entry: Mapping[str, Any]) -> Case:
@@ -185,6 +160,14 @@ DIFFERS: Final[dict[str, tuple[Case, str]]] = {
         "the reported value is clamped to 10; the gradient is ours",
     ),
     "skyrl:kl-k3-far": (_kl("k3", "pathwise", "sequence_mean_token_mean"), _CLAMPED),
+    **{
+        f"verl:{entry['name']}": (
+            Case(rejected(entry["config"]), "rejection by a statistic", PPO()),
+            "divides by the tokens that are kept; ours by all, so that a filter does not change the step size of the rest",
+        )
+        for entry in PEERS["verl"]["entries"]
+        if entry["name"].startswith(REJECTED)
+    },
 }
 
 

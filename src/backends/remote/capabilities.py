@@ -14,12 +14,14 @@ from torch import Tensor
 from ...datums.types import Datum, TensorData
 from ...errors import RemoteError, UnsupportedError, require_extra
 from ...losses.base import Loss
+from ...losses.registry import config_of
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
 
 _logger = logging.getLogger(__name__)
 _PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds
 PROTOCOL_LOSSES: Final = frozenset({"cross_entropy", "importance_sampling", "ppo"})
+_PROTOCOL_KEYS: Final = frozenset({"clip_low_threshold", "clip_high_threshold"})  # others would be ignored, or refused
 
 
 @final
@@ -50,7 +52,9 @@ class Capabilities:
 
     def knows(self, loss: Loss) -> bool:
         """Whether this loss, given by name, goes by name."""
-        return loss.name in self.losses and (self.divides or not loss.main_aggregation.is_mean)
+        if loss.name not in self.losses:
+            return False
+        return self.divides or not (loss.main_aggregation.is_mean or set(config_of(loss) or ()) - _PROTOCOL_KEYS)
 
     def require_fits(self, cotangents: Sequence[Tensor]) -> None:
         """Check weights before they are sent, as the service may cut a call between any two datums.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from ...deprecation import moved
 from .closed_form import closed_form, closed_form_of
+from .correction import masked_weight, truncated_weight
 from .kl import KLEstimator, KLGradient, kl, kl_penalty
 from .likelihood import nll
 from .numerics import bounded_exp, bounded_expm1, log1mexp
 from .old_names import clipped_surrogate as clipped_surrogate
 from .old_names import dpo_sigmoid as dpo_sigmoid
 from .old_names import kl_value as kl_value
-from .policy import cispo, dro, importance_sampling, policy_gradient, ppo_clip
+from .policy import cispo, dro, gspo_token, importance_sampling, policy_gradient, ppo_clip
 from .preference import dpo, log_odds, log_odds_ratio, odds_ratio, simpo
 
 __all__ = [
@@ -26,17 +27,20 @@ __all__ = [
     "closed_form_of",
     "dpo",
     "dro",
+    "gspo_token",
     "importance_sampling",
     "kl",
     "kl_penalty",
     "log1mexp",
     "log_odds",
     "log_odds_ratio",
+    "masked_weight",
     "nll",
     "odds_ratio",
     "policy_gradient",
     "ppo_clip",
     "simpo",
+    "truncated_weight",
 ]
 
 __getattr__ = moved(

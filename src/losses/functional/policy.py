@@ -15,7 +15,15 @@ from torch import Tensor
 from .closed_form import closed_form
 from .numerics import EXPONENT_LIMIT, bounded_exp, constant
 
-__all__ = ["cispo", "clipped_ratio_loss", "dro", "importance_sampling", "policy_gradient", "ppo_clip"]
+__all__ = [
+    "cispo",
+    "clipped_ratio_loss",
+    "dro",
+    "gspo_token",
+    "importance_sampling",
+    "policy_gradient",
+    "ppo_clip",
+]
 
 _PEAK: Final = math.exp(EXPONENT_LIMIT)
 
@@ -144,7 +152,46 @@ def _keep_where_zero_(slope: Tensor, gap: Tensor) -> Tensor:
     return slope
 
 
-def cispo(logprobs: Tensor, anchor: Tensor | float, advantages: Tensor, low: float = 0.0, high: float = 1.2) -> Tensor:
+def gspo_token(
+    logprobs: Tensor,
+    log_ratio: Tensor | float,
+    advantages: Tensor,
+    low: float = 1 - 3e-4,
+    high: float = 1 + 4e-4,
+    dual: float | None = None,
+) -> Tensor:
+    """Return the clipped policy loss of each token with its sequence's ratio, ``max(-s A, -clip(s, low, high) A)``.
+
+    The ratio ``s = exp(log_ratio)`` has the slope of a token's own: the derivative with respect to the log-prob is ``-s A``,
+    or 0 where `ppo_clip` has 0.
+
+    Args:
+        logprobs: log-probs of the sampled tokens, nats; any shape.
+        log_ratio: log s, a constant; broadcasts to ``logprobs``.
+        advantages: A; broadcasts to ``logprobs``.
+        low, high, dual: as of `ppo_clip`.
+
+    Returns:
+        One value per token, shape of ``logprobs``.
+
+    Source: GSPO, arXiv:2507.18071, equation 13 (GSPO-token).
+    """
+    return ppo_clip(logprobs - logprobs.detach() + constant(log_ratio), 0.0, advantages, low, high, dual)
+
+
+@closed_form(gspo_token)
+def _gspo_token(
+    x: Tensor,
+    log_ratio: Tensor | float,
+    advantages: Tensor,
+    low: float = 1 - 3e-4,
+    high: float = 1 + 4e-4,
+    dual: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _ppo_clip(torch.zeros_like(x).add_(log_ratio), 0.0, advantages, low, high, dual)
+
+
+def cispo(logprobs: Tensor, anchor: Tensor | float, advantages: Tensor, low: float = 0.0, high: float = 5.0) -> Tensor:
     """Return the policy-gradient loss of each token with a clipped weight, ``-clip(r, low, high) A logprob``.
 
     The weight, with ``r = exp(logprob - anchor)``, is a constant: every token keeps a gradient, ``-clip(r) A``.
@@ -166,7 +213,7 @@ def cispo(logprobs: Tensor, anchor: Tensor | float, advantages: Tensor, low: flo
 
 @closed_form(cispo)
 def _cispo(
-    x: Tensor, anchor: Tensor | float, advantages: Tensor, low: float = 0.0, high: float = 1.2
+    x: Tensor, anchor: Tensor | float, advantages: Tensor, low: float = 0.0, high: float = 5.0
 ) -> tuple[Tensor, Tensor]:
     log_ratio = x - anchor
     ratio = log_ratio.exp_() if high <= _PEAK else bounded_exp(log_ratio)  # equal where the bound is below the tangent

@@ -10,7 +10,7 @@ from typing import final
 from ...errors import ConfigError
 from ..checks import number
 
-__all__ = ["ClipRange"]
+__all__ = ["ClipRange", "check_dual_clip"]
 
 
 @final
@@ -67,3 +67,21 @@ class ClipRange:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"clip must be a ClipRange or an epsilon, got {value!r}")
         return cls.from_epsilon(value)
+
+
+def check_dual_clip(dual: float | None, clip: ClipRange | None) -> None:
+    """Check the bound of dual clipping.
+
+    Raises:
+        ConfigError: it is not above 1 and above the range, or there is no range; a token inside the range must not be cut.
+    """
+    if dual is None:
+        return
+    number("dual_clip", dual, low=1.0)
+    if clip is None:
+        raise ConfigError("dual_clip is a second bound on a clipped ratio; without clip there is no first")
+    if clip.high != math.inf and dual <= clip.high:
+        raise ConfigError(
+            f"dual_clip={dual:g} must be above the clip range, whose high is {clip.high:g}: the ratios between them would be "
+            "inside the range and yet clipped"
+        )

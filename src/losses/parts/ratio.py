@@ -25,7 +25,7 @@ def importance_ratio(batch: TokenBatch, of: Tensor) -> Tensor:
     return bounded_exp(wide(batch.logprobs.detach()) - of)
 
 
-def ratio_metrics(batch: TokenBatch, clip: ClipRange | None) -> dict[str, Unread]:
+def ratio_metrics(batch: TokenBatch, clip: ClipRange | None, dual: float | None = None) -> dict[str, Unread]:
     """Return ratio, clipping and signal over the trained tokens; ESS / N is ``ratio^2 / ratio_squared``."""
     mask, count = batch.mask, batch.trained_count
     log_ratio = select_(wide(batch.logprobs.detach()) - anchor(batch), mask)
@@ -45,6 +45,8 @@ def ratio_metrics(batch: TokenBatch, clip: ClipRange | None) -> dict[str, Unread
             -advantages, 0.0
         )
         metrics["clip_fraction"] = mean(select_(beyond, mask), count)
+    if dual is not None:
+        metrics["dual_clip_fraction"] = mean(select_(_above(ratio, dual) * _above(-advantages, 0.0), mask), count)
     return metrics
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from .cispo import CISPO
+from .dro import DRO
 from .grpo import GRPO
+from .gspo import GSPO
 from .importance_sampling import ImportanceSampling
 from .ppo import PPO
 
-__all__ = ["GRPO", "PPO", "ImportanceSampling"]
+__all__ = ["CISPO", "DRO", "GRPO", "GSPO", "PPO", "ImportanceSampling"]

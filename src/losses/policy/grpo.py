@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
+
+from torch import Tensor
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
@@ -15,9 +17,11 @@ from ..checks import choice
 from ..config import keys
 from ..functional.policy import importance_sampling, policy_gradient, ppo_clip
 from ..metrics import Unread
-from ..parts.clip import ClipRange
+from ..parts.clip import ClipRange, check_dual_clip
+from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.kl import KL
 from ..parts.ratio import anchor, ratio_metrics
+from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, TokenTerm
 
@@ -34,15 +38,20 @@ class GRPO(Loss):
     datums (see `group_advantages`).
 
     Args:
-        clip: range of the ratio; a bare number is an epsilon, None is no clipping.
+        clip: range of the ratio; a bare number is an epsilon, two are ``ClipRange.from_epsilon(0.2, 0.28)`` (DAPO's
+            clip-higher), None is no clipping.
         kl: the penalty; a bare number is the beta of the default `KL`, None is no penalty. With it ``ref_logprobs`` is
             required.
         anchor: what the ratio is taken against. ``rollout``: ``old_logprobs`` where given, else the sampler's
             ``logprobs``. ``none``: no ratio at all, the policy term is ``-A logprob`` (REINFORCE).
         aggregation: ``token_mean`` by default (over the whole step, as DAPO's code; arXiv:2503.14476).
+        dual_clip: c > 1: the loss of a token with A < 0 is at most c |A|; it must lie above the range. None: no bound.
+        correction: weight of the step from the sampler to ``old_logprobs``, which is then required; None is no weight. The
+            KL is not weighed by it.
 
     Raises:
-        ConfigError: ``clip`` together with ``anchor="none"``, which leaves nothing to clip.
+        ConfigError: ``clip`` together with ``anchor="none"``, which leaves nothing to clip, or ``dual_clip`` without
+            ``clip``.
 
     Source: DeepSeekMath, arXiv:2402.03300, equation 3.
     """
@@ -53,9 +62,10 @@ class GRPO(Loss):
     )
     anchor: Literal["rollout", "none"] = "rollout"
     aggregation: Aggregation | str = "token_mean"
+    dual_clip: float | None = None
+    correction: Correction | None = keys(None, Correction, switch="correction_weight", **CORRECTION_KEYS)
 
     name: ClassVar[str] = "grpo"
-    gradient_kind: ClassVar[GradientKind] = "token"
     sources: ClassVar[tuple[str, ...]] = ("arXiv:2402.03300", "arXiv:2503.14476")
 
     def __post_init__(self) -> None:
@@ -68,33 +78,48 @@ class GRPO(Loss):
         choice("anchor", self.anchor, ("rollout", "none"))
         if self.anchor == "none" and self.clip is not None:
             raise ConfigError("anchor='none' has no ratio to clip; give clip=None")
+        check_dual_clip(self.dual_clip, self._clip)
+
+    @property
+    def gradient_kind(self) -> GradientKind:
+        return "token" if self.correction is None else self.correction.gradient_kind
 
     @property
     def required_inputs(self) -> tuple[str, ...]:
         ratio = ("logprobs",) if self.anchor == "rollout" else ()
         reference = self._kl.inputs if self._kl is not None else ()
-        return ("weights", "advantages", *dict.fromkeys((*ratio, *reference)))
+        sampler = self.correction.inputs if self.correction is not None else ()
+        return ("weights", "advantages", *dict.fromkeys((*ratio, *sampler, *reference)))
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        return ("old_logprobs", "group_id") if self.anchor == "rollout" else ("group_id",)
+        return ("old_logprobs", "group_id") if self.anchor == "rollout" and self.correction is None else ("group_id",)
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         penalty = () if self._kl is None else (self._kl.term(batch, self.main_aggregation),)
         return (self._policy(batch), *penalty)
 
+    def problems(self, batch: TokenBatch) -> Iterable[Problem]:
+        return () if self.correction is None else (self.correction.problems(batch),)
+
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        ratio = ratio_metrics(batch, self._clip) if self.anchor == "rollout" else {}
-        return ratio if self._kl is None else {**ratio, "kl_ref": self._kl.metric(batch)}
+        metrics = ratio_metrics(batch, self._clip, self.dual_clip) if self.anchor == "rollout" else {}
+        if self.correction is not None:
+            metrics |= self.correction.metrics(batch)
+        return metrics if self._kl is None else {**metrics, "kl_ref": self._kl.metric(batch)}
 
     def _policy(self, batch: TokenBatch) -> TokenTerm:
+        definition, arguments = self._definition(batch)
+        factor = None if self.correction is None else self.correction.factor(batch)
+        return TokenTerm("policy", definition, arguments, self.main_aggregation, factor=factor)
+
+    def _definition(self, batch: TokenBatch) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         advantages = batch.given("advantages")
         if self.anchor == "none":
-            return TokenTerm("policy", policy_gradient, (advantages,), self.main_aggregation)
+            return policy_gradient, (advantages,)
         if self._clip is None:
-            return TokenTerm("policy", importance_sampling, (anchor(batch), advantages), self.main_aggregation)
-        arguments = (anchor(batch), advantages, self._clip.low, self._clip.high)
-        return TokenTerm("policy", ppo_clip, arguments, self.main_aggregation)
+            return importance_sampling, (anchor(batch), advantages)
+        return ppo_clip, (anchor(batch), advantages, self._clip.low, self._clip.high, self.dual_clip)
 
     @property
     def _clip(self) -> ClipRange | None:

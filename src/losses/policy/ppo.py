@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -12,8 +12,10 @@ from ..batch import TokenBatch
 from ..config import keys
 from ..functional.policy import ppo_clip
 from ..metrics import Unread
-from ..parts.clip import ClipRange
+from ..parts.clip import ClipRange, check_dual_clip
+from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.ratio import anchor, ratio_metrics
+from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, TokenTerm
 
@@ -27,29 +29,52 @@ class PPO(Loss):
     r"""Clipped policy gradient, ``sum_t w_t max(-r_t A_t, -clip(r_t) A_t) / D``; see `functional.ppo_clip`.
 
     Args:
-        clip: range of the ratio; a bare number is an epsilon.
+        clip: range of the ratio; a bare number is an epsilon, and two are ``ClipRange.from_epsilon(0.2, 0.28)``, DAPO's
+            clip-higher.
         aggregation: ``sum`` by default, as the protocol has it.
+        dual_clip: c > 1: the loss of a token with A < 0 is at most c |A|; it must lie above the range. None: no bound.
+        correction: weight of the step from the sampler to ``old_logprobs``, which is then required; None is no weight.
 
     Source: arXiv:1707.06347, equation 7.
     """
 
     clip: ClipRange | float = keys(0.2, ClipRange, clip_low_threshold="low", clip_high_threshold="high")
     aggregation: Aggregation | str = "sum"
+    dual_clip: float | None = None
+    correction: Correction | None = keys(None, Correction, switch="correction_weight", **CORRECTION_KEYS)
 
     name: ClassVar[str] = "ppo"
-    gradient_kind: ClassVar[GradientKind] = "token"
     sources: ClassVar[tuple[str, ...]] = ("arXiv:1707.06347", "Tinker training API, losses: ppo")
-    required_inputs: ClassVar[tuple[str, ...]] = ("advantages", "logprobs")
-    optional_inputs: ClassVar[tuple[str, ...]] = ("weights", "old_logprobs", "group_id")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", ClipRange.of(self.clip))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
+        check_dual_clip(self.dual_clip, self._clip)
+
+    @property
+    def gradient_kind(self) -> GradientKind:
+        return "token" if self.correction is None else self.correction.gradient_kind
+
+    @property
+    def required_inputs(self) -> tuple[str, ...]:
+        return ("advantages", "logprobs") if self.correction is None else ("advantages", *self.correction.inputs)
+
+    @property
+    def optional_inputs(self) -> tuple[str, ...]:
+        return ("weights", "old_logprobs", "group_id") if self.correction is None else ("weights", "group_id")
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
-        clip = ClipRange.of(self.clip)
-        arguments = (anchor(batch), batch.given("advantages"), clip.low, clip.high)
-        return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation),)
+        arguments = (anchor(batch), batch.given("advantages"), self._clip.low, self._clip.high, self.dual_clip)
+        factor = None if self.correction is None else self.correction.factor(batch)
+        return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation, factor=factor),)
+
+    def problems(self, batch: TokenBatch) -> Iterable[Problem]:
+        return () if self.correction is None else (self.correction.problems(batch),)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        return ratio_metrics(batch, ClipRange.of(self.clip))
+        ratio = ratio_metrics(batch, self._clip, self.dual_clip)
+        return ratio if self.correction is None else {**ratio, **self.correction.metrics(batch)}
+
+    @property
+    def _clip(self) -> ClipRange:
+        return ClipRange.of(self.clip)

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .dpo import DPO
 from .orpo import ORPO
+from .simpo import SimPO
 
-__all__ = ["DPO", "ORPO"]
+__all__ = ["DPO", "ORPO", "SimPO"]

@@ -30,7 +30,7 @@ from pullback.errors import (
     UnknownLossError,
     UnsupportedError,
 )
-from pullback.losses import DPO, GRPO, KL, ClipRange, CrossEntropy, get_loss, loss_names
+from pullback.losses import DPO, GRPO, KL, PPO, ClipRange, Correction, CrossEntropy, get_loss, loss_names
 from pullback.losses.registry import config_of
 
 pytestmark = SDK_WARNINGS
@@ -282,3 +282,8 @@ def test_configs_of_losses() -> None:
     assert config_of(DPO(0.3)) == {"beta": 0.3}
     assert config_of(GRPO(clip=None)) is None
     assert config_of(GRPO(kl=KL("k3", 0.1, importance=False))) is None
+    plain, ours = Capabilities(), Capabilities(divides=True, weighs=True)
+    for loss in (PPO(dual_clip=3.0), PPO(correction=Correction.tis())):
+        assert ours.knows(loss)
+        assert not plain.knows(loss)  # a key that the protocol does not have
+    assert plain.knows(PPO(0.3))
