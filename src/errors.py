@@ -217,8 +217,13 @@ def require_extra(module: str, extra: str, purpose: str) -> Any:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for a close spelling, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    if not close:
+        return ""
+    swapped = [
+        each for each in close if sorted(each) == sorted(word)
+    ]  # the commonest slip: two letters in the other order
+    return f" (did you mean {(swapped or close)[0]!r}?)"
 
 
 __getattr__ = moved(__name__, {"UnreadFailureError": ("errors", "UnretrievedFailureError")})

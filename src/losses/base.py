@@ -16,9 +16,11 @@ from .config import from_wire
 from .counting import Counted, totals
 from .counts import Counts
 from .evaluation import assemble, fields_of
+from .keys import INPUT_KEYS
 from .metrics import Metric, Unread, wire_metrics
 from .output import LossOutput
 from .problems import Problem
+from .selection import wide
 from .terms import Summand
 from .values import look
 
@@ -110,7 +112,7 @@ class Loss(abc.ABC):
             ConfigError: ``counts`` lacks the denominator that is needed, or it is not positive.
             PullbackError: the values of a batch on the CPU are refused; elsewhere see `LossOutput.check`.
         """
-        self._inspect(batch)
+        batch = self._ready(batch)
         return assemble(self, batch, self.terms(batch), counts)
 
     @final
@@ -120,12 +122,8 @@ class Loss(abc.ABC):
         Unlike `evaluate` it does not ask that the batch alone could be divided: the weights of a micro-batch may sum to
         0 or less where those of the step do not.
         """
-        self._inspect(batch)
+        batch = self._ready(batch)
         return assemble(self, batch, self.terms(batch), None, divided=False)
-
-    def _inspect(self, batch: TokenBatch) -> None:
-        self.check_inputs(batch)
-        look(batch, fields_of(self))
 
     @final
     def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -167,7 +165,7 @@ class Loss(abc.ABC):
         return totals(self, batches)
 
     @final
-    def with_counts(self, *, averaged_over: int = 1, **counts: float | Tensor) -> Counted:
+    def with_counts(self, *, averaged_over: float = 1, **counts: float | Tensor) -> Counted:
         """Return the loss divided by the totals of a step, for an SDK or trainer that adds up its calls.
 
         Args:
@@ -194,4 +192,15 @@ class Loss(abc.ABC):
         for key in self.required_inputs:
             name = batch_field(key)
             if getattr(batch, name) is None:
-                raise MissingFieldError(f"missing required field {key!r}: {self.name} needs {name} in its TokenBatch")
+                meaning = INPUT_KEYS[key].meaning
+                raise MissingFieldError(
+                    f"missing required field {key!r}: {self.name} needs {name} in its TokenBatch ({meaning})"
+                )
+
+    def _ready(self, batch: TokenBatch) -> TokenBatch:
+        """Return the batch, checked, with log-probs in fp32 or better: gradients of its terms meet unrounded."""
+        self.check_inputs(batch)
+        full = wide(batch.logprobs)
+        batch = batch if full is batch.logprobs else batch.with_logprobs(full)
+        look(batch, fields_of(self))
+        return batch

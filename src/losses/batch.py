@@ -25,8 +25,8 @@ from .inputs import (
 from .layout import Layout, Packed, Padded
 from .problems import Problem, raise_readable
 from .selection import readable, select, transformed, wide
-from .sums import row_sum
-from .units import Groups, Pairs, group_sequences, pair_sequences, require_even
+from .sums import row_sum, weighted_sum
+from .units import Groups, Pairs, group_sequences, pair_sequences
 
 __all__ = ["TokenBatch"]
 
@@ -72,6 +72,7 @@ class TokenBatch:
     label: Tensor | None = None
     finite: bool = field(default=False, init=False, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shape = tuple(self.logprobs.shape)
@@ -189,23 +190,6 @@ class TokenBatch:
             return self.token_count
         return self.remember("trained_count", lambda: _count(self.trained.to(self.weight.dtype)))
 
-    @property
-    def num_pairs(self) -> int:
-        """P."""
-        if self.pair_id is None and self.role is None:
-            require_even(self.num_sequences)
-            return self.num_sequences // 2
-        return self.pairs.chosen.shape[0]
-
-    def by_pair(self, per_sequence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of the chosen and those of the rejected sequences, [P] each, of one number per sequence, [B]."""
-        if self.pair_id is None and self.role is None:
-            require_even(self.num_sequences)
-            chosen, rejected = per_sequence.view(-1, 2).unbind(1)
-            return chosen, rejected
-        pairs = self.pairs
-        return per_sequence[pairs.chosen], per_sequence[pairs.rejected]
-
     def indicator(self) -> Tensor:
         """Return 1 at the positions of which any target is trained, else 0; the dtype of `weight`, one per token."""
         if self.layout.candidates:
@@ -220,17 +204,6 @@ class TokenBatch:
         """Return ``values`` in fp32 or better, exactly 0 (and with zero gradient) where untrained, even from NaN."""
         return select(wide(values), self.mask)
 
-    def masked(self, name: str) -> Tensor:
-        """Return an input of the batch, detached, as `select` does.
-
-        Args:
-            name: a per-token field, e.g. ``advantages``.
-
-        Raises:
-            MissingFieldError: the batch has none.
-        """
-        return self.select(self.given(name))
-
     def given(self, name: str) -> Tensor:
         """Return a per-token input of the batch as it is, detached, in fp32 or better.
 
@@ -244,9 +217,33 @@ class TokenBatch:
             )
         return wide(values)
 
-    def weighted_row_sum(self, minus: Tensor | None = None) -> Tensor:
-        """Return ``sum_t w_t (logprob_t - minus_t)`` of each sequence; float64 [B], differentiable in the log-probs."""
-        return row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout, self.finite)
+    def weighted_row_sum(self, relative_to: str | None = None) -> Tensor:
+        """Return ``sum_t w_t (logprob_t - other_t)`` of each sequence; float64 [B], differentiable in the log-probs.
+
+        Args:
+            relative_to: the field of the other log-probs, e.g. ``ref_logprobs``; None for 0.
+        """
+        key = f"row sums relative to {relative_to}"
+        if key in self._computed and not self.logprobs.requires_grad:
+            return self._computed[key]
+        minus = None if relative_to is None else self.given(relative_to)
+        sums = row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout, self.finite)
+        self._computed[key] = sums.detach()
+        return sums
+
+    def negative_log_likelihood(self) -> Tensor:
+        """Return ``-sum_t w_t logprob_t`` of all tokens; 0-d, fp32 or better, differentiable in the log-probs."""
+        if "nll" in self._computed and not self.logprobs.requires_grad:
+            return self._computed["nll"]
+        total = weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0, self.finite)
+        self._computed["nll"] = total.detach()
+        return total
+
+    def detached(self) -> TokenBatch:
+        """Return the batch without the graph of its log-probs, for metrics; what has been summed is not summed again."""
+        batch = self.with_logprobs(self.logprobs.detach())
+        batch.__dict__.update(finite=self.finite, _computed=self._computed)
+        return batch
 
     def with_logprobs(self, logprobs: Tensor) -> TokenBatch:
         """Return the batch with other log-probs of the policy; what does not depend on them is not computed again.
@@ -257,18 +254,12 @@ class TokenBatch:
         check_shape("logprobs", logprobs, tuple(self.logprobs.shape), "that of the log-probs in their place")
         batch = copy.copy(self)
         known = self._known if wide(logprobs).dtype == wide(self.logprobs).dtype else {}
-        batch.__dict__.update(logprobs=logprobs, finite=False, _known=known)
+        batch.__dict__.update(logprobs=logprobs, finite=False, _known=known, _computed={})
         return batch
 
     @property
     def pairs(self) -> Pairs:
-        """The preference pairs, by ``pair_id`` and ``role``.
-
-        Without ``pair_id`` neighbours are pairs, without ``role`` too the first of them (2i) is the chosen one.
-
-        Raises:
-            IncompleteUnitError: a pair lacks a side, or has one twice.
-        """
+        """The preference pairs, by ``pair_id`` and ``role``; see `pair_sequences`."""
         pairs, _ = self._pairs()
         return pairs
 

@@ -37,9 +37,11 @@ class _Keys:
     def build(self, given: Mapping[str, Any], default: Any) -> Any:
         """Return the part that some keys describe."""
         if self.switch and not given.get(self.switch):
-            others = [key for key in given if key != self.switch]
+            others = [f"{key}={value!r}" for key, value in given.items() if key != self.switch]
             if others:
-                raise ConfigError(f"{' and '.join(others)} have no effect without {self.switch}; give it, or drop them")
+                raise ConfigError(
+                    f"without {self.switch} there is no effect of {', '.join(others)}; give it, or drop them"
+                )
             return default
         values = {**self.defaults(default), **given}
         return self.part(**{attribute: values[key] for key, attribute in self.attributes.items()})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .batch import TokenBatch
+from .checks import number
 from .counts import Counts, add_counts, check_counts, count_units
 from .evaluation import Evaluable
 from .metrics import wire_metrics
@@ -45,11 +46,12 @@ class Counted:
 
     loss: Evaluable
     counts: Counts
-    averaged_over: int = 1
+    averaged_over: float = 1
 
     def __post_init__(self) -> None:
         check_counts(self.counts)
-        if isinstance(self.averaged_over, bool) or not isinstance(self.averaged_over, int) or self.averaged_over < 1:
+        number("averaged_over", self.averaged_over, low=1.0, strict=False)
+        if self.averaged_over != int(self.averaged_over):
             raise ConfigError(f"averaged_over must be a positive whole number, got {self.averaged_over!r}")
 
     def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:

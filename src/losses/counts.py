@@ -75,10 +75,9 @@ def below_own(term: Summand, count: Count, own: Count) -> Problem | None:
     name = term.aggregation.denominator
     if name == "weight_sum":  # of mixed signs, a part may exceed the whole
         return None
-    tensors = [x for x in (count, own) if isinstance(x, Tensor)]
-    present = torch.as_tensor(own, device=tensors[0].device if tensors else None) > count * (1 + 1e-6)
+    # Compared as they are: to bring a number over to a device waits for the device.
     return Problem(
-        present,
+        torch.as_tensor(own > count * (1 + 1e-6)),
         lambda: ConfigError(
             f"counts[{name!r}] is {float(count):g}, but this call alone has {float(own):g}: give the total of the whole step"
         ),
@@ -136,7 +135,7 @@ def _count(batch: TokenBatch, denominator: Denominator, indicator: Tensor | None
     if denominator == "all_sequences":
         return float(batch.num_sequences)
     if denominator == "pairs":
-        return float(batch.num_pairs)
+        return float(batch.pairs.chosen.shape[0])
     if denominator == "tokens":
         return batch.token_count if indicator is None else indicator.sum(dtype=torch.float64)
     if denominator == "weight_sum":

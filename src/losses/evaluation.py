@@ -19,7 +19,7 @@ from .output import LossOutput, Part
 from .problems import Problem, raise_readable
 from .selection import readable, wide
 from .terms import Summand
-from .values import examine
+from .values import examine, wrong_values
 
 __all__ = ["Evaluable", "assemble", "fields_of", "part_of", "put_together"]
 
@@ -77,7 +77,7 @@ def put_together(
         problems,
         lambda: {term.name: term.values(batch) for term in terms()},
         partial(_metrics, loss, batch, parts),
-        partial(examine, batch, fields_of(loss)),
+        partial(wrong_values, batch, fields_of(loss)),
     )
 
 
@@ -113,7 +113,7 @@ def fields_of(loss: Evaluable) -> tuple[str, ...]:
 @torch.no_grad()
 def _metrics(loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...]) -> dict[str, Metric]:
     try:
-        batch = batch.with_logprobs(batch.logprobs.detach())
+        batch = batch.detached()
         numerators = [part.numerator.detach() for part in parts]
         value = sum(numerators[1:], numerators[0])
         common: dict[str, Unread | Metric] = {"loss": total(value)}

@@ -36,7 +36,8 @@ _KEYS = (
         "old_logprobs",
         "float32",
         True,
-        "log-probs of the proximal anchor, where it differs from the sampler; a correction needs both",
+        "log-probs of the proximal anchor, where it differs from the sampler; a correction needs them: a ratio to the sampler "
+        "contains the mismatch already, and a weight would count it twice",
     ),
     InputKey("ref_logprobs", "float32", True, "log-probs of the frozen reference"),
     InputKey("sequence_ratio_mask", "float32", True, "1 on the tokens that a sequence's ratio is taken over, else 0"),

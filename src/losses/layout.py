@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from functools import cached_property
 from typing import Final, final
 
 import torch
@@ -87,12 +86,16 @@ class Packed(Layout):
     Args:
         shape: of the log-probs.
         offsets: int64 [B + 1]; row b is ``offsets[b]:offsets[b + 1]``.
+        index: int64 [N], the row of each token, where it is known already.
     """
 
-    def __init__(self, shape: torch.Size, offsets: Tensor) -> None:
+    def __init__(self, shape: torch.Size, offsets: Tensor, index: Tensor | None = None) -> None:
         if len(shape) not in (1, 2):
             raise LengthError(f"logprobs must be [N] or [N, K], got shape {tuple(shape)}")
         self.shape, self.offsets = tuple(shape), offsets
+        # Kept by hand: a compiler does not look into a cached_property.
+        self._index = index
+        self._lengths: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -102,16 +105,20 @@ class Packed(Layout):
     def candidates(self) -> bool:
         return len(self.shape) == 2
 
-    @cached_property
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each row; int64 [B]."""
-        return self.offsets.diff()
+        if self._lengths is None:
+            self._lengths = self.offsets.diff()
+        return self._lengths
 
-    @cached_property
+    @property
     def index(self) -> Tensor:
         """The row of each token; int64 [N]."""
-        rows = torch.arange(self.rows, device=self.offsets.device)
-        return rows.repeat_interleave(self.lengths, output_size=self.shape[0])
+        if self._index is None:
+            rows = torch.arange(self.rows, device=self.offsets.device)
+            self._index = rows.repeat_interleave(self.lengths, output_size=self.shape[0])
+        return self._index
 
     def problem(self) -> Problem | None:
         if readable(self.offsets):

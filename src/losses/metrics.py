@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
+from .selection import readable
+
 __all__ = ["Metric", "Metrics", "Unread", "combine_metrics", "maximum", "mean", "read", "total", "wire_metrics"]
 
 Reduction = Literal["mean", "sum", "min", "max"]
@@ -60,12 +62,12 @@ class Unread(NamedTuple):
 
 def mean(values: Tensor, count: Tensor | float | None = None) -> Unread:
     """Return the mean of ``values``: of all, or of ``count`` of them where the others are 0."""
-    return Unread(values.sum(dtype=torch.float64), float(values.numel()) if count is None else count, "mean")
+    return Unread(values.sum(), float(values.numel()) if count is None else count, "mean")
 
 
 def total(value: Tensor | float) -> Unread:
     """Return the sum of ``value``."""
-    return Unread(value.sum(dtype=torch.float64) if isinstance(value, Tensor) else value, 1.0, "sum")
+    return Unread(value.sum() if isinstance(value, Tensor) else value, 1.0, "sum")
 
 
 def maximum(values: Tensor, count: Tensor) -> Unread:
@@ -79,7 +81,7 @@ def read(metrics: Mapping[str, Unread | Metric]) -> dict[str, Metric]:
     tensors = [
         x for metric in metrics.values() if isinstance(metric, Unread) for x in metric[:2] if isinstance(x, Tensor)
     ]
-    if tensors and tensors[0].device.type == "cpu":
+    if tensors and readable(tensors[0]):
         numbers = iter([x.item() for x in tensors])
     else:
         numbers = iter(torch.stack([x.detach().double() for x in tensors]).tolist() if tensors else [])

@@ -61,7 +61,7 @@ class LossOutput:
     problems: tuple[Problem, ...]
     _values: Callable[[], Mapping[str, Tensor]]
     _metrics: Callable[[], Mapping[str, Metric]]
-    _examine: Callable[[], None]
+    _wrong_values: Callable[[], Problem]
 
     @cached_property
     def values(self) -> Mapping[str, Tensor]:
@@ -84,8 +84,7 @@ class LossOutput:
         Raises:
             PullbackError: says what is wrong with the data; the loss is NaN, or was computed from what is refused.
         """
-        raise_first(self.problems)
-        self._examine()
+        raise_first((*self.problems, self._wrong_values()))
 
     def deferred(self) -> Part:
         """Return the sum of all parts, to be divided later by one total count.

@@ -183,6 +183,4 @@ def select_tokens(batch: TokenBatch, at: Tensor) -> TokenBatch:
     for name in TOKEN_INPUTS:
         chosen[name] = None if chosen[name] is None else chosen[name][at]
     logprobs = batch.logprobs[at]
-    packed = Packed(logprobs.shape, counts.cumsum(0))
-    packed.__dict__["index"] = row
-    return TokenBatch(logprobs, packed, **chosen)
+    return TokenBatch(logprobs, Packed(logprobs.shape, counts.cumsum(0), row), **chosen)

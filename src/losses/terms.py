@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final, get_args
 
 import torch
@@ -15,7 +15,7 @@ from .batch import TokenBatch
 from .checks import choice, number
 from .functional.likelihood import nll
 from .selection import wide
-from .sums import token_sum, token_values, weighted_sum
+from .sums import token_sum, token_values
 
 __all__ = ["Summand", "Term", "TokenTerm"]
 
@@ -78,7 +78,9 @@ class TokenTerm(Summand):
     name: str
     definition: Callable[..., Tensor]
     args: tuple[Any, ...] = ()
-    aggregation: Aggregation = AGGREGATIONS["sum"]
+    aggregation: Aggregation = field(
+        default_factory=lambda: AGGREGATIONS["sum"]
+    )  # a compiler knows no instance as default
     scale: float = 1.0
     factor: Tensor | None = None
     where: Tensor | None = None
@@ -100,7 +102,8 @@ class TokenTerm(Summand):
         if self.definition is nll and self.factor is None and self.where is None and coefficients is None:
             # Linear in the log-probs: no token's value is needed.
             if per_row is None:
-                return weighted_sum(wide(batch.logprobs), batch.mask, batch.scale, -scale, batch.finite)
+                total = batch.negative_log_likelihood()
+                return total if scale == 1.0 else total * scale
             return (batch.weighted_row_sum() * per_row).sum() * -scale
         factors = [f for f in (batch.scale, self.factor, coefficients) if f is not None]
         if per_row is not None:

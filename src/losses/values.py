@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from ..errors import InvalidDatumsError
 from .batch import TokenBatch
 from .layout import Packed
+from .problems import Problem, raise_first
 from .selection import readable
 
-__all__ = ["LARGEST_LOGPROB", "examine", "look"]
+__all__ = ["LARGEST_LOGPROB", "examine", "look", "wrong_values"]
 
 LARGEST_LOGPROB: Final = 0.01  # log-probs are at most 0; half precision may round a little above
 _LOGPROBS: Final = ("logprobs", "rollout_logprobs", "old_logprobs", "ref_logprobs")
@@ -50,24 +52,33 @@ def examine(batch: TokenBatch, inputs: Sequence[str]) -> None:
     Raises:
         InvalidDatumsError: a log-prob is not finite or positive, or another input is not finite.
     """
-    problems = [
-        problem
-        for name in ("logprobs", *(n for n in (*_LOGPROBS[1:], *_NUMBERS) if n in inputs))
-        for problem in _problems(batch, name)
-    ]
-    if problems:
-        raise InvalidDatumsError(problems)
+    raise_first((wrong_values(batch, inputs),))
 
 
-def _problems(batch: TokenBatch, name: str) -> Iterator[str]:
-    values = getattr(batch, name)
-    if values is None or values.dtype == torch.bool:
-        return
-    values = values.detach().expand(batch.layout.shape)
-    bad = ~torch.isfinite(values)
+def wrong_values(batch: TokenBatch, inputs: Sequence[str]) -> Problem:
+    """Return the problem of trained values that `examine` refuses; nothing is looked at here."""
+    names = ("logprobs", *(n for n in (*_LOGPROBS[1:], *_NUMBERS) if n in inputs))
+    wrong = {name: bad for name in names if (bad := _wrong(batch, name)) is not None}
+    return Problem(
+        torch.stack([bad.any() for bad in wrong.values()]).any(),
+        lambda: InvalidDatumsError([each for name, bad in wrong.items() for each in _described(batch, name, bad)]),
+    )
+
+
+def _wrong(batch: TokenBatch, name: str) -> Tensor | None:
+    """Return where an input is trained and not what it should be; None if it cannot be wrong."""
+    values: Tensor | None = getattr(batch, name)
+    if values is None or not values.is_floating_point():
+        return None
+    bad = ~torch.isfinite(values.detach())
     if name in _LOGPROBS:
-        bad |= values > LARGEST_LOGPROB
-    places = (bad & batch.trained).nonzero().tolist()
+        bad |= values.detach() > LARGEST_LOGPROB
+    return bad & batch.trained
+
+
+def _described(batch: TokenBatch, name: str, bad: Tensor) -> Iterator[str]:
+    values = getattr(batch, name).detach().expand(batch.layout.shape)
+    places = bad.nonzero().tolist()
     for place in places[:_SHOWN]:
         value = float(values[tuple(place)])
         why = "a log-prob is a finite number of at most 0" if name in _LOGPROBS else "a finite number is expected"

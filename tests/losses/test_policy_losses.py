@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_cases import IDS, LOSSES
 from torch import Tensor
 
 from pullback.errors import ConfigError, DatumError, EmptyUnitError, MissingFieldError, UnknownLossError
@@ -190,6 +191,27 @@ def test_stable_reinforce_is_refused() -> None:
     mine.register(type("Mine", (Loss,), {"name": "stable_reinforce"}))
     assert mine.names() == ("stable_reinforce",)
     assert mine.get("stable_reinforce").name == "stable_reinforce"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+def test_nothing_is_read_from_a_device(loss: Loss, packed: bool) -> None:
+    """Loss, gradient and metrics of tensors that have no numbers: whoever looks at one fails."""
+
+    def empty() -> Tensor:
+        return torch.empty((8,) if packed else (2, 4), device="meta")
+
+    inputs = {name: empty() for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
+    leaf = empty().requires_grad_()
+    if packed:
+        batch = TokenBatch.from_packed(leaf, [4, 4], weights=empty(), **inputs)
+    else:
+        batch = TokenBatch.from_padded(leaf, empty(), **inputs)
+    loss.evaluate(batch).loss.backward()
+    assert leaf.grad is not None
+    assert loss.describe(batch) is not None
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(leaf.sum())
 
 
 def statements(module: object) -> int:

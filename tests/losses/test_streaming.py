@@ -16,7 +16,9 @@ from torch import Tensor
 from pullback.errors import ConfigError, LengthError, LossError, MissingFieldError
 from pullback.losses import (
     AGGREGATIONS,
+    CISPO,
     DPO,
+    DRO,
     GRPO,
     KL,
     PPO,
@@ -44,6 +46,9 @@ MAKERS: list[Callable[[Any], Loss]] = [
     ImportanceSampling,
     lambda aggregation: PPO(0.2, aggregation),
     lambda aggregation: GRPO(kl=KL("k3", 0.3), aggregation=aggregation),
+    lambda aggregation: PPO(0.2, aggregation, 3.0),
+    lambda aggregation: CISPO(aggregation=aggregation),
+    lambda aggregation: DRO(0.3, aggregation),
     lambda aggregation: GRPO(None, KL("k2", 0.3, "pathwise"), "none", aggregation),
 ]
 

@@ -51,6 +51,12 @@ def _ratio(datum: Datum, logprobs: Tensor) -> Tensor:
     return (logprobs - datum.loss_fn_inputs["logprobs"].to_torch()).exp()
 
 
+def _whole(datum: Datum, logprobs: Tensor) -> Tensor:
+    """The geometric mean of the trained tokens' ratios, for each token."""
+    mean = _ratio(datum, logprobs).log()[_input(datum, "weights") != 0].mean()
+    return mean.exp().expand(logprobs.shape)
+
+
 def _input(datum: Datum, key: str) -> Tensor:
     return datum.loss_fn_inputs[key].to_torch()
 
@@ -61,6 +67,13 @@ SUMS: dict[str, Callable[[Datum, Tensor], Tensor]] = {
     "importance_sampling": lambda d, lp: -_ratio(d, lp) * _input(d, "advantages"),
     "ppo": lambda d, lp: (
         -torch.minimum(_ratio(d, lp) * _input(d, "advantages"), _ratio(d, lp).clamp(0.8, 1.2) * _input(d, "advantages"))
+    ),
+    "cispo": lambda d, lp: -_ratio(d, lp).clamp(0.0, 5.0) * _input(d, "advantages") * lp,
+    "dro": lambda d, lp: 0.025 * (lp - _input(d, "logprobs")).square() - _input(d, "advantages") * lp,
+    "gspo": lambda d, lp: (
+        -torch.minimum(
+            _whole(d, lp) * _input(d, "advantages"), _whole(d, lp).clamp(1 - 3e-4, 1 + 4e-4) * _input(d, "advantages")
+        )
     ),
 }
 

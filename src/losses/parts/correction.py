@@ -205,7 +205,10 @@ class Correction:
         """Return old - sampler of each token, exactly 0 where nothing is trained."""
         if batch.layout.candidates and self.gradient_kind != "token":
             raise ConfigError("several candidates per token have no ratio of a sequence; correct them token by token")
-        return select_(batch.given("old_logprobs") - batch.given("rollout_logprobs"), batch.mask)
+        return batch.remember(
+            "log-ratio of old to rollout",
+            lambda: select_(batch.given("old_logprobs") - batch.given("rollout_logprobs"), batch.mask),
+        )
 
     def _by_level(self, batch: TokenBatch, log_ratio: Tensor) -> Tensor:
         """Return the log-ratio of each token, or of each sequence, float64 [B]."""

@@ -11,9 +11,10 @@ from ...errors import BiasedGradientError, ConfigError
 from ..aggregation import Aggregation
 from ..batch import TokenBatch
 from ..checks import choice, number
+from ..functional.closed_form import value_of
 from ..functional.kl import KLEstimator, KLGradient, kl, kl_penalty
 from ..metrics import Unread, mean
-from ..selection import select, wide
+from ..selection import select_, wide
 from ..terms import TokenTerm
 from .ratio import anchor, importance_ratio
 
@@ -109,8 +110,8 @@ class KL:
 
     def metric(self, batch: TokenBatch) -> Unread:
         """Return the mean of the estimator over the trained tokens, without importance weights."""
-        estimate = kl(wide(batch.logprobs.detach()), batch.given("ref_logprobs"), self.estimator)
-        return mean(select(estimate, batch.mask), batch.trained_count)
+        estimate = value_of(kl, wide(batch.logprobs.detach()), batch.given("ref_logprobs"), self.estimator)
+        return mean(select_(estimate, batch.mask), batch.trained_count)
 
     def penalty(self, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
         """Return w * K per token, shape of ``logprobs``; beta is the term's scale.

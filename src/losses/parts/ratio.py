@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..batch import TokenBatch
+from ..functional.closed_form import value_of
 from ..functional.kl import kl
 from ..functional.numerics import EXPONENT_LIMIT, bounded_exp
 from ..metrics import Unread, maximum, mean, total
@@ -30,24 +31,36 @@ def ratio_metrics(batch: TokenBatch, clip: ClipRange | None, dual: float | None 
     mask, count = batch.mask, batch.trained_count
     log_ratio = select_(wide(batch.logprobs.detach()) - anchor(batch), mask)
     ratio = select_(bounded_exp(log_ratio), mask)
-    advantages = select_(batch.given("advantages").expand(batch.layout.shape).clone(), mask)
     metrics = {
         "ratio": mean(ratio, count),
         "ratio_largest": maximum(ratio, count),
         "ratio_squared": mean(ratio.square(), count),
         "ratio_saturated": total(_above(log_ratio, EXPONENT_LIMIT)),
-        "kl_anchor": mean(kl(log_ratio, torch.zeros((), dtype=log_ratio.dtype, device=log_ratio.device)), count),
-        "advantage": mean(advantages, count),
-        "advantage_abs": mean(advantages.abs(), count),
+        "kl_anchor": mean(value_of(kl, log_ratio, 0.0), count),
+        **_advantage_metrics(batch, count),
     }
+    if clip is None and dual is None:
+        return metrics
+    # One sign per row, where there is one advantage per row. What is not trained has a ratio of 0 here.
+    positive, negative = _above(batch.given("advantages"), 0.0), _above(-batch.given("advantages"), 0.0)
     if clip is not None:
-        beyond = _above(ratio, clip.high) * _above(advantages, 0.0) + _above(-ratio, -clip.low) * _above(
-            -advantages, 0.0
-        )
+        beyond = _above(ratio, clip.high).mul_(positive).add_(_above(-ratio, -clip.low).mul_(negative))
         metrics["clip_fraction"] = mean(select_(beyond, mask), count)
     if dual is not None:
-        metrics["dual_clip_fraction"] = mean(select_(_above(ratio, dual) * _above(-advantages, 0.0), mask), count)
+        metrics["dual_clip_fraction"] = mean(select_(_above(ratio, dual).mul_(negative), mask), count)
     return metrics
+
+
+def _advantage_metrics(batch: TokenBatch, count: Tensor) -> dict[str, Unread]:
+    given, mask = batch.given("advantages"), batch.mask
+    if given.shape == batch.layout.shape:
+        kept = select_(given.clone(), mask)
+        return {"advantage": mean(kept, count), "advantage_abs": mean(kept.abs(), count)}
+    trained = (
+        batch.layout.row_sums(batch.trained.to(given.dtype)) if batch.layout.candidates else batch.tokens_per_sequence
+    )
+    per_row = torch.where(trained > 0, given.flatten(), 0.0) * trained
+    return {"advantage": mean(per_row, count), "advantage_abs": mean(per_row.abs(), count)}
 
 
 def _above(values: Tensor, limit: float) -> Tensor:

@@ -54,9 +54,10 @@ class GSPO(Loss):
         dual_clip: c > 1: the loss where A < 0 is at most c |A|; it must lie above the range. None: no bound.
 
     Raises:
-        DatumError: (on use) the sequence form, and the advantages of a sequence differ.
-        EmptyUnitError: (on use) a sequence is trained but has no trained token in its ``sequence_ratio_mask``, or that mask
-            has a token that is not trained, whose log-prob need not be known.
+        DatumError: (on use) the sequence form, and the advantages of a sequence differ; or ``sequence_ratio_mask`` has a
+            token that is not trained, whose log-prob need not be known.
+        EmptyUnitError: (on use) a sequence is trained but has no token in its ``sequence_ratio_mask``.
+        MissingFieldError: (on use) neither ``weights`` nor ``sequence_ratio_mask`` is given.
 
     Source: GSPO, arXiv:2507.18071, equations 5 and 13 (the token form).
     """

@@ -17,7 +17,7 @@ from ..metrics import Unread, mean
 from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, Term
-from .pairs import empty_responses, margin_metrics
+from .pairs import by_pair, empty_responses, margin_metrics
 
 __all__ = ["DPO"]
 
@@ -72,4 +72,4 @@ class DPO(Loss):
 
     def _log_ratios(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return h of the chosen and of the rejected responses, float64 [P] each."""
-        return batch.by_pair(batch.weighted_row_sum(batch.given("ref_logprobs")))
+        return by_pair(batch, batch.weighted_row_sum("ref_logprobs"))

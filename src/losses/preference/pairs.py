@@ -12,7 +12,7 @@ from ..metrics import Unread, mean
 from ..problems import Problem
 from ..selection import readable
 
-__all__ = ["empty_responses", "margin_metrics", "mean_logprobs", "weightless_responses"]
+__all__ = ["by_pair", "empty_responses", "margin_metrics", "mean_logprobs", "weightless_responses"]
 
 
 def empty_responses(batch: TokenBatch, name: str) -> Problem | None:
@@ -44,10 +44,19 @@ def weightless_responses(batch: TokenBatch, name: str) -> Problem | None:
     return Problem((weight[members] <= 0).any(), error)
 
 
+def by_pair(batch: TokenBatch, per_sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of the chosen and those of the rejected sequences, [P] each, of one number per sequence, [B]."""
+    pairs = batch.pairs
+    if batch.role is None:  # neighbours
+        chosen, rejected = per_sequence.view(-1, 2).unbind(1)
+        return chosen, rejected
+    return per_sequence[pairs.chosen], per_sequence[pairs.rejected]
+
+
 def mean_logprobs(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Return the weighted mean log-probs of chosen and rejected responses; float64 [P] each, differentiable."""
     weight = batch.weight_per_sequence
-    return batch.by_pair(batch.weighted_row_sum() / torch.where(weight > 0, weight, 1.0))
+    return by_pair(batch, batch.weighted_row_sum() / torch.where(weight > 0, weight, 1.0))
 
 
 def margin_metrics(margin: Tensor) -> dict[str, Unread]:

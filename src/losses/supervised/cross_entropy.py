@@ -46,4 +46,4 @@ class CrossEntropy(Loss):
         return (TokenTerm("nll", nll, (), self.main_aggregation),)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        return {"nll": Unread(-batch.weighted_row_sum().sum(), batch.weight_per_sequence.sum(), "mean")}
+        return {"nll": Unread(batch.negative_log_likelihood(), batch.weight.sum(), "mean")}

@@ -1,0 +1,83 @@
+"""What is not trained has no effect, whatever it holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loss_inputs import VARIANTS, Inputs, ids, make
+from reads import pretend_device
+from torch import Tensor
+
+from pullback.losses import GRPO, KL, Loss, sums
+
+EACH = pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
+JUNK = (math.nan, math.inf, -math.inf, 1e30)
+SPOILED = ("logprobs", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+
+
+def spoiled(inputs: Inputs, junk: float) -> Inputs:
+    """Put junk wherever nothing is trained."""
+    changes = {n: t.masked_fill(~inputs.trained, junk) for n, t in inputs.tensors.items() if n in SPOILED}
+    return inputs.replaced(**changes)
+
+
+def result(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    leaf = inputs.tensors["logprobs"].clone().requires_grad_()
+    value = loss.evaluate(inputs.batch(leaf)).loss
+    return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def check(loss: Loss, inputs: Inputs, junk: float) -> None:
+    """Assert that junk changes neither value nor gradient by a bit, and that its gradient is exactly 0."""
+    value, gradient = result(loss, inputs)
+    other, with_junk = result(loss, spoiled(inputs, junk))
+    assert torch.equal(other, value)
+    assert torch.equal(with_junk, gradient)
+    assert bool((with_junk[~inputs.trained] == 0).all())
+
+
+@EACH
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_has_no_effect(loss: Loss, padded: bool, junk: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layout, with every kind of mask, on the CPU's own ways and on those of a device."""
+    made = [make(loss, padded=padded, mask=mask, pair_ids=padded, old=True) for mask in ("float", "ones", "bool")]
+    for inputs in made:
+        check(loss, inputs, junk)
+    with monkeypatch.context() as patch:
+        pretend_device(patch)
+        for inputs in made:
+            check(loss, inputs, junk)
+
+
+@pytest.mark.parametrize("loss", [v for v in VARIANTS if v.name == "cross_entropy"], ids=lambda x: x.aggregation.name)
+@given(junk=st.sampled_from(JUNK), padded=st.booleans(), mask=st.sampled_from(["float", "bool"]))
+def test_candidates(loss: Loss, junk: float, padded: bool, mask: str) -> None:
+    """A candidate of weight 0 may hold anything, beside one that is trained."""
+    check(loss, make(loss, padded=padded, mask=mask, candidates=3), junk)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_under_transforms(junk: float) -> None:
+    """Under torch.func the same selection is written another way, and holds too."""
+    loss = GRPO(kl=KL())
+    inputs = make(loss, padded=True)
+    for each in (inputs, spoiled(inputs, junk)):
+
+        def value(x: Tensor, each: Inputs = each) -> Tensor:
+            return loss.evaluate(each.batch(x)).loss
+
+        gradient = torch.func.grad(value)(each.tensors["logprobs"])
+        torch.testing.assert_close(gradient, result(loss, inputs)[1], rtol=1e-6, atol=1e-8)
+        assert bool((gradient[~inputs.trained] == 0).all())
+
+
+def test_multiplying_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: where the mask multiplies, NaN gets through."""
+    monkeypatch.setattr(sums, "select_", lambda values, weights: values if weights is None else values * weights)
+    with pytest.raises(AssertionError):
+        check(GRPO(), make(GRPO(), mask="ones"), math.nan)
