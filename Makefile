@@ -48,7 +48,7 @@ build: $(STAMP)  ## sdist and wheel
 	rm -rf dist build
 	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/check-wheel-contents --toplevel pullback dist/*.whl
+	$(BIN)/check-wheel-contents --toplevel pullback,pullback_pytest dist/*.whl
 
 wheel-test: build  ## the core tests on the installed wheel, away from the sources
 	bash .ci/wheel-test $(PYTHON) "$(TORCH)"

@@ -14,9 +14,10 @@ from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
 from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnsupportedError
 from ..losses.adapt import as_tensor
-from ..losses.base import Loss
+from ..losses.base import GradientKind, Loss
 from ..losses.batch import TokenBatch
 from ..losses.counts import Counts, check_counts
+from ..losses.kind import trusted_kind
 from ..losses.metrics import wire_metrics
 from ..losses.registry import get_loss
 from .operation_lock import running_loss
@@ -87,6 +88,7 @@ class PreparedCall:
         counts: totals of the whole step by denominator: the loss divides now; None: it is divided later, or not at all.
         requests: what is scored of each datum.
         by_name: the loss was asked for as one that the backend knows (``forward_backward``).
+        gradient_kind: what a token's gradient can be relied on to depend on.
     """
 
     data: Sequence[Datum]
@@ -94,6 +96,7 @@ class PreparedCall:
     counts: Mapping[str, float] | None
     requests: Sequence[ScoreRequest]
     by_name: bool = True
+    gradient_kind: GradientKind = "batch"
     _packed: dict[tuple[int, ...], TokenBatch] = field(default_factory=dict)
 
     @property
@@ -140,7 +143,7 @@ class PreparedCall:
         """Datums that must stay together: pairs, groups, the whole call, or single datums (a function sees all anyway)."""
         if self.registered is None:
             return [[i] for i in range(len(self.data))]
-        return loss_units(self.registered, self.data)
+        return loss_units(self.registered, self.gradient_kind, self.data)
 
     def batch(self, members: Sequence[int], logprobs: Tensor) -> TokenBatch:
         """Return the tensors that the registered loss reads of some datums; these are packed once.
@@ -234,16 +237,14 @@ def prepare(
     )
     requests = [ScoreRequest.of(datum, positions) for datum in data]
     shapes = [tuple(request.targets.shape[1:]) for request in requests]
+    words = "datum {}: has {} target(s) a position, datum 0 has {}"
     other = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
     if other:
-        raise InvalidDatumsError(
-            [
-                f"datum {i}: has {shapes[i] or 'one'} target(s) a position, datum 0 has {shapes[0] or 'one'}"
-                for i in other
-            ]
-        )
+        raise InvalidDatumsError([words.format(i, shapes[i] or "one", shapes[0] or "one") for i in other])
     totals = None if counts is None else {name: float(total) for name, total in counts.items()}
-    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name)
+    with running_loss():  # measuring evaluates it
+        kind: GradientKind = "batch" if registered is None else trusted_kind(registered)
+    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind)
 
 
 def _required(loss: Loss) -> list[str]:

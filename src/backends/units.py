@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..datums.types import Datum
 from ..losses.adapt import as_tensor
-from ..losses.base import Loss
+from ..losses.base import GradientKind, Loss
 
 __all__ = ["by_group", "loss_units"]
 
@@ -17,11 +17,11 @@ def by_group(loss: Loss) -> bool:
     return aggregation.local == "group" or aggregation.denominator == "groups"
 
 
-def loss_units(loss: Loss, data: Sequence[Datum]) -> list[list[int]]:
+def loss_units(loss: Loss, kind: GradientKind, data: Sequence[Datum]) -> list[list[int]]:
     """Return the datums that must stay in one micro-batch: pairs, groups, the whole batch, or single datums."""
-    if loss.gradient_kind == "batch":
+    if kind == "batch":
         return [list(range(len(data)))]
-    if loss.gradient_kind == "pair":
+    if kind == "pair":
         if "pair_id" not in data[0].loss_fn_inputs:
             return [[i, i + 1] for i in range(0, len(data), 2)]
         return _by_id("pair_id", data)

@@ -1,4 +1,4 @@
-"""``pullback check backend | model | sampling``: what can be shown of a backend, a model, and a sampler."""
+"""``pullback check loss | backend | model | sampling``: what can be shown of a loss, a backend, a model, and a sampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..backends import FakeBackend, SamplingParams, TorchBackend, TrainerBackend, connect
 from ..testing import PROMISES, BackendUnderTest, TinyLM, sampling_agreement
-from . import check_model
+from . import check_loss, check_model
 from .bench import example_text, load_backend, prompt_of
 from .models import MODEL_HELP
 
@@ -20,7 +20,7 @@ _VOCAB_SIZE = 17  # token ids of the example datums; every real vocabulary is la
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
-    checks = commands.add_parser("check", help="does a backend or a model keep its promises?").add_subparsers(
+    checks = commands.add_parser("check", help="does a loss, a backend or a model keep its promises?").add_subparsers(
         required=True, metavar="what"
     )
     backend = checks.add_parser("backend", help="every promise of a backend, by its verbs alone")
@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
         "--tolerance", type=float, default=1e-3, help="largest relative difference of two updates that should be equal"
     )
     backend.set_defaults(run=_check_backend)
+    check_loss.add_parser(checks)
     check_model.add_parser(checks)
     sampling = checks.add_parser("sampling", help="sampler and trainer give a token the same log-prob")
     sampling.add_argument("--model", default="smollm2", help=MODEL_HELP)

@@ -169,14 +169,14 @@ class TokenBatch:
     @property
     def tokens_per_sequence(self) -> Tensor:
         """Trained positions of each sequence; float64 [B]."""
-        return self.remember("tokens_per_sequence", lambda: self.layout.row_sums(self.indicator()))
+        return self.remember("tokens_per_sequence", lambda: self.layout.row_counts(self.indicator()))
 
     @property
     def weight_per_sequence(self) -> Tensor:
         """Sum of the weights of each sequence; float64 [B]."""
         if self.scale is None and not self.layout.candidates:
             return self.tokens_per_sequence
-        return self.remember("weight_per_sequence", lambda: self.layout.row_sums(self.weight))
+        return self.remember("weight_per_sequence", lambda: self.layout.row_counts(self.weight))
 
     @property
     def token_count(self) -> Tensor:
@@ -186,9 +186,8 @@ class TokenBatch:
     @property
     def trained_count(self) -> Tensor:
         """How many log-probs are trained, candidates counted one by one; float64, 0-d."""
-        if not self.layout.candidates:
-            return self.token_count
-        return self.remember("trained_count", lambda: _count(self.trained.to(self.weight.dtype)))
+        ones = self.trained.to(self.weight.dtype) if self.layout.candidates else None
+        return self.token_count if ones is None else self.remember("trained_count", lambda: _count(ones))
 
     def indicator(self) -> Tensor:
         """Return 1 at the positions of which any target is trained, else 0; the dtype of `weight`, one per token."""
@@ -283,7 +282,9 @@ class TokenBatch:
         like = wide(self.logprobs)
         if self.weights is None:
             return torch.ones(self.layout.shape, dtype=like.dtype, device=like.device)
-        return self.weights if self.weights.dtype == like.dtype else self.weights.to(like.dtype)
+        # To convert bytes is five times as fast as to convert bool.
+        bits = self.weights.dtype == torch.bool and readable(self.weights)
+        return (self.weights.view(torch.uint8) if bits else self.weights).to(like.dtype)
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""

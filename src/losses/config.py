@@ -40,7 +40,8 @@ class _Keys:
             others = [f"{key}={value!r}" for key, value in given.items() if key != self.switch]
             if others:
                 raise ConfigError(
-                    f"without {self.switch} there is no effect of {', '.join(others)}; give it, or drop them"
+                    f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} no effect without {self.switch}; "
+                    "give it, or drop them"
                 )
             return default
         values = {**self.defaults(default), **given}

@@ -40,6 +40,10 @@ class Layout(abc.ABC):
     def row_sums(self, values: Tensor) -> Tensor:
         """Sum values ([*tokens] or [*tokens, K]) within each row; float64 [B]."""
 
+    def row_counts(self, values: Tensor) -> Tensor:
+        """Sum ones or weights within each row, of whose dtype the sum is precise enough; float64 [B]."""
+        return self.row_sums(values)
+
     @abc.abstractmethod
     def spread(self, per_row: Tensor, dim: int) -> Tensor:
         """Return one number per row, [B], so that it broadcasts over a tensor of ``dim`` dimensions in this layout."""
@@ -74,6 +78,9 @@ class Padded(Layout):
 
     def row_sums(self, values: Tensor) -> Tensor:
         return values.sum(tuple(range(1, values.dim())), dtype=torch.float64)
+
+    def row_counts(self, values: Tensor) -> Tensor:
+        return values.sum(tuple(range(1, values.dim()))).double()
 
     def spread(self, per_row: Tensor, dim: int) -> Tensor:
         return per_row.view(-1, *(1,) * (dim - 1))

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar, final
 from ..errors import DuplicateLossError, UnknownLossError, suggestion
 from .base import Loss
 from .config import to_wire
+from .kind import check_declared
 
 __all__ = ["ENTRY_POINT_GROUP", "Registry", "config_of", "get_loss", "loss_names", "register", "registry"]
 
@@ -32,12 +33,15 @@ class Registry:
 
         Raises:
             DuplicateLossError: another class has that name.
+            ConfigError: the gradient of a token depends on more than the class declares; see `pullback.losses.kind`.
         """
         known = self._classes.get(loss.name)
         if known is not None and known is not loss:
             raise DuplicateLossError(
                 f"the name {loss.name!r} belongs to {known.__module__}.{known.__qualname__}; choose another"
             )
+        if known is None:
+            check_declared(loss)
         self._classes[loss.name] = loss
         return loss
 

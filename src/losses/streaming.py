@@ -14,6 +14,7 @@ from .batch import TokenBatch
 from .counts import Count, Counts, check_counts, given_count
 from .evaluation import part_of, put_together
 from .inputs import INPUTS, TOKEN_INPUTS
+from .kind import trusted_kind
 from .layout import Packed
 from .output import LossOutput
 from .problems import Problem, raise_readable
@@ -43,9 +44,10 @@ class TokenStream:
     def __init__(self, loss: Loss, batch: TokenBatch, counts: Counts | None = None) -> None:
         loss.check_inputs(batch)
         check_counts(counts)
-        if loss.gradient_kind not in ("constant", "token"):
+        kind = trusted_kind(loss)
+        if kind not in ("constant", "token"):
             raise ConfigError(
-                f"{loss.name} is of gradient kind {loss.gradient_kind!r}: a token's gradient depends on other tokens, so "
+                f"{loss.name} is of gradient kind {kind!r}: a token's gradient depends on other tokens, so "
                 "it cannot be computed chunk by chunk; use Loss.evaluate"
             )
         if not isinstance(batch.layout, Packed) or batch.layout.candidates:

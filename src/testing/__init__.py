@@ -11,6 +11,7 @@ from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, check_backend
 from .examples import example_datums
+from .losscheck import LOSS_PROPERTIES, LossCheckError, LossProperties, LossReport, loss_report
 from .model_checks import ModelRow, check_model
 from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .models.llama import random_llama
@@ -21,12 +22,16 @@ from .resume import verify_resume
 from .under_test import BackendUnderTest
 
 __all__ = [
+    "LOSS_PROPERTIES",
     "PROMISES",
     "Agreement",
     "BackendUnderTest",
     "Case",
     "CaseSequence",
     "FutureLeakLM",
+    "LossCheckError",
+    "LossProperties",
+    "LossReport",
     "ModelRow",
     "NumericsRow",
     "PackingLeakLM",
@@ -38,6 +43,7 @@ __all__ = [
     "cotangent",
     "example_datums",
     "head_numerics",
+    "loss_report",
     "model_numerics",
     "oracles",
     "random_llama",

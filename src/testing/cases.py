@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch import Tensor
 from ..datums.types import Datum, ModelInput
 from ..losses.batch import TokenBatch
 
-__all__ = ["Case", "CaseSequence"]
+__all__ = ["COLUMNS", "Case", "CaseSequence"]
 
 _FIELDS = ("weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+COLUMNS: Final = ("logprobs", *_FIELDS)
 
 
 @final
 @dataclass(frozen=True)
 class CaseSequence:
-    """One sequence; all lists have its length. Sequences 2i and 2i + 1 of a case are chosen and rejected."""
+    """One sequence; all lists have its length. Without ``pair_id`` 2i and 2i + 1 of a case are chosen and rejected."""
 
     logprobs: Sequence[float]
     weights: Sequence[float]
@@ -29,6 +30,8 @@ class CaseSequence:
     old_logprobs: Sequence[float]
     ref_logprobs: Sequence[float]
     group: int = 0
+    pair_id: int | None = None
+    role: int | None = None
 
     def trained(self) -> list[int]:
         """Return the positions of non-zero weight."""
@@ -38,10 +41,17 @@ class CaseSequence:
 @final
 @dataclass(frozen=True)
 class Case:
-    """A batch of sequences; ``with_old`` passes ``old_logprobs`` to the loss."""
+    """A batch of sequences.
+
+    Attributes:
+        sequences: the sequences.
+        with_old: pass ``old_logprobs`` to the loss.
+        padding: what the padding holds where a function of padded tensors is under test; it must have no effect.
+    """
 
     sequences: tuple[CaseSequence, ...]
     with_old: bool = False
+    padding: float = 0.0
 
     def batch(self) -> tuple[TokenBatch, Tensor]:
         """Return the packed fp64 batch and its leaf tensor of log-probs."""
@@ -78,6 +88,29 @@ class Case:
             inputs |= {"target_tokens": [0] * len(s.logprobs), "group_id": [s.group]}
             data.append(Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs))
         return data, [_double(s.logprobs).requires_grad_() for s in self.sequences]
+
+    def with_logprobs(self, rows: Sequence[Sequence[float]]) -> Case:
+        """Return the case with other log-probs of the policy, one list per sequence."""
+        return replace(
+            self, sequences=tuple(replace(s, logprobs=row) for s, row in zip(self.sequences, rows, strict=True))
+        )
+
+    def edited(self, field: str, edit: Callable[[int, int, float], float]) -> Case:
+        """Return the case with another number for each token of a field: ``edit(sequence, token, number)``."""
+        sequences = []
+        for i, s in enumerate(self.sequences):
+            other: dict[str, Any] = {field: [edit(i, j, x) for j, x in enumerate(getattr(s, field))]}
+            sequences.append(replace(s, **other))
+        return replace(self, sequences=tuple(sequences))
+
+    def units(self) -> dict[str, Tensor]:
+        """Return what belongs together: ``group_id``, and ``pair_id`` and ``role`` where given; int64 [B] each."""
+        found = {"group_id": torch.tensor([s.group for s in self.sequences])}
+        for name in ("pair_id", "role"):
+            ids = [getattr(s, name) for s in self.sequences]
+            if None not in ids:
+                found[name] = torch.tensor(ids)
+        return found
 
     def subset(self, indices: Sequence[int]) -> Case:
         """Return some of the sequences, in that order."""

@@ -24,7 +24,7 @@ def plan_call(scheduler: Scheduler, call: PreparedCall) -> Plan:
         reason = f"a function of all log-probs: one forward, its graphs retained; {_layout_reason(scheduler)}"
         route = _route(scheduler, "single_pass", reason, layout, True, False)
     else:
-        kind = loss.gradient_kind
+        kind = call.gradient_kind
         reason = f"{loss.name} is registered ({kind} kind): streamed by micro-batch; {_layout_reason(scheduler)}"
         one_pass = streams_in_one_pass(scheduler.model, call)
         route = _route(scheduler, "native", reason, layout, kind == "batch", one_pass)

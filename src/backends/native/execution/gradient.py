@@ -76,7 +76,7 @@ class RetainedForward:
 
 def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     """Whether the cotangent can be had in the pass that scores, which saves a trainable head a product."""
-    kind = None if call.registered is None else call.registered.gradient_kind
+    kind = call.gradient_kind
     one_target = all(r.targets.dim() == 1 for r in call.requests)
     return model.head().trainable and kind in ("constant", "token") and one_target
 

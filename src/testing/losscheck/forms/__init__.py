@@ -1,0 +1,116 @@
+"""The forms that a loss may have, and the one that a given loss has."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from ....errors import ConfigError
+from ....losses.base import GradientKind, Loss
+from ....losses.checks import choice
+from .base import Expected, LossUnderTest, Measured, kind_case, leaves_of
+from .datums import DatumsUnderTest
+from .logits import LogitsUnderTest, takes_logits
+from .names import FIELD_OF, role_of
+from .padded import PaddedUnderTest, roles_of
+from .registered import FIELDS, RegisteredUnderTest
+
+Form = TypeVar("Form", bound=LossUnderTest)
+
+__all__ = ["FORMS", "Expected", "LossUnderTest", "Measured", "loss_under_test"]
+
+FORMS: Final = ("registered", "datums", "padded", "verl", "trl", "transformers")
+
+
+def loss_under_test(
+    loss: Any,
+    form: str | None = None,
+    *,
+    kind: GradientKind | None = None,
+    expected: Expected | None = None,
+    detached: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+    per_sequence: Sequence[str] | None = None,
+) -> LossUnderTest:
+    """Return a loss in the one shape that the properties look at; arguments as of `check_loss`.
+
+    Raises:
+        ConfigError: the form is unknown or not that of the loss, or an argument's name stands for nothing.
+    """
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        loss = loss()
+    if form is not None:
+        choice("form", form, FORMS)
+    if isinstance(loss, Loss):
+        common: dict[str, Any] = {"declared": kind or loss.gradient_kind, "expected": expected}
+        registered = RegisteredUnderTest(name=loss.name, loss=loss, detached=("all",), **common)
+        return _first_that_runs((registered, replace(registered, per_sequence=("advantages",))))
+    if not callable(loss):
+        raise ConfigError(f"a loss is a Loss or a function, got {loss!r}")
+    common = {"name": _name(loss), "declared": kind, "expected": expected}
+    form = form or _form_of(loss)
+    if form == "datums":
+        under_test = DatumsUnderTest(function=loss, per_sequence=tuple(per_sequence or ()), **common)
+        _ = under_test.kind  # one call, so that it is known what it reads
+        under_test.used.update(name for name in FIELDS if name not in under_test.read and _matters(under_test, name))
+        return under_test
+    if form == "transformers":
+        return LogitsUnderTest(function=functools.partial(loss, **(arguments or {})), **common)
+    given = arguments or {}
+    roles, optional = roles_of(loss, given)
+    rows = per_sequence if per_sequence is not None else (("advantages",) if form == "trl" else ())
+    fields = tuple(FIELD_OF.get(role_of(name) or "", name) for name in detached)
+    padded = PaddedUnderTest(
+        function=loss,
+        roles=roles,
+        given=given,
+        optional=optional,
+        per_sequence=tuple(rows),
+        style=form,
+        detached=fields,
+        **common,
+    )
+    return _first_that_runs((padded, replace(padded, bool_mask=False)))
+
+
+def _first_that_runs(candidates: tuple[Form, ...]) -> Form:
+    """Return the first form that a loss does not refuse; if it refuses all, the first."""
+    case = kind_case(False)
+    for each in candidates:
+        try:
+            each.run(case, leaves_of(case))
+        except Exception:
+            continue
+        return each
+    return candidates[0]
+
+
+def _matters(under_test: LossUnderTest, field: str) -> bool:
+    try:
+        return under_test.matters(kind_case(False), field)
+    except Exception:
+        return False
+
+
+def _form_of(function: Callable[..., Any]) -> str:
+    if takes_logits(function):
+        return "transformers"
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    roles = {role_of(p.name) for p in parameters}
+    needed = [p for p in parameters if p.default is p.empty]
+    if {"policy", "chosen"} & roles and len(needed) != 2:
+        return "padded"
+    if needed and role_of(needed[0].name) in ("policy", "chosen"):
+        return "padded"
+    if len(needed) == 2:
+        return "datums"
+    return "padded"
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)

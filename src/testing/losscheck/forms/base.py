@@ -1,0 +1,258 @@
+"""LossUnderTest: what the properties ask of a loss, whatever its form."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Final, final
+
+import torch
+from torch import Tensor
+
+from ....losses.base import GradientKind
+from ....losses.kind import dependence
+from ...cases import Case, CaseSequence
+from ..failures import Failed
+
+__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "first_scalar"]
+
+ANCHORS: Final = ("rollout_logprobs", "old_logprobs")
+Expected = Callable[[Case], Sequence[Sequence[float]]]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A loss on one case.
+
+    Attributes:
+        value: the loss.
+        rows: dL/dlogprob, one float64 tensor per sequence.
+        loose: sequences whose log-probs the loss is not connected to.
+    """
+
+    value: float
+    rows: tuple[Tensor, ...]
+    loose: tuple[int, ...]
+
+    @property
+    def flat(self) -> Tensor:
+        """The gradient of all tokens, end to end."""
+        return torch.cat(self.rows)
+
+
+@dataclass(frozen=True)
+class LossUnderTest(abc.ABC):
+    """A loss in some form, as numbers in and numbers out.
+
+    Attributes:
+        name: of the loss.
+        declared: the gradient kind that it declares, if it does.
+        expected: its gradient in closed form, if that is known.
+        detached: inputs that no gradient may flow into.
+        per_sequence: inputs of which it takes one number per sequence: that of the first trained token.
+    """
+
+    name: str
+    declared: GradientKind | None = None
+    expected: Expected | None = None
+    detached: tuple[str, ...] = ()
+    per_sequence: tuple[str, ...] = ()
+
+    form: ClassVar[str] = "function"
+    layouts: ClassVar[tuple[str, ...]] = ("plain",)
+    poisonable: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def fields(self) -> tuple[str, ...]:
+        """What it reads beside the log-probs, as fields of a `CaseSequence`."""
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Those of the fields that it cannot do without."""
+        return self.fields
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it takes weights, rather than a mask."""
+        return True
+
+    @final
+    def spread(self, case: Case) -> Case:
+        """Return the case with one number for all trained tokens of a sequence, where the loss wants it so."""
+        sequences = case.sequences
+        for name in self.per_sequence:
+
+            def first(i: int, j: int, x: float, name: str = name) -> float:
+                trained = sequences[i].trained()
+                return float(getattr(sequences[i], name)[trained[0] if trained else 0])
+
+            case = case.edited(name, first)
+        return case
+
+    @abc.abstractmethod
+    def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
+        """Return what the loss is called with.
+
+        Args:
+            case: the numbers.
+            leaves: the log-probs, one tensor per sequence, whose dtype the other inputs have too.
+            layout: one of `layouts`.
+        """
+
+    @abc.abstractmethod
+    def call(self, arguments: Any) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return the loss, one number, and its metrics."""
+
+    def with_gradients(self, case: Case, leaves: Sequence[Tensor], layout: str, watched: dict[str, Tensor]) -> Any:
+        """Return arguments whose `detached` inputs ask for a gradient, and note these inputs in ``watched``."""
+        return self.arguments(case, leaves, layout)
+
+    @final
+    def run(self, case: Case, leaves: Sequence[Tensor], layout: str | None = None) -> tuple[Tensor, Mapping[str, Any]]:
+        """Build the arguments and call the loss."""
+        return self.call(self.arguments(case, leaves, layout or self.layouts[0]))
+
+    def loss_of(self, arguments: Any) -> Tensor:
+        """Return the loss alone."""
+        return self.call(arguments)[0]
+
+    @final
+    def value(self, case: Case, leaves: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the loss alone, in fp64."""
+        return self.loss_of(self.arguments(case, leaves or leaves_of(case), self.layouts[0]))
+
+    @final
+    def metrics(self, case: Case) -> Mapping[str, Any]:
+        """Return the metrics."""
+        return self.run(case, leaves_of(case))[1]
+
+    @final
+    def measure(self, case: Case, *, dtype: torch.dtype = torch.float64, layout: str | None = None) -> Measured:
+        """Return the loss and its gradient.
+
+        Raises:
+            Failed: the loss cannot be differentiated.
+        """
+        leaves = leaves_of(case, dtype)
+        loss = self.loss_of(self.arguments(case, leaves, layout or self.layouts[0]))
+        if not loss.requires_grad:
+            raise Failed(
+                "the loss is not connected to the log-probs",
+                "all of it is detached, or was computed from plain numbers (.item(), .tolist(), no_grad)",
+            )
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        if loss.dtype != torch.float64:  # it computes in single precision: what is beyond that is noise
+            found = tuple(None if slope is None else slope.float() for slope in found)
+        rows = tuple(
+            torch.zeros(leaf.shape, dtype=torch.float64) if slope is None else slope.detach().double()
+            for leaf, slope in zip(leaves, found, strict=True)
+        )
+        return Measured(float(loss.detach()), rows, tuple(i for i, g in enumerate(found) if g is None))
+
+    @final
+    def matters(self, case: Case, field: str) -> bool:
+        """Return whether the loss, its gradient or a metric changes where a field has other numbers."""
+        by_old = field == "rollout_logprobs" and "old_logprobs" not in self.required
+        for with_old in (False, True) if by_old else (True,):
+            whole = Case(case.sequences, with_old)
+            moved = whole.edited(field, lambda i, j, x: x + 0.0371 * (1 + i + 2 * j))
+            a, b = self.measure(whole), self.measure(moved)
+            if a.value != b.value or bool((a.flat != b.flat).any()) or self._logged(whole) != self._logged(moved):
+                return True
+        return False
+
+    def _logged(self, case: Case) -> list[float]:
+        return [float(x) for x in self.metrics(case).values() if isinstance(x, int | float | Tensor)]
+
+    @cached_property
+    def kind(self) -> GradientKind | None:
+        """The gradient kind that is measured; None if the loss refuses the numbers of the measurement."""
+        try:
+            found = [self._dependence(on_policy) for on_policy in (True, False)]
+        except Exception:
+            return None
+        order = ("constant", "token", "sequence", "pair", "batch")
+        return max(found, key=order.index)
+
+    @property
+    def paired(self) -> bool:
+        """Whether sequences 2i and 2i + 1 are one unit."""
+        return (self.declared or self.kind) == "pair"
+
+    @final
+    def unit(self) -> int:
+        """Return how many sequences there are to a unit."""
+        return 2 if self.paired else 1
+
+    def _dependence(self, on_policy: bool) -> GradientKind:
+        case = kind_case(on_policy)
+        lengths = [len(s.logprobs) for s in case.sequences]
+        rows = [i for i, length in enumerate(lengths) for _ in range(length)]
+
+        def gradient(point: Tensor) -> Tensor:
+            parts = [part.tolist() for part in torch.split(point, lengths)]
+            return self.measure(case.with_logprobs(parts)).flat
+
+        point = torch.tensor([x for s in case.sequences for x in s.logprobs], dtype=torch.float64)
+        return dependence(gradient, rows, point, (1e-4,) if on_policy else (0.05, -0.7))
+
+
+def leaves_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Return the log-probs of a case, one leaf per sequence."""
+    return [torch.tensor(list(s.logprobs), dtype=dtype).requires_grad_() for s in case.sequences]
+
+
+def kind_case(on_policy: bool) -> Case:
+    """Return fixed random numbers: two pairs; on policy, or 0.1 nats from it."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length: int, low: float, high: float) -> list[float]:
+        values: list[float] = (
+            low + (high - low) * torch.rand(length, generator=generator, dtype=torch.float64)
+        ).tolist()
+        return values
+
+    sequences = []
+    for i, length in enumerate((2, 1, 3, 2)):
+        at = draw(length, -3.0, -1.0)
+        near = [
+            [x + 0.0 * d if on_policy else x + d for x, d in zip(at, draw(length, -0.1, 0.1), strict=True)]
+            for _ in "ab"
+        ]
+        ref = [x + d for x, d in zip(at, draw(length, -0.5, 0.5), strict=True)]
+        sequences.append(CaseSequence(at, [1.0] * length, draw(length, 0.5, 2.0), near[0], near[1], ref, i // 2))
+    return Case(tuple(sequences), with_old=True)
+
+
+def first_scalar(returned: Any, name: str) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return the loss and the metrics of what a function returned.
+
+    A tuple has the loss first; a mapping or an object has it as ``loss``; one number per row or pair is averaged.
+
+    Raises:
+        Failed: there is no such number.
+    """
+    loss, metrics = returned, {}
+    if isinstance(returned, Mapping):
+        loss, metrics = returned.get("loss"), {k: v for k, v in returned.items() if k != "loss"}
+    elif isinstance(returned, tuple) and returned:
+        loss, rest = returned[0], returned[1:]
+        metrics = dict(rest[0]) if len(rest) == 1 and isinstance(rest[0], Mapping) else dict(enumerate_named(rest))
+    elif not isinstance(returned, Tensor) and hasattr(returned, "loss"):
+        loss = returned.loss
+    if not isinstance(loss, Tensor):
+        raise Failed(f"{name} returned {type(loss).__name__} in the place of the loss", "it must be a tensor")
+    if loss.dim() == 1:
+        loss = loss.mean()
+    if loss.dim() > 1:
+        raise Failed(f"{name} returned a loss of shape {tuple(loss.shape)}", "a loss is one number: reduce it")
+    return loss, metrics
+
+
+def enumerate_named(rest: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return further values of a tuple with names, e.g. of verl's ``(loss, clipfrac, kl, ...)``."""
+    return [(f"returned[{i + 1}]", value) for i, value in enumerate(rest)]

@@ -1,0 +1,18 @@
+"""What every sound loss has, by theme."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..results import Property
+from .batches import BATCHES
+from .conduct import CONDUCT
+from .edges import EDGES
+from .gradients import GRADIENTS
+from .selection import SELECTION
+
+__all__ = ["LOSS_PROPERTIES"]
+
+LOSS_PROPERTIES: Final[dict[str, Property]] = {
+    each.name: each for each in (*GRADIENTS, *SELECTION, *BATCHES, *EDGES, *CONDUCT)
+}

@@ -1,0 +1,191 @@
+"""The edges: extreme numbers, low precision, few sequences, nothing trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ....errors import PullbackError
+from ...cases import COLUMNS, Case, CaseSequence
+from ..failures import Failed, NotApplicable
+from ..forms import LossUnderTest, Measured
+from ..forms.base import kind_case
+from ..results import Property
+
+__all__ = ["EDGES"]
+
+_EXTREME: Final = (0.0, -1e-6, -1.0, -1e4)
+_DTYPES: Final = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}
+_FAR: Final = (-6.0, 6.0)
+
+
+def _row(at: float, other: float, advantage: float) -> CaseSequence:
+    two = [at, -1.0]
+    anchor = [other, -1.0]
+    return CaseSequence(two, [1.0, 1.0], [advantage, 1.0], anchor, anchor, anchor)
+
+
+def _extremes(under_test: LossUnderTest, case: Case) -> None:
+    for dtype in _DTYPES:
+        for at in _EXTREME:
+            for other in _EXTREME:
+                rows = tuple(_row(x, y, a) for x, y, a in ((at, other, 1.0), (other, at, -1.0)))
+                measured = under_test.measure(Case(rows, with_old=True), dtype=dtype)
+                if not _finite(measured):
+                    name = str(dtype).removeprefix("torch.")
+                    raise Failed(
+                        f"in {name} a log-prob of {at:g} (anchor and reference {other:g}) gives a loss of {measured.value:g}, "
+                        f"and gradients of {float(measured.rows[0][0]):g} and {float(measured.rows[1][0]):g}",
+                        "an exp overflows, or the log of 0: bound the log-ratio before exp, and use log1p, expm1, logsigmoid",
+                    )
+
+
+def _finite(measured: Measured) -> bool:
+    return math.isfinite(measured.value) and bool(measured.flat.isfinite().all())
+
+
+def _alive(under_test: LossUnderTest, case: Case) -> None:
+    """Near certain and near impossible tokens, and those far from the reference, still have a gradient."""
+    for at in (-1e-3, -0.05, -1.0, -12.0):
+        rows = under_test.measure(Case((_row(at, at, 1.0), _row(at, at, -1.0)), with_old=True)).rows
+        if any(float(row[0]) == 0.0 for row in rows):
+            raise Failed(
+                f"a trained token of log-prob {at:g} has no gradient, on policy",
+                "a clamp: beyond its bound nothing is learnt any more; use a tangent there",
+            )
+    if "ref_logprobs" not in under_test.fields:
+        return
+    near = max(_pull(under_test, d) for d in (-1.0, 1.0))
+    for d in _FAR:
+        if near > 0.0 and _pull(under_test, d) == 0.0:
+            raise Failed(
+                f"{abs(d):g} nats {'below' if d < 0 else 'above'} the reference it has no influence on the gradient any more; "
+                "at 1 nat it has",
+                "a clamp on the KL or its log-ratio: the penalty is switched off where it is needed most; use a tangent there",
+            )
+
+
+def _pull(under_test: LossUnderTest, distance: float) -> float:
+    """Return how much the gradient changes where the reference, ``distance`` nats away, is moved a little."""
+
+    def at(far: float) -> Tensor:
+        first, second = _row(-8.0, -8.0, 1.0), _row(-8.0, -8.0, -1.0)
+        return under_test.measure(Case((replace(first, ref_logprobs=[-8.0 - far, -1.0]), second), with_old=True)).flat
+
+    return float((at(distance) - at(distance * 1.01)).abs().max())
+
+
+def _precision(under_test: LossUnderTest, case: Case) -> None:
+    exact = under_test.measure(case)
+    for dtype, tolerance in _DTYPES.items():
+        rounded = under_test.measure(case, dtype=dtype)
+        name = str(dtype).removeprefix("torch.")
+        error = float((rounded.flat - exact.flat).norm())
+        if not error <= tolerance * max(float(exact.flat.norm()), 1e-3):
+            raise Failed(
+                f"in {name} the gradient differs by {error:.3g}, of {float(exact.flat.norm()):.3g}",
+                "log-ratios and sums in half precision, or a cancellation: compute in fp32 or better",
+            )
+
+
+def _few(under_test: LossUnderTest, case: Case) -> None:
+    per = under_test.unit()
+    one = tuple(_row(-1.25, -1.0, a) for a in (1.0, -1.0))[:per]
+    short = tuple(_first_token(s) for s in one)
+    groups = [("one unit", one), ("one unit of single tokens", short)]
+    if per == 1:
+        groups.append(
+            ("three sequences", tuple(_row(x, -1.0, a) for x, a in ((-1.25, 1.0), (-0.75, -1.0), (-0.5, 0.5))))
+        )
+    for words, rows in groups:
+        case = Case(rows, with_old=True)
+        try:
+            measured, _ = under_test.measure(case), under_test.metrics(case)
+        except Failed:
+            raise
+        except Exception as error:
+            raise Failed(
+                f"{words}: {type(error).__name__}: {error}", "a squeeze(), or a batch of more is taken for granted"
+            ) from error
+        if not _finite(measured):
+            raise Failed(
+                f"{words}: the loss is {measured.value:g}", "the standard deviation of one number is NaN: it is 0/0"
+            )
+
+
+def _first_token(s: CaseSequence) -> CaseSequence:
+    columns: dict[str, Any] = {name: getattr(s, name)[:1] for name in COLUMNS}
+    return replace(s, **columns)
+
+
+def _nothing_trained(under_test: LossUnderTest, case: Case) -> str | None:
+    case = kind_case(False).edited("weights", lambda i, j, w: 0.0)
+    try:
+        measured, _ = under_test.measure(case), under_test.metrics(case)
+    except Failed as failure:
+        if "not connected" in str(failure):
+            raise Failed(
+                "with nothing trained the loss is not connected to the log-probs",
+                "backward() raises: return a sum over nothing, not a constant",
+            ) from failure
+        raise
+    except (PullbackError, ValueError) as error:
+        return f"refused by {type(error).__name__}"
+    except Exception as error:
+        raise Failed(
+            f"with nothing trained: {type(error).__name__}: {error}",
+            "a maximum or mean of nothing; a metric must not raise",
+        ) from error
+    if not _finite(measured):
+        raise Failed(
+            f"with nothing trained the loss is {measured.value:g}", "0/0: clamp the count that is divided by to 1"
+        )
+    if bool((measured.flat != 0).any()):
+        raise Failed("with nothing trained there is a gradient", "a term without a mask")
+    return None
+
+
+def _connected(under_test: LossUnderTest, case: Case) -> None:
+    if under_test.form != "datums":
+        raise NotApplicable("only lists of datums have one leaf per sequence")
+    case = replace(
+        case, sequences=(*case.sequences, *kind_case(False).edited("weights", lambda i, j, w: 0.0).sequences[:2])
+    )
+    loose = under_test.measure(case).loose
+    if loose:
+        raise Failed(
+            f"the loss is not connected to the log-probs of sequence {loose[0]}, of which nothing is trained",
+            "a sequence is skipped: Tinker's client raises 'No gradient computed for logprob tensor'; add a masked sum",
+        )
+
+
+EDGES = (
+    Property(
+        "extremes",
+        "Log-probs from 0 to -1e4, and ratios that overflow, give finite numbers in fp64, fp32 and bf16.",
+        ("an exp overflows",),
+        _extremes,
+        "none",
+    ),
+    Property(
+        "alive",
+        "No clamp switches the gradient off: not near certainty, and not far from the reference.",
+        ("a clamp",),
+        _alive,
+        "none",
+    ),
+    Property("precision", "fp32 and bf16 agree with fp64.", ("sums in half precision",), _precision, "on_policy"),
+    Property("few", "One unit, one token and three sequences do.", ("a squeeze()",), _few, "none"),
+    Property(
+        "nothing_trained",
+        "With nothing trained the loss is finite and its gradient 0, or it is refused.",
+        ("0/0",),
+        _nothing_trained,
+        "none",
+    ),
+    Property("connected", "The loss is connected to every log-prob.", ("a sequence is skipped",), _connected),
+)

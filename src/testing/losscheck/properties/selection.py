@@ -1,0 +1,205 @@
+"""Which tokens and inputs count: every trained one, no other, and each only where it stands."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ...cases import Case
+from ..failures import Failed, NotApplicable
+from ..forms import LossUnderTest, Measured
+from ..forms.base import kind_case
+from ..results import Property
+
+__all__ = ["SELECTION", "changed", "close", "single"]
+
+_SINGLE: Final = 1e-5
+_ODD: Final = 0.0371  # nats; a move that no clip range, grid or cancellation is made for
+
+
+def single(x: Tensor) -> bool:
+    """Return whether numbers may come from fp32 arithmetic: their last bits are noise then."""
+    return bool((x.float().double() == x).all())
+
+
+def close(a: float, b: float, tolerance: float = 1e-12) -> bool:
+    """Return whether two losses are equal but for rounding."""
+    if single(torch.tensor([a, b], dtype=torch.float64)):
+        tolerance = max(tolerance, _SINGLE)
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def changed(a: Tensor, b: Tensor, tolerance: float = 1e-9, floor: float = 0.0) -> Tensor:
+    """Return where two gradients differ by more than rounding; NaN differs from everything but itself."""
+    if single(a) and single(b):
+        tolerance = max(tolerance, _SINGLE)
+    size = max([floor, *(float(x.nan_to_num().abs().max()) for x in (a, b) if x.numel())])
+    same_nan = a.isnan() & b.isnan()
+    return ~(((a - b).abs() <= tolerance * size) | same_nan)
+
+
+def _influence(under_test: LossUnderTest, case: Case) -> None:
+    dead = _dead(under_test, case)
+    if dead and under_test.fields:
+        # Terms may cancel by accident: elsewhere they do not.
+        moved = case.edited("advantages", lambda i, j, a: a + _ODD).edited("ref_logprobs", lambda i, j, x: x - _ODD)
+        dead = [place for place in dead if place in _dead(under_test, moved)]
+    if not dead:
+        return
+    i, j = dead[0]
+    raise Failed(
+        f"trained token {j} of sequence {i} has no gradient, on policy and with an advantage", _dropped(under_test)
+    )
+
+
+def _dropped(under_test: LossUnderTest) -> str | None:
+    """Return which tokens are dropped, seen where sequences have more than one."""
+    case = kind_case(True)
+    silent = [i for i, row in enumerate(under_test.measure(case).rows) if not bool((row != 0).any())]
+    if silent and silent == list(range(silent[0], len(case.sequences))) and silent[0] > 0:
+        return f"only the first {silent[0]} sequences are read, and the others ignored"
+    long = {i: len(s.logprobs) for i, s in enumerate(case.sequences) if len(s.logprobs) > 1}
+    dead = {(i, j) for i, j in _dead(under_test, case) if i in long}
+    if dead == {(i, n - 1) for i, n in long.items()}:
+        return "the last token is dropped: a slice [:-1], a shift of the mask, or a range that ends one early"
+    if dead == {(i, 0) for i in long}:
+        return "the first token is dropped: a slice [1:], or a shift of the log-probs"
+    if len(dead) == sum(long.values()):
+        return "no gradient flows at all: a detach, no_grad or clamp too many"
+    return None
+
+
+def _dead(under_test: LossUnderTest, case: Case) -> list[tuple[int, int]]:
+    rows = under_test.measure(case).rows
+    return [(i, j) for i, s in enumerate(case.sequences) for j in s.trained() if float(rows[i][j]) == 0.0]
+
+
+def _inputs(under_test: LossUnderTest, case: Case) -> str | None:
+    silent = []
+    for field in under_test.fields:
+        if not any(under_test.matters(kind_case(on_policy), field) for on_policy in (True, False)):
+            silent.append(field)
+    needed = [field for field in silent if field in under_test.required]
+    if needed:
+        raise Failed(f"{needed[0]} changes neither the value nor the gradient nor a metric", None)
+    return f"{', '.join(silent)} without influence, with these defaults" if silent else None
+
+
+def _untrained(under_test: LossUnderTest, case: Case) -> None:
+    base = under_test.measure(case)
+    for i, s in enumerate(case.sequences):
+        for j, w in enumerate(s.weights):
+            slope = float(base.rows[i][j])
+            if w == 0 and slope != 0.0:
+                cause = (
+                    "the mask is shifted by one token"
+                    if _shifted(case, base)
+                    else "the mask is not applied to every term"
+                )
+                raise Failed(f"untrained token {j} of sequence {i} has gradient {slope:.4g}", cause)
+    _no_effect(under_test, case, base, 3.25, "another number")
+
+
+def _shifted(case: Case, base: Measured) -> bool:
+    """Return whether the tokens with a gradient are the trained ones, one later or one earlier."""
+    pairs = [([w != 0 for w in s.weights], (base.rows[i] != 0).tolist()) for i, s in enumerate(case.sequences)]
+    return all(g[1:] == w[:-1] for w, g in pairs) or all(g[:-1] == w[1:] for w, g in pairs)
+
+
+def _poison(under_test: LossUnderTest, case: Case) -> None:
+    if not under_test.poisonable:
+        raise NotApplicable("masking is not up to this function")
+    base = under_test.measure(case)
+    for value in (math.nan, math.inf):
+        poisoned = Case(case.sequences, case.with_old, math.nan)
+        _no_effect(under_test, poisoned, base, value, str(value))
+
+
+def _no_effect(under_test: LossUnderTest, case: Case, base: Measured, value: float, words: str) -> None:
+    weights = [list(s.weights) for s in case.sequences]
+    for field in ("logprobs", *under_test.fields):
+        junk = -value if field == "logprobs" else value
+        case = case.edited(field, lambda i, j, x, junk=junk: x if weights[i][j] else junk)  # type: ignore[misc]
+    other = under_test.measure(case)
+    if not close(other.value, base.value):
+        raise Failed(
+            f"with {words} at the untrained tokens and in the padding the loss is {other.value:.6g} instead of {base.value:.6g}"
+        )
+    if bool(changed(other.flat, base.flat).any()):
+        raise Failed(f"{words} at the untrained tokens and in the padding changes the gradient of others")
+
+
+def _alignment(under_test: LossUnderTest, case: Case) -> None:
+    kind = under_test.kind
+    if kind in (None, "batch"):
+        raise NotApplicable("the gradient of every token depends on the whole batch")
+    fields = [field for field in under_test.fields if field not in under_test.per_sequence]
+    if not fields:
+        raise NotApplicable("it reads nothing per token")
+    base = under_test.measure(case)
+    for field in fields:
+        for i, s in enumerate(case.sequences):
+            for j in {*s.trained()[:1], *s.trained()[-1:]}:
+                _stays(under_test, case, base, field, (i, j))
+
+
+def _stays(under_test: LossUnderTest, case: Case, base: Measured, field: str, place: tuple[int, int]) -> None:
+    moved = case.edited(field, lambda i, j, x: x + _ODD if (i, j) == place else x)
+    rows = under_test.measure(moved).rows
+    own = bool(changed(rows[place[0]], base.rows[place[0]], 1e-7)[place[1]])
+    for k, row in enumerate(rows):
+        for t in changed(row, base.rows[k], 1e-7).nonzero().flatten().tolist():
+            if _within(under_test.kind or "batch", (k, t), place):
+                continue
+            same = k == place[0]
+            raise Failed(
+                f"{field} of token {place[1]} of sequence {place[0]} changes the gradient of token {t} of sequence {k}",
+                f"{field} is shifted by {t - place[1]:+d} against the log-probs"
+                if same and abs(t - place[1]) == 1 and not own
+                else f"{field} of one {'token' if same else 'sequence'} is used for another",
+            )
+
+
+def _within(kind: str, a: tuple[int, int], b: tuple[int, int]) -> bool:
+    if kind in ("constant", "token"):
+        return a == b
+    return a[0] == b[0] if kind == "sequence" else a[0] // 2 == b[0] // 2
+
+
+SELECTION = (
+    Property(
+        "influence",
+        "Every trained token, the first and the last too, has a gradient.",
+        ("a slice or a shift drops tokens",),
+        _influence,
+        "on_policy",
+    ),
+    Property(
+        "inputs",
+        "Every input that is asked for has an influence.",
+        ("it is read and not used", "a term is computed and not added"),
+        _inputs,
+        "none",
+    ),
+    Property(
+        "untrained",
+        "A token of weight 0 has no gradient, and its numbers have no effect.",
+        ("a mean over all positions, trained or not", "a mask is missing in one of the terms"),
+        _untrained,
+    ),
+    Property(
+        "poison",
+        "NaN and inf at untrained tokens and in the padding have no effect.",
+        ("a mask that multiplies: 0 * NaN is NaN; select with torch.where, before anything is computed",),
+        _poison,
+    ),
+    Property(
+        "alignment",
+        "An input of a token acts on the gradient of that token, or of its sequence or pair.",
+        ("a shift by one token",),
+        _alignment,
+    ),
+)
