@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the models are tiny: threads only wait for each othe
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # One profile a tier. What is derandomized draws the same examples in every run and on every worker.
-settings.register_profile("quick", max_examples=8, deadline=None, derandomize=True)
+settings.register_profile("quick", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("all", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", TIER))

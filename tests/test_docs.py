@@ -65,9 +65,8 @@ def test_examples_run(example: Path) -> None:
     runpy.run_path(str(example))
 
 
-@pytest.mark.parametrize(
-    ("backend", "only"), [pytest.param("native", "sft,dpo,orpo,grpo", marks=pytest.mark.slow), ("remote", "sft")]
-)
+@pytest.mark.parametrize(("backend", "only"), [("native", "sft,dpo,orpo,grpo"), ("remote", "sft")])
+@pytest.mark.slow
 def test_tiny_demo(backend: str, only: str, tmp_path: Path) -> None:
     """`pullback demo --model tiny` improves its objectives and leaves a picture and the figures; on a service too."""
     minutes = "0.5" if backend == "native" else "0.1"

@@ -97,6 +97,7 @@ def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ALIAS.is_dir(), reason="needs the source tree")
 def test_plugin(folder: Path) -> None:
     """The plugin loads neither torch nor hypothesis before its fixture is used; a class has one test per property."""

@@ -198,6 +198,7 @@ def killed_and_compared(root: Path, start: Callable[[], ServerProcess | CommandP
     return f"{moments} kills in {usual:.1f} s of training, {met} met by the client, {place.compared} answers kept"
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path, capsys: Any) -> None:
     """Killed while it trains, the service comes back knowing what it said; the client ends where it would have ended."""
     words = killed_and_compared(tmp_path, lambda: ServerProcess(tmp_path, poll_seconds=0.5), MOMENTS)

@@ -109,6 +109,7 @@ def journalled(folder: Path, model: Model) -> list[tuple[int, str, str]]:
 KINDS = {"step": "optim_step", "look": "forward", "gradient": "forward_backward"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the server's memory from /proc")
 def test_many_clients_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """32 threads on 8 models: every number once, each answer and the end as when alone, bit for bit; memory is flat."""

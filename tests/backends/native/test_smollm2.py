@@ -31,6 +31,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_real_model() -> None:
     """It answers a question, scores what it said as it said it, and one DPO step moves the margin the right way."""
     assert SPEC is not None

@@ -68,6 +68,7 @@ def test_step_is_adamw_to_the_bit(lr: float, decay: float, clip: float, eps: flo
     assert backend.weights_version == 3
 
 
+@pytest.mark.slow
 def test_half_precision_accumulates_and_steps_in_fp32() -> None:
     """bf16 weights: many micro-batches sum as one does, and a step below their resolution is not lost."""
     data = make_data([6] * 64)
