@@ -198,9 +198,11 @@ class Loss(abc.ABC):
                 )
 
     def _ready(self, batch: TokenBatch) -> TokenBatch:
-        """Return the batch, checked, with log-probs in fp32 or better: gradients of its terms meet unrounded."""
+        """Return a copy of the batch, checked, with log-probs in fp32 or better: gradients of its terms meet unrounded.
+
+        What is found out about the log-probs stays with the copy: a caller may write others into the same memory.
+        """
         self.check_inputs(batch)
-        full = wide(batch.logprobs)
-        batch = batch if full is batch.logprobs else batch.with_logprobs(full)
+        batch = batch.with_logprobs(wide(batch.logprobs))
         look(batch, fields_of(self))
         return batch

@@ -186,8 +186,9 @@ class TokenBatch:
     @property
     def trained_count(self) -> Tensor:
         """How many log-probs are trained, candidates counted one by one; float64, 0-d."""
-        ones = self.trained.to(self.weight.dtype) if self.layout.candidates else None
-        return self.token_count if ones is None else self.remember("trained_count", lambda: _count(ones))
+        if not self.layout.candidates:
+            return self.token_count
+        return self.remember("trained_count", lambda: _count(self.trained.to(self.weight.dtype)))
 
     def indicator(self) -> Tensor:
         """Return 1 at the positions of which any target is trained, else 0; the dtype of `weight`, one per token."""
@@ -265,8 +266,7 @@ class TokenBatch:
     @property
     def groups(self) -> Groups:
         """The prompt groups, by ``group_id``; without it all sequences are one group."""
-        device = self.logprobs.device
-        return self.remember("groups", lambda: group_sequences(self.num_sequences, self.group_id, device))
+        return self.remember("groups", lambda: group_sequences(self.num_sequences, self.group_id, self.logprobs.device))
 
     def problems(self) -> list[Problem]:
         """Return what may be wrong with the batch but cannot be looked at for nothing."""

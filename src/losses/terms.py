@@ -25,7 +25,6 @@ class Summand(abc.ABC):
 
     Attributes:
         name: e.g. ``policy`` or ``kl``.
-        unit: what there is one value of.
         aggregation: how the values are put together.
         scale: the summand's coefficient, e.g. a KL's beta.
         where: bool, one per token; the tokens that count, if not all trained ones.

@@ -33,7 +33,7 @@ def look(batch: TokenBatch, inputs: Sequence[str]) -> None:
     Raises:
         InvalidDatumsError: see `examine`.
     """
-    if not readable(batch.logprobs) or not batch.logprobs.numel() or batch.finite:
+    if not readable(batch.logprobs) or not batch.logprobs.numel():
         return
     low, high = (x.item() for x in torch.aminmax(batch.logprobs.detach()))
     if not low > -math.inf or not high <= LARGEST_LOGPROB:

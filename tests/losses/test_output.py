@@ -82,3 +82,15 @@ def test_candidates_share_their_tokens_coefficient() -> None:
     (gradient,) = torch.autograd.grad(CrossEntropy("sequence_mean_token_mean").evaluate(batch).loss, leaf)
     per_token = torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64)  # trained tokens of the token's sequence
     assert torch.allclose(gradient, -weights / per_token[:, None] / 2, rtol=1e-12, atol=0)
+
+
+def test_new_numbers_in_the_same_memory() -> None:
+    """A batch may be evaluated again after its log-probs were written over: nothing of the old ones is remembered."""
+    weights = torch.tensor([[0.0, 1.0, 1.0]])
+    buffer = torch.full((1, 3), -1.0)
+    batch = TokenBatch.from_padded(buffer, weights)
+    before = CrossEntropy().evaluate(batch)
+    buffer.copy_(torch.tensor([[torch.nan, -2.0, -3.0]]))
+    after = CrossEntropy().evaluate(batch)
+    assert (before.loss.item(), after.loss.item()) == (2.0, 5.0)
+    assert before.metrics["nll"].numerator == 2.0
