@@ -19,6 +19,7 @@ from pullback.errors import ConfigError, DatumError, EmptyUnitError, MissingFiel
 from pullback.losses import (
     CISPO,
     DRO,
+    GRPO,
     GSPO,
     PPO,
     ClipRange,
@@ -232,4 +233,4 @@ def test_a_new_loss_takes_forty_lines() -> None:
     """SimPO, checks, problems, metrics and config keys included, is at most 40 lines of code."""
     module = inspect.getmodule(SimPO)
     assert 10 < statements(module) <= 40
-    assert statements(module) < statements(inspect.getmodule(PPO)) < statements(inspect.getmodule(inspect))
+    assert statements(module) < statements(inspect.getmodule(GRPO)) < statements(inspect.getmodule(inspect))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..config import keys
 from ..functional.policy import cispo
@@ -16,9 +15,9 @@ from ..metrics import Unread
 from ..parts.clip import ClipRange
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.ratio import anchor, ratio_metrics
-from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, TokenTerm
+from .corrected import CorrectedLoss
 
 __all__ = ["CISPO"]
 
@@ -26,7 +25,7 @@ __all__ = ["CISPO"]
 @register
 @final
 @dataclass(frozen=True)
-class CISPO(Loss):
+class CISPO(CorrectedLoss):
     r"""Policy gradient with a clipped weight, ``-sum_t w_t clip(r_t) A_t logprob_t / D``; see `functional.cispo`.
 
     The weight is a constant, so that every token keeps a gradient, ``-w clip(r) A / D``. The anchor is ``old_logprobs`` where
@@ -64,26 +63,9 @@ class CISPO(Loss):
             )
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
 
-    @property
-    def gradient_kind(self) -> GradientKind:
-        return "token" if self.correction is None else self.correction.gradient_kind
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("advantages", "logprobs") if self.correction is None else ("advantages", *self.correction.inputs)
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("weights", "old_logprobs", "group_id") if self.correction is None else ("weights", "group_id")
-
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         arguments = (anchor(batch), batch.given("advantages"), self.clip.low, self.clip.high)
-        factor = None if self.correction is None else self.correction.factor(batch)
-        return (TokenTerm("policy", cispo, arguments, self.main_aggregation, factor=factor),)
-
-    def problems(self, batch: TokenBatch) -> Iterable[Problem]:
-        return () if self.correction is None else (self.correction.problems(batch),)
+        return (TokenTerm("policy", cispo, arguments, self.main_aggregation, factor=self.correction_factor(batch)),)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        ratio = ratio_metrics(batch, self.clip)
-        return ratio if self.correction is None else {**ratio, **self.correction.metrics(batch)}
+        return {**ratio_metrics(batch, self.clip), **self.correction_metrics(batch)}

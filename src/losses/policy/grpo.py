@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..checks import choice
 from ..config import keys
@@ -21,9 +20,9 @@ from ..parts.clip import ClipRange, check_dual_clip
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.kl import KL
 from ..parts.ratio import anchor, ratio_metrics
-from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, TokenTerm
+from .corrected import CorrectedLoss
 
 __all__ = ["GRPO"]
 
@@ -31,7 +30,7 @@ __all__ = ["GRPO"]
 @register
 @final
 @dataclass(frozen=True)
-class GRPO(Loss):
+class GRPO(CorrectedLoss):
     r"""Group-relative policy optimisation with a KL to the reference.
 
     ``sum_t w_t [max(-r_t A_t, -clip(r_t) A_t) + beta K_t] / D``. The KL is added after clipping. Advantages come with the
@@ -81,10 +80,6 @@ class GRPO(Loss):
         check_dual_clip(self.dual_clip, self._clip)
 
     @property
-    def gradient_kind(self) -> GradientKind:
-        return "token" if self.correction is None else self.correction.gradient_kind
-
-    @property
     def required_inputs(self) -> tuple[str, ...]:
         ratio = ("logprobs",) if self.anchor == "rollout" else ()
         reference = self._kl.inputs if self._kl is not None else ()
@@ -99,19 +94,14 @@ class GRPO(Loss):
         penalty = () if self._kl is None else (self._kl.term(batch, self.main_aggregation),)
         return (self._policy(batch), *penalty)
 
-    def problems(self, batch: TokenBatch) -> Iterable[Problem]:
-        return () if self.correction is None else (self.correction.problems(batch),)
-
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        metrics = ratio_metrics(batch, self._clip, self.dual_clip) if self.anchor == "rollout" else {}
-        if self.correction is not None:
-            metrics |= self.correction.metrics(batch)
+        ratio = ratio_metrics(batch, self._clip, self.dual_clip) if self.anchor == "rollout" else {}
+        metrics = {**ratio, **self.correction_metrics(batch)}
         return metrics if self._kl is None else {**metrics, "kl_ref": self._kl.metric(batch)}
 
     def _policy(self, batch: TokenBatch) -> TokenTerm:
         definition, arguments = self._definition(batch)
-        factor = None if self.correction is None else self.correction.factor(batch)
-        return TokenTerm("policy", definition, arguments, self.main_aggregation, factor=factor)
+        return TokenTerm("policy", definition, arguments, self.main_aggregation, factor=self.correction_factor(batch))
 
     def _definition(self, batch: TokenBatch) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         advantages = batch.given("advantages")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..aggregation import Aggregation
-from ..base import GradientKind, Loss
 from ..batch import TokenBatch
 from ..config import keys
 from ..functional.policy import ppo_clip
@@ -15,9 +14,9 @@ from ..metrics import Unread
 from ..parts.clip import ClipRange, check_dual_clip
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.ratio import anchor, ratio_metrics
-from ..problems import Problem
 from ..registry import register
 from ..terms import Summand, TokenTerm
+from .corrected import CorrectedLoss
 
 __all__ = ["PPO"]
 
@@ -25,7 +24,7 @@ __all__ = ["PPO"]
 @register
 @final
 @dataclass(frozen=True)
-class PPO(Loss):
+class PPO(CorrectedLoss):
     r"""Clipped policy gradient, ``sum_t w_t max(-r_t A_t, -clip(r_t) A_t) / D``; see `functional.ppo_clip`.
 
     Args:
@@ -51,29 +50,12 @@ class PPO(Loss):
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
         check_dual_clip(self.dual_clip, self._clip)
 
-    @property
-    def gradient_kind(self) -> GradientKind:
-        return "token" if self.correction is None else self.correction.gradient_kind
-
-    @property
-    def required_inputs(self) -> tuple[str, ...]:
-        return ("advantages", "logprobs") if self.correction is None else ("advantages", *self.correction.inputs)
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("weights", "old_logprobs", "group_id") if self.correction is None else ("weights", "group_id")
-
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         arguments = (anchor(batch), batch.given("advantages"), self._clip.low, self._clip.high, self.dual_clip)
-        factor = None if self.correction is None else self.correction.factor(batch)
-        return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation, factor=factor),)
-
-    def problems(self, batch: TokenBatch) -> Iterable[Problem]:
-        return () if self.correction is None else (self.correction.problems(batch),)
+        return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation, factor=self.correction_factor(batch)),)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        ratio = ratio_metrics(batch, self._clip, self.dual_clip)
-        return ratio if self.correction is None else {**ratio, **self.correction.metrics(batch)}
+        return {**ratio_metrics(batch, self._clip, self.dual_clip), **self.correction_metrics(batch)}
 
     @property
     def _clip(self) -> ClipRange:
