@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
 from ..losses.base import Loss
-from ..losses.batch import TokenBatch
-from ..losses.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
-from ..losses.output import LossOutput, Part
+from ..losses.batch.token_batch import TokenBatch
+from ..losses.evaluation.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
+from ..losses.evaluation.output import LossOutput, Part
 from .operation_lock import running_loss
 from .prepared import PreparedCall, loss_name
 from .protocol import CustomLoss

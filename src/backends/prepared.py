@@ -13,12 +13,12 @@ from torch import Tensor
 from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
 from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnsupportedError
-from ..losses.adapt import as_tensor
 from ..losses.base import GradientKind, Loss
-from ..losses.batch import TokenBatch
+from ..losses.batch.adapt import as_tensor
+from ..losses.batch.token_batch import TokenBatch
 from ..losses.counts import Counts, check_counts
+from ..losses.evaluation.metrics import wire_metrics
 from ..losses.kind import trusted_kind
-from ..losses.metrics import wire_metrics
 from ..losses.registry import get_loss
 from .operation_lock import running_loss
 from .protocol import CustomLoss

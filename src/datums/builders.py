@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DatumError, LengthError
-from ..losses.adapt import as_tensor
-from ..losses.keys import ROLE_CHOSEN, ROLE_REJECTED
+from ..losses.batch.adapt import as_tensor
+from ..losses.batch.keys import ROLE_CHOSEN, ROLE_REJECTED
 from .types import Datum, ModelInput
 
 __all__ = [

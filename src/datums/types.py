@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DatumError, LengthError
-from ..losses.adapt import as_tensor
-from ..losses.keys import INPUT_KEYS
+from ..losses.batch.adapt import as_tensor
+from ..losses.batch.keys import INPUT_KEYS
 
 __all__ = ["Datum", "ModelInput", "TensorData", "explain"]
 
@@ -183,7 +183,7 @@ class Datum:
 
     Args:
         model_input: the tokens that go in, T of them.
-        loss_fn_inputs: inputs by key (see `pullback.losses.keys`); lists, arrays and tensors are wrapped. Entry j of a
+        loss_fn_inputs: inputs by key (see `pullback.losses.batch.keys`); lists, arrays and tensors are wrapped. Entry j of a
             per-token input belongs to ``target_tokens[j]``, the token after ``model_input[j]``. Keys of your own are
             for your own functions.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidDatumsError, suggestion
-from ..losses.keys import INPUT_KEYS, ROLE_CHOSEN, ROLE_GOLD, ROLE_REJECTED
+from ..losses.batch.keys import INPUT_KEYS, ROLE_CHOSEN, ROLE_GOLD, ROLE_REJECTED
 from .types import Datum
 
 __all__ = ["validate"]

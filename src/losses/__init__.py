@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from ..deprecation import moved
-from .adapt import batch_from_datums
 from .aggregation import AGGREGATIONS, Aggregation, fixed_length
 from .base import Loss
-from .batch import TokenBatch
+from .batch.adapt import batch_from_datums
+from .batch.layout import Layout, Packed, Padded
+from .batch.token_batch import TokenBatch
 from .config import keys
 from .counting import Counted
+from .evaluation.metrics import Metric, Unread, combine_metrics, wire_metrics
+from .evaluation.output import LossOutput, Part
+from .evaluation.streaming import TokenStream
+from .evaluation.terms import Summand, Term, TokenTerm
 from .functional import (
     bounded_exp,
     log1mexp,
@@ -17,9 +22,6 @@ from .functional import (
 from .functional.old_names import clipped_surrogate as clipped_surrogate
 from .functional.old_names import dpo_sigmoid as dpo_sigmoid
 from .functional.old_names import kl_value as kl_value
-from .layout import Layout, Packed, Padded
-from .metrics import Metric, Unread, combine_metrics, wire_metrics
-from .output import LossOutput, Part
 from .parts.advantages import GroupAdvantages, group_advantages
 from .parts.clip import ClipRange
 from .parts.correction import Correction, Rejection
@@ -29,9 +31,7 @@ from .preference import DPO, ORPO, SimPO
 from .presets import preset, preset_names
 from .recipes import Recipe, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
-from .streaming import TokenStream
 from .supervised import CrossEntropy
-from .terms import Summand, Term, TokenTerm
 
 __all__ = [
     "AGGREGATIONS",

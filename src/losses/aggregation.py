@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .batch import TokenBatch
+from .batch.token_batch import TokenBatch
 from .checks import choice, number
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "Unit", "fixed_length"]

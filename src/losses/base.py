@@ -9,20 +9,20 @@ from typing import Any, ClassVar, Literal, Self, final
 from torch import Tensor
 
 from ..errors import DatumError, MissingFieldError
-from .adapt import batch_field, batch_from_datums, logprobs_in_place
 from .aggregation import Aggregation
-from .batch import TokenBatch
+from .batch.adapt import batch_field, batch_from_datums, logprobs_in_place
+from .batch.keys import INPUT_KEYS
+from .batch.problems import Problem
+from .batch.selection import wide
+from .batch.token_batch import TokenBatch
+from .batch.values import look
 from .config import from_wire
 from .counting import Counted, totals
 from .counts import Counts
-from .evaluation import assemble, fields_of
-from .keys import INPUT_KEYS
-from .metrics import Metric, Unread, wire_metrics
-from .output import LossOutput
-from .problems import Problem
-from .selection import wide
-from .terms import Summand
-from .values import look
+from .evaluation.evaluate import assemble, fields_of
+from .evaluation.metrics import Metric, Unread, wire_metrics
+from .evaluation.output import LossOutput
+from .evaluation.terms import Summand
 
 __all__ = ["GradientKind", "Loss", "Normalization"]
 

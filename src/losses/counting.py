@@ -9,11 +9,11 @@ from typing import Any, final
 from torch import Tensor
 
 from ..errors import ConfigError
-from .batch import TokenBatch
+from .batch.token_batch import TokenBatch
 from .checks import number
 from .counts import Counts, add_counts, check_counts, count_units
-from .evaluation import Evaluable
-from .metrics import wire_metrics
+from .evaluation.evaluate import Evaluable
+from .evaluation.metrics import wire_metrics
 
 __all__ = ["Counted", "totals"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import ConfigError, EmptyUnitError
 from .aggregation import Denominator
-from .batch import TokenBatch
+from .batch.problems import Problem
+from .batch.selection import readable
+from .batch.token_batch import TokenBatch
 from .checks import choice, number
-from .problems import Problem
-from .selection import readable
-from .terms import Summand
+from .evaluation.terms import Summand
 
 __all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_total"]
 

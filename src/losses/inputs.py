@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DatumError, LengthError
-from .problems import Problem
+from .batch.problems import Problem
 
 __all__ = [
     "INPUTS",

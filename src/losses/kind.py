@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .base import GradientKind, Loss
-from .batch import TokenBatch
+from .batch.token_batch import TokenBatch
 
 __all__ = ["check_declared", "dependence", "measured_kind", "trusted_kind", "wider"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..datums.types import Datum, ModelInput
-from ..losses.batch import TokenBatch
+from ..losses.batch.token_batch import TokenBatch
 
 __all__ = ["COLUMNS", "Case", "CaseSequence"]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..backends.native.backend import TorchBackend
 from ..backends.native.execution.batching import Layout
-from ..backends.native.models.probes import LayoutLimits
+from ..backends.native.models.facts.probes import LayoutLimits
 
 __all__ = ["laid_out"]
 

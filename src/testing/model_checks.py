@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends.native.backend import TorchBackend
-from ..backends.native.models.facts import ModelFacts
+from ..backends.native.models.facts.model_facts import ModelFacts
+from ..backends.native.models.facts.probing import perturbed_adapters
+from ..backends.native.models.facts.quantized import is_quantized, require_adapter
 from ..backends.native.models.hf import HFModel
-from ..backends.native.models.probing import perturbed_adapters
-from ..backends.native.models.quantized import is_quantized, require_adapter
 from ..backends.native.sampling import cache_agrees
 from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams

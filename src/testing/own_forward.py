@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.native.models.rope import reset_dynamic_rope
+from ..backends.native.models.facts.rope import reset_dynamic_rope
 from ..datums.types import Datum
 
 __all__ = ["each_own", "own_logprobs"]

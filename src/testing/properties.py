@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..losses.base import Loss
-from ..losses.output import LossOutput
+from ..losses.evaluation.output import LossOutput
 from .cases import Case
 from .losscheck import check_loss
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pullback.backends import AdamParams, Backend, FakeBackend, Plan
 from pullback.datums import Datum, validation
-from pullback.losses import CrossEntropy, Loss, TokenBatch, adapt, base, get_loss
+from pullback.losses import CrossEntropy, Loss, TokenBatch, base, get_loss
+from pullback.losses.batch import adapt
 from pullback.ops import logprobs
 
 LENGTHS = [9, 7, 5, 3, 8, 6, 4, 2]

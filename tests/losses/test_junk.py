@@ -12,7 +12,8 @@ from loss_inputs import VARIANTS, Inputs, ids, make
 from reads import pretend_device
 from torch import Tensor
 
-from pullback.losses import GRPO, KL, Loss, sums
+from pullback.losses import GRPO, KL, Loss
+from pullback.losses.evaluation import sums
 
 EACH = pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
 JUNK = (math.nan, math.inf, -math.inf, 1e30)

@@ -9,7 +9,7 @@ import torch
 
 from pullback.errors import LengthError
 from pullback.losses import GRPO, KL, PPO, CrossEntropy, Packed, TokenBatch, Unread
-from pullback.losses.streaming import select_tokens
+from pullback.losses.evaluation.streaming import select_tokens
 
 NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
 BATCH = TokenBatch.from_packed(

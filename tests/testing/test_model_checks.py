@@ -14,7 +14,8 @@ pytest.importorskip("peft", reason="checks of models need transformers and peft 
 
 from peft import LoraConfig
 
-from pullback.backends.native.models import packed_attention, probes
+from pullback.backends.native.models import packed_attention
+from pullback.backends.native.models.facts import probes
 from pullback.cli import main
 from pullback.testing import model_checks
 from pullback.testing.model_checks import ModelRow, check_model

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ..normalization import Ledger
 from .accumulator import Accumulator
+from .models.facts.quantized import plain_tensors
 from .models.hf import HFModel
 from .models.lora import checkpoint_alpha, set_alpha
-from .models.quantized import plain_tensors
 from .optimizer import Optimizer, forget_casts
 
 __all__ = ["ADAPTER", "load_checkpoint", "load_weights", "save_checkpoint", "unfinished", "write_tensors"]

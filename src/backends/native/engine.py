@@ -27,8 +27,8 @@ from .execution.gradient import RetainedForward, gradient_of, retained_gradient
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.scaling import GradientScale
 from .execution.scheduler import Scheduler
-from .models.facts import ModelFacts
-from .models.probes import LayoutLimits, layout_limits, measure_graph, require_causal
+from .models.facts.model_facts import ModelFacts
+from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer
 from .plan import plan_call
 from .sampling import draw

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError
 from .checkpoint import ADAPTER, unfinished, write_tensors
+from .models.facts.quantized import is_quantized
 from .models.hf import HFModel
-from .models.quantized import is_quantized
 
 __all__ = ["export_model"]
 

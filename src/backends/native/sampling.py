@@ -18,10 +18,10 @@ from ..sampling import check_prompts, choose_tokens
 from ..types import Rollout, SamplingParams
 from .causal_lm import CausalLM
 from .execution.forward import model_device
-from .models.facts import ModelFacts
+from .models.facts.model_facts import ModelFacts
+from .models.facts.probes import probe_sequences
+from .models.facts.probing import in_float32
 from .models.hf import HFModel
-from .models.probes import probe_sequences
-from .models.probing import in_float32
 
 __all__ = ["Ends", "cache_agrees", "draw"]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...errors import ConfigError, DatumError
 from ..base import GradientKind
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.selection import select, select_
+from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
+from ..evaluation.metrics import Unread, maximum, mean
 from ..functional.correction import masked_weight, truncated_weight
 from ..functional.numerics import bounded_exp
-from ..metrics import Unread, maximum, mean
-from ..problems import Problem
-from ..selection import select, select_
 from .rejection import Rejection, bound
 
 __all__ = ["CORRECTION_KEYS", "Correction", "Rejection"]

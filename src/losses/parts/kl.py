@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ...errors import BiasedGradientError, ConfigError
 from ..aggregation import Aggregation
-from ..batch import TokenBatch
+from ..batch.selection import select_, wide
+from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
+from ..evaluation.metrics import Unread, mean
+from ..evaluation.terms import TokenTerm
 from ..functional.closed_form import value_of
 from ..functional.kl import KLEstimator, KLGradient, kl, kl_penalty
-from ..metrics import Unread, mean
-from ..selection import select_, wide
-from ..terms import TokenTerm
 from .ratio import anchor, importance_ratio
 
 __all__ = ["KL", "KLGradient"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import TokenBatch
+from ..batch.selection import select_, wide
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread, maximum, mean, total
 from ..functional.closed_form import value_of
 from ..functional.kl import kl
 from ..functional.numerics import EXPONENT_LIMIT, bounded_exp
-from ..metrics import Unread, maximum, mean, total
-from ..selection import select_, wide
 from .clip import ClipRange
 
 __all__ = ["anchor", "importance_ratio", "ratio_metrics"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
 from ..functional.kl import kl
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ...errors import DatumError, EmptyUnitError, LengthError, MissingFieldError
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.selection import select, wide
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread, maximum, mean
+from ..evaluation.sums import row_sum
 from ..functional.numerics import bounded_exp
-from ..metrics import Unread, maximum, mean
-from ..problems import Problem
-from ..selection import select, wide
-from ..sums import row_sum
 from .clip import ClipRange
 from .ratio import anchor
 

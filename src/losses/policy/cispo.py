@@ -8,15 +8,15 @@ from typing import ClassVar, final
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
 from ..config import keys
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import cispo
-from ..metrics import Unread
 from ..parts.clip import ClipRange
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
-from ..terms import Summand, TokenTerm
 from .corrected import CorrectedLoss
 
 __all__ = ["CISPO"]

@@ -9,10 +9,10 @@ from typing import final
 from torch import Tensor
 
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
-from ..metrics import Unread
+from ..batch.problems import Problem
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread
 from ..parts.correction import Correction
-from ..problems import Problem
 
 __all__ = ["CorrectedLoss"]
 

@@ -8,13 +8,13 @@ from typing import ClassVar, final
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
 from ..checks import number
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import dro
-from ..metrics import Unread
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
-from ..terms import Summand, TokenTerm
 
 __all__ = ["DRO"]
 

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
 from ..checks import choice
 from ..config import keys
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import importance_sampling, policy_gradient, ppo_clip
-from ..metrics import Unread
 from ..parts.clip import ClipRange, check_dual_clip
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.kl import KL
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
-from ..terms import Summand, TokenTerm
 from .corrected import CorrectedLoss
 
 __all__ = ["GRPO"]

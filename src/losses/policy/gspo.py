@@ -10,11 +10,14 @@ from torch import Tensor
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.selection import wide
+from ..batch.token_batch import TokenBatch
 from ..checks import choice
 from ..config import keys
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, Term, TokenTerm
 from ..functional.policy import gspo_token, ppo_clip
-from ..metrics import Unread
 from ..parts.clip import ClipRange, check_dual_clip
 from ..parts.ratio import ratio_metrics
 from ..parts.sequence_ratio import (
@@ -24,10 +27,7 @@ from ..parts.sequence_ratio import (
     unequal_advantages,
     without_ratio,
 )
-from ..problems import Problem
 from ..registry import register
-from ..selection import wide
-from ..terms import Summand, Term, TokenTerm
 
 __all__ = ["GSPO"]
 

@@ -8,12 +8,12 @@ from typing import ClassVar, final
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import importance_sampling
-from ..metrics import Unread
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
-from ..terms import Summand, TokenTerm
 
 __all__ = ["ImportanceSampling"]
 

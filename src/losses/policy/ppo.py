@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from ..aggregation import Aggregation
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
 from ..config import keys
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import ppo_clip
-from ..metrics import Unread
 from ..parts.clip import ClipRange, check_dual_clip
 from ..parts.correction import CORRECTION_KEYS, Correction
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
-from ..terms import Summand, TokenTerm
 from .corrected import CorrectedLoss
 
 __all__ = ["PPO"]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.token_batch import TokenBatch
 from ..checks import number
+from ..evaluation.metrics import Unread, mean
+from ..evaluation.terms import Summand, Term
 from ..functional.preference import dpo
-from ..metrics import Unread, mean
-from ..problems import Problem
 from ..registry import register
-from ..terms import Summand, Term
 from .pairs import by_pair, empty_responses, margin_metrics
 
 __all__ = ["DPO"]

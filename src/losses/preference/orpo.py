@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..aggregation import AGGREGATIONS, Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
+from ..evaluation.metrics import Unread, mean, total
+from ..evaluation.terms import Summand, Term, TokenTerm
 from ..functional.likelihood import nll
 from ..functional.preference import log_odds_ratio, odds_ratio
-from ..metrics import Unread, mean, total
-from ..problems import Problem
 from ..registry import register
-from ..terms import Summand, Term, TokenTerm
 from .pairs import empty_responses, margin_metrics, mean_logprobs, weightless_responses
 
 __all__ = ["ORPO"]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import EmptyUnitError
-from ..batch import TokenBatch
-from ..metrics import Unread, mean
-from ..problems import Problem
-from ..selection import readable
+from ..batch.problems import Problem
+from ..batch.selection import readable
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread, mean
 
 __all__ = ["by_pair", "empty_responses", "margin_metrics", "mean_logprobs", "weightless_responses"]
 

@@ -8,13 +8,13 @@ from typing import ClassVar, final
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.problems import Problem
+from ..batch.token_batch import TokenBatch
 from ..checks import number
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, Term
 from ..functional.preference import simpo
-from ..metrics import Unread
-from ..problems import Problem
 from ..registry import register
-from ..terms import Summand, Term
 from .pairs import empty_responses, margin_metrics, mean_logprobs, weightless_responses
 
 __all__ = ["SimPO"]

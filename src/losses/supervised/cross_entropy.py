@@ -8,11 +8,11 @@ from typing import ClassVar, final
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
-from ..batch import TokenBatch
+from ..batch.token_batch import TokenBatch
+from ..evaluation.metrics import Unread
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.likelihood import nll
-from ..metrics import Unread
 from ..registry import register
-from ..terms import Summand, TokenTerm
 
 __all__ = ["CrossEntropy"]
 

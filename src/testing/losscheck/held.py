@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...losses import sums
+from ...losses.evaluation import sums
 
 __all__ = ["Detached", "Unheld"]
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ...backends.native.backend import TorchBackend
+from ...backends.native.models.facts.rope import reset_dynamic_rope
 from ...backends.native.models.hf import HFModel
-from ...backends.native.models.rope import reset_dynamic_rope
 from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum
 from ...errors import PullbackError

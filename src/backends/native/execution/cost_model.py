@@ -10,7 +10,7 @@ from torch import nn
 
 from ....ops.head import Head
 from ...prepared import ScoreRequest
-from ..models.quantized import weight_count
+from ..models.facts.quantized import weight_count
 from .batching import Layout, micro_batches, own_lengths, padded_tokens
 
 __all__ = ["BaseFlops", "ModelSizes", "base_flops", "choose_layout", "describe_model", "forward_tokens"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
-from ....losses.metrics import Metric
+from ....losses.evaluation.metrics import Metric
 from ....ops.logprobs import logprob_surrogate
 from ..causal_lm import CausalLM
 from .batching import MicroBatch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError, NonFiniteError
-from ....losses.metrics import Metric, read, total
-from ....losses.streaming import TokenStream
+from ....losses.evaluation.metrics import Metric, read, total
+from ....losses.evaluation.streaming import TokenStream
 from ...cotangents import Cotangents, evaluate, summarize
 from ...engine import Gradient
 from ...operation_lock import running_loss

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import ConfigError, UnsupportedError
-from ..models.quantized import plain_tensors
+from ..models.facts.quantized import plain_tensors
 from .batching import Layout
 
 __all__ = ["GraphMeter", "GraphSettings", "MemoryBudget", "Overflow", "available_bytes", "graph_allowance", "ran_out"]

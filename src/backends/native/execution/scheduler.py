@@ -8,7 +8,7 @@ from typing import final
 
 from ...prepared import PreparedCall
 from ..causal_lm import CausalLM
-from ..models.probes import LayoutLimits
+from ..models.facts.probes import LayoutLimits
 from .batching import Layout, MicroBatch, micro_batches
 from .cost_model import ModelSizes, choose_layout
 from .memory import MemoryBudget

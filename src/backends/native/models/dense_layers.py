@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .facts.quantized import is_quantized
 from .layers import layer_ends, linear_layers
-from .quantized import is_quantized
 
 __all__ = ["keep_dense_layers"]
 

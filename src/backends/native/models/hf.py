@@ -16,13 +16,13 @@ from ....ops.head import Head
 from ....ops.logprobs import head_logits
 from .adapters import active_adapter, head_weight, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
-from .facts import attention_width, read_facts
-from .logit_parameters import require_no_others
+from .facts.logit_parameters import require_no_others
+from .facts.model_facts import attention_width, read_facts
+from .facts.probing import in_float32, perturbed_adapters
+from .facts.quantized import is_quantized, require_plain_head, require_weights_only
+from .facts.rescaling import keep_unscaled
+from .facts.rope import forward_by_length, reset_dynamic_rope
 from .packed_attention import install, packed_inputs
-from .probing import in_float32, perturbed_adapters
-from .quantized import is_quantized, require_plain_head, require_weights_only
-from .rescaling import keep_unscaled
-from .rope import forward_by_length, reset_dynamic_rope
 
 __all__ = ["HFModel"]
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, final
 
 from torch import nn
 
-from .quantized import weight_count
+from .facts.quantized import weight_count
 
 __all__ = ["LLAMA", "Coverage", "LayerNames", "coverage", "layer_ends", "layer_names", "linear_layers"]
 

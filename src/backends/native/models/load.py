@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ....errors import CheckpointError, ConfigError, UnsupportedError, require_extra
+from .facts.quantized import require_adapter
 from .gguf import convert_gguf
 from .hf import HFModel
 from .layers import coverage
 from .lora import add_lora, quiet_peft
-from .quantized import require_adapter
 from .tokenizers import load_tokenizer
 
 __all__ = ["load_pretrained", "torch_dtype"]

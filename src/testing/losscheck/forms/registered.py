@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ....datums.types import Datum, ModelInput
-from ....losses.adapt import batch_field
 from ....losses.base import GradientKind, Loss
-from ....losses.batch import TokenBatch
+from ....losses.batch.adapt import batch_field
+from ....losses.batch.token_batch import TokenBatch
+from ....losses.evaluation.output import LossOutput
 from ....losses.kind import measured_kind
-from ....losses.output import LossOutput
 from ...cases import Case
 from ..failures import Failed
 from .base import LossUnderTest, leaves_of

@@ -14,9 +14,9 @@ import peft
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.backends.native.models import probes
-from pullback.backends.native.models.facts import ModelFacts, attention_width, read_facts
-from pullback.backends.native.models.probes import layout_limits, require_causal
+from pullback.backends.native.models.facts import probes
+from pullback.backends.native.models.facts.model_facts import ModelFacts, attention_width, read_facts
+from pullback.backends.native.models.facts.probes import layout_limits, require_causal
 from pullback.errors import UnsupportedError
 from pullback.testing.models import zoo
 

@@ -20,9 +20,9 @@ from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.execution.memory import GraphMeter
 from pullback.backends.native.models.dense_layers import keep_dense_layers
+from pullback.backends.native.models.facts.quantized import plain_tensors, require_adapter, weight_count
 from pullback.backends.native.models.layers import coverage
 from pullback.backends.native.models.lora import LoraChoice, add_lora
-from pullback.backends.native.models.quantized import plain_tensors, require_adapter, weight_count
 from pullback.errors import UnsupportedError
 from pullback.testing import check_model
 from pullback.testing.models import zoo

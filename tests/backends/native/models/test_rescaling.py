@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
-from pullback.backends.native.models import rescaling
+from pullback.backends.native.models.facts import rescaling
 from pullback.errors import UnsupportedError
 from pullback.testing.layouts import laid_out
 from pullback.testing.models import zoo

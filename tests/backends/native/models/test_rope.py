@@ -13,8 +13,9 @@ from own_model import largest_error, own_logprobs, sharing_prompt
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.backends.native.models import hf, probes
-from pullback.backends.native.models.probes import layout_limits
+from pullback.backends.native.models import hf
+from pullback.backends.native.models.facts import probes
+from pullback.backends.native.models.facts.probes import layout_limits
 from pullback.datums import Datum
 from pullback.testing.models import zoo
 

@@ -15,7 +15,7 @@ from own_model import largest_error, own_logprobs, sharing_prompt
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models import packed_attention
-from pullback.backends.native.models.facts import ModelFacts
+from pullback.backends.native.models.facts.model_facts import ModelFacts
 from pullback.errors import LeakyModelError
 from pullback.losses import CrossEntropy
 from pullback.testing.models import zoo

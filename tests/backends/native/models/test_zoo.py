@@ -13,7 +13,8 @@ pytest.importorskip("transformers", reason="the architectures are transformers' 
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
-from pullback.backends.native.models import packed_attention, probes
+from pullback.backends.native.models import packed_attention
+from pullback.backends.native.models.facts import probes
 from pullback.errors import UnsupportedError
 from pullback.testing.models import zoo
 from pullback.testing.models.zoo_table import PROMPTS, VARIANTS, WINDOW, ZooRow, examine, markdown, sharing_prompt

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DatumError, LengthError, MissingFieldError
-from .batch import TokenBatch
+from ...errors import DatumError, LengthError, MissingFieldError
 from .keys import INPUT_KEYS
+from .token_batch import TokenBatch
 
 __all__ = ["as_tensor", "batch_field", "batch_from_datums", "logprobs_in_place"]
 

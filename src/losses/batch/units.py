@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..errors import IncompleteUnitError
+from ...errors import IncompleteUnitError
 from .keys import ROLE_CHOSEN, ROLE_GOLD, ROLE_REJECTED
 from .problems import Problem
 from .selection import readable

@@ -9,11 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..errors import InvalidDatumsError
-from .batch import TokenBatch
+from ...errors import InvalidDatumsError
 from .layout import Packed
 from .problems import Problem, raise_first
 from .selection import readable
+from .token_batch import TokenBatch
 
 __all__ = ["LARGEST_LOGPROB", "examine", "look", "wrong_values"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .packed_attention import segments_of
+from ..packed_attention import segments_of
 
 __all__ = ["forward_by_length", "reset_dynamic_rope"]
 

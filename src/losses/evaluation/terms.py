@@ -10,11 +10,11 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor
 
-from .aggregation import AGGREGATIONS, Aggregation, Unit
-from .batch import TokenBatch
-from .checks import choice, number
-from .functional.likelihood import nll
-from .selection import wide
+from ..aggregation import AGGREGATIONS, Aggregation, Unit
+from ..batch.selection import wide
+from ..batch.token_batch import TokenBatch
+from ..checks import choice, number
+from ..functional.likelihood import nll
 from .sums import token_sum, token_values
 
 __all__ = ["Summand", "Term", "TokenTerm"]

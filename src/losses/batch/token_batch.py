@@ -11,9 +11,10 @@ from typing import Any, Final, TypeVar, final
 import torch
 from torch import Tensor
 
-from ..deprecation import renamed_keyword
-from ..errors import LengthError, MissingFieldError
-from .inputs import (
+from ...deprecation import renamed_keyword
+from ...errors import LengthError, MissingFieldError
+from ..evaluation.sums import row_sum, weighted_sum
+from ..inputs import (
     SEQUENCE_INPUTS,
     TOKEN_INPUTS,
     as_inputs,
@@ -25,7 +26,6 @@ from .inputs import (
 from .layout import Layout, Packed, Padded
 from .problems import Problem, raise_readable
 from .selection import readable, select, transformed, wide
-from .sums import row_sum, weighted_sum
 from .units import Groups, Pairs, group_sequences, pair_sequences
 
 __all__ = ["TokenBatch"]
@@ -49,10 +49,10 @@ class TokenBatch:
         old_logprobs: the proximal anchor, where it differs from the sampler.
         ref_logprobs: the frozen reference's log-probs.
         sequence_ratio_mask: the tokens over which a sequence's ratio is taken, where not the trained ones.
-        pair_id, role, group_id, label: int64 [B]; see `pullback.losses.keys`.
+        pair_id, role, group_id, label: int64 [B]; see `pullback.losses.batch.keys`.
 
     Attributes:
-        finite: the log-probs have been looked at, and all are finite, trained or not; see `pullback.losses.values`.
+        finite: the log-probs have been looked at, and all are finite, trained or not; see `pullback.losses.batch.values`.
 
     Raises:
         LengthError: a tensor has another shape than its place demands.

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from .facts import ModelFacts, text_config
+from .model_facts import ModelFacts, text_config
 
 __all__ = ["SHORT", "in_float32", "perturbed_adapters", "shortened"]
 

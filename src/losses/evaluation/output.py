@@ -9,10 +9,10 @@ from typing import final
 
 from torch import Tensor
 
-from ..errors import MixedDenominatorsError
-from .aggregation import Denominator
+from ...errors import MixedDenominatorsError
+from ..aggregation import Denominator
+from ..batch.problems import Problem, raise_first
 from .metrics import Metric
-from .problems import Problem, raise_first
 
 __all__ = ["LossOutput", "Part"]
 

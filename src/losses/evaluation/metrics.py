@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, final
 import torch
 from torch import Tensor
 
-from .selection import readable
+from ..batch.selection import readable
 
 __all__ = ["Metric", "Metrics", "Unread", "combine_metrics", "maximum", "mean", "read", "total", "wire_metrics"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .functional.closed_form import closed_form_of
-from .layout import Layout, accurate_dot
-from .selection import readable, select, select_, transformed
+from ..batch.layout import Layout, accurate_dot
+from ..batch.selection import readable, select, select_, transformed
+from ..functional.closed_form import closed_form_of
 
 __all__ = ["Definition", "row_sum", "token_sum", "token_values", "weighted_sum"]
 

@@ -11,15 +11,15 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from .adapt import batch_field
-from .batch import TokenBatch
-from .counts import Counts, below_own, check_counts, count_units, divisor, given_count, own_total
+from ..batch.adapt import batch_field
+from ..batch.problems import Problem, raise_readable
+from ..batch.selection import readable, wide
+from ..batch.token_batch import TokenBatch
+from ..batch.values import examine, wrong_values
+from ..counts import Counts, below_own, check_counts, count_units, divisor, given_count, own_total
 from .metrics import Metric, Unread, read, total
 from .output import LossOutput, Part
-from .problems import Problem, raise_readable
-from .selection import readable, wide
 from .terms import Summand
-from .values import examine, wrong_values
 
 __all__ = ["Evaluable", "assemble", "fields_of", "part_of", "put_together"]
 

@@ -11,13 +11,13 @@ from typing import Any, Final, cast, final
 import torch
 from torch import Tensor, nn
 
-from ....errors import LeakyModelError, UnsupportedError
-from ...prepared import ScoreRequest
-from ..causal_lm import CausalLM
-from ..execution.batching import Layout, arrange
-from ..execution.forward import model_device, needed_hidden, trainable
-from ..execution.memory import GraphMeter
-from .facts import ModelFacts
+from .....errors import LeakyModelError, UnsupportedError
+from ....prepared import ScoreRequest
+from ...causal_lm import CausalLM
+from ...execution.batching import Layout, arrange
+from ...execution.forward import model_device, needed_hidden, trainable
+from ...execution.memory import GraphMeter
+from .model_facts import ModelFacts
 from .probing import SHORT, in_float32, perturbed_adapters, shortened
 
 __all__ = ["LayoutLimits", "layout_limits", "measure_graph", "probe_sequences", "require_causal"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....errors import UnsupportedError
+from .....errors import UnsupportedError
 
 __all__ = ["require_no_others"]
 

@@ -7,17 +7,17 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, LengthError, LossError
-from .aggregation import Aggregation
-from .base import Loss
-from .batch import TokenBatch
-from .counts import Count, Counts, check_counts, given_count
-from .evaluation import part_of, put_together
-from .inputs import INPUTS, TOKEN_INPUTS
-from .kind import trusted_kind
-from .layout import Packed
+from ...errors import ConfigError, LengthError, LossError
+from ..aggregation import Aggregation
+from ..base import Loss
+from ..batch.layout import Packed
+from ..batch.problems import Problem, raise_readable
+from ..batch.token_batch import TokenBatch
+from ..counts import Count, Counts, check_counts, given_count
+from ..inputs import INPUTS, TOKEN_INPUTS
+from ..kind import trusted_kind
+from .evaluate import part_of, put_together
 from .output import LossOutput
-from .problems import Problem, raise_readable
 from .terms import Summand, Term
 
 __all__ = ["TokenStream", "select_tokens"]

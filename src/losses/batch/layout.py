@@ -8,7 +8,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from ..errors import LengthError
+from ...errors import LengthError
 from .problems import Problem
 from .selection import readable, transformed
 

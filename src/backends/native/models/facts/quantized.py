@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ....errors import UnsupportedError
+from .....errors import UnsupportedError
 
 __all__ = [
     "is_quantized",

@@ -1,0 +1,1 @@
+"""What a loss is given: log-probs and inputs of tokens, in one of two layouts."""

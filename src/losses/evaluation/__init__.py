@@ -1,0 +1,1 @@
+"""From a loss's terms to its value, its cotangent and its metrics."""
