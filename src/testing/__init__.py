@@ -9,7 +9,7 @@ from ..deprecation import moved
 from . import oracles
 from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
-from .conformance import PROMISES, check_backend
+from .conformance import PROMISES, BackendReport, backend_report, check_backend
 from .examples import example_datums
 from .losscheck import LOSS_PROPERTIES, LossCheckError, LossProperties, LossReport, loss_report
 from .model_checks import ModelRow, check_model
@@ -25,6 +25,7 @@ __all__ = [
     "LOSS_PROPERTIES",
     "PROMISES",
     "Agreement",
+    "BackendReport",
     "BackendUnderTest",
     "Case",
     "CaseSequence",
@@ -37,6 +38,7 @@ __all__ = [
     "PackingLeakLM",
     "RowLeakLM",
     "TinyLM",
+    "backend_report",
     "check_backend",
     "check_loss",
     "check_model",

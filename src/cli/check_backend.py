@@ -1,0 +1,128 @@
+"""``pullback check backend``: does a backend, or a service by its address, do what every backend must?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from ..backends import FakeBackend, TorchBackend, TrainerBackend
+from ..backends.native import HFModel
+from ..errors import ConfigError, suggestion
+from ..testing import PROMISES, BackendUnderTest, TinyLM
+from ..testing.conformance import Check, backend_report
+from ..testing.conformance.report import line_of
+from ..testing.conformance.services import TOLERANCES, here, service_under_test
+from .models import MODEL_HELP, load_named
+
+__all__ = ["add_parser"]
+
+_VOCAB_SIZE: Final = 17  # token ids of the example datums; every real vocabulary is larger
+_DTYPES: Final = ("float64", "float32", "bfloat16")  # of the rows of the table of precision
+
+
+def add_parser(checks: Any) -> None:
+    """Add the command to a parser."""
+    backend = checks.add_parser(
+        "backend",
+        help="every promise of a backend, by its verbs alone",
+        description="Checks: " + " ".join(f"{name}: {each.promise}" for name, each in PROMISES.items()),
+    )
+    backend.add_argument("--url", help="of a service (default: the native backend)")
+    backend.add_argument("--base-model", help="its name there")
+    backend.add_argument("--api-key", help="of the service (default: what its SDK finds)")
+    backend.add_argument("--rank", type=int, default=8, help="of the adapter there")
+    backend.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer of the service may take")
+    backend.add_argument("--kind", choices=("native", "fake"), default="native", help="without --url")
+    backend.add_argument(
+        "--dtype", choices=tuple(TOLERANCES), default="float32", help="it computes in; sets the tolerances"
+    )
+    backend.add_argument(
+        "--tolerance", type=float, help="largest relative difference of two updates that should be equal"
+    )
+    backend.add_argument("--reference", help=f"a model in fp64 to compare log-probs with: {MODEL_HELP}")
+    backend.add_argument("--only", action="append", help="a check; may be given several times")
+    backend.add_argument("--markdown", type=Path, metavar="FILE", help="write the report for a tracker")
+    backend.add_argument("--json", type=Path, metavar="FILE", help="write the report for a program")
+    backend.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Print a line for each check; the status is 1 if a promise is broken."""
+    checks = _chosen(arguments.only)
+    under_test = _under_test(arguments)
+    report = backend_report(under_test, checks, told=lambda result: print(line_of(result), flush=True))
+    print(report.summary)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(report.as_markdown())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    return int(bool(report.failed))
+
+
+def _chosen(names: list[str] | None) -> list[Check]:
+    unknown = [name for name in names or () if name not in PROMISES]
+    if unknown:
+        close = suggestion(unknown[0], PROMISES)
+        raise ConfigError(f"there is no check {unknown[0]!r}{close}; there are: {', '.join(PROMISES)}")
+    return [check for name, check in PROMISES.items() if not names or name in names]
+
+
+def _under_test(arguments: argparse.Namespace) -> BackendUnderTest:
+    found = _service(arguments) if arguments.url is not None else _own(arguments)
+    if arguments.tolerance is not None:
+        found = replace(found, tolerance=arguments.tolerance)
+    if arguments.reference is not None:
+        found = replace(found, reference=_reference(arguments.reference))
+    return found
+
+
+def _service(arguments: argparse.Namespace) -> BackendUnderTest:
+    if arguments.base_model is None:
+        raise ConfigError("--url needs --base-model: the name by which the service knows its model")
+    return service_under_test(
+        arguments.url,
+        arguments.base_model,
+        rank=arguments.rank,
+        vocab_size=_VOCAB_SIZE,
+        dtype=arguments.dtype,
+        api_key=arguments.api_key,
+        timeout=arguments.timeout,
+    )
+
+
+def _own(arguments: argparse.Namespace) -> BackendUnderTest:
+    if arguments.kind == "fake":
+        exact = FakeBackend
+        return BackendUnderTest(exact, name="FakeBackend", facts=here(), seeded=_fake, reference=exact)
+
+    def make(seed: int = 0, dtype: str = "float64") -> TrainerBackend:
+        model = TinyLM(_VOCAB_SIZE, seed=seed, dtype=getattr(torch, dtype))
+        return TorchBackend(model, checkpoint_dir=tempfile.mkdtemp())
+
+    def variant(dtype: str) -> Callable[[], TrainerBackend]:
+        return lambda: make(dtype=dtype)
+
+    return BackendUnderTest(
+        make,
+        name="TorchBackend on TinyLM",
+        facts=here(),
+        seeded=make,
+        reference=make,
+        variants={dtype: variant(dtype) for dtype in _DTYPES},
+    )
+
+
+def _fake(seed: int) -> TrainerBackend:
+    return FakeBackend(seed=seed)
+
+
+def _reference(name: str) -> Callable[[], TrainerBackend]:
+    """Return what makes a backend on a named model, which only scores."""
+    return lambda: TorchBackend(HFModel(load_named(name, dtype="float64").model), layout="single")

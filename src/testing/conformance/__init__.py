@@ -1,0 +1,32 @@
+"""What every backend promises, as checks that use nothing but its verbs. Run them on your own backend, or on a service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from ..under_test import BackendUnderTest
+from .accumulation import ACCUMULATION
+from .check import Check, CheckResult
+from .failures import FAILURES
+from .gradients import GRADIENTS
+from .optimizer import OPTIMIZER
+from .precision import PRECISION
+from .report import BackendReport
+from .run import backend_report, run_check
+from .scoring import SCORING
+from .state import STATE
+
+__all__ = ["PROMISES", "BackendReport", "Check", "CheckResult", "backend_report", "check_backend", "run_check"]
+
+PROMISES: Final[Mapping[str, Check]] = {
+    check.name: check for check in (*SCORING, *GRADIENTS, *ACCUMULATION, *OPTIMIZER, *FAILURES, *STATE, *PRECISION)
+}
+
+
+def check_backend(under_test: BackendUnderTest) -> dict[str, str]:
+    """Check every promise; return what is wrong by promise, an empty dict if nothing is.
+
+    Each entry of `PROMISES` can also be run alone, for instance in a parametrized test; it raises AssertionError.
+    """
+    return {result.check: result.sentence for result in backend_report(under_test, PROMISES.values()).failed}
