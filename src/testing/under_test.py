@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .examples import example_datums
 
 __all__ = ["BackendUnderTest", "Mismatch"]
 
+B = TypeVar("B", bound=TrainerBackend)
 _PARAMS: Final = AdamParams(learning_rate=1e-2, eps=1e-6)
 _RECOGNISED: Final = 0.03  # how near to a known factor a factor is recognised
 
@@ -131,7 +132,7 @@ class BackendUnderTest:
         if float(actual.norm()) <= self.tolerance * float(expected.norm()):
             return "the gradient was lost: there is no update at all"
         factor = float(actual @ expected / (expected @ expected))
-        if float((actual - factor * expected).norm()) > 0.1 * float(actual.norm()):
+        if float((actual - factor * expected).norm()) > 0.1 * float(actual.norm()) or abs(factor - 1) < _RECOGNISED:
             return ""
         return f"the update is {factor:.4g} times what it should be{self.factor_in_words(factor)}"
 
@@ -144,10 +145,10 @@ class BackendUnderTest:
             sum(self.lengths): "the number of all tokens",
             len(data): "the number of sequences",
             len(data) // 2: "the number of pairs",
-            2: "two: something is applied twice",
         }
-        if abs(factor + 1) < _RECOGNISED:
-            return ": the sign is lost"
+        for known, words in ((-1.0, ": the sign is lost"), (2.0, ": something is applied twice"), (0.5, ", one half")):
+            if abs(factor - known) < _RECOGNISED:
+                return words
         for count, words in counts.items():
             if abs(factor * count - 1) < _RECOGNISED:
                 return f", 1/{count}: divided by {words}"
@@ -157,7 +158,7 @@ class BackendUnderTest:
 
 
 @contextmanager
-def closing(backend: TrainerBackend) -> Iterator[TrainerBackend]:
+def closing(backend: B) -> Iterator[B]:
     """Yield a backend and close it, whatever happens; only at a good end must closing succeed."""
     try:
         yield backend

@@ -30,9 +30,10 @@ def calls_add_up(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """One call or several, in any order, give the same update, for means too (or they are refused)."""
     pairs = pairs_of(under_test.data())
     for name, config in MEANS.items():
-        expected = under_test.after(train(under_test.params, [under_test.data()], name, config))
+        params = descent(under_test, name, config)
+        expected = under_test.after(train(params, [under_test.data()], name, config))
         try:
-            split = under_test.after(train(under_test.params, pairs[::-1], name, config))
+            split = under_test.after(train(params, pairs[::-1], name, config))
         except UnsupportedError:
             evidence.note(**{name: "refused"})
             continue
@@ -43,8 +44,9 @@ def calls_add_up(under_test: BackendUnderTest, evidence: Evidence) -> None:
 @check("a mean for a sum, each call divided by its own count, or a gradient that is cleared with every request")
 def raw_sums_add_up(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """The protocol's own losses are sums: any split into calls, in any order, gives the update of one call."""
-    pairs, params = pairs_of(under_test.data()), descent(under_test)
+    pairs = pairs_of(under_test.data())
     for name in ("cross_entropy", "importance_sampling", "ppo"):
+        params = descent(under_test, name)
         expected = under_test.after(train(params, [under_test.data()], name))
         split = under_test.after(train(params, pairs[::-1], name))
         evidence.note(**{name: under_test.require_same(f"{name} in {len(pairs)} calls", expected, split)})
@@ -54,19 +56,20 @@ def raw_sums_add_up(under_test: BackendUnderTest, evidence: Evidence) -> None:
 def one_normalizer(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """A raw sum divided at the step is the mean; a mean is not divided again."""
 
-    def script(aggregation: str, mode: NormalizationMode, backend: TrainerBackend) -> None:
-        each(gradient(under_test.data(), CrossEntropy(aggregation)), step(under_test.params, mode))(backend)
+    def script(mean: str, aggregation: str, mode: NormalizationMode, backend: TrainerBackend) -> None:
+        params = descent(under_test, "cross_entropy", {"aggregation": mean})
+        each(gradient(under_test.data(), CrossEntropy(aggregation)), step(params, mode))(backend)
 
     for mode, mean in _MODES.items():
         try:
-            divided = under_test.after(partial(script, "sum", mode))
+            divided = under_test.after(partial(script, mean, "sum", mode))
         except UnsupportedError as error:
             evidence.note(**{str(mode): f"refused: {error}"})
             continue
-        expected = under_test.after(partial(script, mean, None))
+        expected = under_test.after(partial(script, mean, mean, None))
         evidence.note(**{str(mode): under_test.require_same(f"sum with {mode}", expected, divided)})
     with under_test.backend() as backend:
-        divide_twice = partial(script, "token_mean", "num_loss_tokens", backend)
+        divide_twice = partial(script, "token_mean", "token_mean", "num_loss_tokens", backend)
         must_raise(DoubleNormalizationError, "a mean with num_loss_tokens", divide_twice)
 
 
@@ -103,9 +106,11 @@ def empty_steps_change_nothing(under_test: BackendUnderTest, evidence: Evidence)
 def masked_inputs_are_ignored(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """What stands at a token of weight 0, junk or sense, has no effect: targets, advantages, log-probs."""
     data = under_test.data()
+    dirty_data = [_junk(d, under_test.vocab_size) for d in data]
     for loss in ("cross_entropy", "importance_sampling", "ppo"):
-        clean = under_test.after(train(under_test.params, [data], loss))
-        dirty = under_test.after(train(under_test.params, [[_junk(d, under_test.vocab_size) for d in data]], loss))
+        params = descent(under_test, loss)
+        clean = under_test.after(train(params, [data], loss))
+        dirty = under_test.after(train(params, [dirty_data], loss))
         evidence.note(**{loss: under_test.require_same(f"{loss} with junk where the weight is 0", clean, dirty)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ Action: TypeAlias = Callable[[TrainerBackend], object]
 _EPS: Final = 1e6  # beside it every gradient is small, so that a step is lr / eps times the gradient
 _MOVED: Final = 0.02  # nats
 _TRIES: Final = 16
+_FIRST: Final = "descent cross_entropy {}"
 
 
 def gradient(
@@ -105,24 +107,33 @@ def plain_descent(size: float) -> AdamParams:
     return AdamParams(learning_rate=_EPS * size, beta1=0.0, beta2=0.0, eps=_EPS)
 
 
-def descent(under_test: BackendUnderTest) -> AdamParams:
-    """Return parameters of a step along the gradient: small, so that log-probs answer in proportion, and large enough to see.
+def descent(
+    under_test: BackendUnderTest, loss: str | Loss = "cross_entropy", config: Mapping[str, Any] | None = None
+) -> AdamParams:
+    """Return parameters of a step along a loss's gradient: log-probs answer in proportion, by an amount that is easy to see.
+
+    AdamW's own first step is nearly the same for a gradient and for twice the gradient; this one is not.
 
     Raises:
         Broken: no size of a step moves the log-probs.
     """
 
     def measure() -> AdamParams:
-        size, wanted = 1e-4, max(_MOVED, 10 * under_test.nats)
+        wanted = max(_MOVED, 10 * under_test.nats)
+        params = plain_descent(1e-4) if name == _FIRST else descent(under_test)
         for _ in range(_TRIES):
-            params = plain_descent(size)
-            moved = float((under_test.after(train(params, [under_test.data()])) - under_test.start()).abs().max())
+            script = train(params, [under_test.data()], loss, config)
+            moved = float((under_test.after(script) - under_test.start()).abs().max())
             if wanted / 2 <= moved <= 2 * wanted:
                 return params
-            size *= min(max(wanted / moved, 1e-3), 1e3) if moved > 0 else 1e3
-        raise Broken(f"no step along the gradient moves log-probs by about {wanted:g} nats, whatever its size")
+            grown = min(max(wanted / moved, 1e-3), 1e3) if moved > 0 else 1e3
+            params = replace(params, learning_rate=grown * params.learning_rate)
+        raise Broken(
+            f"no step along the gradient of {loss} moves log-probs by about {wanted:g} nats, whatever its size"
+        )
 
-    found: AdamParams = under_test.once("descent", measure)
+    name = f"descent {loss} {dict(config or {})}"
+    found: AdamParams = under_test.once(name, measure)
     return found
 
 

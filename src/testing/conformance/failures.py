@@ -13,7 +13,7 @@ from ...backends.types import AdamParams
 from ...datums.types import Datum, ModelInput
 from ...errors import ClosedError, PrecedingOperationFailed, PullbackError, UnretrievedFailureError
 from ..under_test import BackendUnderTest, closing
-from .actions import each, gradient, must_raise, step, train
+from .actions import descent, each, gradient, must_raise, step, train
 from .check import Evidence, NotApplicable, check, require
 
 __all__ = ["FAILURES"]
@@ -25,16 +25,16 @@ _ANOTHERS: Final = AdamParams(learning_rate=3e-2, beta1=0.5, weight_decay=0.3, g
 @check("an error that is dropped with its future, so that the step lacks a batch and nobody knows")
 def failed_calls_block_the_step(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """After a failed call no step is made until its error has been retrieved; the failed call adds no gradient."""
-    data = under_test.data()
+    data, params = under_test.data(), descent(under_test, "dpo")
 
     def script(fail: bool, backend: TrainerBackend) -> None:
         backend.forward_backward(data, "dpo").result()
         if fail:
             half_a_pair = backend.forward_backward(data[:1], "dpo")
-            make_step = partial(backend.optim_step, under_test.params)
+            make_step = partial(backend.optim_step, params)
             must_raise(PrecedingOperationFailed, "a step after a failure", lambda: make_step().result())
             require(isinstance(half_a_pair.exception(), PullbackError), "half a pair did not fail")
-        backend.optim_step(under_test.params).result()
+        backend.optim_step(params).result()
 
     undisturbed, after_failure = (under_test.after(partial(script, fail)) for fail in (False, True))
     words = "a step after a failure whose error was retrieved"
@@ -44,7 +44,7 @@ def failed_calls_block_the_step(under_test: BackendUnderTest, evidence: Evidence
 @check("a batch that is applied datum by datum, so that those before the bad one have been added")
 def bad_datums_add_nothing(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """A call with one bad datum is refused as a whole: the good ones in it add no gradient."""
-    data, params = under_test.data(), under_test.params
+    data, params = under_test.data(), descent(under_test)
     expected = under_test.after(train(params, [data[2:]]))
     tokens = ModelInput.from_ints([*data[0].model_input.to_ints()[:-1], _NO_TOKEN])
     bad = [*data[:2], Datum(tokens, data[0].loss_fn_inputs)]
@@ -64,7 +64,9 @@ def retries_apply_once(under_test: BackendUnderTest, evidence: Evidence) -> None
     """A request whose answer is lost, or that arrives twice, takes effect once."""
     if under_test.unreliable is None:
         raise NotApplicable("there is no network between the caller and this backend")
-    script = each(*(train(under_test.params, [call]) for call in (under_test.data()[:2], under_test.data()[2:])))
+    data = under_test.data()
+    # A gradient that is added twice shows where the step is in proportion to it, a step that is made twice by its momentum.
+    script = each(train(descent(under_test), [data[:2]]), train(under_test.params, [data[2:]]))
     expected = under_test.after(script)
     with under_test.unreliable() as backend:
         script(backend)
@@ -115,11 +117,10 @@ def models_are_isolated(under_test: BackendUnderTest, evidence: Evidence) -> Non
     other_config = {"clip_low_threshold": 0.01, "clip_high_threshold": 100.0}
     with under_test.backend() as backend, closing(under_test.make()) as other:
         futures: list[Any] = []
-        for call in (data[:2], data[2:]):
+        for call, steps in ((data[:2], (backend, other)), (data[2:], (other, backend))):
             futures.append(other.forward_backward(under_test.data(seed=2), "ppo", other_config))
             futures.append(backend.forward_backward(call, "ppo"))
-            futures.append(other.optim_step(_ANOTHERS))
-            futures.append(backend.optim_step(params))
+            futures += [one.optim_step(params if one is backend else _ANOTHERS) for one in steps]
         for future in futures:
             future.result()
         found = under_test.probe(backend)

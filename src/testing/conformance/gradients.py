@@ -82,9 +82,10 @@ def negative_weights_are_kept(under_test: BackendUnderTest, evidence: Evidence) 
 def candidates_train_like_single_targets(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """The gradient of [T, K] targets is the sum of those of its K columns."""
     columns = [under_test.data(), other_targets(under_test.data(), under_test.vocab_size)]
-    expected = under_test.after(train(under_test.params, columns))
+    params = descent(under_test)
+    expected = under_test.after(train(params, columns))
     try:
-        together = under_test.after(train(under_test.params, [with_candidates(*columns)]))
+        together = under_test.after(train(params, [with_candidates(*columns)]))
     except PullbackError as error:
         refused(error, "targets of shape [T, K]")
     evidence.note(difference=under_test.require_same("targets [T, 2]", expected, together))
@@ -93,8 +94,9 @@ def candidates_train_like_single_targets(under_test: BackendUnderTest, evidence:
 @check("a name that is ignored, so that every request trains cross-entropy, or another formula under this name")
 def named_losses_match_their_definitions(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """A loss by name trains as a function does whose cotangent is the closed form of that loss."""
-    data, params = under_test.data(), under_test.params
+    data = under_test.data()
     for name, config in DEFINITIONS:
+        params = descent(under_test, name, config)
         expected = under_test.after(each(custom(data, defined(name, config)), step(params)))
         try:
             named = under_test.after(train(params, [data], name, config))
@@ -107,7 +109,7 @@ def named_losses_match_their_definitions(under_test: BackendUnderTest, evidence:
 @check("a config that is kept from the first request of a batch, or read at the end of it")
 def configs_are_per_request(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """Two calls with different clip ranges, sent without waiting, are each clipped by their own."""
-    data, params = under_test.data(), under_test.params
+    data, params = under_test.data(), descent(under_test, "ppo")
     ranges = (
         {"clip_low_threshold": 0.01, "clip_high_threshold": 100.0},
         {"clip_low_threshold": 0.99, "clip_high_threshold": 1.01},
@@ -137,10 +139,12 @@ def configs_are_per_request(under_test: BackendUnderTest, evidence: Evidence) ->
 @check("a custom loss that is divided, or scaled, on its way to the backward")
 def functions_match_registered_losses(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """A custom function gives the update of the registered loss that it computes."""
+    data = under_test.data()
     for name, config in MEANS.items():
-        expected = under_test.after(train(under_test.params, [under_test.data()], name, config))
+        params = descent(under_test, name, config)
+        expected = under_test.after(train(params, [data], name, config))
         function: CustomLoss = as_function(get_loss(name, config))
-        found = under_test.after(each(custom(under_test.data(), function), step(under_test.params)))
+        found = under_test.after(each(custom(data, function), step(params)))
         evidence.note(**{name: under_test.require_same(f"{name} as a function", expected, found)})
 
 

@@ -30,9 +30,19 @@ def steps_are_adams(under_test: BackendUnderTest, evidence: Evidence) -> None:
         *before, _ = factors
         history = [train(replace(params, learning_rate=_STILL), [scaled(data, c)]) for c in before]
         found = under_test.after(each(*history, train(params, [data])))
-        expected = under_test.after(train(_as_first_step(factors, params), [data]))
+        expected = under_test.after(train(_as_first_step([(c, params) for c in factors]), [data]))
         words = f"step {len(factors)} after gradients of {factors[:-1]} times its own"
         evidence.note(**{f"step {len(factors)}": under_test.require_same(words, expected, found)})
+
+
+@check("an optimizer that is made once, with the hyperparameters of the first step")
+def hyperparameters_are_of_each_step(under_test: BackendUnderTest, evidence: Evidence) -> None:
+    """Learning rate, betas and eps are those that come with a step, not those of an earlier one."""
+    data, params = under_test.data(), under_test.params
+    earlier = replace(params, learning_rate=_STILL, beta1=0.5, beta2=0.7, eps=1.0, weight_decay=0.1)
+    found = under_test.after(each(train(earlier, [scaled(data, 3.0)]), train(params, [data])))
+    expected = under_test.after(train(_as_first_step([(3.0, earlier), (1.0, params)]), [data]))
+    evidence.note(difference=under_test.require_same("a step after one with other hyperparameters", expected, found))
 
 
 @check("an eps under the root, or one that is scaled by the bias correction")
@@ -100,26 +110,30 @@ def _same(under_test: BackendUnderTest, what: str, expected: torch.Tensor, actio
     return under_test.require_same(what, expected, under_test.after(action))
 
 
-def _as_first_step(factors: Sequence[float], params: AdamParams) -> AdamParams:
+def _as_first_step(steps: Sequence[tuple[float, AdamParams]]) -> AdamParams:
     """Return the first step that equals the last of several whose gradients are multiples of one.
 
     With gradients c_i g the corrected moments are p g and s^2 g^2, so lr p g / (s |g| + eps) is a first step of learning rate
     lr p / s and eps / s. p and s are those of `torch.optim.AdamW` on one number.
+
+    Args:
+        steps: for each, by what the gradient is multiplied, and its hyperparameters.
     """
-    number = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    betas = (params.beta1, params.beta2)
-    adamw = torch.optim.AdamW([number], lr=params.learning_rate, betas=betas, eps=params.eps, weight_decay=0.0)
-    for factor in factors:
+    number, last = torch.zeros((), dtype=torch.float64, requires_grad=True), steps[-1][1]
+    adamw = torch.optim.AdamW([number], weight_decay=0.0)
+    for factor, params in steps:
         number.grad = torch.full_like(number, factor)
+        adamw.param_groups[0].update(lr=params.learning_rate, betas=(params.beta1, params.beta2), eps=params.eps)
         adamw.step()
-    moments, steps = adamw.state[number], len(factors)
-    mean = float(moments["exp_avg"]) / (1 - params.beta1**steps)
-    root = (float(moments["exp_avg_sq"]) / (1 - params.beta2**steps)) ** 0.5
-    return replace(params, learning_rate=params.learning_rate * mean / root, eps=params.eps / root)
+    moments = adamw.state[number]
+    mean = float(moments["exp_avg"]) / (1 - last.beta1 ** len(steps))
+    root = (float(moments["exp_avg_sq"]) / (1 - last.beta2 ** len(steps))) ** 0.5
+    return replace(last, learning_rate=last.learning_rate * mean / root, eps=last.eps / root)
 
 
 OPTIMIZER: Final = (
     steps_are_adams,
+    hyperparameters_are_of_each_step,
     epsilon_stands_beside_the_root,
     decay_is_decoupled,
     gradients_are_clipped_by_their_norm,

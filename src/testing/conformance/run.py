@@ -27,7 +27,8 @@ def run_check(check: Check, under_test: BackendUnderTest) -> CheckResult:
     except UnsupportedError as error:
         return ended("not supported", str(error))
     except AssertionError as error:
-        return ended("failed", str(error), broken_by(error) or check.cause)
+        pattern = broken_by(error)
+        return ended("failed", str(error), f"{pattern}; usually: {check.cause}" if pattern else check.cause)
     except PullbackError as error:
         return ended("failed", f"{type(error).__name__}: {error}", f"a call that must succeed fails; or {check.cause}")
     except Exception as error:  # a broken backend may raise anything

@@ -31,13 +31,18 @@ def checkpoints_hold_everything(under_test: BackendUnderTest, evidence: Evidence
         backend.load_state_with_optimizer(path).result()
         one_step(backend)
         resumed = under_test.probe(backend)
-        backend.load_state(path).result()
-        one_step(backend)
-        cold = under_test.probe(backend)
+        colds = []
+        for _ in range(2):
+            backend.load_state(path).result()
+            one_step(backend)
+            colds.append(under_test.probe(backend))
+    cold, cold_again = colds
     apart = float((resumed - cold).norm() / (resumed - under_test.start()).norm())
     evidence.note(cold_against_resumed=apart)
     evidence.note(difference=under_test.require_same("a resumed run", uninterrupted, resumed))
     require(apart > under_test.tolerance, "a cold optimizer makes the same step as a warm one")
+    words = "loading the weights alone, twice: a step depends on what was trained before"
+    evidence.note(cold_twice=under_test.require_same(words, cold, cold_again))
 
 
 @check("weights that are saved in another dtype, merged, or from another step")

@@ -1,0 +1,19 @@
+"""The backends of the bug museum: each has a defect, and breaks a promise that is seen by the verbs alone."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from . import backend_requests, backend_scores, backend_state, backend_steps
+from .relay import BackendExhibit, Relay
+
+__all__ = ["BACKENDS", "BackendExhibit"]
+
+_ROOMS: Final = (backend_requests, backend_scores, backend_steps, backend_state)
+
+BACKENDS: Final[tuple[BackendExhibit, ...]] = tuple(
+    piece.exhibit
+    for room in _ROOMS
+    for piece in vars(room).values()
+    if isinstance(piece, type) and issubclass(piece, Relay) and "exhibit" in vars(piece)
+)
