@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from ..backends import FakeBackend, TorchBackend, TrainerBackend
+from ..backends import FakeBackend, TorchBackend, TrainerBackend, connect
 from ..backends.native import HFModel
 from ..errors import ConfigError, suggestion
 from ..testing import PROMISES, BackendUnderTest, TinyLM
@@ -46,7 +46,10 @@ def add_parser(checks: Any) -> None:
     backend.add_argument(
         "--tolerance", type=float, help="largest relative difference of two updates that should be equal"
     )
-    backend.add_argument("--reference", help=f"a model in fp64 to compare log-probs with: {MODEL_HELP}")
+    reference = (
+        f"to compare log-probs with: the address of another service, or a model that is run in fp64: {MODEL_HELP}"
+    )
+    backend.add_argument("--reference", help=reference)
     backend.add_argument("--only", action="append", help="a check; may be given several times")
     backend.add_argument("--markdown", type=Path, metavar="FILE", help="write the report for a tracker")
     backend.add_argument("--json", type=Path, metavar="FILE", help="write the report for a program")
@@ -79,7 +82,7 @@ def _under_test(arguments: argparse.Namespace) -> BackendUnderTest:
     if arguments.tolerance is not None:
         found = replace(found, tolerance=arguments.tolerance)
     if arguments.reference is not None:
-        found = replace(found, reference=_reference(arguments.reference))
+        found = replace(found, reference=_reference(arguments), reference_trains=False)
     return found
 
 
@@ -91,7 +94,7 @@ def _service(arguments: argparse.Namespace) -> BackendUnderTest:
         arguments.base_model,
         rank=arguments.rank,
         vocab_size=_VOCAB_SIZE,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or "float32",
         api_key=arguments.api_key,
         timeout=arguments.timeout,
     )
@@ -100,29 +103,41 @@ def _service(arguments: argparse.Namespace) -> BackendUnderTest:
 def _own(arguments: argparse.Namespace) -> BackendUnderTest:
     if arguments.kind == "fake":
         exact = FakeBackend
-        return BackendUnderTest(exact, name="FakeBackend", facts=here(), seeded=_fake, reference=exact)
-
-    def make(seed: int = 0, dtype: str = "float64") -> TrainerBackend:
-        model = TinyLM(_VOCAB_SIZE, seed=seed, dtype=getattr(torch, dtype))
-        return TorchBackend(model, checkpoint_dir=tempfile.mkdtemp())
+        return BackendUnderTest(
+            exact, name="FakeBackend", facts=here(), seeded=_fake, reference=exact, reference_trains=True
+        )
+    dtype = arguments.dtype or "float64"
+    tolerance, nats = TOLERANCES[dtype]
 
     def variant(dtype: str) -> Callable[[], TrainerBackend]:
-        return lambda: make(dtype=dtype)
+        return lambda: _native(dtype=dtype)
 
     return BackendUnderTest(
-        make,
-        name="TorchBackend on TinyLM",
+        variant(dtype),
+        _VOCAB_SIZE,
+        tolerance,
+        nats=nats,
+        name=f"TorchBackend on TinyLM in {dtype}",
         facts=here(),
-        seeded=make,
-        reference=make,
+        seeded=lambda seed: _native(seed, dtype),
+        reference=_native,
+        reference_trains=True,
         variants={dtype: variant(dtype) for dtype in _DTYPES},
     )
+
+
+def _native(seed: int = 0, dtype: str = "float64") -> TrainerBackend:
+    model = TinyLM(_VOCAB_SIZE, seed=seed, dtype=getattr(torch, dtype))
+    return TorchBackend(model, checkpoint_dir=tempfile.mkdtemp())
 
 
 def _fake(seed: int) -> TrainerBackend:
     return FakeBackend(seed=seed)
 
 
-def _reference(name: str) -> Callable[[], TrainerBackend]:
-    """Return what makes a backend on a named model, which only scores."""
+def _reference(arguments: argparse.Namespace) -> Callable[[], TrainerBackend]:
+    """Return what makes a backend that scores as it should: on a named model, or at another service."""
+    name = arguments.reference
+    if "://" in name:
+        return lambda: connect(name, base_model=arguments.base_model, rank=arguments.rank, api_key=arguments.api_key)
     return lambda: TorchBackend(HFModel(load_named(name, dtype="float64").model), layout="single")

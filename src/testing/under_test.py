@@ -53,6 +53,7 @@ class BackendUnderTest:
         seeded: returns a fresh backend whose weights begin as a seed says; None: there is no such choice.
         unreliable: a fresh backend on a network that loses answers and delivers requests twice; None: there is no network.
         reference: returns a backend that is right, with the same weights, to compare with; None: there is none.
+        reference_trains: the reference trains the same parameters from the same start, and does not only score.
         variants: the same backend in several dtypes, by name, for the table of precision.
         incomparable: why the updates of two fresh backends cannot be compared; empty where they can.
     """
@@ -67,7 +68,8 @@ class BackendUnderTest:
     facts: Mapping[str, str] = field(default_factory=dict)
     seeded: Callable[[int], TrainerBackend] | None = None
     unreliable: Callable[[], AbstractContextManager[TrainerBackend]] | None = None
-    reference: Callable[[], Any] | None = None
+    reference: Callable[[], TrainerBackend] | None = None
+    reference_trains: bool = False
     variants: Mapping[str, Callable[[], TrainerBackend]] = field(default_factory=dict)
     incomparable: str = ""
     _measured: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -23,8 +23,10 @@ __all__ = ["GRADIENTS"]
 @check("a mean for a sum, a division too many, a lost sign, or a step that is made twice")
 def gradients_match_the_loss(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """A step along the gradient lowers the loss by its squared norm, to first order: no factor and no sign is lost."""
+    bound = max(0.1, 1.5 * under_test.tolerance)
+    exact = under_test.nats < 1e-3  # a step that shows in half precision goes beyond a clip range
     with under_test.backend() as backend:
-        for name in ("cross_entropy", "ppo"):
+        for name in ("cross_entropy", "ppo") if exact else ("cross_entropy",):
             data = _on_policy(backend, under_test)
             gradient(data, name)(backend)
             told = backend.optim_step(plain_descent(0.0)).result().metrics
@@ -39,7 +41,7 @@ def gradients_match_the_loss(under_test: BackendUnderTest, evidence: Evidence) -
             evidence.note(**{f"{name}: decrease / prediction": ratio})
             likely = f"the update is {ratio:.4g} times the gradient{under_test.factor_in_words(ratio)}"
             words = f"{name}: the loss fell by {ratio:.3f} times what its gradient says"
-            require(0.9 < ratio < 1.1, words, likely)
+            require(abs(ratio - 1) < bound, words, likely)
 
 
 @check("a slice or a shift that leaves out an end of the sequence")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backends.protocol import TrainerBackend
 from ..under_test import BackendUnderTest, closing
 from .actions import descent, scores, train
-from .check import Evidence, check, require
+from .check import Evidence, NotApplicable, check, require
 
 __all__ = ["PRECISION"]
 
@@ -30,27 +30,32 @@ def precision_is_measured(under_test: BackendUnderTest, evidence: Evidence) -> N
             **{f"{name}: are bfloat16 numbers": "yes" if torch.equal(found.bfloat16().double(), found) else "no"}
         )
         if under_test.reference is not None:
-            _against(under_test, under_test.reference, name, make, evidence)
+            _against(under_test, name, make, evidence)
 
 
-def _against(
-    under_test: BackendUnderTest,
-    exact: Callable[[], Any],
-    name: str,
-    make: Callable[[], TrainerBackend],
-    evidence: Evidence,
-) -> None:
+@check("parameters that are left out of training, or another start than the reference has")
+def updates_match_the_reference(under_test: BackendUnderTest, evidence: Evidence) -> None:
+    """The update of a step is that of a reference which trains the same parameters from the same start."""
+    if under_test.reference is None or not under_test.reference_trains:
+        raise NotApplicable("no reference was given that trains")
+    for loss in ("cross_entropy", "ppo", "dpo"):
+        script = train(descent(under_test, loss), [under_test.data()], loss)
+        with closing(under_test.reference()) as reference:
+            script(reference)
+            expected = under_test.probe(reference)
+        found = under_test.after(script)
+        evidence.note(**{loss: under_test.require_same(f"{loss}, against the reference", expected, found)})
+
+
+def _against(under_test: BackendUnderTest, name: str, make: Callable[[], TrainerBackend], evidence: Evidence) -> None:
+    assert under_test.reference is not None, "see the caller"
     params = descent(under_test)
-    with closing(exact()) as reference, closing(make()) as backend:
+    with closing(under_test.reference()) as reference, closing(make()) as backend:
         before = [_scored(one, under_test) for one in (reference, backend)]
         error = (before[0] - before[1]).abs()
-        evidence.note(
-            **{
-                f"{name}: log-probs, largest, nats": float(error.max()),
-                f"{name}: log-probs, mean, nats": float(error.mean()),
-            }
-        )
-        if not hasattr(reference, "optim_step"):
+        evidence.note(**{f"{name}: log-probs, largest, nats": float(error.max())})
+        evidence.note(**{f"{name}: log-probs, mean, nats": float(error.mean())})
+        if not under_test.reference_trains:
             return
         for one in (reference, backend):
             train(params, [under_test.data()])(one)
@@ -62,4 +67,4 @@ def _scored(backend: Any, under_test: BackendUnderTest) -> Tensor:
     return torch.cat([x.double() for x in scores(backend, under_test.data())])
 
 
-PRECISION: Final = (precision_is_measured,)
+PRECISION: Final = (updates_match_the_reference, precision_is_measured)

@@ -25,8 +25,11 @@ __all__ = ["TOLERANCES", "here", "service_under_test"]
 TOLERANCES: Final[Mapping[str, tuple[float, float]]] = {
     "float64": (1e-3, 1e-4),  # log-probs travel in fp32
     "float32": (1e-3, 1e-4),
-    "float16": (0.03, 0.01),
-    "bfloat16": (0.1, 0.05),
+    "float16": (
+        0.15,
+        0.02,
+    ),  # of a tiny model whose fp32 weights are rounded for each forward, with a margin of about two
+    "bfloat16": (0.3, 0.06),
 }
 _LOST: Final = {
     ("forward_backward", 1): Fault("drop_response"),

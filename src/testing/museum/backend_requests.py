@@ -192,6 +192,19 @@ class SignLost(Relay):
 
 
 @planted(
+    "updates_match_the_reference",
+    "adapters whose target modules miss a layer of a new architecture",
+    "A part of the model is never trained, and everything else goes well.",
+)
+class RowsFrozen(Relay):
+    def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Config = None) -> Future[ForwardBackwardOutput]:
+        future = self.right.forward_backward(data, loss_fn, loss_fn_config)
+        if self.engine.gradient is not None:
+            self.engine.gradient[::3] = 0.0
+        return future
+
+
+@planted(
     "raw_sums_add_up",
     "NovaSky-AI/SkyRL#2008",
     "Gradients are cleared with every request, so that only the last chunk of a call counts.",

@@ -86,8 +86,15 @@ class Relay:
 
     @classmethod
     def under_test(cls) -> BackendUnderTest:
-        """Return what `check_backend` examines: this backend, by any seed, behind a bad network, beside a right one."""
-        return BackendUnderTest(cls, seeded=cls.seeded, unreliable=cls.unreliable, reference=Relay, name=cls.__name__)
+        """Return what `check_backend` examines: by any seed, behind a bad network, beside a reference."""
+        return BackendUnderTest(
+            cls,
+            name=cls.__name__,
+            seeded=cls.seeded,
+            unreliable=cls.unreliable,
+            reference=Relay,
+            reference_trains=True,
+        )
 
     @classmethod
     def seeded(cls, seed: int) -> Relay:
