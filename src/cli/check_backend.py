@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,8 @@ def add_parser(checks: Any) -> None:
     backend.add_argument("--base-model", help="its name there")
     backend.add_argument("--api-key", help="of the service (default: what its SDK finds)")
     backend.add_argument("--rank", type=int, default=8, help="of the adapter there")
+    held = "hold cotangents until the step, so that a service which only adds gradients up can divide by anything"
+    backend.add_argument("--defer-backward", action="store_true", help=held)
     backend.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer of the service may take")
     backend.add_argument("--kind", choices=("native", "fake"), default="native", help="without --url")
     backend.add_argument(
@@ -79,11 +82,22 @@ def _chosen(names: list[str] | None) -> list[Check]:
 
 def _under_test(arguments: argparse.Namespace) -> BackendUnderTest:
     found = _service(arguments) if arguments.url is not None else _own(arguments)
+    found = replace(found, facts={**found.facts, "command": _command(arguments)})
     if arguments.tolerance is not None:
         found = replace(found, tolerance=arguments.tolerance)
     if arguments.reference is not None:
         found = replace(found, reference=_reference(arguments), reference_trains=False)
     return found
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """Return the command that examines the same backend, without what is secret and without what was left out."""
+    told = ("url", "base_model", "rank", "kind", "dtype", "tolerance", "reference")
+    given = {name: getattr(arguments, name) for name in told if getattr(arguments, name) is not None}
+    for name in ("kind",) if arguments.url is not None else ("rank",):
+        del given[name]
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["pullback", "check", "backend", *words, *["--defer-backward"] * arguments.defer_backward])
 
 
 def _service(arguments: argparse.Namespace) -> BackendUnderTest:
@@ -97,6 +111,7 @@ def _service(arguments: argparse.Namespace) -> BackendUnderTest:
         dtype=arguments.dtype or "float32",
         api_key=arguments.api_key,
         timeout=arguments.timeout,
+        defer_backward=arguments.defer_backward,
     )
 
 

@@ -17,11 +17,27 @@ from .run import backend_report, run_check
 from .scoring import SCORING
 from .state import STATE
 
-__all__ = ["PROMISES", "BackendReport", "Check", "CheckResult", "backend_report", "check_backend", "run_check"]
+__all__ = [
+    "PROMISES",
+    "THEMES",
+    "BackendReport",
+    "Check",
+    "CheckResult",
+    "backend_report",
+    "check_backend",
+    "run_check",
+]
 
-PROMISES: Final[Mapping[str, Check]] = {
-    check.name: check for check in (*SCORING, *GRADIENTS, *ACCUMULATION, *OPTIMIZER, *FAILURES, *STATE, *PRECISION)
+THEMES: Final[Mapping[str, tuple[Check, ...]]] = {
+    "Log-probs and losses": SCORING,
+    "Gradients": GRADIENTS,
+    "Accumulation": ACCUMULATION,
+    "The step": OPTIMIZER,
+    "Failures": FAILURES,
+    "State and samples": STATE,
+    "Precision": PRECISION,
 }
+PROMISES: Final[Mapping[str, Check]] = {check.name: check for checks in THEMES.values() for check in checks}
 
 
 def check_backend(under_test: BackendUnderTest) -> dict[str, str]:

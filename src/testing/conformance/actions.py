@@ -122,8 +122,10 @@ def descent(
         wanted = max(_MOVED, 10 * under_test.nats)
         params = plain_descent(1e-4) if name == _FIRST else descent(under_test)
         for _ in range(_TRIES):
-            script = train(params, [under_test.data()], loss, config)
-            moved = float((under_test.after(script) - under_test.start()).abs().max())
+            with under_test.backend() as backend:
+                before = under_test.probe(backend)
+                train(params, [under_test.data()], loss, config)(backend)
+                moved = float((under_test.probe(backend) - before).abs().max())
             if wanted / 2 <= moved <= 2 * wanted:
                 return params
             grown = min(max(wanted / moved, 1e-3), 1e3) if moved > 0 else 1e3

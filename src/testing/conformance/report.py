@@ -84,7 +84,7 @@ class BackendReport:
             f"- **found:** {result.sentence}",
             f"- **likely cause:** {result.cause}",
             f"- **measured:** {_measured(result) or 'nothing'}",
-            f"- **again:** `pullback check backend ... --only {result.check}`",
+            f"- **again:** `{self.facts.get('command', 'check_backend')} --only {result.check}`",
         ]
 
     def _others(self) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from ...backends.protocol import TrainerBackend
 from ...backends.remote.connect import connect
-from ...errors import PullbackError, require_extra
+from ...errors import require_extra
 from ..network.faults import Fault, misbehaving
 from ..under_test import BackendUnderTest, closing
 from .actions import train
@@ -84,7 +84,7 @@ def service_under_test(
         tolerance,
         nats=nats,
         name=f"{base_model} at {url}",
-        facts={**here(), **_told(url, api_key), "rank": str(rank), "dtype": dtype},
+        facts={**here(), **_told(url, api_key), "rank": str(rank), "dtype": dtype, **_told_of(options)},
         seeded=make,
         unreliable=unreliable,
     )
@@ -92,24 +92,37 @@ def service_under_test(
 
 
 def comparable(under_test: BackendUnderTest) -> BackendUnderTest:
-    """Return a service whose fresh models train alike: by their seed, or by one checkpoint that all of them load."""
-    script = train(under_test.params, [under_test.data()])
-    start, first, again = under_test.start(), under_test.after(script), under_test.after(script)
-    if float((first - again).norm()) <= under_test.tolerance * float((first - start).norm()):
+    """Return a service whose fresh models train alike: by their seed, or by one checkpoint that all of them load.
+
+    A service that cannot make a step is returned as it is: its checks will say what fails.
+    """
+    try:
+        if _alike(under_test):
+            return _known(under_test, "by their seed")
+    except Exception:
         return under_test
+    reason = "two new models of one seed train differently"
     with under_test.backend() as backend:
         try:
             path = backend.save_state("conformance-start").result().path
-            common = replace(under_test, make=_loading(under_test.make, path))
-            first, again = common.after(script), common.after(script)
-        except PullbackError as error:
-            return replace(
-                under_test,
-                incomparable=f"two new models of one seed train differently, and a checkpoint does not load: {error}",
-            )
-    if float((first - again).norm()) <= under_test.tolerance * float((first - start).norm()):
-        return common
-    return replace(under_test, incomparable="two new models of one seed, or of one checkpoint, train differently")
+            common = replace(under_test, make=_loading(under_test.make, path), _measured={})
+            if _alike(common):
+                return _known(
+                    common, "by a checkpoint that each of them loads, as two models of one seed train differently"
+                )
+        except Exception as error:
+            reason = f"{reason}, and a checkpoint does not load: {type(error).__name__}: {error}"
+    return replace(_known(under_test, "no"), incomparable=reason)
+
+
+def _alike(under_test: BackendUnderTest) -> bool:
+    script = train(under_test.params, [under_test.data()])
+    start, first, again = under_test.start(), under_test.after(script), under_test.after(script)
+    return float((first - again).norm()) <= under_test.tolerance * float((first - start).norm())
+
+
+def _known(under_test: BackendUnderTest, how: str) -> BackendUnderTest:
+    return replace(under_test, facts={**under_test.facts, "new models begin alike": how})
 
 
 def here() -> dict[str, str]:
@@ -119,6 +132,10 @@ def here() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def _told_of(options: Mapping[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): str(value) for name, value in options.items() if value}
 
 
 def _loading(make: Callable[[], TrainerBackend], path: str) -> Callable[[], TrainerBackend]:
