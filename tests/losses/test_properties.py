@@ -37,8 +37,8 @@ from pullback.losses import (
     group_advantages,
     log1mexp,
     recipe,
-    sums,
 )
+from pullback.losses.evaluation import sums
 from pullback.testing import Case, CaseSequence, check_loss, cotangent
 from pullback.testing.strategies import cases
 
