@@ -1,4 +1,4 @@
-"""Random cases beside plain loops in fp64: value-free, gradient by gradient."""
+"""Random cases beside plain loops in fp64: the value, and the gradient number by number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import value_oracles as values
 from tiers import SOAK
 
 from pullback.losses import DPO, GRPO, KL, ORPO, PPO, CrossEntropy, ImportanceSampling, Loss, fixed_length
@@ -23,7 +24,7 @@ AGGREGATIONS = (
     "group_mean_token_mean",
 )
 Cotangent = list[list[float]]
-Drawn = tuple[Loss, Callable[[Case], Cotangent]]
+Drawn = tuple[Loss, Callable[[Case], Cotangent], Callable[[Case], list[float]]]
 
 
 def sequence(rng: random.Random) -> CaseSequence:
@@ -43,61 +44,87 @@ def sequence(rng: random.Random) -> CaseSequence:
 
 
 def draw(rng: random.Random) -> Drawn:
-    """Draw a loss and its oracle."""
+    """Draw a loss, the oracle of its gradient and that of the summands of its value."""
     aggregation = rng.choice(AGGREGATIONS)
     beta = rng.uniform(0.01, 2.0)
     match rng.randrange(7):
         case 0:
-            return CrossEntropy(aggregation), lambda case: oracles.cross_entropy(case, aggregation)
+            return (
+                CrossEntropy(aggregation),
+                lambda case: oracles.cross_entropy(case, aggregation),
+                lambda case: values.cross_entropy(case, aggregation),
+            )
         case 1:
             length = rng.uniform(1.0, 100.0)
-            return CrossEntropy(fixed_length(length)), lambda case: oracles.cross_entropy(case, "fixed_length", length)
+            return (
+                CrossEntropy(fixed_length(length)),
+                lambda case: oracles.cross_entropy(case, "fixed_length", length),
+                lambda case: values.cross_entropy(case, "fixed_length", length),
+            )
         case 2:
-            return ImportanceSampling(aggregation), lambda case: oracles.grpo(case, aggregation, None)
+            return (
+                ImportanceSampling(aggregation),
+                lambda case: oracles.grpo(case, aggregation, None),
+                lambda case: values.grpo(case, aggregation, (0.0, math.inf)),
+            )
         case 3:
-            return PPO(0.2, aggregation), lambda case: oracles.grpo(case, aggregation)
+            return (
+                PPO(0.2, aggregation),
+                lambda case: oracles.grpo(case, aggregation),
+                lambda case: values.grpo(case, aggregation),
+            )
         case 4:
             kind, importance = rng.choice(["k2", "k3"]), rng.choice([True, False])
             kl = KL(kind, beta, "pathwise", importance)  # type: ignore[arg-type]
-            return GRPO(kl=kl, aggregation=aggregation), lambda case: oracles.grpo(
-                case, aggregation, beta=beta, kl=kind, importance=importance
+            return (
+                GRPO(kl=kl, aggregation=aggregation),
+                lambda case: oracles.grpo(case, aggregation, beta=beta, kl=kind, importance=importance),
+                lambda case: values.grpo(case, aggregation, beta=beta, kl=kind, importance=importance),
             )
         case 5:
             smoothing = rng.uniform(0.0, 0.49)
-            return DPO(beta, smoothing), lambda case: oracles.dpo(case, beta, smoothing)
+            return (
+                DPO(beta, smoothing),
+                lambda case: oracles.dpo(case, beta, smoothing),
+                lambda case: values.dpo(case, beta, smoothing),
+            )
         case _:
-            return ORPO(beta), lambda case: oracles.orpo(case, beta)
+            return ORPO(beta), lambda case: oracles.orpo(case, beta), lambda case: values.orpo(case, beta)
 
 
-def distance(loss: Loss, case: Case, expected: Cotangent, *, padded: bool) -> float:
-    """Relative distance of a loss's gradient from the expected one."""
+def distance(loss: Loss, case: Case, expected: Cotangent, summands: list[float], *, padded: bool) -> float:
+    """Relative distance of a loss's gradient from the expected one, or of its value from the sum, whichever is larger."""
     if padded:
         batch, leaves = case.padded(left=len(case.sequences) == 4)
     else:
         batch, leaf = case.batch()
         leaves = [leaf]
-    found = torch.cat(torch.autograd.grad(loss.evaluate(batch).loss, leaves))
+    value = loss.evaluate(batch).loss
+    found = torch.cat(torch.autograd.grad(value, leaves))
     want = torch.tensor([x for row in expected for x in row], dtype=torch.float64)
-    return float((found - want).norm()) / max(1.0, float(want.norm()))
+    off = abs(float(value.detach()) - math.fsum(summands)) / max(1.0, math.fsum(map(abs, summands)))
+    return max(off, float((found - want).norm()) / max(1.0, float(want.norm())))
 
 
-def worst(cases: int, seed: int, spoil: float = 1.0) -> float:
-    """Return the largest distance over random cases; ``spoil`` scales one expected number."""
+def worst(cases: int, seed: int, spoil: float = 1.0, spoil_value: float = 1.0) -> float:
+    """Return the largest distance over random cases; ``spoil`` scales the expected gradient, ``spoil_value`` the value."""
     rng, largest = random.Random(seed), 0.0
     for _ in range(cases):
-        loss, oracle = draw(rng)
+        loss, oracle, value = draw(rng)
         case = Case(tuple(sequence(rng) for _ in range(rng.choice([2, 4, 6]))), with_old=rng.random() < 0.5)
         expected = [[x * spoil for x in row] for row in oracle(case)]
-        largest = max(largest, distance(loss, case, expected, padded=rng.random() < 0.5))
+        summands = [x * spoil_value for x in value(case)]
+        largest = max(largest, distance(loss, case, expected, summands, padded=rng.random() < 0.5))
     return largest
 
 
 def test_random_cases() -> None:
-    """Every gradient equals its loops to 1e-12; `make soak` draws 20,000 cases."""
+    """Every value and gradient equals its loops to 1e-12; `make soak` draws 20,000 cases."""
     assert worst(CASES, seed=0) <= 1e-12
 
 
-def test_a_small_error_is_noticed() -> None:
-    """Negative control: a part in a million is seen."""
-    with pytest.raises(AssertionError):
-        assert worst(10, seed=1, spoil=1.0 + 1e-6) <= 1e-12
+@pytest.mark.parametrize("spoilt", ["spoil", "spoil_value"])
+def test_a_small_error_is_noticed(spoilt: str) -> None:
+    """Negative control: a part in a million is seen, in the gradient and in the value."""
+    assert worst(10, seed=1) <= 1e-12
+    assert worst(10, seed=1, **{spoilt: 1.0 + 1e-6}) > 1e-12
