@@ -15,11 +15,10 @@ from .batch.keys import INPUT_KEYS
 from .batch.problems import Problem
 from .batch.selection import wide
 from .batch.token_batch import TokenBatch
-from .batch.values import look
 from .config import from_wire
 from .counting import Counted, totals
 from .counts import Counts
-from .evaluation.evaluate import assemble, fields_of
+from .evaluation.evaluate import assemble
 from .evaluation.metrics import Metric, Unread, wire_metrics
 from .evaluation.output import LossOutput
 from .evaluation.terms import Summand
@@ -203,6 +202,4 @@ class Loss(abc.ABC):
         What is found out about the log-probs stays with the copy: a caller may write others into the same memory.
         """
         self.check_inputs(batch)
-        batch = batch.with_logprobs(wide(batch.logprobs))
-        look(batch, fields_of(self))
-        return batch
+        return batch.with_logprobs(wide(batch.logprobs))

@@ -40,7 +40,7 @@ def divisor(count: Count) -> Count:
     if not isinstance(count, Tensor):
         return count or 1.0
     if readable(count):
-        return count if count.item() != 0 else 1.0
+        return count.item() or 1.0
     return torch.where(count == 0, torch.ones_like(count), count)
 
 
@@ -135,7 +135,7 @@ def _count(batch: TokenBatch, denominator: Denominator, indicator: Tensor | None
     if denominator == "all_sequences":
         return float(batch.num_sequences)
     if denominator == "pairs":
-        return float(batch.pairs.chosen.shape[0])
+        return float(batch.num_sequences // 2 if batch.neighbours_are_pairs else batch.pairs.chosen.shape[0])
     if denominator == "tokens":
         return batch.token_count if indicator is None else indicator.sum(dtype=torch.float64)
     if denominator == "weight_sum":

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_inputs import VARIANTS, Inputs, ids, make
+from loss_inputs import DEFAULTS, VARIANTS, Inputs, ids, make
 from reads import pretend_device
 from torch import Tensor
 
-from pullback.losses import GRPO, KL, Loss
+from pullback.errors import InvalidDatumsError
+from pullback.losses import GRPO, KL, Loss, functional
 from pullback.losses.evaluation import sums
 
 EACH = pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
@@ -82,3 +83,24 @@ def test_multiplying_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sums, "select_", lambda values, weights: values if weights is None else values * weights)
     with pytest.raises(AssertionError):
         check(GRPO(), make(GRPO(), mask="ones"), math.nan)
+
+
+REFUSED = (math.nan, math.inf, -math.inf, 0.02)
+
+
+@pytest.mark.parametrize("loss", DEFAULTS, ids=ids(DEFAULTS))
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_the_same_is_refused_where_trained(loss: Loss, padded: bool, wrong: float) -> None:
+    """One trained log-prob that is not finite, or positive, is named, whatever the loss would make of it."""
+    inputs = make(loss, padded=padded, mask="ones")
+    inputs.tensors["logprobs"][(1, 1) if padded else 6] = wrong  # the second token of the second sequence
+    with pytest.raises(InvalidDatumsError, match="sequence 1, token 1: logprobs is"):
+        loss.evaluate(inputs.batch())
+
+
+def test_finite_losses_of_infinite_logprobs() -> None:
+    """Why it takes a look: PPO's ratio of -inf is 0, and a margin that is infinite has a DPO loss of 0."""
+    lost = torch.tensor([-math.inf], dtype=torch.float64)
+    assert functional.ppo_clip(lost, -1.0, torch.ones(1)).isfinite().all()
+    assert functional.dpo(-lost, lost.new_zeros(1)).isfinite().all()

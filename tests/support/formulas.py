@@ -109,6 +109,7 @@ PAIRS: dict[str, tuple[Callable[..., Tensor], tuple[float, ...]]] = {
     "log_odds_ratio": (F.log_odds_ratio, (0.9,)),
     "odds_ratio": (F.odds_ratio, (0.9,)),
     "simpo": (F.simpo, (2.5, 0.7)),
+    "chosen_nll": (F.chosen_nll, ()),
 }
 
 LOG_RATIOS = [

@@ -12,9 +12,9 @@ from ...errors import LengthError
 from .problems import Problem
 from .selection import readable, transformed
 
-__all__ = ["Layout", "Packed", "Padded", "accurate_dot"]
+__all__ = ["Layout", "Packed", "Padded", "accurate_sum", "count_of"]
 
-_STRIP: Final = 1024  # so many products are added in fp32 before fp64 takes over
+_STRIP: Final = 1024  # so many numbers are added in fp32 before fp64 takes over
 
 
 class Layout(abc.ABC):
@@ -145,11 +145,16 @@ class Packed(Layout):
         return flat if dim == 1 else flat[:, None]
 
 
-def accurate_dot(values: Tensor, weights: Tensor) -> Tensor:
-    """Return ``sum(values * weights)`` of two tensors of one shape; float64, 0-d, an error of 1e-8 of the magnitudes."""
-    if transformed() or values.dtype != torch.float32 or not (values.is_contiguous() and weights.is_contiguous()):
-        return (values * weights).sum(dtype=torch.float64)
+def accurate_sum(values: Tensor) -> Tensor:
+    """Return the sum of all ``values``; float64, 0-d, an error of 1e-8 of the magnitudes."""
+    if transformed() or values.dtype != torch.float32 or not values.is_contiguous():
+        return values.sum(dtype=torch.float64)
     if values.numel() < 16 * _STRIP or values.numel() % _STRIP:
-        return (values * weights).sum(dtype=torch.float64)
-    strips: Tensor = torch.linalg.vecdot(values.view(-1, _STRIP), weights.view(-1, _STRIP))
-    return strips.sum(dtype=torch.float64)
+        return values.sum(dtype=torch.float64)
+    return values.view(-1, _STRIP).sum(1).sum(dtype=torch.float64)
+
+
+def count_of(ones: Tensor) -> Tensor:
+    """Return the sum of ones and zeros; float64, 0-d. fp32 holds whole numbers below 2^24 exactly, and adds faster."""
+    exact = not transformed() and ones.numel() < 2**24
+    return ones.sum().double() if exact else ones.sum(dtype=torch.float64)

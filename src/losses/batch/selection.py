@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["readable", "select", "select_", "transformed", "wide"]
+__all__ = ["finite", "readable", "select", "select_", "transformed", "wide"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -18,6 +20,11 @@ def transformed() -> bool:
 def readable(tensor: Tensor) -> bool:
     """Return whether looking at a value is possible, and free: an eager tensor on the CPU."""
     return not transformed() and type(tensor) in _PLAIN and tensor.is_cpu
+
+
+def finite(numbers: Tensor) -> bool:
+    """Return whether all of a few readable numbers are finite: then their sum is, short of an overflow."""
+    return math.isfinite((numbers.sum() if numbers.dim() else numbers).item())
 
 
 def wide(values: Tensor) -> Tensor:

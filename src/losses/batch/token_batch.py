@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from ..inputs import (
     label_problems,
     require_tensor,
 )
-from .layout import Layout, Packed, Padded
+from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
-from .selection import readable, select, transformed, wide
-from .units import Groups, Pairs, group_sequences, pair_sequences
+from .selection import finite, readable, select, wide
+from .units import Groups, Pairs, group_sequences, pair_sequences, require_even
 
 __all__ = ["TokenBatch"]
 
@@ -51,9 +50,6 @@ class TokenBatch:
         sequence_ratio_mask: the tokens over which a sequence's ratio is taken, where not the trained ones.
         pair_id, role, group_id, label: int64 [B]; see `pullback.losses.batch.keys`.
 
-    Attributes:
-        finite: the log-probs have been looked at, and all are finite, trained or not; see `pullback.losses.batch.values`.
-
     Raises:
         LengthError: a tensor has another shape than its place demands.
     """
@@ -70,7 +66,6 @@ class TokenBatch:
     role: Tensor | None = None
     group_id: Tensor | None = None
     label: Tensor | None = None
-    finite: bool = field(default=False, init=False, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -181,24 +176,25 @@ class TokenBatch:
     @property
     def token_count(self) -> Tensor:
         """How many positions are trained; float64, 0-d."""
-        return self.remember("token_count", lambda: _count(self.indicator()))
+        return self.remember("token_count", lambda: count_of(self.indicator()))
 
     @property
     def trained_count(self) -> Tensor:
         """How many log-probs are trained, candidates counted one by one; float64, 0-d."""
         if not self.layout.candidates:
             return self.token_count
-        return self.remember("trained_count", lambda: _count(self.trained.to(self.weight.dtype)))
+        return self.remember("trained_count", lambda: count_of(self.kept))
+
+    @property
+    def kept(self) -> Tensor:
+        """1 where trained, else 0; dtype and shape of `weight`. (A comparison writes bool, whose sum is slow on the CPU.)"""
+        if self.scale is None:
+            return self.weight
+        return self.remember("kept", lambda: select(self.weight.new_ones(()).expand(self.layout.shape), self.weight))
 
     def indicator(self) -> Tensor:
         """Return 1 at the positions of which any target is trained, else 0; the dtype of `weight`, one per token."""
-        if self.layout.candidates:
-            return self.trained_positions.to(self.weight.dtype)
-        if self.scale is None:
-            return self.weight
-        if not readable(self.weight):
-            return (self.weight != 0).to(self.weight.dtype)
-        return self.weight.sign().abs_()  # a compare writes bool, and its sum is slow on the CPU
+        return self.trained_positions.to(self.weight.dtype) if self.layout.candidates else self.kept
 
     def select(self, values: Tensor) -> Tensor:
         """Return ``values`` in fp32 or better, exactly 0 (and with zero gradient) where untrained, even from NaN."""
@@ -227,7 +223,7 @@ class TokenBatch:
         if key in self._computed and not self.logprobs.requires_grad:
             return self._computed[key]
         minus = None if relative_to is None else self.given(relative_to)
-        sums = row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout, self.finite)
+        sums = row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout)
         self._computed[key] = sums.detach()
         return sums
 
@@ -235,14 +231,21 @@ class TokenBatch:
         """Return ``-sum_t w_t logprob_t`` of all tokens; 0-d, fp32 or better, differentiable in the log-probs."""
         if "nll" in self._computed and not self.logprobs.requires_grad:
             return self._computed["nll"]
-        total = weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0, self.finite)
+        total = weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0)
         self._computed["nll"] = total.detach()
         return total
 
+    def shown_finite(self) -> bool:
+        """Return whether a sum of all trained log-probs has been taken, and is finite: then so is each of them."""
+        return any(finite(total) for total in self._computed.values())
+
     def detached(self) -> TokenBatch:
         """Return the batch without the graph of its log-probs, for metrics; what has been summed is not summed again."""
-        batch = self.with_logprobs(self.logprobs.detach())
-        batch.__dict__.update(finite=self.finite, _computed=self._computed)
+        return self._with(logprobs=self.logprobs.detach())
+
+    def _with(self, **fields: Any) -> TokenBatch:
+        batch = object.__new__(TokenBatch)
+        batch.__dict__.update(self.__dict__, **fields)
         return batch
 
     def with_logprobs(self, logprobs: Tensor) -> TokenBatch:
@@ -252,16 +255,20 @@ class TokenBatch:
             LengthError: the shape is another one.
         """
         check_shape("logprobs", logprobs, tuple(self.logprobs.shape), "that of the log-probs in their place")
-        batch = copy.copy(self)
         known = self._known if wide(logprobs).dtype == wide(self.logprobs).dtype else {}
-        batch.__dict__.update(logprobs=logprobs, finite=False, _known=known, _computed={})
-        return batch
+        return self._with(logprobs=logprobs, _known=known, _computed={})
 
     @property
     def pairs(self) -> Pairs:
         """The preference pairs, by ``pair_id`` and ``role``; see `pair_sequences`."""
-        pairs, _ = self._pairs()
-        return pairs
+        return self._pairs()[0]
+
+    @property
+    def neighbours_are_pairs(self) -> bool:
+        """Whether the pairs are sequences 2p, the chosen one, and 2p + 1; an odd number of sequences is refused."""
+        if found := self.role is None and self.pair_id is None:
+            require_even(self.num_sequences)
+        return found
 
     @property
     def groups(self) -> Groups:
@@ -275,8 +282,8 @@ class TokenBatch:
         return [problem for problem in found if problem is not None]
 
     def _pairs(self) -> tuple[Pairs, Problem | None]:
-        device = self.logprobs.device
-        return self.remember("pairs", lambda: pair_sequences(self.num_sequences, self.pair_id, self.role, device))
+        made_of = self.num_sequences, self.pair_id, self.role, self.logprobs.device
+        return self.remember("pairs", lambda: pair_sequences(*made_of))
 
     def _weight(self) -> Tensor:
         like = wide(self.logprobs)
@@ -290,11 +297,4 @@ class TokenBatch:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""
         if name not in self._known:
             self._known[name] = compute()
-        known: Cached = self._known[name]
-        return known
-
-
-def _count(ones: Tensor) -> Tensor:
-    """Return the sum of ones and zeros, float64: fp32 holds whole numbers below 2^24 exactly, and adds faster."""
-    exact = not transformed() and ones.numel() < 2**24
-    return ones.sum().double() if exact else ones.sum(dtype=torch.float64)
+        return self._known[name]  # type: ignore[no-any-return]

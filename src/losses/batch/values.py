@@ -12,10 +12,10 @@ from torch import Tensor
 from ...errors import InvalidDatumsError
 from .layout import Packed
 from .problems import Problem, raise_first
-from .selection import readable
+from .selection import finite, readable
 from .token_batch import TokenBatch
 
-__all__ = ["LARGEST_LOGPROB", "examine", "look", "wrong_values"]
+__all__ = ["LARGEST_LOGPROB", "examine", "sound", "wrong_values"]
 
 LARGEST_LOGPROB: Final = 0.01  # log-probs are at most 0; half precision may round a little above
 _LOGPROBS: Final = ("logprobs", "rollout_logprobs", "old_logprobs", "ref_logprobs")
@@ -23,23 +23,21 @@ _NUMBERS: Final = ("weights", "advantages")
 _SHOWN: Final = 20
 
 
-def look(batch: TokenBatch, inputs: Sequence[str]) -> None:
-    """Look at the log-probs, in one pass, where they are readable; notes where all are finite (`TokenBatch.finite`).
+def sound(batch: TokenBatch, loss: Tensor) -> bool:
+    """Return whether there is no sign of a value that `examine` refuses, as far as looking is free.
 
     Args:
         batch: the tensors.
-        inputs: fields of the batch that a loss reads, beside the log-probs.
-
-    Raises:
-        InvalidDatumsError: see `examine`.
+        loss: what was computed from them; it may be finite where a log-prob is not, as the ratio of -inf is 0.
     """
-    if not readable(batch.logprobs) or not batch.logprobs.numel():
-        return
-    low, high = (x.item() for x in torch.aminmax(batch.logprobs.detach()))
-    if not low > -math.inf or not high <= LARGEST_LOGPROB:
-        examine(batch, inputs)
-    else:
-        object.__setattr__(batch, "finite", True)
+    if not readable(batch.logprobs):
+        return True
+    x = batch.logprobs.detach()
+    if not x.numel():
+        return finite(loss)
+    # The largest is NaN where any is.
+    high_enough = batch.shown_finite() or x.amin().item() > -math.inf
+    return finite(loss) and x.amax().item() <= LARGEST_LOGPROB and high_enough
 
 
 def examine(batch: TokenBatch, inputs: Sequence[str]) -> None:

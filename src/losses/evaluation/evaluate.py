@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..batch.adapt import batch_field
 from ..batch.problems import Problem, raise_readable
-from ..batch.selection import readable, wide
+from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
-from ..batch.values import examine, wrong_values
+from ..batch.values import examine, sound, wrong_values
 from ..counts import Counts, below_own, check_counts, count_units, divisor, given_count, own_total
 from .metrics import Metric, Unread, read, total
 from .output import LossOutput, Part
+from .pair_terms import numerators
 from .terms import Summand
 
 __all__ = ["Evaluable", "assemble", "fields_of", "part_of", "put_together"]
@@ -48,13 +49,14 @@ def assemble(
     """Reduce the terms of a loss and put them together; see `Loss.evaluate` and `Loss.undivided`."""
     check_counts(counts, terms)
     parts: list[Part] = []
+    sums = numerators(terms, batch)
     found: list[Problem | None] = [*batch.problems(), *loss.problems(batch)]
-    for term in terms:
-        part, problem = part_of(term, term.numerator(batch), batch, counts, divided=divided)
+    for term, numerator in zip(terms, sums, strict=True):
+        part, problem = part_of(term, numerator, batch, counts, divided=divided)
         parts.append(part)
         found.append(problem)
     output = put_together(loss, batch, lambda: terms, tuple(parts), raise_readable(found))
-    if readable(output.loss) and not math.isfinite(output.loss.item()):
+    if not sound(batch, output.loss):
         examine(batch, fields_of(loss))
     return output
 

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..batch.layout import Layout, accurate_dot
-from ..batch.selection import readable, select, select_, transformed
+from ..batch.layout import Layout, accurate_sum
+from ..batch.selection import finite, readable, select, select_, transformed
 from ..functional.closed_form import closed_form_of
 
-__all__ = ["Definition", "row_sum", "token_sum", "token_values", "weighted_sum"]
+__all__ = ["Definition", "row_cotangent", "row_sum", "scaled", "token_sum", "token_values", "weighted_sum"]
 
 Definition = Callable[..., Tensor]
 
 
-def row_sum(
-    x: Tensor, minus: Tensor | None, mask: Tensor | None, scale: Tensor | None, layout: Layout, finite: bool = False
-) -> Tensor:
+def row_sum(x: Tensor, minus: Tensor | None, mask: Tensor | None, scale: Tensor | None, layout: Layout) -> Tensor:
     """Return ``sum_t w_t (x_t - minus_t)`` of each row; float64 [B], differentiable in ``x``.
 
     Args:
@@ -34,18 +32,17 @@ def row_sum(
         mask: zeros where nothing is trained; None trains everything.
         scale: the weights, where they are more than a mask.
         layout: of the tokens.
-        finite: ``x`` is known to hold finite numbers only: a product with a weight of 0 then selects.
     """
     if transformed():
         values = select(x if minus is None else x - minus, mask)
         return layout.row_sums(values if scale is None else values * select(scale, mask))
-    result: Tensor = _RowSum.apply(x, minus, mask, scale, layout, finite)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        return _summed(x, minus, mask, scale, layout.row_sums)
+    result: Tensor = _RowSum.apply(x, minus, mask, scale, layout)  # type: ignore[no-untyped-call]
     return result
 
 
-def weighted_sum(
-    x: Tensor, mask: Tensor | None, scale: Tensor | None, coefficient: float, finite: bool = False
-) -> Tensor:
+def weighted_sum(x: Tensor, mask: Tensor | None, scale: Tensor | None, coefficient: float) -> Tensor:
     """Return ``coefficient * sum_t w_t x_t`` of all tokens; 0-d, of the dtype of ``x`` and differentiable in it.
 
     The other arguments are those of `row_sum`.
@@ -53,7 +50,7 @@ def weighted_sum(
     if transformed():
         values = select(x, mask)
         return _total(values if scale is None else values * select(scale, mask), coefficient)
-    result: Tensor = _WeightedSum.apply(x, mask, scale, coefficient, finite)  # type: ignore[no-untyped-call]
+    result: Tensor = _WeightedSum.apply(x, mask, scale, coefficient)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -111,8 +108,12 @@ def _plain(
 
 
 def _total(values: Tensor, coefficient: float) -> Tensor:
-    total = values.sum()  # pairwise: an error of 1e-7 of the magnitudes in fp32
-    return total if coefficient == 1.0 else total * coefficient
+    return scaled(values.sum(), coefficient)  # pairwise: an error of 1e-7 of the magnitudes in fp32
+
+
+def scaled(number: Tensor, coefficient: float) -> Tensor:
+    """Return ``number * coefficient``, without an operation where that is nothing to do."""
+    return number if coefficient == 1.0 else number * coefficient
 
 
 def _weighed(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -176,23 +177,19 @@ class _WeightedSum(Function):
     """`weighted_sum`; its derivative is the weight, so no log-prob is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, scale: Tensor | None, coefficient: float, finite: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: Tensor | None, coefficient: float) -> Tensor:
         ctx.save_for_backward(mask, scale)
         ctx.shape, ctx.coefficient = x.shape, coefficient
-        weights = mask if scale is None else scale
-        if weights is None:
-            return _total(x, coefficient)
-        return (accurate_dot(x if finite else select(x, mask), weights) * coefficient).to(x.dtype)
+        return (_summed(x, None, mask, scale, accurate_sum) * coefficient).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mask, scale = ctx.saved_tensors
         g = _scaled(gradients[0], ctx.coefficient)
         if mask is None or isinstance(g, Tensor) or not math.isfinite(g):
-            return _weight_times(gradients[0] * ctx.coefficient, mask, scale).expand(ctx.shape), None, None, None, None
-        return (mask if scale is None else scale) * g, None, None, None, None
+            g = gradients[0] * ctx.coefficient
+            return _weight_times(g, mask, scale, bounded=False).expand(ctx.shape), None, None, None
+        return (mask if scale is None else scale) * g, None, None, None
 
 
 @final
@@ -207,43 +204,61 @@ class _RowSum(Function):
         mask: Tensor | None,
         scale: Tensor | None,
         layout: Layout,
-        finite: bool,
     ) -> Tensor:
         ctx.save_for_backward(mask, scale)
         ctx.layout, ctx.dtype = layout, x.dtype
-        if minus is None and finite and mask is not None:
-            return layout.row_sums(x * (mask if scale is None else scale))
-        # A fresh tensor, unless there is neither a mask nor something to subtract.
-        values = select(x, mask) if minus is None else select_(x - minus, mask)
-        return layout.row_sums(values if scale is None else values.mul_(scale))
+        return _summed(x, minus, mask, scale, layout.row_sums)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mask, scale = ctx.saved_tensors
         layout: Layout = ctx.layout
-        g = layout.spread(gradients[0].to(ctx.dtype), len(layout.shape))
-        return _weight_times(g, mask, scale).expand(layout.shape), None, None, None, None, None
+        return row_cotangent(gradients[0], mask, scale, layout, ctx.dtype), None, None, None, None
 
 
-def _weight_times(g: Tensor, mask: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Return ``w g``, exactly 0 where nothing is trained; a mask that is no scale holds ones and zeros."""
+def _summed(
+    x: Tensor,
+    minus: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return ``reduce(w (x - minus))``, where what has a weight of 0 is exactly 0, whatever it was."""
+    weights = mask if scale is None else scale
+    if weights is None:
+        return reduce(x if minus is None else x - minus)
+    if readable(x):
+        total = reduce(x * weights if minus is None else (x - minus).mul_(weights))
+        if finite(total):  # so is each product, and what a weight of 0 made of a finite number is 0
+            return total
+    values = select(x, mask) if minus is None else select_(x - minus, mask)
+    return reduce(values if scale is None else values.mul_(scale))
+
+
+def row_cotangent(g: Tensor, mask: Tensor | None, scale: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Return ``w_t g`` of each token, [*layout], from one number ``g`` per row, [B]; see `row_sum`."""
+    g = g.to(dtype)
+    bounded = not torch.is_grad_enabled() and readable(g) and finite(g)
+    per_token = _weight_times(layout.spread(g, len(layout.shape)), mask, scale, bounded=bounded)
+    return per_token.expand(layout.shape)
+
+
+def _weight_times(g: Tensor, mask: Tensor | None, scale: Tensor | None, *, bounded: bool) -> Tensor:
+    """Return ``w g``, exactly 0 where nothing is trained.
+
+    Args:
+        g: a cotangent that broadcasts to the mask.
+        mask, scale: as of `row_sum`; a mask that is no scale holds ones and zeros.
+        bounded: ``g`` is known to be finite, so that its product with 0 is 0.
+    """
     if mask is None:
         return g
     product = g * (mask if scale is None else scale)
-    if _finite(g):
-        return product  # a finite number times 0 is 0
-    return select(product, mask)
-
-
-def _finite(g: Tensor) -> bool:
-    """Return whether a cotangent is known to be finite, from a look at it where that is free."""
-    if torch.is_grad_enabled() or not readable(g):
-        return False
-    return math.isfinite((g if g.dim() == 0 else g.sum()).item())
+    return product if bounded else select(product, mask)
 
 
 def _scaled(g: Tensor, coefficient: float) -> Tensor | float:
     """Return ``g * coefficient``; as a number, which spares an operation, where looking at it is free."""
     if torch.is_grad_enabled() or not readable(g):
-        return g if coefficient == 1.0 else g * coefficient
+        return scaled(g, coefficient)
     return g.item() * coefficient

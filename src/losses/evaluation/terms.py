@@ -15,7 +15,7 @@ from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
 from ..functional.likelihood import nll
-from .sums import token_sum, token_values
+from .sums import scaled, token_sum, token_values
 
 __all__ = ["Summand", "Term", "TokenTerm"]
 
@@ -101,8 +101,7 @@ class TokenTerm(Summand):
         if self.definition is nll and self.factor is None and self.where is None and coefficients is None:
             # Linear in the log-probs: no token's value is needed.
             if per_row is None:
-                total = batch.negative_log_likelihood()
-                return total if scale == 1.0 else total * scale
+                return scaled(batch.negative_log_likelihood(), scale)
             return (batch.weighted_row_sum() * per_row).sum() * -scale
         factors = [f for f in (batch.scale, self.factor, coefficients) if f is not None]
         if per_row is not None:
@@ -156,8 +155,7 @@ class Term(Summand):
     def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
         scale = self.scale * self.aggregation.constant
         if self.unit != "token":
-            total = self.unreduced.sum(dtype=torch.float64)
-            return total if scale == 1.0 else total * scale
+            return scaled(self.unreduced.sum(dtype=torch.float64), scale)
         per_row = self.aggregation.row_coefficients(batch) if coefficients is None else None
         weighed = self.unreduced.double() * batch.weight
         if per_row is not None:

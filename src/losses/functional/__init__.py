@@ -15,13 +15,14 @@ from .old_names import clipped_surrogate as clipped_surrogate
 from .old_names import dpo_sigmoid as dpo_sigmoid
 from .old_names import kl_value as kl_value
 from .policy import cispo, dro, gspo_token, importance_sampling, policy_gradient, ppo_clip
-from .preference import dpo, log_odds, log_odds_ratio, odds_ratio, simpo
+from .preference import chosen_nll, dpo, log_odds, log_odds_ratio, odds_ratio, simpo
 
 __all__ = [
     "KLEstimator",
     "KLGradient",
     "bounded_exp",
     "bounded_expm1",
+    "chosen_nll",
     "cispo",
     "closed_form",
     "closed_form_of",

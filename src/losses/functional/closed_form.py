@@ -7,10 +7,12 @@ from typing import Any, Final
 
 from torch import Tensor
 
-__all__ = ["ClosedForm", "closed_form", "closed_form_of", "value_of"]
+__all__ = ["ClosedForm", "PairForm", "closed_form", "closed_form_of", "pair_form", "pair_form_of", "value_of"]
 
 ClosedForm = Callable[..., tuple[Tensor, Tensor]]
+PairForm = Callable[..., tuple[Tensor, Tensor, Tensor]]
 _CLOSED_FORMS: Final[dict[Callable[..., Tensor], ClosedForm]] = {}
+_PAIR_FORMS: Final[dict[Callable[..., Tensor], PairForm]] = {}
 
 
 def closed_form(definition: Callable[..., Tensor]) -> Callable[[ClosedForm], ClosedForm]:
@@ -35,6 +37,28 @@ def closed_form(definition: Callable[..., Tensor]) -> Callable[[ClosedForm], Clo
 def closed_form_of(definition: Callable[..., Any]) -> ClosedForm | None:
     """Return the closed form of ``definition``, or None where it has none."""
     return _CLOSED_FORMS.get(definition)
+
+
+def pair_form(definition: Callable[..., Tensor]) -> Callable[[PairForm], PairForm]:
+    """Return a decorator that makes a function the closed form of a ``definition`` of pairs.
+
+    ``(chosen, rejected, *args) -> (value, slope, slope)``: the definition's value, and its derivatives with respect to both
+    sides, on the terms of `closed_form`.
+
+    Args:
+        definition: a formula that is elementwise in its first two arguments.
+    """
+
+    def attach(function: PairForm) -> PairForm:
+        _PAIR_FORMS[definition] = function
+        return function
+
+    return attach
+
+
+def pair_form_of(definition: Callable[..., Any]) -> PairForm | None:
+    """Return the closed form of a ``definition`` of pairs, or None where it has none."""
+    return _PAIR_FORMS.get(definition)
 
 
 def value_of(definition: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:

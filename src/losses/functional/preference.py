@@ -1,7 +1,4 @@
-"""Preference losses: one value per pair of a chosen and a rejected response.
-
-None has a closed form: with one number per response, autograd costs nothing.
-"""
+"""Preference losses: one value per pair of a chosen and a rejected response."""
 
 from __future__ import annotations
 
@@ -11,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-__all__ = ["dpo", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"]
+from .closed_form import pair_form
+from .likelihood import nll
+
+__all__ = ["chosen_nll", "dpo", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"]
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
@@ -33,6 +33,39 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: fl
     margin = beta * (chosen - rejected)
     loss = -logsigmoid(margin)
     return loss if label_smoothing == 0.0 else loss + label_smoothing * margin  # log s(-z) = log s(z) - z
+
+
+@pair_form(dpo)
+def _dpo(
+    chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    margin = (chosen - rejected).mul_(beta)
+    value = logsigmoid(margin).neg_()
+    if label_smoothing:
+        value.add_(margin, alpha=label_smoothing)
+    slope = margin.neg_().sigmoid_().sub_(label_smoothing).mul_(-beta)
+    return value, slope, -slope
+
+
+def chosen_nll(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return the negative log-likelihood of the chosen response of each pair.
+
+    Its derivative with respect to ``chosen`` is -1, and with respect to ``rejected`` 0.
+
+    Args:
+        chosen, rejected: mean log-prob of each response, nats, [P].
+
+    Returns:
+        One value per pair, [P].
+
+    Source: ORPO, arXiv:2403.07691, equation 6.
+    """
+    return nll(chosen)
+
+
+@pair_form(chosen_nll)
+def _chosen_nll(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return chosen.neg(), torch.full_like(chosen, -1.0), torch.zeros_like(rejected)
 
 
 def log_odds(logprob: Tensor, max_prob: float) -> Tensor:
@@ -88,6 +121,18 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> Tensor:
     return -logsigmoid(log_odds_ratio(chosen, rejected, max_prob))
 
 
+@pair_form(odds_ratio)
+def _odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> tuple[Tensor, Tensor, Tensor]:
+    both = torch.stack((chosen, rejected))
+    inside = both.clamp(max=math.log(max_prob))
+    rest = inside.expm1().neg_()  # 1 - p; the slope of the log odds is 1 / (1 - p), on the tangent too
+    odds = both.sub_(inside).div_(rest).add_(inside).sub_(rest.log())
+    ratio = odds[0] - odds[1]
+    value = logsigmoid(ratio).neg_()
+    gain = ratio.neg_().sigmoid_()
+    return value, (gain / rest[0]).neg_(), gain.div_(rest[1])
+
+
 def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     """Return the SimPO loss of each pair, ``-log sigmoid(z)``, ``z = beta (chosen - rejected) - gamma``.
 
@@ -104,3 +149,11 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.
     Source: SimPO, arXiv:2405.14734, equation 6.
     """
     return -logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+@pair_form(simpo)
+def _simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    margin = (chosen - rejected).mul_(beta).sub_(gamma)
+    value = logsigmoid(margin).neg_()
+    slope = margin.neg_().sigmoid_().mul_(-beta)
+    return value, slope, -slope

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
-
-from torch import Tensor
+from typing import ClassVar, Final, final
 
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
@@ -14,12 +12,15 @@ from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import number
 from ..evaluation.metrics import Unread, mean
-from ..evaluation.terms import Summand, Term
+from ..evaluation.pair_terms import PairTerm, Responses
+from ..evaluation.terms import Summand
 from ..functional.preference import dpo
 from ..registry import register
-from .pairs import by_pair, empty_responses, margin_metrics
+from .pairs import empty_responses, margin_metrics
 
 __all__ = ["DPO"]
+
+_LOG_RATIOS: Final = Responses("ref_logprobs")  # h
 
 
 @register
@@ -59,17 +60,12 @@ class DPO(Loss):
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
-        values = dpo(*self._log_ratios(batch), self.beta, self.label_smoothing)
-        return (Term("dpo", values, "pair", self.main_aggregation),)
+        return (PairTerm("dpo", dpo, _LOG_RATIOS, (self.beta, self.label_smoothing), self.main_aggregation),)
 
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
         return (empty_responses(batch, self.name),)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        chosen, rejected = (self.beta * log_ratio for log_ratio in self._log_ratios(batch))
+        chosen, rejected = (self.beta * log_ratio for log_ratio in _LOG_RATIOS.sides(batch))
         margins = margin_metrics(chosen - rejected)
         return {**margins, "reward_chosen": mean(chosen), "reward_rejected": mean(rejected)}
-
-    def _log_ratios(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return h of the chosen and of the rejected responses, float64 [P] each."""
-        return by_pair(batch, batch.weighted_row_sum("ref_logprobs"))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
 
 from ..aggregation import AGGREGATIONS, Aggregation
 from ..base import GradientKind, Loss
@@ -15,11 +14,12 @@ from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
 from ..evaluation.metrics import Unread, mean, total
-from ..evaluation.terms import Summand, Term, TokenTerm
+from ..evaluation.pair_terms import PairTerm
+from ..evaluation.terms import Summand, TokenTerm
 from ..functional.likelihood import nll
-from ..functional.preference import log_odds_ratio, odds_ratio
+from ..functional.preference import chosen_nll, log_odds_ratio, odds_ratio
 from ..registry import register
-from .pairs import empty_responses, margin_metrics, mean_logprobs, weightless_responses
+from .pairs import MEANS, margin_metrics, responses_without_mean
 
 __all__ = ["ORPO"]
 
@@ -66,15 +66,14 @@ class ORPO(Loss):
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
-        chosen, rejected = mean_logprobs(batch)
-        odds = odds_ratio(chosen, rejected, self.max_prob)
-        return (self._nll_term(batch, chosen), Term("odds", odds, "pair", self.main_aggregation, self.lam))
+        odds = PairTerm("odds", odds_ratio, MEANS, (self.max_prob,), self.main_aggregation, self.lam)
+        return (self._nll_term(batch), odds)
 
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
-        return empty_responses(batch, self.name), weightless_responses(batch, self.name)
+        return responses_without_mean(batch, self.name)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        chosen, rejected = mean_logprobs(batch)
+        chosen, rejected = MEANS.sides(batch)
         capped = torch.cat([chosen, rejected]).exp() > self.max_prob
         return {
             **margin_metrics(log_odds_ratio(chosen, rejected, self.max_prob)),
@@ -83,9 +82,11 @@ class ORPO(Loss):
             "odds_capped": total(capped),
         }
 
-    def _nll_term(self, batch: TokenBatch, chosen: Tensor) -> Summand:
+    def _nll_term(self, batch: TokenBatch) -> Summand:
         if self.nll == "sequence_mean":
-            return Term("nll", nll(chosen), "pair", self.main_aggregation)
-        is_chosen = torch.zeros(batch.num_sequences, device=chosen.device).index_fill(0, batch.pairs.chosen, 1.0)
+            return PairTerm("nll", chosen_nll, MEANS, (), self.main_aggregation)
+        is_chosen = torch.zeros(batch.num_sequences, device=batch.logprobs.device).index_fill(
+            0, batch.pairs.chosen, 1.0
+        )
         where = batch.layout.spread(is_chosen != 0, batch.logprobs.dim()).expand(batch.layout.shape)
         return TokenTerm("nll", nll, (), AGGREGATIONS["token_mean"], where=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from ..batch.problems import Problem
 from ..batch.selection import readable
 from ..batch.token_batch import TokenBatch
 from ..evaluation.metrics import Unread, mean
+from ..evaluation.pair_terms import Responses, surely_weighed
 
-__all__ = ["by_pair", "empty_responses", "margin_metrics", "mean_logprobs", "weightless_responses"]
+__all__ = ["MEANS", "empty_responses", "margin_metrics", "responses_without_mean"]
+
+MEANS: Final = Responses(mean=True)  # the weighted mean log-probs
 
 
 def empty_responses(batch: TokenBatch, name: str) -> Problem | None:
@@ -27,12 +32,11 @@ def empty_responses(batch: TokenBatch, name: str) -> Problem | None:
     return Problem((tokens[members] == 0).any(), error)
 
 
-def weightless_responses(batch: TokenBatch, name: str) -> Problem | None:
-    """Return the problem of a response whose weights have no positive sum, so that it has no mean log-prob."""
-    weight = batch.weight_per_sequence
-    if readable(weight) and bool((weight > 0).all()):
-        return None
-    members = torch.cat(batch.pairs)
+def responses_without_mean(batch: TokenBatch, name: str) -> tuple[Problem | None, ...]:
+    """Return the problems of a response that has no mean log-prob: nothing is trained, or the weights have no positive sum."""
+    if surely_weighed(batch):
+        return ()
+    members, weight = torch.cat(batch.pairs), batch.weight_per_sequence
 
     def error() -> EmptyUnitError:
         without = sorted(members[weight[members] <= 0].tolist())
@@ -40,22 +44,7 @@ def weightless_responses(batch: TokenBatch, name: str) -> Problem | None:
             f"{name}: every response needs weights with a positive sum, to take a mean log-prob; sequences {without} lack it"
         )
 
-    return Problem((weight[members] <= 0).any(), error)
-
-
-def by_pair(batch: TokenBatch, per_sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Return those of the chosen and those of the rejected sequences, [P] each, of one number per sequence, [B]."""
-    pairs = batch.pairs
-    if batch.role is None:  # neighbours
-        chosen, rejected = per_sequence.view(-1, 2).unbind(1)
-        return chosen, rejected
-    return per_sequence[pairs.chosen], per_sequence[pairs.rejected]
-
-
-def mean_logprobs(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Return the weighted mean log-probs of chosen and rejected responses; float64 [P] each, differentiable."""
-    weight = batch.weight_per_sequence
-    return by_pair(batch, batch.weighted_row_sum() / torch.where(weight > 0, weight, 1.0))
+    return empty_responses(batch, name), Problem((weight[members] <= 0).any(), error)
 
 
 def margin_metrics(margin: Tensor) -> dict[str, Unread]:
@@ -68,4 +57,4 @@ def _surely_trained(batch: TokenBatch) -> bool:
     """Return whether every sequence has a trained token, as far as that can be seen for nothing."""
     if not readable(batch.weight):
         return False
-    return bool((batch.weight_per_sequence != 0).all())  # a sum that is not 0 has an entry that is not 0
+    return bool(batch.weight_per_sequence.all())  # a sum that is not 0 has an entry that is not 0

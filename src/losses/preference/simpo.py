@@ -12,10 +12,11 @@ from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import number
 from ..evaluation.metrics import Unread
-from ..evaluation.terms import Summand, Term
+from ..evaluation.pair_terms import PairTerm
+from ..evaluation.terms import Summand
 from ..functional.preference import simpo
 from ..registry import register
-from .pairs import empty_responses, margin_metrics, mean_logprobs, weightless_responses
+from .pairs import MEANS, margin_metrics, responses_without_mean
 
 __all__ = ["SimPO"]
 
@@ -56,12 +57,11 @@ class SimPO(Loss):
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
-        values = simpo(*mean_logprobs(batch), self.beta, self.gamma)
-        return (Term("simpo", values, "pair", self.main_aggregation),)
+        return (PairTerm("simpo", simpo, MEANS, (self.beta, self.gamma), self.main_aggregation),)
 
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
-        return empty_responses(batch, self.name), weightless_responses(batch, self.name)
+        return responses_without_mean(batch, self.name)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        chosen, rejected = mean_logprobs(batch)
+        chosen, rejected = MEANS.sides(batch)
         return margin_metrics(self.beta * (chosen - rejected) - self.gamma)

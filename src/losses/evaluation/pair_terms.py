@@ -1,0 +1,172 @@
+"""Pair terms: the summands of a loss that have one value per pair of a chosen and a rejected response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..aggregation import Aggregation
+from ..batch.selection import readable, transformed
+from ..batch.token_batch import TokenBatch
+from ..checks import number
+from ..functional.closed_form import pair_form_of
+from .sums import row_cotangent, scaled
+from .terms import Summand
+
+__all__ = ["PairTerm", "Responses", "numerators", "surely_weighed"]
+
+
+class Responses(NamedTuple):
+    """What a response is judged by: ``sum_t w_t (logprob_t - other_t)``, or that divided by ``sum_t w_t``.
+
+    Args:
+        relative_to: the field of the other log-probs, e.g. ``ref_logprobs``; None for 0.
+        mean: whether to divide.
+    """
+
+    relative_to: str | None = None
+    mean: bool = False
+
+    def sides(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the chosen and of the rejected responses; float64 [P], differentiable in the log-probs."""
+        rows = batch.weighted_row_sum(self.relative_to)
+        rows = rows / _divisor(batch) if self.mean else rows
+        if batch.neighbours_are_pairs:
+            chosen, rejected = rows.view(-1, 2).unbind(1)
+            return chosen, rejected
+        return rows[batch.pairs.chosen], rows[batch.pairs.rejected]
+
+    def slopes(self, batch: TokenBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Return the derivative by each sequence's sum, [B], from those by the numbers of both sides, [P]."""
+        if batch.neighbours_are_pairs:
+            slopes = torch.stack((chosen, rejected), 1).view(-1)
+        else:
+            members = torch.cat(batch.pairs)
+            slopes = chosen.new_zeros(batch.num_sequences).scatter_(0, members, torch.cat((chosen, rejected)))
+        return slopes.div_(_divisor(batch)) if self.mean else slopes
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PairTerm(Summand):
+    """A summand with one value per pair, ``definition(chosen, rejected, *args)``.
+
+    Args:
+        name: e.g. ``dpo``.
+        definition: a function of `pullback.losses.functional`, or any other pure one; elementwise in both sides.
+        responses: what the two sides are.
+        args: the definition's other arguments, numbers.
+        aggregation: how the values are put together.
+        scale: the summand's coefficient.
+        where: of no effect: a pair counts whole.
+
+    Raises:
+        ConfigError: the aggregation does not fit pairs, or the scale is no finite number.
+    """
+
+    name: str
+    definition: Callable[..., Tensor]
+    responses: Responses
+    args: tuple[Any, ...]
+    aggregation: Aggregation
+    scale: float = 1.0
+    where: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
+        number("scale of a term", self.scale)
+
+    def counting(self, where: Tensor | None) -> PairTerm:
+        return replace(self, where=where)
+
+    def values(self, batch: TokenBatch) -> Tensor:
+        with torch.no_grad():
+            return self.definition(*self.responses.sides(batch.detached()), *self.args)
+
+    def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
+        (total,) = _pair_sums(self.responses, (self,), batch)
+        return total
+
+
+def numerators(terms: Sequence[Summand], batch: TokenBatch) -> list[Tensor]:
+    """Return the numerator of each summand; pair terms on the same numbers take one pass over the tokens."""
+    alike: dict[Responses, list[PairTerm]] = {}
+    for term in terms:
+        if isinstance(term, PairTerm):
+            alike.setdefault(term.responses, []).append(term)
+    found: dict[int, Tensor] = {}
+    for responses, group in alike.items():
+        found.update(zip(map(id, group), _pair_sums(responses, group, batch), strict=True))
+    return [found[id(term)] if id(term) in found else term.numerator(batch) for term in terms]
+
+
+def surely_weighed(batch: TokenBatch) -> bool:
+    """Return whether the weights of every sequence have a positive sum, as far as that can be seen for nothing."""
+
+    def look() -> bool:
+        return readable(batch.weight) and bool((batch.weight_per_sequence > 0).all())
+
+    return batch.remember("every sequence has weight", look)
+
+
+def _divisor(batch: TokenBatch) -> Tensor:
+    weight = batch.weight_per_sequence
+    return weight if surely_weighed(batch) else torch.where(weight > 0, weight, 1.0)
+
+
+def _pair_sums(responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch) -> Sequence[Tensor]:
+    """Return ``scale * sum_p definition(chosen_p, rejected_p, *args)`` of each term; float64, 0-d."""
+    if transformed() or any(pair_form_of(term.definition) is None for term in terms):
+        return _plain(responses, terms, batch)
+    found: tuple[Tensor, ...] = _PairSums.apply(batch.logprobs, responses, terms, batch)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _plain(responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch) -> list[Tensor]:
+    sides = responses.sides(batch)
+    return [scaled(term.definition(*sides, *term.args).sum(), term.scale) for term in terms]
+
+
+@final
+class _PairSums(Function):
+    """`_pair_sums` from closed forms: keeps one slope per response, and no log-prob."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch
+    ) -> tuple[Tensor, ...]:
+        sides = responses.sides(batch)
+        totals: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for term in terms:
+            closed = pair_form_of(term.definition)
+            assert closed is not None
+            value, of_chosen, of_rejected = closed(*sides, *term.args)
+            totals.append(scaled(value.sum(), term.scale))
+            slopes += (of_chosen, of_rejected)
+        ctx.save_for_backward(*slopes)
+        ctx.rest = responses, terms, batch
+        return tuple(totals)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        responses, terms, batch = ctx.rest
+        if torch.is_grad_enabled():  # a second derivative is wanted: that of the definitions themselves
+            totals = _plain(responses, terms, batch)
+            return torch.autograd.grad(totals, batch.logprobs, gradients, create_graph=True)[0], None, None, None
+        coefficients = [scaled(g, term.scale) for g, term in zip(gradients, terms, strict=True)]
+        chosen, rejected = (_dot(coefficients, ctx.saved_tensors[side::2]) for side in (0, 1))
+        per_row = responses.slopes(batch, chosen, rejected)
+        return row_cotangent(per_row, batch.mask, batch.scale, batch.layout, batch.logprobs.dtype), None, None, None
+
+
+def _dot(coefficients: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    total = vectors[0] * coefficients[0]
+    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
+        total.addcmul_(vector, coefficient)
+    return total
