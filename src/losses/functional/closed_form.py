@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-__all__ = ["ClosedForm", "PairForm", "closed_form", "closed_form_of", "pair_form", "pair_form_of", "value_of"]
+__all__ = ["ClosedForm", "PairForm", "closed_form", "closed_form_of", "pair_form", "pair_form_of"]
 
 ClosedForm = Callable[..., tuple[Tensor, Tensor]]
 PairForm = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -59,9 +59,3 @@ def pair_form(definition: Callable[..., Tensor]) -> Callable[[PairForm], PairFor
 def pair_form_of(definition: Callable[..., Any]) -> PairForm | None:
     """Return the closed form of a ``definition`` of pairs, or None where it has none."""
     return _PAIR_FORMS.get(definition)
-
-
-def value_of(definition: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """Return ``definition(x, *args)`` of constants: by its closed form, which works in place, where there is one."""
-    closed = _CLOSED_FORMS.get(definition)
-    return definition(x, *args) if closed is None else closed(x, *args)[0]

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ..batch.selection import readable
+
 __all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "constant", "log1mexp"]
 
 EXPONENT_LIMIT: Final = 20.0
@@ -19,11 +21,15 @@ def bounded_exp(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     The slope stays at exp(limit) beyond the limit, where a clamp would silently make it 0 and a plain exp overflows
     (fp32: at 88.7, with NaN gradients).
     """
+    if _surely_below(x, limit):
+        return x.exp()
     return x.clamp(max=limit).exp() * (1.0 + (x - limit).relu())
 
 
 def bounded_expm1(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     """Return ``exp(x) - 1`` without cancellation near 0, continued by its tangent beyond ``limit``."""
+    if _surely_below(x, limit):
+        return x.expm1()
     return x.clamp(max=limit).expm1() + math.exp(limit) * (x - limit).relu()
 
 
@@ -42,3 +48,9 @@ def log1mexp(x: Tensor) -> Tensor:
 def constant(x: Tensor | float) -> Tensor | float:
     """Return ``x`` as a constant: a tensor without its history, a number as it is."""
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def _surely_below(x: Tensor, limit: float) -> bool:
+    """Return whether a constant nowhere exceeds ``limit``, so that no tangent is needed, as far as looking is free."""
+    varies = x.requires_grad and torch.is_grad_enabled()
+    return readable(x) and not varies and x.numel() > 0 and x.amax().item() <= limit

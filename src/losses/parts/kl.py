@@ -14,7 +14,6 @@ from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
 from ..evaluation.metrics import Unread, mean
 from ..evaluation.terms import TokenTerm
-from ..functional.closed_form import value_of
 from ..functional.kl import KLEstimator, KLGradient, kl, kl_penalty
 from .ratio import anchor, importance_ratio
 
@@ -110,8 +109,8 @@ class KL:
 
     def metric(self, batch: TokenBatch) -> Unread:
         """Return the mean of the estimator over the trained tokens, without importance weights."""
-        estimate = value_of(kl, wide(batch.logprobs.detach()), batch.given("ref_logprobs"), self.estimator)
-        return mean(select_(estimate, batch.mask), batch.trained_count)
+        log_ratio = select_(wide(batch.logprobs.detach()) - batch.given("ref_logprobs"), batch.mask)
+        return mean(kl(log_ratio, 0.0, self.estimator), batch.trained_count)
 
     def penalty(self, logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor) -> Tensor:
         """Return w * K per token, shape of ``logprobs``; beta is the term's scale.
