@@ -12,6 +12,7 @@ from .config import keys
 from .counting import Counted
 from .evaluation.metrics import Metric, Unread, combine_metrics, wire_metrics
 from .evaluation.output import LossOutput, Part
+from .evaluation.pair_terms import PairTerm, Responses
 from .evaluation.streaming import TokenStream
 from .evaluation.terms import Summand, Term, TokenTerm
 from .functional import (
@@ -56,10 +57,12 @@ __all__ = [
     "Metric",
     "Packed",
     "Padded",
+    "PairTerm",
     "Part",
     "Recipe",
     "Registry",
     "Rejection",
+    "Responses",
     "SimPO",
     "Summand",
     "Term",
