@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .builders import (
-    datum_from_messages,
     datum_from_prompt_completion,
     datum_from_rollout,
     datum_from_spans,
     datum_from_tokens_weights,
     preference_pair,
 )
+from .chat import datum_from_messages
 from .convert import from_tinker, to_fireworks, to_tinker
 from .types import Datum, ModelInput, TensorData, explain
 from .validation import validate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,7 +15,6 @@ from ..losses.batch.keys import ROLE_CHOSEN, ROLE_REJECTED
 from .types import Datum, ModelInput
 
 __all__ = [
-    "datum_from_messages",
     "datum_from_prompt_completion",
     "datum_from_rollout",
     "datum_from_spans",
@@ -87,42 +86,6 @@ def datum_from_prompt_completion(prompt: Tokens, completion: Tokens, max_length:
         raise DatumError(f"prompt ({before.numel()} tokens) and completion ({after.numel()}) must both have a token")
     weights = torch.cat([torch.zeros(before.numel()), torch.ones(after.numel())])
     return datum_from_tokens_weights(torch.cat([before, after]), weights, max_length)
-
-
-def datum_from_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], train_on: str = "assistant") -> Datum:
-    """Build from chat messages, training on the turns of one role, their end-of-turn token included.
-
-    Args:
-        tokenizer: has ``apply_chat_template``.
-        messages: dicts with ``role`` and ``content``.
-        train_on: the role whose turns are trained.
-
-    Raises:
-        DatumError: no turn of that role, or the template rewrites earlier turns when later ones follow (then no span of
-            tokens belongs to one turn; use `datum_from_spans`).
-    """
-    if not any(message["role"] == train_on for message in messages):
-        raise DatumError(f"no message has the role {train_on!r}; found {[m['role'] for m in messages]}")
-    whole = _render(tokenizer, messages, False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == train_on:
-            before = _render(tokenizer, messages[:i], True)
-            including = _render(tokenizer, messages[: i + 1], False)
-            if whole[: len(including)] != including or including[: len(before)] != before:
-                raise DatumError(
-                    f"message {i}: the chat template renders it differently when other turns follow, so its tokens cannot be "
-                    "told apart; render the text yourself and use datum_from_spans"
-                )
-            spans.append((len(before), len(including)))
-    return datum_from_spans(whole, spans)
-
-
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool) -> list[int]:
-    if not messages:
-        raise DatumError("the first message must not be a trained one: nothing would come before it")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def datum_from_rollout(

@@ -97,13 +97,13 @@ def test_preference_pair() -> None:
 class ChatTokenizer:
     """ChatML on characters."""
 
-    def __init__(self, fickle: bool = False) -> None:
-        self.fickle = fickle
+    def __init__(self, forgetful: bool = False) -> None:
+        self.forgetful = forgetful
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
-        text = "".join(f"[{m['role']}]{m['content']}|" for m in messages)
-        if self.fickle and len(messages) > 2:
-            text = text.replace("a", "")
+        text = "".join(f"[{m['role']}]{m['content']}|" for m in messages[-2:])
+        if not self.forgetful:
+            text = "".join(f"[{m['role']}]{m['content']}|" for m in messages[:-2]) + text
         return text + ("[assistant]" if add_generation_prompt else "")
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
@@ -111,7 +111,7 @@ class ChatTokenizer:
 
 
 def test_messages() -> None:
-    """Exactly the assistant's words and their end of turn are trained; a template that rewrites turns is refused."""
+    """Exactly the assistant's words and their end of turn are trained; a template that leaves turns out is refused."""
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "aha"},
@@ -121,7 +121,9 @@ def test_messages() -> None:
     _, targets, weights = columns(datum_from_messages(ChatTokenizer(), messages))
     assert "".join(chr(t) for t, w in zip(targets, weights, strict=True) if w) == "aha|bye|"
     with pytest.raises(DatumError, match="message 1"):
-        datum_from_messages(ChatTokenizer(fickle=True), messages)
+        datum_from_messages(ChatTokenizer(forgetful=True), messages)
+    _, targets, weights = columns(datum_from_messages(ChatTokenizer(forgetful=True), messages, turns="last"))
+    assert "".join(chr(t) for t, w in zip(targets, weights, strict=True) if w) == "bye|"
     with pytest.raises(DatumError, match="no message"):
         datum_from_messages(ChatTokenizer(), messages[:1])
 

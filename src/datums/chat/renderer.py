@@ -1,0 +1,151 @@
+"""A tokenizer's chat template: renders chats, and says what it cannot render."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from ...errors import DatumError, suggestion
+from .messages import Chat
+
+__all__ = ["Renderer", "common_prefix"]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ARGUMENTS = ("chat_template", "documents", "sanitize_control_tokens", "tokenizer_kwargs")
+
+
+class Renderer:
+    """Renders chats with the template of a tokenizer.
+
+    Args:
+        tokenizer: has ``apply_chat_template``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not callable(getattr(tokenizer, "apply_chat_template", None)):
+            raise DatumError(f"{type(tokenizer).__name__} has no apply_chat_template; chats need a tokenizer with one")
+        self.tokenizer = tokenizer
+
+    def __call__(self, chat: Chat, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        """Return the text of messages, with the tools and arguments of a chat.
+
+        Args:
+            chat: whose tools and arguments are used.
+            messages: rendered in this order.
+            prompt: end with the beginning of the assistant's next turn, as a sampler is given it.
+
+        Raises:
+            DatumError: the template refuses them.
+        """
+        options = dict(chat.arguments) if chat.tools is None else {"tools": chat.tools, **chat.arguments}
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **options
+            )
+        except Exception as error:  # a template is a program of its own: it may raise anything
+            raise DatumError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        return str(text)
+
+    def prepare(self, chat: Chat) -> tuple[Chat, str]:
+        """Return the chat as the template takes it, and its text.
+
+        Parts are joined where the template takes only text, and no content is an empty one where it needs some.
+
+        Raises:
+            DatumError: the template refuses it, or ignores its tools or arguments.
+        """
+        self._check_arguments(chat)
+        if any(isinstance(m.get("content"), (list, tuple)) for m in chat.messages) and not self._takes_parts:
+            chat = replace(chat, messages=tuple(_joined(m) for m in chat.messages))
+        try:
+            text = self(chat, chat.messages)
+        except DatumError:
+            if all(m.get("content") is not None for m in chat.messages):
+                raise
+            chat = replace(chat, messages=tuple(_filled(m) for m in chat.messages))
+            text = self(chat, chat.messages)
+        if chat.tools is not None and text == self(replace(chat, tools=None), chat.messages):
+            raise DatumError(
+                "the chat template ignores tools: the chat reads the same without them; use one that renders tools"
+            )
+        return chat, text
+
+    def template_of(self, chat: Chat) -> str:
+        """Return the source of the template that renders a chat, empty where it is not known."""
+        try:
+            chosen = self.tokenizer.get_chat_template(chat.arguments.get("chat_template"), chat.tools)
+        except (AttributeError, TypeError, ValueError):
+            return ""
+        return chosen if isinstance(chosen, str) else ""
+
+    def marks_generation(self, chat: Chat) -> bool:
+        """Whether the template itself says which text is generated, by ``{% generation %}``."""
+        return bool(_GENERATION.search(self.template_of(chat))) and bool(getattr(self.tokenizer, "is_fast", False))
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        """Matches the special tokens of the tokenizer."""
+        found = {str(token) for token in getattr(self.tokenizer, "all_special_tokens", ())}
+        for token in dict(getattr(self.tokenizer, "added_tokens_decoder", {})).values():
+            if getattr(token, "special", False):
+                found.add(str(token))
+        return _alternatives(found)
+
+    @cached_property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches every added token, special or not."""
+        added = {str(token) for token in dict(getattr(self.tokenizer, "added_tokens_decoder", {})).values()}
+        return _alternatives(added | {str(token) for token in getattr(self.tokenizer, "all_special_tokens", ())})
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether text in parts reads as the same text alone."""
+        words = (("user", "question"), ("assistant", "answer"))
+        plain = [{"role": role, "content": word} for role, word in words]
+        parts = [{"role": role, "content": [{"type": "text", "text": word}]} for role, word in words]
+        try:
+            return self(Chat((), ()), plain) == self(Chat((), ()), parts)
+        except DatumError:
+            return False
+
+    def _check_arguments(self, chat: Chat) -> None:
+        source = self.template_of(chat)
+        for key in chat.arguments if source else ():
+            if key not in _ARGUMENTS and not re.search(rf"\b{re.escape(key)}\b", source):
+                words = set(re.findall(r"[A-Za-z_]\w{2,}", source))
+                raise DatumError(
+                    f"the chat template has no argument {key!r}{suggestion(key, words)}; it would be ignored"
+                )
+
+
+def common_prefix(a: str, b: str) -> int:
+    """Return how many characters two texts share from their beginning."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _alternatives(words: set[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, words), key=lambda word: (-len(word), word))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _filled(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return message if message.get("content") is not None else {**message, "content": ""}
