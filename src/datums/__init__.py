@@ -11,12 +11,15 @@ from .builders import (
 )
 from .chat import datum_from_messages
 from .convert import from_tinker, to_fireworks, to_tinker
+from .rows import RowNote, RowsReport, from_rows
 from .types import Datum, ModelInput, TensorData, explain
 from .validation import validate
 
 __all__ = [
     "Datum",
     "ModelInput",
+    "RowNote",
+    "RowsReport",
     "TensorData",
     "datum_from_messages",
     "datum_from_prompt_completion",
@@ -24,6 +27,7 @@ __all__ = [
     "datum_from_spans",
     "datum_from_tokens_weights",
     "explain",
+    "from_rows",
     "from_tinker",
     "preference_pair",
     "to_fireworks",

@@ -51,7 +51,9 @@ def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], spe
     """Tokenize many texts at once, as `encode` does."""
     if not getattr(tokenizer, "is_fast", False):
         return [encode(tokenizer, text, each, special) for text, each in zip(texts, spans, strict=True)]
-    batch = tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True)
+    if not texts:
+        return []
+    batch = tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     together = zip(batch["input_ids"], batch["offset_mapping"], texts, spans, strict=True)
     return [_weighted(ids, offsets, len(text), each) for ids, offsets, text, each in together]
 

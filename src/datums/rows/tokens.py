@@ -1,0 +1,84 @@
+"""Rows that are tokenized already: ``input_ids``, and what of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+
+from ...errors import DatumError, LengthError
+from ..chat import Encoded
+from ..types import ModelInput
+
+__all__ = ["encoded_row"]
+
+_UNTRAINED: Final = -100
+
+
+def encoded_row(row: Mapping[str, Any]) -> Encoded:
+    """Return the tokens of a row and their weights.
+
+    Args:
+        row: ``input_ids`` int [T + 1]; ``labels`` int [T + 1], a copy of them with -100 where a token is not trained;
+            ``completion_mask`` and ``assistant_masks`` [T + 1], 0 or 1; where several are given a token is trained that all
+            of them train. ``attention_mask`` [T + 1], 0 on padding at the ends, which is cut off.
+
+    Raises:
+        DatumError: labels are something else than the tokens, a mask is no mask, or padding is inside.
+        LengthError: a column has another length.
+    """
+    ids = _column("input_ids", row["input_ids"])
+    trained = torch.ones(ids.numel(), dtype=torch.bool)
+    for name in ("labels", "completion_mask", "assistant_masks", "attention_mask"):
+        if row.get(name) is None:
+            continue
+        column = _column(name, row[name])
+        if column.shape != ids.shape:
+            raise LengthError(f"{name} has {column.numel()} entries, but input_ids has {ids.numel()}")
+        if name == "attention_mask":
+            kept = _unpadded(column)
+        elif name == "labels":
+            trained &= _labelled(column, ids)
+        else:
+            trained &= _mask(name, column)
+    start, stop = kept if row.get("attention_mask") is not None else (0, ids.numel())
+    return Encoded(ids[start:stop].tolist(), trained[start:stop].float().tolist())
+
+
+def _column(name: str, value: Any) -> torch.Tensor:
+    try:
+        return ModelInput.from_ints(value).tokens
+    except (DatumError, TypeError, ValueError) as error:
+        raise DatumError(f"column {name!r} must hold a list of integers: {error}") from error
+
+
+def _labelled(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    trained = labels != _UNTRAINED
+    other = (trained & (labels != ids)).nonzero().flatten().tolist()
+    if other:
+        j = other[0]
+        shifted = bool((labels[:-1] == ids[1:]).logical_or(~trained[:-1]).all())
+        hint = "; these are shifted by one already, and labels are not" if shifted and len(other) > 1 else ""
+        raise DatumError(
+            f"labels[{j}] is {int(labels[j])}, but input_ids[{j}] is {int(ids[j])}: a label is the token itself, or -100 where "
+            f"it is not trained{hint}"
+        )
+    return trained
+
+
+def _mask(name: str, column: torch.Tensor) -> torch.Tensor:
+    odd = ((column != 0) & (column != 1)).nonzero().flatten().tolist()
+    if odd:
+        raise DatumError(f"{name}[{odd[0]}] is {int(column[odd[0]])}; a mask is 0 or 1")
+    return column == 1
+
+
+def _unpadded(column: torch.Tensor) -> tuple[int, int]:
+    """Return the range of tokens that are no padding."""
+    places = _mask("attention_mask", column).nonzero().flatten().tolist()
+    if not places:
+        raise DatumError("attention_mask is 0 everywhere; the row is all padding")
+    if places[-1] - places[0] + 1 != len(places):
+        raise DatumError("attention_mask has zeros between ones; only padding at the ends can be cut off")
+    return places[0], places[-1] + 1
