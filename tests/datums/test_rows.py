@@ -92,20 +92,18 @@ def test_tools_and_arguments_of_rows() -> None:
     """A row's tools, as a list or in JSON, and its template arguments reach its template; given ones are for the others."""
     template = "{{ tools | tojson if tools else '' }}{{ mood or '' }}" + CHATML
     tools = [{"type": "function", "function": {"name": "weather"}}]
-    base = {"messages": [user(), says()]}
+    base: dict[str, Any] = {"messages": [user(), says()]}
     rows = [
         {**base, "tools": tools},
         {**base, "tools": json.dumps(tools), "chat_template_kwargs": {"mood": "good"}},
         base,
     ]
     data, _ = from_rows(rows, tokenizer(template), chat_template_kwargs={"mood": "fair"})
-    for datum, options in zip(
-        data, ({"tools": tools, "mood": "fair"}, {"tools": tools, "mood": "good"}, {"mood": "fair"}), strict=True
-    ):
-        given_tools = options.pop("tools", None)
-        assert datum == datum_from_messages(
-            tokenizer(template), base["messages"], tools=given_tools, chat_template_kwargs=options
+    for datum, used, mood in zip(data, (tools, tools, None), ("fair", "good", "fair"), strict=True):
+        expected = datum_from_messages(
+            tokenizer(template), base["messages"], tools=used, chat_template_kwargs={"mood": mood}
         )
+        assert datum == expected
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -215,7 +213,13 @@ def test_what_is_ambiguous_is_refused(row: Any, reason: str) -> None:
 def test_all_bad_rows_at_once() -> None:
     """Every bad row is listed, those that are too long and those of another kind too; good ones are not."""
     good = {"prompt": "a", "completion": "b"}
-    rows = [good, {"prompt": 1, "completion": "b"}, good, {"prompt": "a" * 30, "completion": "b"}, {"text": "a"}]
+    rows: list[dict[str, Any]] = [
+        good,
+        {"prompt": 1, "completion": "b"},
+        good,
+        {"prompt": "a" * 30, "completion": "b"},
+        {"text": "a"},
+    ]
     with pytest.raises(InvalidDatumsError) as caught:
         from_rows(rows, tokenizer(), max_length=20)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["row 1", "row 3", "row 4"]

@@ -82,8 +82,9 @@ def _tiled(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     for start, end in offsets:
         if end == 0 and reached:  # a special token that is in no text
             start = end = reached
-        starts.append(min(start, reached))
-        reached = max(reached, end)
+        starts.append(start if start < reached else reached)
+        if end > reached:
+            reached = end
         ends.append(reached)
     return starts, ends
 

@@ -16,6 +16,7 @@ from .messages import REASONING_KEYS
 __all__ = ["Marking", "Marks", "Places", "trailing_space", "without_trailing_space"]
 
 _PLANES: Final = ((0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))  # the supplementary private use areas
+_PRIVATE: Final = re.compile(f"[{chr(_PLANES[0][0])}-{chr(_PLANES[1][1])}]")
 _KINDS: Final = 3  # begin, end, tool call
 
 
@@ -49,7 +50,7 @@ class Marks:
     @classmethod
     def missing_in(cls, text: str, messages: int) -> Marks | None:
         """Return marks that are not in a text, or None where it uses the private planes up."""
-        used = sorted({ord(c) for c in text if ord(c) >= _PLANES[0][0]})
+        used = sorted({ord(character) for character in _PRIVATE.findall(text)})
         for start, stop in _PLANES:
             for code in (*(code for code in used if start <= code < stop), stop):
                 if code - start >= _KINDS * messages:
