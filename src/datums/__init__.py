@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from .builders import (
     datum_from_prompt_completion,
-    datum_from_rollout,
     datum_from_spans,
     datum_from_tokens_weights,
     preference_pair,
 )
 from .chat import datum_from_messages
 from .convert import from_tinker, to_fireworks, to_tinker
+from .explain import explain
+from .rollouts import Turn, datum_from_rollout, datum_from_turns, turn_from_sglang, turns_from_vllm
 from .rows import RowNote, RowsReport, from_rows
-from .types import Datum, ModelInput, TensorData, explain
+from .types import Datum, ModelInput, TensorData
 from .validation import validate
 
 __all__ = [
@@ -21,16 +22,20 @@ __all__ = [
     "RowNote",
     "RowsReport",
     "TensorData",
+    "Turn",
     "datum_from_messages",
     "datum_from_prompt_completion",
     "datum_from_rollout",
     "datum_from_spans",
     "datum_from_tokens_weights",
+    "datum_from_turns",
     "explain",
     "from_rows",
     "from_tinker",
     "preference_pair",
     "to_fireworks",
     "to_tinker",
+    "turn_from_sglang",
+    "turns_from_vllm",
     "validate",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,17 +14,19 @@ from ..losses.batch.keys import ROLE_CHOSEN, ROLE_REJECTED
 from .types import Datum, ModelInput
 
 __all__ = [
+    "Tokens",
     "datum_from_prompt_completion",
-    "datum_from_rollout",
     "datum_from_spans",
     "datum_from_tokens_weights",
     "preference_pair",
+    "token_ids",
 ]
 
 Tokens: TypeAlias = Iterable[int] | Tensor
 
 
-def _ids(tokens: Tokens) -> Tensor:
+def token_ids(tokens: Tokens) -> Tensor:
+    """Return token ids as int64 [N]."""
     return ModelInput.from_ints(tokens).tokens
 
 
@@ -44,7 +45,7 @@ def datum_from_tokens_weights(tokens: Tokens, weights: Any, max_length: int | No
         LengthError: not one weight per token.
         DatumError: fewer than two tokens, or no trained token within ``max_length``.
     """
-    ids, values = _ids(tokens), as_tensor(weights).to(torch.float32)
+    ids, values = token_ids(tokens), as_tensor(weights).to(torch.float32)
     if values.shape != ids.shape:
         raise LengthError(
             f"weights has shape {tuple(values.shape)} but there are {ids.numel()} tokens; give one per token"
@@ -66,7 +67,7 @@ def datum_from_spans(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> Datum:
     Raises:
         DatumError: a span is empty, leaves the sequence, or begins at token 0 (which nothing predicts).
     """
-    ids = _ids(tokens)
+    ids = token_ids(tokens)
     weights = torch.zeros(ids.numel())
     for start, stop in spans:
         if not 1 <= start < stop <= ids.numel():
@@ -81,69 +82,11 @@ def datum_from_prompt_completion(prompt: Tokens, completion: Tokens, max_length:
     Raises:
         DatumError: either is empty.
     """
-    before, after = _ids(prompt), _ids(completion)
+    before, after = token_ids(prompt), token_ids(completion)
     if before.numel() == 0 or after.numel() == 0:
         raise DatumError(f"prompt ({before.numel()} tokens) and completion ({after.numel()}) must both have a token")
     weights = torch.cat([torch.zeros(before.numel()), torch.ones(after.numel())])
     return datum_from_tokens_weights(torch.cat([before, after]), weights, max_length)
-
-
-def datum_from_rollout(
-    prompt: Tokens,
-    tokens: Tokens,
-    logprobs: Sequence[float] | Tensor,
-    advantage: float | Sequence[float] | Tensor,
-    *,
-    group_id: int | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = -1,
-    weights_version: int | None = None,
-    logprobs_of: Literal["policy", "sampler"] = "policy",
-) -> Datum:
-    """Build from a sampled completion.
-
-    Args:
-        prompt: int [P], at least one token.
-        tokens: int [C]; the completion, its stop token included.
-        logprobs: [C]; log-prob of each token when it was sampled.
-        advantage: one number, or [C].
-        group_id: the prompt group.
-        temperature: it was sampled at; kept in the datum, which backends then score at this temperature.
-        top_p, top_k: how the distribution was cut; ``top_p`` is kept in the datum.
-        weights_version: optimizer steps the sampler's weights had seen; kept in the datum.
-        logprobs_of: ``policy``: untempered. ``sampler``: of the tempered distribution, `Rollout.sampler_logprobs`; needed at
-            another temperature than 1.
-
-    Returns:
-        A datum with ``weights`` 1 on the completion and 0 on the prompt, where advantages and log-probs read 0.
-
-    Raises:
-        LengthError: log-probs or advantages are not one per completion token.
-        DatumError: the temperature is 0, or the log-probs are not those of the distribution that was sampled from: every
-            ratio to it would be wrong.
-
-    Warns:
-        UserWarning: the distribution was cut: the tokens that were left out have a part in the ratio that they never had.
-    """
-    _check_sampling(temperature, top_p, top_k, logprobs_of)
-    datum = datum_from_prompt_completion(prompt, tokens)
-    trained = datum.loss_fn_inputs["weights"].to_torch() != 0
-    count = int(trained.sum())
-    advantages = torch.as_tensor(advantage, dtype=torch.float32)
-    inputs: dict[str, Any] = {"temperature": [temperature], "top_p": [top_p]}
-    if weights_version is not None:
-        inputs["weights_version"] = [weights_version]
-    for name, values in (
-        ("logprobs", torch.as_tensor(logprobs, dtype=torch.float32)),
-        ("advantages", advantages.expand(count) if advantages.dim() == 0 else advantages),
-    ):
-        if values.shape != (count,):
-            raise LengthError(f"{name} has shape {tuple(values.shape)}, but the completion has {count} tokens")
-        inputs[name] = torch.zeros(trained.numel()).masked_scatter(trained, values)
-    if group_id is not None:
-        inputs["group_id"] = [group_id]
-    return datum.with_inputs(**inputs)
 
 
 def preference_pair(
@@ -154,7 +97,7 @@ def preference_pair(
     Raises:
         DatumError: a response is empty, or both are the same (their margin is 0 whatever the model does).
     """
-    if _ids(chosen).tolist() == _ids(rejected).tolist():
+    if token_ids(chosen).tolist() == token_ids(rejected).tolist():
         raise DatumError("chosen and rejected are the same tokens; such a pair has no gradient")
     pair = datum_from_prompt_completion(prompt, chosen), datum_from_prompt_completion(prompt, rejected)
     if pair_id is None:
@@ -163,23 +106,3 @@ def preference_pair(
         pair[0].with_inputs(pair_id=[pair_id], role=[ROLE_CHOSEN]),
         pair[1].with_inputs(pair_id=[pair_id], role=[ROLE_REJECTED]),
     )
-
-
-def _check_sampling(temperature: float, top_p: float, top_k: int, logprobs_of: str) -> None:
-    if not 0.0 < temperature < float("inf"):
-        raise DatumError(
-            f"a completion at temperature {temperature:g} was not drawn, so no ratio to its sampler exists"
-        )
-    if temperature != 1.0 and logprobs_of != "sampler":
-        raise DatumError(
-            f"log-probs of the untempered policy do not say how likely these tokens were at temperature {temperature:g}, and "
-            "every ratio would be wrong; give those of the tempered distribution (rollout.sampler_logprobs) with "
-            "logprobs_of='sampler': the datum is then scored at this temperature"
-        )
-    if top_p != 1.0 or top_k != -1:
-        warnings.warn(
-            f"this completion was drawn with top_p={top_p:g}, top_k={top_k}: tokens that were cut off had no chance, and a "
-            "ratio to the whole distribution is biased; the metric rollouts_cut counts such datums",
-            UserWarning,
-            stacklevel=3,
-        )

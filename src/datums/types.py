@@ -14,19 +14,12 @@ from torch import Tensor
 from ..errors import DatumError, LengthError
 from ..losses.batch.adapt import as_tensor
 from ..losses.batch.keys import INPUT_KEYS
+from .explain import explain
 
-__all__ = ["Datum", "ModelInput", "TensorData", "explain"]
+__all__ = ["Datum", "ModelInput", "TensorData"]
 
 TensorDtype = Literal["int64", "float32"]
 _DTYPES: Final = {"int64": torch.int64, "float32": torch.float32}
-_EXPLAINED: Final = {
-    "weights": "weight",
-    "advantages": "advantage",
-    "logprobs": "logprob",
-    "old_logprobs": "old",
-    "ref_logprobs": "ref",
-    "sequence_ratio_mask": "in ratio",
-}
 
 
 def _integers(value: Any, name: str) -> Tensor:
@@ -209,9 +202,9 @@ class Datum:
         """Return a datum with more (or other) inputs, e.g. ``datum.with_inputs(ref_logprobs=...)``."""
         return Datum(self.model_input, {**self.loss_fn_inputs, **inputs})
 
-    def explain(self, tokenizer: Any = None) -> str:
+    def explain(self, tokenizer: Any = None, color: bool | None = None) -> str:
         """Return a table of what is trained on what; see `pullback.datums.explain`."""
-        return explain(self, tokenizer)
+        return explain(self, tokenizer, color)
 
 
 def _wrap(key: str, value: Any) -> TensorData:
@@ -224,31 +217,3 @@ def _wrap(key: str, value: Any) -> TensorData:
         return TensorData(value, known.dtype if known is not None else None)
     except DatumError as error:
         raise type(error)(f"{key!r}: {error}") from error
-
-
-def explain(datum: Datum, tokenizer: Any = None) -> str:
-    """Return the datum as aligned lines: position, token, the target after it, and the numbers that belong to the target.
-
-    Args:
-        datum: with ``target_tokens``, or scored on its own next tokens.
-        tokenizer: has ``decode``; without it token ids are shown.
-    """
-    inputs, tokens = datum.loss_fn_inputs, datum.model_input.to_ints()
-    targets = inputs["target_tokens"].tolist() if "target_tokens" in inputs else tokens[1:]
-    columns = {title: inputs[key].tolist() for key, title in _EXPLAINED.items() if key in inputs}
-    rows = [["position", "token", "target", *columns]]
-    for j, target in enumerate(targets):
-        numbers = [_shown_number(column[j]) if j < len(column) else "missing" for column in columns.values()]
-        rows.append([str(j), _shown_token(tokens[j], tokenizer), _shown_token(target, tokenizer), *numbers])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _shown_number(value: Any) -> str:
-    return " ".join(_shown_number(v) for v in value) if isinstance(value, list) else f"{value:g}"
-
-
-def _shown_token(token: Any, tokenizer: Any) -> str:
-    if isinstance(token, list):
-        return " ".join(_shown_token(t, tokenizer) for t in token)
-    return str(token) if tokenizer is None else f"{tokenizer.decode([token])!r}"

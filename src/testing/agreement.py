@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 
 from ..backends.types import SamplingParams
-from ..datums.builders import datum_from_rollout
+from ..datums.rollouts import datum_from_rollout
 from ..datums.types import ModelInput
 
 __all__ = ["Agreement", "sampling_agreement"]

@@ -53,7 +53,7 @@ def test_tokens_and_masks_are_trls(name: str) -> None:
 
 
 def test_implicit_prompts_of_texts() -> None:
-    """TRL cuts an implicit prompt at a character, we at a token; what TRL trains beside is the same on both sides, and cancels."""
+    """TRL cuts an implicit prompt at a character, we at a token; what TRL adds is the same on both sides, and cancels."""
     entry = ENTRIES["pairs, text, implicit prompt"]
     data, _ = from_rows(entry["rows"], chat_tokenizer(SHAPES[entry["shape"]].template))
     pairs = zip(data[::2], data[1::2], strict=True)
