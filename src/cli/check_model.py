@@ -22,6 +22,7 @@ def add_parser(commands: Any) -> None:
     model.add_argument("--rank", type=int, default=8, help="of the adapter in the rows on LoRA")
     model.add_argument("--device", help="default: a GPU where there is one")
     model.add_argument("--long", action="store_true", help="go beyond windows and contexts of more than 1,024 tokens")
+    model.add_argument("--only", action="append", help="a row; may be given several times")
     model.add_argument("--json", action="store_true", help="print the rows as JSON")
     model.set_defaults(run=_run)
 
@@ -32,7 +33,8 @@ def _run(arguments: argparse.Namespace) -> int:
     def load() -> Any:
         return load_named(arguments.path, device=arguments.device).model
 
-    rows = check_model(load, dtype=arguments.dtype, lora=arguments.rank, long=arguments.long, device=arguments.device)
+    options = {"only": arguments.only, "device": arguments.device}
+    rows = check_model(load, dtype=arguments.dtype, lora=arguments.rank, long=arguments.long, **options)
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

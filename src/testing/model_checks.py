@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -22,13 +21,14 @@ from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams
 from ..datums.builders import datum_from_prompt_completion
 from ..datums.types import Datum, ModelInput
-from ..errors import InvalidDatumsError, PullbackError, UnsupportedError
+from ..errors import InvalidDatumsError, UnsupportedError
+from ..losses.checks import choice
 from .layouts import laid_out
+from .model_rows import CAUSES, Found, ModelRow, judged, largest, row, scored, trained
 from .own_forward import each_own, own_logprobs
 
 __all__ = ["ModelRow", "check_model"]
 
-Verdict = Literal["right", "refused", "wrong", "not applicable"]
 _TOLERANCE: Final = 1e-4  # nats, fp32
 _HALF: Final = 0.25  # nats, half precision against the same weights
 _SHORT: Final = 1024  # tokens of the longest row without ``long``
@@ -36,26 +36,14 @@ _PROMPT: Final = 12  # tokens
 _ANSWERS: Final = (6, 9, 2)  # tokens
 
 
-@final
-@dataclass(frozen=True)
-class ModelRow:
-    """One line of the table.
-
-    Attributes:
-        name: what was checked.
-        verdict: ``right``, ``refused`` (in words), ``wrong``, or ``not applicable``.
-        figure: largest difference or share found; None where there is none.
-        reason: why, in words.
-    """
-
-    name: str
-    verdict: Verdict
-    figure: float | None = None
-    reason: str = ""
-
-
 def check_model(
-    model: str | Path | Callable[[], Any], *, dtype: str = "float32", lora: Any = 8, long: bool = False, **options: Any
+    model: str | Path | Callable[[], Any],
+    *,
+    dtype: str = "float32",
+    lora: Any = 8,
+    long: bool = False,
+    only: str | Sequence[str] | None = None,
+    **options: Any,
 ) -> list[ModelRow]:
     """Check a model against its own forward, one sequence at a time.
 
@@ -64,29 +52,30 @@ def check_model(
         dtype: that training would use.
         lora: rank or peft config of the rows on adapters.
         long: go beyond thresholds of more than 1,024 tokens too.
+        only: names of rows beside that on loading; absent: all.
         options: of ``TorchBackend.from_pretrained``.
 
     Returns:
         A row for each check. If the model does not load, that row alone.
+
+    Raises:
+        ConfigError: a model of this kind has no row of a name in ``only``.
     """
     with tempfile.TemporaryDirectory() as folder:
         check = _Check(model, dtype, lora, long, {"checkpoint_dir": folder, **options})
-        rows = [_row("loads", check.loads)]
+        rows = [row("loads", check.loads)]
         if rows[0].verdict == "right":
-            rows += [_row(name, one) for name, one in check.all().items()]
+            every = check.all()
+            for name in _names(only, every):
+                choice("row", name, every)
+                rows.append(row(name, every[name]))
     return rows
 
 
-Found = tuple[Verdict, float | None, str]
-
-
-def _row(name: str, one: Callable[[], Found]) -> ModelRow:
-    try:
-        return ModelRow(name, *one())
-    except PullbackError as error:
-        return ModelRow(name, "refused", None, str(error))
-    except Exception as error:  # whatever a model raises is a finding
-        return ModelRow(name, "wrong", None, f"{type(error).__name__}: {error}")
+def _names(only: str | Sequence[str] | None, every: Iterable[str]) -> list[str]:
+    if only is None:
+        return list(every)
+    return [name for name in ([only] if isinstance(only, str) else only) if name != "loads"]
 
 
 @final
@@ -114,7 +103,7 @@ class _Check:
         found["gradient, LoRA"] = lambda: self._gradient(self._adapted)
         found["log-probs, adapter moved"] = self._adapter
         found["reference"] = self._reference
-        found["what is trained"] = lambda: _trained(self._adapted.model)
+        found["what is trained"] = lambda: trained(self._adapted.model)
         found["checkpoint and resume"] = self._resume
         return found
 
@@ -179,11 +168,13 @@ class _Check:
         data = self._data(prompt)
         layouts = self._plain.layouts(max(len(datum.model_input) for datum in data))
         if layout not in layouts:
-            return "refused", None, f"not used; texts go {', '.join(layouts)}"
+            reason = self._plain._native.scheduler.layouts.reasons.get(layout, "not for this length")
+            words = f"not used, texts go {', '.join(layouts)}: {reason}. Likely cause: {CAUSES[layout]}"
+            return "refused", None, words
         if prompt not in self._own:
             self._own[prompt] = each_own(self._plain.model, data)
         with laid_out(self._plain, layout):
-            return _judged(_largest(_scored(self._plain, data), self._own[prompt]), _TOLERANCE)
+            return judged(largest(scored(self._plain, data), self._own[prompt]), _TOLERANCE, layout)
 
     def _beyond_context(self) -> Found:
         most = self._plain.model.facts.max_length
@@ -201,7 +192,7 @@ class _Check:
     def _in_dtype(self) -> Found:
         lora = self._lora if self._quantized(self._plain) else None
         backend, data = self._make(dtype=self._dtype, lora=lora), self._data()
-        return _judged(_largest(_scored(backend, data), each_own(backend.model, data)), _HALF)
+        return judged(largest(scored(backend, data), each_own(backend.model, data)), _HALF, "dtype")
 
     def _full_gradient(self) -> Found:
         if self._quantized(self._plain):
@@ -220,19 +211,21 @@ class _Check:
         backend.model.zero_grad()
         off = sum((found[n].double() - x.double()).square().sum() for n, x in expected.items())
         size = sum(x.double().square().sum() for x in expected.values())
-        return _judged(float(off / size) ** 0.5, 1e-4)
+        return judged(float(off / size) ** 0.5, 1e-4, "gradient")
 
     def _adapter(self) -> Found:
         data = self._data()
         with perturbed_adapters(self._adapted.model):
-            return _judged(_largest(_scored(self._adapted, data), each_own(self._adapted.model, data)), _TOLERANCE)
+            return judged(
+                largest(scored(self._adapted, data), each_own(self._adapted.model, data)), _TOLERANCE, "adapter"
+            )
 
     def _reference(self) -> Found:
         data = self._data()
         with perturbed_adapters(self._adapted.model):
             scored = with_reference(data, self._adapted.reference())
         found = [d.loss_fn_inputs["ref_logprobs"].to_torch() for d in scored]
-        return _judged(_largest(found, each_own(self._plain.model, data)), _TOLERANCE)
+        return judged(largest(found, each_own(self._plain.model, data)), _TOLERANCE, "reference")
 
     def _sampling(self) -> Found:
         prompts = [ModelInput.from_ints(d.model_input.tokens[: 4 + 3 * i]) for i, d in enumerate(self._data()[1:])]
@@ -242,50 +235,23 @@ class _Check:
         ]
         own = [x[-len(one.tokens) :] for one, x in zip(rollouts, each_own(self._plain.model, wholes), strict=True)]
         how = "with a cache" if cache_agrees(self._plain.model) else "without a cache, at quadratic cost"
-        verdict, figure, _ = _judged(_largest([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3)
-        return verdict, figure, how
+        verdict, figure, cause = judged(
+            largest([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3, "sampling"
+        )
+        return verdict, figure, f"{how}: {cause}" if cause else how
 
     def _resume(self) -> Found:
         first, data = self._adapted, self._data()
-        start = _scored(first, data)
+        start = scored(first, data)
         first.forward_backward(data, "cross_entropy").result()
         first.optim_step(AdamParams(learning_rate=1e-2)).result()
         second = self._make(lora=self._lora)
         second.load_state_with_optimizer(first.save_state("checked").result().path).result()
-        trained = _scored(first, data)
-        if not _largest(trained, start) > 0:
+        after = scored(first, data)
+        if not largest(after, start) > 0:
             return "wrong", 0.0, "a step changes nothing"
-        return _judged(_largest(_scored(second, data), trained), 1e-6)
+        return judged(largest(scored(second, data), after), 1e-6, "resume")
 
 
 def _loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
     return torch.stack([(x.exp() * x).sum() for x in logprobs]).sum(), {}
-
-
-def _trained(model: Any) -> Found:
-    """The share of the weights that is trained; wrong where no matrix within the layers has an adapter."""
-    head = model.causal.get_output_embeddings()
-    adapted, left = 0, set()
-    for name, one in model.model.named_modules():
-        if getattr(one, "lora_A", None):
-            adapted += one is not head
-        elif isinstance(one, torch.nn.Linear) and ".base_layer" not in name and "lora_" not in name:
-            left.add(name.rsplit(".", 1)[-1])
-    left |= {n.rsplit(".", 1)[-1] for n, p in model.model.named_parameters() if p.dim() == 3 and "lora" not in n}
-    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
-    words = f"no adapter on: {', '.join(sorted(left))}" if left else "an adapter on every matrix"
-    return ("right" if adapted else "wrong"), share, words if adapted else f"no layer is adapted; {words}"
-
-
-def _scored(backend: Any, data: Sequence[Datum]) -> list[Tensor]:
-    return [o["logprobs"].to_torch() for o in backend.forward(data).result().loss_fn_outputs]
-
-
-def _largest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    pairs = zip(found, expected, strict=True)
-    differences = torch.stack([(a.detach().cpu().double() - b.detach().cpu().double()).abs().max() for a, b in pairs])
-    return float(differences.nan_to_num(nan=float("inf")).max())
-
-
-def _judged(figure: float, most: float) -> Found:
-    return ("right" if figure <= most else "wrong"), figure, "" if figure <= most else f"more than {most:g}"

@@ -180,14 +180,20 @@ class HFModel(nn.Module):
         try:
             with perturbed_adapters(self), in_float32(self):
                 hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-                theirs = self.causal(input_ids=tokens, use_cache=False).logits[0].double()
+                theirs, again = (self.causal(input_ids=tokens, use_cache=False).logits[0].double() for _ in "ab")
                 ours = head_logits(hidden, self._head(hidden.dtype)).double()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises
             raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
-        difference = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-        if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
+        size, most = theirs.norm().clamp(min=1e-30), _LOGITS_TOLERANCE[hidden.dtype]
+        if not float((again - theirs).norm() / size) <= most:
+            raise self._unsupported(
+                "gives other logits each time, in evaluation mode too, so that no two policies can be compared; often a "
+                "functional dropout that is not given module.training"
+            )
+        difference = float((ours - theirs).norm() / size)
+        if not difference <= most:
             raise self._unsupported(
                 f"does not compute its logits as hidden states times a head (relative difference {difference:.2g}); "
                 "write an adapter with hidden_states and head"
