@@ -1,4 +1,4 @@
-"""``pullback check loss | backend | model | sampling``: what can be shown of a loss, a backend, a model, and a sampler."""
+"""``pullback check loss | backend | model | data | sampling``: what can be shown of each of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..backends import SamplingParams
 from ..testing import sampling_agreement
-from . import check_backend, check_loss, check_model
+from . import check_backend, check_data, check_loss, check_model
 from .bench import example_text, load_backend, prompt_of
 from .models import MODEL_HELP
 
@@ -16,12 +16,13 @@ __all__ = ["add_parser"]
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
-    checks = commands.add_parser("check", help="does a loss, a backend or a model keep its promises?").add_subparsers(
-        required=True, metavar="what"
-    )
+    checks = commands.add_parser(
+        "check", help="does a loss, a backend, a model or a builder of data keep its promises?"
+    ).add_subparsers(required=True, metavar="what")
     check_backend.add_parser(checks)
     check_loss.add_parser(checks)
     check_model.add_parser(checks)
+    check_data.add_parser(checks)
     sampling = checks.add_parser("sampling", help="sampler and trainer give a token the same log-prob")
     sampling.add_argument("--model", default="smollm2", help=MODEL_HELP)
     sampling.add_argument("--dtype", default="float32")

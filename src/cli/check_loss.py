@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
-from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ConfigError, require_extra, suggestion
 from ..losses import loss_names, registry
 from ..losses.base import GradientKind
 from ..testing.losscheck import FORMS, LOSS_PROPERTIES, loss_report
+from .places import object_at
 
 __all__ = ["add_parser", "load"]
 
@@ -58,20 +56,11 @@ def load(place: str) -> Any:
     Raises:
         ConfigError: there is no such thing.
     """
-    module, colon, name = place.partition(":")
-    if not colon:
+    if ":" not in place:
         if place not in loss_names():
             close = suggestion(place, loss_names())
             raise ConfigError(
                 f"no loss is registered as {place!r}{close}; a function is given as package.module:function"
             )
         return registry.build(place)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigError(f"there is no {place}: {error}") from error
-    return found
+    return object_at(place)

@@ -10,6 +10,7 @@ from . import oracles
 from .agreement import Agreement, sampling_agreement
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, BackendReport, backend_report, check_backend
+from .datacheck import DataRow, check_builder
 from .examples import example_datums
 from .losscheck import LOSS_PROPERTIES, LossCheckError, LossProperties, LossReport, loss_report
 from .model_checks import ModelRow, check_model
@@ -29,6 +30,7 @@ __all__ = [
     "BackendUnderTest",
     "Case",
     "CaseSequence",
+    "DataRow",
     "FutureLeakLM",
     "LossCheckError",
     "LossProperties",
@@ -40,6 +42,7 @@ __all__ = [
     "TinyLM",
     "backend_report",
     "check_backend",
+    "check_builder",
     "check_loss",
     "check_model",
     "cotangent",
