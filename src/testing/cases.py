@@ -37,6 +37,11 @@ class CaseSequence:
         """Return the positions of non-zero weight."""
         return [j for j, w in enumerate(self.weights) if w != 0]
 
+    @property
+    def label(self) -> int:
+        """1 where its first trained token has a positive advantage, for losses that label sequences good or bad; else 0."""
+        return int(self.advantages[(self.trained() or [0])[0]] > 0)
+
 
 @final
 @dataclass(frozen=True)

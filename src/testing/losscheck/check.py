@@ -8,7 +8,7 @@ from typing import Any, Final
 from ...errors import PullbackError
 from ...losses.base import GradientKind
 from ...losses.checks import choice
-from ..cases import COLUMNS, Case
+from ..cases import Case
 from .failures import NotApplicable
 from .forms import Expected, LossUnderTest, loss_under_test
 from .properties import LOSS_PROPERTIES
@@ -99,27 +99,15 @@ def check_property(under_test: LossUnderTest, name: str, examples: int = _EXAMPL
 
 def _report(under_test: LossUnderTest, names: Sequence[str], examples: int, case: Case | None) -> LossReport:
     results = tuple(check_property(under_test, name, examples, case) for name in names)
-    return LossReport(under_test.name, under_test.form, results)
+    return LossReport(under_test.name, under_test.form, results, under_test.rerun.setup)
 
 
 def _failure(under_test: LossUnderTest, checked: Property, found: Counterexample) -> Result:
     causes = found.failure.cause or ", or ".join(checked.causes)
-    sentence = f"{found.failure}. Likely cause: {causes}."
+    sentence = f"{str(found.failure).rstrip('.')}. Likely cause: {causes}."
     case = found.case
     example = "" if case is None else _example(under_test, case)
-    shown = "" if case is None else f"{_code(case)}, "
-    return Result(
-        checked.name, "failed", sentence, case, example, f"check_loss({under_test.name}, {shown}only={checked.name!r})"
-    )
-
-
-def _code(case: Case) -> str:
-    """Return a case as Python."""
-    rows = []
-    for s in case.sequences:
-        columns = [str([float(x) for x in getattr(s, name)]).replace("nan", "math.nan") for name in COLUMNS]
-        rows.append(f"CaseSequence({', '.join(columns)}{f', group={s.group}' if s.group else ''})")
-    return f"Case(({', '.join(rows)},){', with_old=True' if case.with_old else ''})"
+    return Result(checked.name, "failed", sentence, case, example, under_test.rerun.line(checked.name, case))
 
 
 def _example(under_test: LossUnderTest, case: Case) -> str:
@@ -137,6 +125,6 @@ def _example(under_test: LossUnderTest, case: Case) -> str:
     for i, s in enumerate(case.sequences):
         for j in range(len(s.logprobs)):
             numbers = "  ".join(f"{title} {getattr(s, field)[j]:g}" for title, field in columns.items())
-            slope = f"  gradient {rows[i][j]:.5g}" if rows else ""
+            slope = f"  gradient {rows[i][j] + 0.0:.5g}" if rows else ""  # + 0.0: no minus before 0
             lines.append(f"sequence {i} token {j}:  {numbers}{slope}")
     return "\n".join(lines)

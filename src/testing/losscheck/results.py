@@ -73,11 +73,13 @@ class LossReport:
         loss: its name.
         form: how it was called.
         results: one per property.
+        setup: what to import before a line that shows a failure again.
     """
 
     loss: str
     form: str
     results: tuple[Result, ...]
+    setup: str = ""
 
     @property
     def failed(self) -> tuple[Result, ...]:
@@ -96,6 +98,8 @@ class LossReport:
         lines = [f"{r.property:18} {r.verdict:15} {r.sentence}".rstrip() for r in self.results]
         for result in self.failed:
             lines += ["", str(result)]
+        if self.failed and self.setup:
+            lines += ["", f"before a line marked 'again': {self.setup}", ""]
         counts = Counter(result.verdict for result in self.results)
         total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         return "\n".join([f"{self.loss} ({self.form})", *lines, total])
@@ -104,7 +108,8 @@ class LossReport:
         """Return the report as what JSON can hold."""
         keys = ("property", "verdict", "sentence", "example", "rerun")
         rows = [{key: getattr(result, key) for key in keys} for result in self.results]
-        return {"loss": self.loss, "form": self.form, "sound": not self.failed, "results": rows}
+        named = {"loss": self.loss, "form": self.form, "sound": not self.failed, "setup": self.setup}
+        return {**named, "results": rows}
 
 
 @final
@@ -116,5 +121,7 @@ class LossCheckError(AssertionError):
     """
 
     def __init__(self, report: LossReport) -> None:
-        super().__init__(f"{report.loss} ({report.form}):\n" + "\n".join(str(result) for result in report.failed))
+        found = [str(result) for result in report.failed]
+        setup = [f"before a line marked 'again': {report.setup}"] if report.setup else []
+        super().__init__("\n".join([f"{report.loss} ({report.form}):", *found, *setup]))
         self.report = report

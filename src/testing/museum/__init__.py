@@ -1,13 +1,19 @@
-"""The bug museum: defects that this field's losses have had, each with the property that finds it."""
+"""The bug museum: defects that this field has had, each in a few lines, with the check that finds it and its repair."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from .exhibit import Exhibit
+from .conduct import CONDUCT
+from .data import DATA
+from .exhibit import Exhibit, Kind
+from .findings import Finding, examine
+from .models import MODELS
 from .policies import POLICIES
+from .references import REFERENCES
+from .sums import SUMS
 from .tokens import TOKENS
 
-__all__ = ["EXHIBITS", "Exhibit"]
+__all__ = ["EXHIBITS", "Exhibit", "Finding", "Kind", "examine"]
 
-EXHIBITS: Final[tuple[Exhibit, ...]] = (*TOKENS, *POLICIES)
+EXHIBITS: Final[tuple[Exhibit, ...]] = (*TOKENS, *SUMS, *POLICIES, *REFERENCES, *CONDUCT, *DATA, *MODELS)

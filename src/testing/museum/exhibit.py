@@ -1,15 +1,17 @@
-"""One exhibit of the bug museum."""
+"""One exhibit of the bug museum, of whatever kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["Exhibit", "clean", "masked_mean"]
+__all__ = ["Exhibit", "Kind", "clean", "masked_mean"]
+
+Kind = Literal["loss", "data", "model", "backend"]
 
 
 @final
@@ -19,21 +21,28 @@ class Exhibit:
 
     Attributes:
         name: what it is called here.
-        source: where it was seen: ``owner/repository#thread``, or what kind of code has it.
-        broken: the loss with the defect.
-        repaired: the same loss without it.
-        found_by: the property that fails.
-        cause: a part of the sentence that names the cause.
-        options: of `check_loss`.
+        source: where it was seen: ``owner/repository#thread`` and the year where that is known, or what kind of code has it.
+        harm: what it did to those who trained with it, as one sentence.
+        broken: the piece with the defect: a loss, a builder of datums, a function that returns a model, or one that
+            returns a backend.
+        repaired: the same piece without it.
+        found_by: the property, row or promise of its kind's check that fails.
+        cause: a part of the sentence in which the check names the cause.
+        kind: of the piece, and so of the check: `check_loss`, `check_builder`, `check_model` or `check_backend`.
+        options: of that check.
+        shown: the pair whose source is printed, where that of ``broken`` and ``repaired`` does not show the defect.
     """
 
     name: str
     source: str
+    harm: str
     broken: Callable[..., Any]
     repaired: Callable[..., Any]
     found_by: str
     cause: str
+    kind: Kind = "loss"
     options: Mapping[str, Any] = field(default_factory=dict)
+    shown: tuple[Any, Any] | None = None
 
 
 def clean(x: Tensor, mask: Tensor) -> Tensor:

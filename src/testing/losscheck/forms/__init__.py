@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from ....errors import ConfigError
 from ....losses.base import GradientKind, Loss
 from ....losses.checks import choice
+from ..rerun import Rerun
 from .base import Expected, LossUnderTest, Measured, kind_case, leaves_of
 from .datums import DatumsUnderTest
 from .logits import LogitsUnderTest, takes_logits
@@ -44,13 +45,18 @@ def loss_under_test(
         loss = loss()
     if form is not None:
         choice("form", form, FORMS)
+    options = {
+        **{"form": form, "kind": kind, "expected": expected, "detached": detached and tuple(detached)},
+        **{"arguments": arguments, "per_sequence": per_sequence and list(per_sequence)},
+    }
+    rerun = Rerun.of(loss, options)
     if isinstance(loss, Loss):
-        common: dict[str, Any] = {"declared": kind or loss.gradient_kind, "expected": expected}
+        common: dict[str, Any] = {"declared": kind or loss.gradient_kind, "expected": expected, "rerun": rerun}
         registered = RegisteredUnderTest(name=loss.name, loss=loss, detached=("all",), **common)
         return _first_that_runs((registered, replace(registered, per_sequence=("advantages",))))
     if not callable(loss):
         raise ConfigError(f"a loss is a Loss or a function, got {loss!r}")
-    common = {"name": _name(loss), "declared": kind, "expected": expected}
+    common = {"name": _name(loss), "declared": kind, "expected": expected, "rerun": rerun}
     form = form or _form_of(loss)
     if form == "datums":
         under_test = DatumsUnderTest(function=loss, per_sequence=tuple(per_sequence or ()), **common)

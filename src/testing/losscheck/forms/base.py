@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
@@ -15,6 +15,7 @@ from ....losses.base import GradientKind
 from ....losses.kind import dependence
 from ...cases import Case, CaseSequence
 from ..failures import Failed
+from ..rerun import Rerun
 
 __all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "first_scalar"]
 
@@ -53,6 +54,7 @@ class LossUnderTest(abc.ABC):
         expected: its gradient in closed form, if that is known.
         detached: inputs that no gradient may flow into.
         per_sequence: inputs of which it takes one number per sequence: that of the first trained token.
+        rerun: how it was asked for.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LossUnderTest(abc.ABC):
     expected: Expected | None = None
     detached: tuple[str, ...] = ()
     per_sequence: tuple[str, ...] = ()
+    rerun: Rerun = field(default_factory=Rerun)
 
     form: ClassVar[str] = "function"
     layouts: ClassVar[tuple[str, ...]] = ("plain",)
@@ -79,6 +82,11 @@ class LossUnderTest(abc.ABC):
     def weighs(self) -> bool:
         """Whether it takes weights, rather than a mask."""
         return True
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it reads of each sequence that it is good or bad; see `CaseSequence.label`."""
+        return False
 
     @final
     def spread(self, case: Case) -> Case:

@@ -43,6 +43,10 @@ class DatumsUnderTest(LossUnderTest):
     def required(self) -> tuple[str, ...]:
         return tuple(name for name in FIELDS if name in self.read)
 
+    @property
+    def labelled(self) -> bool:
+        return "label" in self.read
+
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
         case = self.spread(case)
         return [self._datum(case, i) for i in range(len(case.sequences))], list(leaves)
@@ -60,7 +64,7 @@ class DatumsUnderTest(LossUnderTest):
         s = case.sequences[index]
         inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in ("weights", *FIELDS)}
         inputs["logprobs"] = inputs.pop("rollout_logprobs")
-        inputs |= {"target_tokens": [0] * len(s.logprobs), "label": [(index + 1) % 2]}
+        inputs |= {"target_tokens": [0] * len(s.logprobs), "label": [s.label]}
         inputs |= {name: [int(ids[index])] for name, ids in case.units().items()}
         datum = Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs)
         object.__setattr__(datum, "loss_fn_inputs", _Recording(datum.loss_fn_inputs, self.read))

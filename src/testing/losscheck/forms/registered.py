@@ -60,6 +60,10 @@ class RegisteredUnderTest(LossUnderTest):
         needed = {batch_field(key) for key in self.loss.required_inputs}
         return tuple(name for name in self.fields if name in needed)
 
+    @property
+    def labelled(self) -> bool:
+        return "label" in self.inputs
+
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
         fields = [n for n in ("weights", *self.fields) if n != "old_logprobs" or case.with_old]
         units = {name: ids for name, ids in self._units(case).items() if name in self.inputs}
@@ -98,7 +102,7 @@ class RegisteredUnderTest(LossUnderTest):
         return TokenBatch.from_packed(torch.cat(list(leaves)), lengths, **watched, **units)
 
     def _units(self, case: Case) -> dict[str, Tensor]:
-        label = torch.tensor([(i + 1) % 2 for i in range(len(case.sequences))])
+        label = torch.tensor([s.label for s in case.sequences])
         return {"label": label, **case.units()}
 
     def _datums(self, case: Case, fields: Sequence[str], units: Mapping[str, Tensor]) -> list[Datum]:

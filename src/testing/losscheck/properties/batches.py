@@ -72,7 +72,8 @@ def _layouts(under_test: LossUnderTest, case: Case) -> None:
     if len(under_test.layouts) < 2:
         raise NotApplicable("it has one layout")
     base, everything = under_test.measure(case), list(range(len(case.sequences)))
-    first, *others = under_test.layouts
+    _, *others = under_test.layouts
+    words = {"wide": "with three more columns of padding", "left": "padded on the left", "list": "as a list of datums"}
     causes = {
         "wide": "the width of the padding matters: a mean over all positions of the tensor, padding included",
         "left": "positions are counted from the left, padding included",
@@ -80,7 +81,7 @@ def _layouts(under_test: LossUnderTest, case: Case) -> None:
     for layout in others:
         other = under_test.measure(case, layout=layout)
         tolerance = 1e-4 if layout == "list" else _TIGHT  # datums carry fp32
-        _same(base, other, everything, f"{layout} instead of {first}", causes.get(layout), tolerance)
+        _same(base, other, everything, words.get(layout, layout), causes.get(layout), tolerance)
 
 
 def _same(
@@ -114,7 +115,7 @@ def _splits(under_test: LossUnderTest, case: Case) -> str | None:
     if not fitting:
         raise Failed(
             "cut in two, the gradient is no weighted sum of its parts, by any count of tokens, weights, sequences or pairs",
-            "it is divided twice, or the gradient depends on the batch it is in: a mean of means, or statistics of the batch",
+            "a mean of means over parts of the batch, or statistics of the batch",
         )
     return (
         None if fitting[0].startswith("nothing") else f"divided by {' or '.join(fitting)}: give the whole step's count"
@@ -122,10 +123,13 @@ def _splits(under_test: LossUnderTest, case: Case) -> str | None:
 
 
 def _cut(case: Case) -> tuple[Case, list[Case]]:
-    """Return a case of whole groups, and its groups; the first sequence of each is twice as long as the others."""
+    """Return a case of whole groups, and its groups, which differ in their numbers of trained tokens."""
     sequences = [replace(s, group=i // 2) for i, s in enumerate(case.sequences)]
     sequences = sequences if len(sequences) > 2 else [*sequences, *(_longer(s) for s in sequences)]
     sequences = sequences if len(sequences) % 2 == 0 else sequences[:-1]
+    counts = [len(s.trained()) for s in sequences]
+    if len({sum(counts[i : i + 2]) for i in range(0, len(counts), 2)}) == 1:
+        sequences[0] = _longer(sequences[0])  # parts of one size would hide what they are divided by
     whole = replace(case, sequences=tuple(replace(s, group=i // 2) for i, s in enumerate(sequences)))
     return whole, [whole.subset([i, i + 1]) for i in range(0, len(sequences), 2)]
 
@@ -180,7 +184,7 @@ def _weights_once(under_test: LossUnderTest, case: Case) -> str | None:
     raise Failed(f"a token of weight 2 has {ratio:.4g} times the gradient of its like of weight 1", cause)
 
 
-def _scale(under_test: LossUnderTest, case: Case) -> None:
+def _scale(under_test: LossUnderTest, case: Case) -> str | None:
     if "advantages" not in under_test.fields:
         raise NotApplicable("it takes no advantages")
     none, once, thrice = (
@@ -191,6 +195,8 @@ def _scale(under_test: LossUnderTest, case: Case) -> None:
         raise Failed("with advantages of 0 the gradient is NaN", "advantages are divided by their standard deviation")
     found, expected = thrice - none, 3 * (once - none)
     if bool(changed(found, expected, 1e-7).any()):
+        if _exponential(under_test, case):
+            return "advantages act through an exponential, as in reward-weighted regression"
         grown = float(found.norm() / (once - none).norm())
         cause = (
             "advantages are normalised inside the loss"
@@ -198,6 +204,18 @@ def _scale(under_test: LossUnderTest, case: Case) -> None:
             else "advantages are clamped or used twice"
         )
         raise Failed(f"three times the advantages give {grown:.4g} times the gradient", cause)
+    return None
+
+
+def _exponential(under_test: LossUnderTest, case: Case) -> bool:
+    """Return whether small advantages multiply the gradient by an exponential: three times as much is its third power."""
+    none, once, thrice = (
+        under_test.measure(case.edited("advantages", lambda i, j, a, k=k: 0.05 * a * k)).flat  # type: ignore[misc]
+        for k in (0.0, 1.0, 3.0)
+    )
+    trained = torch.tensor([w != 0 for s in case.sequences for w in s.weights])
+    alive = bool((none[trained] != 0).all())
+    return alive and not bool(changed(thrice * none.square(), once**3, 1e-6).any())
 
 
 BATCHES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -87,14 +88,17 @@ def _information(under_test: LossUnderTest, case: Case) -> str | None:
         if field not in under_test.fields:
             continue
         first, second = (_expected(under_test, field, values) for values in _REFERENCES)
+        if field == "advantages" and not bool(
+            (first != 0).any()
+        ):  # a baseline over the group leaves nothing of one alone
+            first, second = (_expected(under_test, field, values, beside=True) for values in _REFERENCES)
         if float((first - second).abs().max()) > 1e-9:
             told.append(field)
         elif field == "advantages" or _value_depends(under_test, field):
             raise Failed(
                 f"on a softmax policy of four tokens the expected gradient is the same for any {words}: the loss carries no "
                 f"information about the {words}",
-                "a KL estimated by k1, whose gradient is a constant of expectation 0, or a KL that is detached: use k3, or the "
-                "reverse KL's gradient (logprob - ref, detached, times logprob)"
+                _why_silent(under_test)
                 if field == "ref_logprobs"
                 else "the advantages are not multiplied with a ratio or a log-prob",
             )
@@ -103,21 +107,41 @@ def _information(under_test: LossUnderTest, case: Case) -> str | None:
     return None
 
 
+def _why_silent(under_test: LossUnderTest) -> str:
+    """Return why a reference that the value depends on is not in the gradient."""
+    remedy = "use k3, or the reverse KL's gradient (logprob - ref, detached, times logprob)"
+    k1 = f"a KL estimated by k1, whose gradient is a constant of expectation 0: {remedy}"
+    if "advantages" not in under_test.fields:
+        return f"a KL that is detached, or {k1}"
+    alone = under_test.measure(kind_case(False).edited("advantages", lambda i, j, a: 0.0)).flat
+    return (
+        k1 if bool((alone != 0).any()) else "the KL is detached, or computed under no_grad: it has no gradient at all"
+    )
+
+
 def _value_depends(under_test: LossUnderTest, field: str) -> bool:
     case = kind_case(False)
     other = case.edited(field, lambda i, j, x: x + 0.0371 * (1 + i + 2 * j))
     return not torch.equal(under_test.value(case), under_test.value(other))
 
 
-def _expected(under_test: LossUnderTest, field: str, probabilities: tuple[float, ...]) -> Tensor:
-    """Return ``sum_a p(a) dL/dlogprob(a) (e_a - p)``: the expected gradient in the logits of the policy."""
+def _expected(under_test: LossUnderTest, field: str, probabilities: tuple[float, ...], beside: bool = False) -> Tensor:
+    """Return ``sum_a p(a) dL/dlogprob(a) (e_a - p)``: the expected gradient in the logits of the policy.
+
+    Args:
+        under_test: the loss.
+        field: the reference, or the advantages, of each answer.
+        probabilities: what they are made of.
+        beside: another answer of the same group, the same each time, is in the batch.
+    """
     p = torch.tensor(_PROBABILITIES, dtype=torch.float64)
     total = torch.zeros_like(p)
     for a, probability in enumerate(_PROBABILITIES):
         at, ref = math.log(probability), math.log(0.25)
         row = CaseSequence([at], [1.0], [1.0], [at], [at], [ref])
         number = math.log(probabilities[a]) if field == "ref_logprobs" else 10 * probabilities[a]
-        case = Case((row,), with_old=True).edited(field, _always(number))
+        first = Case((row,), with_old=True).edited(field, _always(number))
+        case = replace(first, sequences=(*first.sequences, row)) if beside else first
         slope = float(under_test.measure(case).flat[0])
         unit = torch.zeros_like(p)
         unit[a] = 1.0

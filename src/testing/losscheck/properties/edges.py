@@ -63,8 +63,8 @@ def _alive(under_test: LossUnderTest, case: Case) -> None:
     for d in _FAR:
         if near > 0.0 and _pull(under_test, d) == 0.0:
             raise Failed(
-                f"{abs(d):g} nats {'below' if d < 0 else 'above'} the reference it has no influence on the gradient any more; "
-                "at 1 nat it has",
+                f"where the policy is {abs(d):g} nats {'below' if d < 0 else 'above'} the reference, the reference has no "
+                "influence on the gradient any more; at 1 nat it has",
                 "a clamp on the KL or its log-ratio: the penalty is switched off where it is needed most; use a tangent there",
             )
 
@@ -90,6 +90,25 @@ def _precision(under_test: LossUnderTest, case: Case) -> None:
                 f"in {name} the gradient differs by {error:.3g}, of {float(exact.flat.norm()):.3g}",
                 "log-ratios and sums in half precision, or a cancellation: compute in fp32 or better",
             )
+
+
+def _resolution(under_test: LossUnderTest, case: Case) -> None:
+    """Move one log-prob by 1 nat and by a few thousandths: half precision has steps of 0.03 nats there."""
+    at = -7.3
+    rows = [under_test.measure(_moved(under_test, at, by)) for by in (0.0, 0.002, 1.0)]
+    still, small, large = ((measured.value, measured.flat.tolist()) for measured in rows)
+    if still == large:
+        raise NotApplicable("neither its value nor its gradient depends on how likely a token is")
+    if still == small:
+        raise Failed(
+            f"a log-prob of {at:g} that moves by 0.002 nats changes neither the loss nor its gradient; by 1 nat it does",
+            "half precision inside: bf16 has steps of 0.03 nats there, so that log-ratios are noise; compute in fp32",
+        )
+
+
+def _moved(under_test: LossUnderTest, at: float, by: float) -> Case:
+    rows = tuple(replace(_row(at, at, a), logprobs=[at + by, -1.0]) for a in (1.0, -1.0))
+    return Case((rows[0], replace(rows[1], logprobs=[at, -1.0])), with_old=True)
 
 
 def _few(under_test: LossUnderTest, case: Case) -> None:
@@ -179,6 +198,13 @@ EDGES = (
         "none",
     ),
     Property("precision", "fp32 and bf16 agree with fp64.", ("sums in half precision",), _precision, "on_policy"),
+    Property(
+        "resolution",
+        "A difference of two thousandths of a nat is seen.",
+        ("half precision inside",),
+        _resolution,
+        "none",
+    ),
     Property("few", "One unit, one token and three sequences do.", ("a squeeze()",), _few, "none"),
     Property(
         "nothing_trained",

@@ -162,8 +162,9 @@ def _kind(under_test: LossUnderTest, case: Case) -> str:
     )
 
 
-def _direction(under_test: LossUnderTest, case: Case) -> None:
-    if "advantages" not in under_test.fields and not under_test.paired and under_test.fields:
+def _direction(under_test: LossUnderTest, case: Case) -> str | None:
+    knows = "advantages" in under_test.fields or under_test.paired or under_test.labelled
+    if not knows and under_test.fields:
         raise NotApplicable("what is to become more likely is not known")
     case = case.edited("advantages", lambda i, j, a: math.copysign(max(abs(a), 1.0), a))
     case = replace(
@@ -175,29 +176,51 @@ def _direction(under_test: LossUnderTest, case: Case) -> None:
     measured = under_test.measure(case)
     # The strongest gradient decides what counts as one: regularisers are weaker.
     floor = 1e-3 * float(measured.flat.abs().max())
+    note = None
     for i, s in enumerate(case.sequences):
         for j in s.trained():
-            good = _good(under_test, i, s.advantages[s.trained()[0] if "advantages" in under_test.per_sequence else j])
-            slope = float(measured.rows[i][j])
-            if slope * good > floor:
+            good, slope = _good(under_test, case, (i, j)), float(measured.rows[i][j])
+            if slope * good <= floor:
+                continue
+            if not _follows_advantage(under_test, case, (i, j), slope):
                 wish, does = ("more", "less") if good > 0 else ("less", "more")
                 raise Failed(
                     f"token {j} of sequence {i} should become {wish} likely ({_why(under_test, good)}), but with its gradient "
                     f"of {slope:.4g} minimising the loss makes it {does} likely",
-                    "the sign of the loss is turned around",
+                    "the sign of the loss is turned around, or chosen and rejected are swapped"
+                    if under_test.paired
+                    else "the sign of the loss is turned around",
                 )
+            note = (
+                "by how the gradient changes with the advantage: a baseline, or an exponential of it, decides the sign"
+            )
+    return note
 
 
-def _good(under_test: LossUnderTest, sequence: int, advantage: float) -> float:
+def _good(under_test: LossUnderTest, case: Case, place: tuple[int, int]) -> float:
+    s = case.sequences[place[0]]
     if "advantages" in under_test.fields:
-        return advantage
-    return -1.0 if under_test.paired and sequence % 2 else 1.0
+        return s.advantages[s.trained()[0] if "advantages" in under_test.per_sequence else place[1]]
+    if under_test.labelled:
+        return 1.0 if s.label else -1.0
+    return -1.0 if under_test.paired and place[0] % 2 else 1.0
+
+
+def _follows_advantage(under_test: LossUnderTest, case: Case, place: tuple[int, int], slope: float) -> bool:
+    """Return whether a token becomes more likely where its own advantage alone is larger, whatever its sign."""
+    if "advantages" not in under_test.fields:
+        return False
+    whole = "advantages" in under_test.per_sequence
+    raised = case.edited("advantages", lambda i, j, a: a + 0.1 if i == place[0] and (whole or j == place[1]) else a)
+    return float(under_test.measure(raised).rows[place[0]][place[1]]) < slope - 1e-6 * abs(slope)
 
 
 def _why(under_test: LossUnderTest, good: float) -> str:
     if "advantages" in under_test.fields:
         return f"advantage {good:g}"
-    return ("chosen" if good > 0 else "rejected") if under_test.paired else "it is trained"
+    if under_test.paired:
+        return "chosen" if good > 0 else "rejected"
+    return "it is trained" if good > 0 else "its label is 0"
 
 
 def _constants(under_test: LossUnderTest, case: Case) -> None:

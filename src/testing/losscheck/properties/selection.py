@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from ...cases import Case
+from ...cases import Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
 from ..forms.base import kind_case
@@ -43,9 +45,7 @@ def changed(a: Tensor, b: Tensor, tolerance: float = 1e-9, floor: float = 0.0) -
 
 def _influence(under_test: LossUnderTest, case: Case) -> None:
     dead = _dead(under_test, case)
-    if dead and under_test.fields:
-        # Terms may cancel by accident: elsewhere they do not.
-        moved = case.edited("advantages", lambda i, j, a: a + _ODD).edited("ref_logprobs", lambda i, j, x: x - _ODD)
+    for moved in _elsewhere(under_test, case) if dead else ():
         dead = [place for place in dead if place in _dead(under_test, moved)]
     if not dead:
         return
@@ -53,6 +53,21 @@ def _influence(under_test: LossUnderTest, case: Case) -> None:
     raise Failed(
         f"trained token {j} of sequence {i} has no gradient, on policy and with an advantage", _dropped(under_test)
     )
+
+
+def _elsewhere(under_test: LossUnderTest, case: Case) -> Iterator[Case]:
+    """Yield cases in which what has no gradient for a good reason has one: its place is not to blame then."""
+    # Terms may cancel by accident.
+    yield case.edited("advantages", lambda i, j, a: a + _ODD).edited("ref_logprobs", lambda i, j, x: x - _ODD)
+    # A hinge may be content with a pair, or with a likely token.
+    lower = case
+    for name in ("logprobs", "old_logprobs", "rollout_logprobs"):
+        lower = lower.edited(name, lambda i, j, x: x - 4.0 * (i % 2 == 0))
+    yield lower
+    # A baseline that is taken over the group says nothing of a sequence that is alone.
+    if not under_test.paired:
+        others = tuple(replace(s, advantages=[a + 1.0 for a in s.advantages]) for s in case.sequences)
+        yield replace(case, sequences=(*case.sequences, *others))
 
 
 def _dropped(under_test: LossUnderTest) -> str | None:
@@ -94,19 +109,21 @@ def _untrained(under_test: LossUnderTest, case: Case) -> None:
         for j, w in enumerate(s.weights):
             slope = float(base.rows[i][j])
             if w == 0 and slope != 0.0:
-                cause = (
-                    "the mask is shifted by one token"
-                    if _shifted(case, base)
-                    else "the mask is not applied to every term"
-                )
-                raise Failed(f"untrained token {j} of sequence {i} has gradient {slope:.4g}", cause)
+                raise Failed(f"untrained token {j} of sequence {i} has gradient {slope:.4g}", _masked_how(under_test))
     _no_effect(under_test, case, base, 3.25, "another number")
 
 
-def _shifted(case: Case, base: Measured) -> bool:
-    """Return whether the tokens with a gradient are the trained ones, one later or one earlier."""
-    pairs = [([w != 0 for w in s.weights], (base.rows[i] != 0).tolist()) for i, s in enumerate(case.sequences)]
-    return all(g[1:] == w[:-1] for w, g in pairs) or all(g[:-1] == w[1:] for w, g in pairs)
+def _masked_how(under_test: LossUnderTest) -> str:
+    """Return what is wrong with a mask, seen where one token of four is trained."""
+    at, anchor = [-1.0, -1.25, -1.5, -2.0], [-1.5] * 4
+    row = CaseSequence(at, [0.0, 1.0, 0.0, 0.0], [1.0] * 4, anchor, anchor, [-1.75] * 4)
+    case = Case((row,) * (2 * under_test.unit()), with_old=True)
+    places = {j for x in under_test.measure(case).rows for j in x.nonzero().flatten().tolist()}
+    if len(places) == 4:
+        return "there is no mask, or it is that of the whole text (an attention_mask): the prompt is trained too"
+    if places in ({0}, {2}):
+        return "the mask is shifted by one token"
+    return "the mask is not applied to every term"
 
 
 def _poison(under_test: LossUnderTest, case: Case) -> None:
