@@ -195,10 +195,16 @@ def markdown(rows: Sequence[Bias]) -> str:
     """Return a table of biases for a page."""
     lines = ["| estimator | target | verdict | size | error | cosine |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {r.estimator} | {r.target.replace('_', ' ')} | {r.verdict} | {r.size:.3g} | {r.error:.3g} | {r.cosine:.3g} |"
+        f"| {r.estimator} | {r.target.replace('_', ' ')} | {r.verdict} | {_figure(r.size)} | {_figure(r.error)} | "
+        f"{_figure(r.cosine)} |"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def _figure(x: float) -> str:
+    """Return three digits; what is left by rounding is 0, the same on every machine."""
+    return f"{0.0 if abs(x) < 1e-9 else x:.3g}"
 
 
 def as_estimator(loss: Any, **options: Any) -> Estimator:
