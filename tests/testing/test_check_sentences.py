@@ -31,6 +31,8 @@ def clean(x: Tensor, mask: Tensor) -> Tensor:
 def shown_again(exhibit: Exhibit) -> None:
     """Run the setup and the line of a failure in an empty namespace, and see the same property fail."""
     result = check_property(loss_under_test(exhibit.broken, **exhibit.options), exhibit.found_by, 4)
+    assert "Likely cause: " in result.sentence
+    assert "sequence 0 token 0:  weight " in result.example
     names: dict[str, Any] = {} if hasattr(exhibit.broken, "__name__") else {"loss": exhibit.broken}
     names |= {"_of_cispo": exhibit.options["expected"]} if "expected" in exhibit.options else {}
     exec(loss_under_test(exhibit.broken, **exhibit.options).rerun.setup, names)

@@ -22,6 +22,7 @@ from pullback.losses import (
     KL,
     ORPO,
     PPO,
+    Correction,
     CrossEntropy,
     Loss,
     fixed_length,
@@ -48,6 +49,7 @@ LOSSES: list[Loss] = [
     GRPO(None, KL("k2", gradient="pathwise", importance=False), "none", "sequence_mean_token_mean"),
     DPO(0.5, 0.1),
     ORPO(nll="token_mean"),
+    PPO(dual_clip=3.0, correction=Correction.tis(2.0)),
 ]
 
 

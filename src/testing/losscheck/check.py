@@ -105,9 +105,10 @@ def _report(under_test: LossUnderTest, names: Sequence[str], examples: int, case
 def _failure(under_test: LossUnderTest, checked: Property, found: Counterexample) -> Result:
     causes = found.failure.cause or ", or ".join(checked.causes)
     sentence = f"{str(found.failure).rstrip('.')}. Likely cause: {causes}."
-    case = found.case
+    case = found.case or found.failure.case
     example = "" if case is None else _example(under_test, case)
-    return Result(checked.name, "failed", sentence, case, example, under_test.rerun.line(checked.name, case))
+    again = under_test.rerun.line(checked.name, found.case)  # a property with numbers of its own has them again
+    return Result(checked.name, "failed", sentence, case, example, again)
 
 
 def _example(under_test: LossUnderTest, case: Case) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..cases import Case
+
 __all__ = ["Failed", "NotApplicable"]
 
 
@@ -11,11 +13,13 @@ class Failed(Exception):
     Args:
         sentence: what was found.
         cause: what probably makes it so; absent: the property's usual causes.
+        case: the batch that shows it, where the property has numbers of its own.
     """
 
-    def __init__(self, sentence: str, cause: str | None = None) -> None:
+    def __init__(self, sentence: str, cause: str | None = None, case: Case | None = None) -> None:
         super().__init__(sentence)
         self.cause = cause
+        self.case = case
 
 
 class NotApplicable(Exception):

@@ -65,7 +65,8 @@ class RegisteredUnderTest(LossUnderTest):
         return "label" in self.inputs
 
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
-        fields = [n for n in ("weights", *self.fields) if n != "old_logprobs" or case.with_old]
+        with_old = case.with_old or "old_logprobs" in self.required
+        fields = [n for n in ("weights", *self.fields) if n != "old_logprobs" or with_old]
         units = {name: ids for name, ids in self._units(case).items() if name in self.inputs}
         if layout == "list":
             return self._datums(case, fields, units), list(leaves)

@@ -165,7 +165,8 @@ def _parts(under_test: RegisteredUnderTest, case: Case, pieces: list[Case]) -> s
 def _weights_once(under_test: LossUnderTest, case: Case) -> str | None:
     s = CaseSequence([-1.25] * 3, [1.0, 2.0, 1.0], [1.0] * 3, [-1.25] * 3, [-1.25] * 3, [-1.5] * 3)
     other = replace(s, logprobs=[-1.5] * 3, rollout_logprobs=[-1.5] * 3, old_logprobs=[-1.5] * 3, weights=[1.0] * 3)
-    rows = under_test.measure(Case((s, other, other, other), with_old=True)).rows
+    whole = Case((s, other, other, other), with_old=True)
+    rows = under_test.measure(whole).rows
     once, twice = float(rows[0][0]), float(rows[0][1])
     if once == 0.0:
         raise NotApplicable("its tokens have no gradient here")
@@ -181,7 +182,7 @@ def _weights_once(under_test: LossUnderTest, case: Case) -> str | None:
         if math.isclose(ratio, 4.0, rel_tol=1e-6)
         else "the weights act on something else"
     )
-    raise Failed(f"a token of weight 2 has {ratio:.4g} times the gradient of its like of weight 1", cause)
+    raise Failed(f"a token of weight 2 has {ratio:.4g} times the gradient of its like of weight 1", cause, whole)
 
 
 def _scale(under_test: LossUnderTest, case: Case) -> str | None:

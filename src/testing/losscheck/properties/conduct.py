@@ -101,6 +101,7 @@ def _information(under_test: LossUnderTest, case: Case) -> str | None:
                 _why_silent(under_test)
                 if field == "ref_logprobs"
                 else "the advantages are not multiplied with a ratio or a log-prob",
+                kind_case(True),
             )
     if not told:
         raise NotApplicable("it reads neither a reference nor advantages, or makes no use of them by default")

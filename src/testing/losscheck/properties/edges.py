@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from ....errors import PullbackError
 from ...cases import COLUMNS, Case, CaseSequence
@@ -34,13 +33,15 @@ def _extremes(under_test: LossUnderTest, case: Case) -> None:
         for at in _EXTREME:
             for other in _EXTREME:
                 rows = tuple(_row(x, y, a) for x, y, a in ((at, other, 1.0), (other, at, -1.0)))
-                measured = under_test.measure(Case(rows, with_old=True), dtype=dtype)
+                extreme = Case(rows, with_old=True)
+                measured = under_test.measure(extreme, dtype=dtype)
                 if not _finite(measured):
                     name = str(dtype).removeprefix("torch.")
                     raise Failed(
                         f"in {name} a log-prob of {at:g} (anchor and reference {other:g}) gives a loss of {measured.value:g}, "
                         f"and gradients of {float(measured.rows[0][0]):g} and {float(measured.rows[1][0]):g}",
                         "an exp overflows, or the log of 0: bound the log-ratio before exp, and use log1p, expm1, logsigmoid",
+                        extreme,
                     )
 
 
@@ -51,11 +52,13 @@ def _finite(measured: Measured) -> bool:
 def _alive(under_test: LossUnderTest, case: Case) -> None:
     """Near certain and near impossible tokens, and those far from the reference, still have a gradient."""
     for at in (-1e-3, -0.05, -1.0, -12.0):
-        rows = under_test.measure(Case((_row(at, at, 1.0), _row(at, at, -1.0)), with_old=True)).rows
+        likely = Case((_row(at, at, 1.0), _row(at, at, -1.0)), with_old=True)
+        rows = under_test.measure(likely).rows
         if any(float(row[0]) == 0.0 for row in rows):
             raise Failed(
                 f"a trained token of log-prob {at:g} has no gradient, on policy",
                 "a clamp: beyond its bound nothing is learnt any more; use a tangent there",
+                likely,
             )
     if "ref_logprobs" not in under_test.fields:
         return
@@ -66,17 +69,20 @@ def _alive(under_test: LossUnderTest, case: Case) -> None:
                 f"where the policy is {abs(d):g} nats {'below' if d < 0 else 'above'} the reference, the reference has no "
                 "influence on the gradient any more; at 1 nat it has",
                 "a clamp on the KL or its log-ratio: the penalty is switched off where it is needed most; use a tangent there",
+                _far_from_reference(d),
             )
 
 
 def _pull(under_test: LossUnderTest, distance: float) -> float:
     """Return how much the gradient changes where the reference, ``distance`` nats away, is moved a little."""
 
-    def at(far: float) -> Tensor:
-        first, second = _row(-8.0, -8.0, 1.0), _row(-8.0, -8.0, -1.0)
-        return under_test.measure(Case((replace(first, ref_logprobs=[-8.0 - far, -1.0]), second), with_old=True)).flat
+    near, far = (under_test.measure(_far_from_reference(d)).flat for d in (distance, distance * 1.01))
+    return float((near - far).abs().max())
 
-    return float((at(distance) - at(distance * 1.01)).abs().max())
+
+def _far_from_reference(distance: float) -> Case:
+    first, second = _row(-8.0, -8.0, 1.0), _row(-8.0, -8.0, -1.0)
+    return Case((replace(first, ref_logprobs=[-8.0 - distance, -1.0]), second), with_old=True)
 
 
 def _precision(under_test: LossUnderTest, case: Case) -> None:
@@ -95,7 +101,7 @@ def _precision(under_test: LossUnderTest, case: Case) -> None:
 def _resolution(under_test: LossUnderTest, case: Case) -> None:
     """Move one log-prob by 1 nat and by a few thousandths: half precision has steps of 0.03 nats there."""
     at = -7.3
-    rows = [under_test.measure(_moved(under_test, at, by)) for by in (0.0, 0.002, 1.0)]
+    rows = [under_test.measure(_moved(at, by)) for by in (0.0, 0.002, 1.0)]
     still, small, large = ((measured.value, measured.flat.tolist()) for measured in rows)
     if still == large:
         raise NotApplicable("neither its value nor its gradient depends on how likely a token is")
@@ -103,10 +109,11 @@ def _resolution(under_test: LossUnderTest, case: Case) -> None:
         raise Failed(
             f"a log-prob of {at:g} that moves by 0.002 nats changes neither the loss nor its gradient; by 1 nat it does",
             "half precision inside: bf16 has steps of 0.03 nats there, so that log-ratios are noise; compute in fp32",
+            _moved(at, 0.002),
         )
 
 
-def _moved(under_test: LossUnderTest, at: float, by: float) -> Case:
+def _moved(at: float, by: float) -> Case:
     rows = tuple(replace(_row(at, at, a), logprobs=[at + by, -1.0]) for a in (1.0, -1.0))
     return Case((rows[0], replace(rows[1], logprobs=[at, -1.0])), with_old=True)
 
@@ -128,11 +135,15 @@ def _few(under_test: LossUnderTest, case: Case) -> None:
             raise
         except Exception as error:
             raise Failed(
-                f"{words}: {type(error).__name__}: {error}", "a squeeze(), or a batch of more is taken for granted"
+                f"{words}: {type(error).__name__}: {error}",
+                "a squeeze(), or a batch of more is taken for granted",
+                case,
             ) from error
         if not _finite(measured):
             raise Failed(
-                f"{words}: the loss is {measured.value:g}", "the standard deviation of one number is NaN: it is 0/0"
+                f"{words}: the loss is {measured.value:g}",
+                "the standard deviation of one number is NaN: it is 0/0",
+                case,
             )
 
 
@@ -150,6 +161,7 @@ def _nothing_trained(under_test: LossUnderTest, case: Case) -> str | None:
             raise Failed(
                 "with nothing trained the loss is not connected to the log-probs",
                 "backward() raises: return a sum over nothing, not a constant",
+                case,
             ) from failure
         raise
     except (PullbackError, ValueError) as error:
@@ -158,13 +170,14 @@ def _nothing_trained(under_test: LossUnderTest, case: Case) -> str | None:
         raise Failed(
             f"with nothing trained: {type(error).__name__}: {error}",
             "a maximum or mean of nothing; a metric must not raise",
+            case,
         ) from error
     if not _finite(measured):
         raise Failed(
-            f"with nothing trained the loss is {measured.value:g}", "0/0: clamp the count that is divided by to 1"
+            f"with nothing trained the loss is {measured.value:g}", "0/0: clamp the count that is divided by to 1", case
         )
     if bool((measured.flat != 0).any()):
-        raise Failed("with nothing trained there is a gradient", "a term without a mask")
+        raise Failed("with nothing trained there is a gradient", "a term without a mask", case)
     return None
 
 

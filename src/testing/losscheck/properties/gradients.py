@@ -154,6 +154,7 @@ def _kind(under_test: LossUnderTest, case: Case) -> str:
         raise Failed(
             f"{declared!r} is declared, but the gradient of a token depends on {depends[measured]}",
             f"declare {measured!r}: a backend that streams would train something else",
+            kind_case(False),
         )
     return (
         f"{measured!r}"
@@ -237,6 +238,7 @@ def _constants(under_test: LossUnderTest, case: Case) -> None:
             raise Failed(
                 f"a gradient flows into {name}, the largest entry is {float(slope.abs().max()):.4g}",
                 f"{name} is not detached: where it was computed from the policy, that is trained through it",
+                kind_case(False),
             )
 
 

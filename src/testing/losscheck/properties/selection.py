@@ -99,7 +99,7 @@ def _inputs(under_test: LossUnderTest, case: Case) -> str | None:
             silent.append(field)
     needed = [field for field in silent if field in under_test.required]
     if needed:
-        raise Failed(f"{needed[0]} changes neither the value nor the gradient nor a metric", None)
+        raise Failed(f"{needed[0]} changes neither the value nor the gradient nor a metric", None, kind_case(False))
     return f"{', '.join(silent)} without influence, with these defaults" if silent else None
 
 
