@@ -9,7 +9,7 @@ from typing import Any, get_args
 from ..errors import ConfigError, require_extra, suggestion
 from ..losses import loss_names, registry
 from ..losses.base import GradientKind
-from ..testing.losscheck import FORMS, LOSS_PROPERTIES, loss_report
+from ..testing.losscheck import FORMS, INVARIANCES, LOSS_PROPERTIES, loss_report
 from .places import object_at
 
 __all__ = ["add_parser", "load"]
@@ -28,6 +28,7 @@ def add_parser(commands: Any) -> None:
     loss.add_argument("--form", choices=FORMS[1:], help="how it is called, if its signature does not tell")
     loss.add_argument("--kind", choices=get_args(GradientKind), help="the gradient kind that it claims to have")
     loss.add_argument("--detached", action="append", default=[], help="an argument that no gradient may flow into")
+    loss.add_argument("--invariant", action="append", choices=INVARIANCES, help="what a shift may not change")
     loss.add_argument("--only", action="append", help="a property; may be given several times")
     loss.add_argument("--examples", type=int, default=_EXAMPLES, help="random batches per property")
     loss.add_argument("--fast", action="store_true", help=f"{_FAST} batches per property: a few seconds")
@@ -43,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         kind=arguments.kind,
         detached=arguments.detached,
+        invariant=arguments.invariant,
         only=arguments.only,
         examples=_FAST if arguments.fast else arguments.examples,
     )

@@ -122,10 +122,36 @@ def gspo(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Ten
     return (clean(losses, mask).sum(-1) / lengths).sum() / (mask.sum(-1) > 0).sum().clamp(min=1)
 
 
+def grpo_from_rewards(
+    logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, group_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """GRPO as a whole: the rewards of a group, less its mean and over its standard deviation, then clipped ratios."""
+    same = (group_ids[:, None] == group_ids).double()
+    centred = rewards - same @ rewards.double() / same.sum(-1)
+    deviation = (same @ centred.square() / same.sum(-1)).sqrt()
+    advantages = (centred / (deviation + 1e-6))[:, None]
+    ratio = torch.exp(clean(logprobs - old_logprobs, completion_mask).clamp(-20, 20))
+    return masked_mean(-torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages), completion_mask)
+
+
+def dppo(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Tokens whose probability moved too far are left out: log-probs count by themselves, and should."""
+    lp, old, adv = (clean(x, mask) for x in (logprobs, old, advantages))
+    moved = (lp.exp() - old.exp()).detach()
+    ratio = torch.exp((lp - old).clamp(-20, 20))
+    kept = torch.where(adv > 0, moved <= 0.2, moved >= -0.2)
+    return masked_mean(-torch.where(kept, ratio * adv, 0.0), mask)
+
+
 def reverse_kl(logprobs: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
     """Distillation by the score-function gradient of the reverse KL."""
     lp, teacher = clean(logprobs, mask), clean(ref, mask)
     return ((lp - teacher + 1.0).detach() * lp).sum()
+
+
+def absolute_distance(logprobs: Tensor, ref: Tensor, mask: Tensor) -> Tensor:
+    """Distillation by absolute log-ratios: only on which side of the teacher a token is has an influence."""
+    return masked_mean((clean(logprobs, mask) - clean(ref, mask)).abs(), mask)
 
 
 def single_precision(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -200,7 +226,10 @@ SOUND: Final[dict[str, tuple[Callable[..., Any], dict[str, Any]]]] = {
     "transformers": (for_causal_lm, {}),
     "cispo": (cispo, {}),
     "gspo": (gspo, {}),
+    "grpo from rewards": (grpo_from_rewards, {}),
+    "dppo": (dppo, {}),
     "reverse kl": (reverse_kl, {}),
+    "absolute distance": (absolute_distance, {}),
     "single precision": (single_precision, {}),
     "own backward": (own_backward, {"form": "padded"}),
     "tinker importance sampling": (tinker_importance_sampling, {}),

@@ -136,6 +136,14 @@ def seed_dpo(data: Any, logprobs: Any) -> Any:
     return run("dpo")["make_dpo_loss"](*reference[:2])(data, logprobs)
 
 
+def test_the_reference_of_the_published_example_carries_no_information() -> None:
+    """The published GRPO, which has k1 in its loss, is told in plain words that its KL knows nothing of the reference."""
+    result = loss_report(seed_grpo, per_sequence=["advantages"], only="information")["information"]
+    assert result.verdict == "failed"
+    assert "the loss carries no information about the reference" in result.sentence
+    assert "estimated by k1" in result.sentence
+
+
 @pytest.mark.slow
 def test_published_examples() -> None:
     """One published example is told that its KL tells nothing and its mask multiplies, the other that it takes one pair."""
@@ -197,7 +205,8 @@ def test_what_cannot_be_called() -> None:
 
 @pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
 def test_from_the_page_to_ones_own_loss() -> None:
-    """The page checks a padded loss with at most five lines beyond it, and finds the defect of the other one."""
+    """README leads to the page, which checks a padded loss with at most five lines beyond it, and finds a defect in another."""
+    assert "(docs/checking.md)" in (PAGE.parents[1] / "README.md").read_text()
     own, check, broken, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert check.count("\n") <= 5
     namespace: dict[str, Any] = {}

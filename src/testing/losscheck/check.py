@@ -31,6 +31,7 @@ def check_loss(
     detached: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
     per_sequence: Sequence[str] | None = None,
+    invariant: Sequence[str] | None = None,
     only: str | Sequence[str] | None = None,
     examples: int = _EXAMPLES,
     differences: bool = True,
@@ -48,6 +49,9 @@ def check_loss(
         detached: arguments that no gradient may flow into, e.g. ``("advantages",)``.
         arguments: values for arguments of a function that are its own, e.g. ``{"config": ...}``.
         per_sequence: inputs of which there is one number per sequence, [B]; by default the advantages, of the form ``trl``.
+        invariant: what a shift may not change: ``anchors`` (log-probs count by their distances to old, sampler and reference),
+            ``pair`` (the two sides of a pair by their difference), ``group`` (rewards by their differences within a group).
+            Absent: what is recognised.
         only: names of properties; absent: all.
         examples: random batches per property.
         differences: compare the gradient with differences of the value (with a case only).
@@ -60,7 +64,14 @@ def check_loss(
         ConfigError: the loss cannot be called in that form, or a property's name is unknown.
     """
     under_test = loss_under_test(
-        loss, form, kind=kind, expected=expected, detached=detached, arguments=arguments, per_sequence=per_sequence
+        loss,
+        form,
+        kind=kind,
+        expected=expected,
+        detached=detached,
+        arguments=arguments,
+        per_sequence=per_sequence,
+        invariant=invariant,
     )
     names = [only] if isinstance(only, str) else list(only or (_ON_A_CASE if case is not None else LOSS_PROPERTIES))
     names = [name for name in names if differences or name != "differences"]

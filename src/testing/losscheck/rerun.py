@@ -37,9 +37,9 @@ class Rerun:
 
         Args:
             loss: a `Loss` or a function.
-            options: of `check_loss`; None and empty ones were not given.
+            options: of `check_loss`; None was not given.
         """
-        given = tuple(f"{name}={_value(name, value)}" for name, value in options.items() if value)
+        given = tuple(f"{name}={_value(name, value)}" for name, value in options.items() if value is not None)
         if isinstance(loss, Loss):
             return cls(_constructor(loss), given, f"{_TESTING}; from pullback.losses import *{_of_others(type(loss))}")
         name = getattr(loss, "__name__", "")

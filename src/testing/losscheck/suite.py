@@ -56,7 +56,7 @@ class LossProperties:
 
     Attributes:
         loss: a `Loss` or a function.
-        options: of `check_loss`: form, kind, expected, detached, arguments, per_sequence.
+        options: of `check_loss`: form, kind, expected, detached, arguments, per_sequence, invariant.
     """
 
     loss: ClassVar[Any]

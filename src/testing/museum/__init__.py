@@ -11,9 +11,13 @@ from .findings import Finding, examine
 from .models import MODELS
 from .policies import POLICIES
 from .references import REFERENCES
+from .shifts import SHIFTS
 from .sums import SUMS
 from .tokens import TOKENS
 
 __all__ = ["EXHIBITS", "Exhibit", "Finding", "Kind", "examine"]
 
-EXHIBITS: Final[tuple[Exhibit, ...]] = (*TOKENS, *SUMS, *POLICIES, *REFERENCES, *CONDUCT, *DATA, *MODELS)
+EXHIBITS: Final[tuple[Exhibit, ...]] = (
+    *(*TOKENS, *SUMS, *POLICIES, *REFERENCES, *SHIFTS, *CONDUCT),
+    *(*DATA, *MODELS),
+)

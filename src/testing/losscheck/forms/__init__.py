@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from ....errors import ConfigError
 from ....losses.base import GradientKind, Loss
 from ....losses.checks import choice
+from ..invariance import INVARIANCES
 from ..rerun import Rerun
 from .base import Expected, LossUnderTest, Measured, kind_case, leaves_of
 from .datums import DatumsUnderTest
@@ -35,6 +36,7 @@ def loss_under_test(
     detached: Sequence[str] = (),
     arguments: Mapping[str, Any] | None = None,
     per_sequence: Sequence[str] | None = None,
+    invariant: Sequence[str] | None = None,
 ) -> LossUnderTest:
     """Return a loss in the one shape that the properties look at; arguments as of `check_loss`.
 
@@ -45,18 +47,21 @@ def loss_under_test(
         loss = loss()
     if form is not None:
         choice("form", form, FORMS)
+    for name in invariant or ():
+        choice("invariant", name, INVARIANCES)
     options = {
-        **{"form": form, "kind": kind, "expected": expected, "detached": detached and tuple(detached)},
-        **{"arguments": arguments, "per_sequence": per_sequence and list(per_sequence)},
+        **{"form": form, "kind": kind, "expected": expected, "detached": tuple(detached) or None},
+        **{"arguments": arguments or None, "per_sequence": per_sequence, "invariant": invariant},
     }
-    rerun = Rerun.of(loss, options)
+    common: dict[str, Any] = {"expected": expected, "rerun": Rerun.of(loss, options)}
+    common["invariant"] = None if invariant is None else tuple(invariant)
     if isinstance(loss, Loss):
-        common: dict[str, Any] = {"declared": kind or loss.gradient_kind, "expected": expected, "rerun": rerun}
+        common["declared"] = kind or loss.gradient_kind
         registered = RegisteredUnderTest(name=loss.name, loss=loss, detached=("all",), **common)
         return _first_that_runs((registered, replace(registered, per_sequence=("advantages",))))
     if not callable(loss):
         raise ConfigError(f"a loss is a Loss or a function, got {loss!r}")
-    common = {"name": _name(loss), "declared": kind, "expected": expected, "rerun": rerun}
+    common |= {"name": _name(loss), "declared": kind}
     form = form or _form_of(loss)
     if form == "datums":
         under_test = DatumsUnderTest(function=loss, per_sequence=tuple(per_sequence or ()), **common)
@@ -67,7 +72,8 @@ def loss_under_test(
         return LogitsUnderTest(function=functools.partial(loss, **(arguments or {})), **common)
     given = arguments or {}
     roles, optional = roles_of(loss, given)
-    rows = per_sequence if per_sequence is not None else (("advantages",) if form == "trl" else ())
+    one_a_row = form == "trl" or "rewards" in roles.values()
+    rows = per_sequence if per_sequence is not None else (("advantages",) if one_a_row else ())
     fields = tuple(FIELD_OF.get(role_of(name) or "", name) for name in detached)
     padded = PaddedUnderTest(
         function=loss,

@@ -15,6 +15,7 @@ from ....losses.base import GradientKind
 from ....losses.kind import dependence
 from ...cases import Case, CaseSequence
 from ..failures import Failed
+from ..invariance import recognised
 from ..rerun import Rerun
 
 __all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "first_scalar"]
@@ -55,6 +56,7 @@ class LossUnderTest(abc.ABC):
         detached: inputs that no gradient may flow into.
         per_sequence: inputs of which it takes one number per sequence: that of the first trained token.
         rerun: how it was asked for.
+        invariant: what a shift may not change, of `INVARIANCES`; None: what is recognised.
     """
 
     name: str
@@ -62,6 +64,7 @@ class LossUnderTest(abc.ABC):
     expected: Expected | None = None
     detached: tuple[str, ...] = ()
     per_sequence: tuple[str, ...] = ()
+    invariant: tuple[str, ...] | None = None
     rerun: Rerun = field(default_factory=Rerun)
 
     form: ClassVar[str] = "function"
@@ -87,6 +90,26 @@ class LossUnderTest(abc.ABC):
     def labelled(self) -> bool:
         """Whether it reads of each sequence that it is good or bad; see `CaseSequence.label`."""
         return False
+
+    @property
+    def relative(self) -> bool:
+        """Whether it takes rewards, from which it subtracts a baseline, rather than advantages."""
+        return False
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it is told which sequences are a group."""
+        return False
+
+    @property
+    def against_reference(self) -> bool:
+        """Whether its signature sets each response of a pair against a reference."""
+        return False
+
+    @cached_property
+    def invariances(self) -> tuple[str, ...]:
+        """The moves that may not change its gradient."""
+        return recognised(self)
 
     @final
     def spread(self, case: Case) -> Case:
@@ -167,7 +190,7 @@ class LossUnderTest(abc.ABC):
         by_old = field == "rollout_logprobs" and "old_logprobs" not in self.required
         for with_old in (False, True) if by_old else (True,):
             whole = Case(case.sequences, with_old)
-            moved = whole.edited(field, lambda i, j, x: x + 0.0371 * (1 + i + 2 * j))
+            moved = whole.edited(field, lambda i, j, x: x + _uneven(i, j))
             a, b = self.measure(whole), self.measure(moved)
             if a.value != b.value or bool((a.flat != b.flat).any()) or self._logged(whole) != self._logged(moved):
                 return True
@@ -212,6 +235,11 @@ class LossUnderTest(abc.ABC):
 def leaves_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Return the log-probs of a case, one leaf per sequence."""
     return [torch.tensor(list(s.logprobs), dtype=dtype).requires_grad_() for s in case.sequences]
+
+
+def _uneven(i: int, j: int) -> float:
+    """Return a move, in nats, that cancels in no sum or mean over a sequence, and in no difference of two of them."""
+    return 0.0371 * (1 + i + 2 * j + 0.37 * i * i)
 
 
 def kind_case(on_policy: bool) -> Case:

@@ -47,6 +47,10 @@ class DatumsUnderTest(LossUnderTest):
     def labelled(self) -> bool:
         return "label" in self.read
 
+    @property
+    def grouped(self) -> bool:
+        return "group_id" in self.read
+
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
         case = self.spread(case)
         return [self._datum(case, i) for i in range(len(case.sequences))], list(leaves)

@@ -34,6 +34,7 @@ KNOWN: Final[dict[str, tuple[str, ...]]] = {
     ),
     "attention_mask": ("attention_mask", "padding_mask"),
     "advantages": ("advantages", "advantage", "adv", "advs"),
+    "rewards": ("rewards", "reward", "sequence_rewards", "outcome_rewards"),
     "old": (
         "old",
         "old_logprobs",
@@ -66,6 +67,7 @@ KNOWN: Final[dict[str, tuple[str, ...]]] = {
 }
 FIELD_OF: Final = {
     "advantages": "advantages",
+    "rewards": "advantages",
     "old": "old_logprobs",
     "ref": "ref_logprobs",
     "rollout": "rollout_logprobs",

@@ -76,6 +76,18 @@ class PaddedUnderTest(LossUnderTest):
         return self._pairwise or super().paired
 
     @property
+    def relative(self) -> bool:
+        return "rewards" in self.roles.values()
+
+    @property
+    def grouped(self) -> bool:
+        return "groups" in {*self.roles.values(), *self.read}
+
+    @property
+    def against_reference(self) -> bool:
+        return {"ref_chosen", "ref_rejected"} <= {*self.roles.values()}
+
+    @property
     def _pairwise(self) -> bool:
         return "chosen" in self.roles.values()
 

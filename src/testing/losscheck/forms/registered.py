@@ -64,6 +64,10 @@ class RegisteredUnderTest(LossUnderTest):
     def labelled(self) -> bool:
         return "label" in self.inputs
 
+    @property
+    def grouped(self) -> bool:
+        return "group_id" in self.inputs
+
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
         with_old = case.with_old or "old_logprobs" in self.required
         fields = [n for n in ("weights", *self.fields) if n != "old_logprobs" or with_old]

@@ -10,9 +10,10 @@ from .conduct import CONDUCT
 from .edges import EDGES
 from .gradients import GRADIENTS
 from .selection import SELECTION
+from .shift import SHIFT
 
 __all__ = ["LOSS_PROPERTIES"]
 
 LOSS_PROPERTIES: Final[dict[str, Property]] = {
-    each.name: each for each in (*GRADIENTS, *SELECTION, *BATCHES, *EDGES, *CONDUCT)
+    each.name: each for each in (*GRADIENTS, *SELECTION, *BATCHES, *SHIFT, *EDGES, *CONDUCT)
 }

@@ -188,6 +188,8 @@ def _weights_once(under_test: LossUnderTest, case: Case) -> str | None:
 def _scale(under_test: LossUnderTest, case: Case) -> str | None:
     if "advantages" not in under_test.fields:
         raise NotApplicable("it takes no advantages")
+    if under_test.relative:
+        raise NotApplicable("rewards may be normalised")
     none, once, thrice = (
         under_test.measure(case.edited("advantages", lambda i, j, a, k=k: a * k)).flat  # type: ignore[misc]
         for k in (0.0, 1.0, 3.0)

@@ -19,7 +19,11 @@ from ..results import Property
 __all__ = ["CONDUCT"]
 
 _PROBABILITIES: Final = (0.4, 0.3, 0.2, 0.1)
-_REFERENCES: Final = ((0.1, 0.2, 0.3, 0.4), (0.25, 0.25, 0.25, 0.25))
+_REFERENCES: Final = (
+    (0.1, 0.2, 0.3, 0.4),
+    (0.25, 0.25, 0.25, 0.25),
+    (0.45, 0.05, 0.15, 0.35),
+)  # above here, below there
 
 
 def _deterministic(under_test: LossUnderTest, case: Case) -> None:
@@ -80,19 +84,17 @@ def _metrics(under_test: LossUnderTest, case: Case) -> None:
 
 
 def _information(under_test: LossUnderTest, case: Case) -> str | None:
-    """Compare the expected gradients on an enumerable softmax policy under two references, or two sets of advantages."""
+    """Compare the expected gradients on an enumerable softmax policy under some references, or sets of advantages."""
     if under_test.paired:
         raise NotApplicable("the expectation over one answer says nothing of a pair")
     told = []
     for field, words in (("ref_logprobs", "reference"), ("advantages", "advantages")):
-        if field not in under_test.fields:
+        if field not in under_test.fields or (field == "advantages" and under_test.relative):  # one reward says nothing
             continue
-        first, second = (_expected(under_test, field, values) for values in _REFERENCES)
-        if field == "advantages" and not bool(
-            (first != 0).any()
-        ):  # a baseline over the group leaves nothing of one alone
-            first, second = (_expected(under_test, field, values, beside=True) for values in _REFERENCES)
-        if float((first - second).abs().max()) > 1e-9:
+        # A baseline over the group leaves nothing of a sequence that is alone.
+        beside = field == "advantages" and not bool((_expected(under_test, field, _REFERENCES[0]) != 0).any())
+        first, *others = (_expected(under_test, field, values, beside=beside) for values in _REFERENCES)
+        if any(float((first - other).abs().max()) > 1e-9 for other in others):
             told.append(field)
         elif field == "advantages" or _value_depends(under_test, field):
             raise Failed(

@@ -52,7 +52,7 @@ def _finite(measured: Measured) -> bool:
 def _alive(under_test: LossUnderTest, case: Case) -> None:
     """Near certain and near impossible tokens, and those far from the reference, still have a gradient."""
     for at in (-1e-3, -0.05, -1.0, -12.0):
-        likely = Case((_row(at, at, 1.0), _row(at, at, -1.0)), with_old=True)
+        likely = _on_policy(under_test, at)
         rows = under_test.measure(likely).rows
         if any(float(row[0]) == 0.0 for row in rows):
             raise Failed(
@@ -71,6 +71,14 @@ def _alive(under_test: LossUnderTest, case: Case) -> None:
                 "a clamp on the KL or its log-ratio: the penalty is switched off where it is needed most; use a tangent there",
                 _far_from_reference(d),
             )
+
+
+def _on_policy(under_test: LossUnderTest, at: float) -> Case:
+    """Return two sequences of the policy's own; the reference is elsewhere where nothing else is there to learn from."""
+    rows: tuple[CaseSequence, ...] = (_row(at, at, 1.0), _row(at, at, -1.0))
+    if not under_test.paired and under_test.fields == ("ref_logprobs",):
+        rows = tuple(replace(s, ref_logprobs=[x - 1.0 for x in s.logprobs]) for s in rows)
+    return Case(rows, with_old=True)
 
 
 def _pull(under_test: LossUnderTest, distance: float) -> float:

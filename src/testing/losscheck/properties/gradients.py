@@ -16,6 +16,7 @@ from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
 from ..forms.base import kind_case, leaves_of
 from ..held import Detached, Unheld
+from ..invariance import centred
 from ..results import Property
 
 __all__ = ["GRADIENTS"]
@@ -75,7 +76,9 @@ def _slope(
         at = _value(under_test, case, place, 0.0, held)
         left, right = (at - behind) / step, (ahead - at) / step
         low, high = min(left, right), max(left, right)
-        if high - low > 1e-2 * max(abs(low), abs(high)) and low - allowed <= gradient <= high + allowed:
+        steepest = max(abs(low), abs(high))
+        slack = allowed + step * steepest  # a side may be curved
+        if high - low > 1e-2 * steepest and low - slack <= gradient <= high + slack:
             return central, True
     return central, False
 
@@ -167,6 +170,8 @@ def _direction(under_test: LossUnderTest, case: Case) -> str | None:
     knows = "advantages" in under_test.fields or under_test.paired or under_test.labelled
     if not knows and under_test.fields:
         raise NotApplicable("what is to become more likely is not known")
+    if under_test.relative and not under_test.grouped:
+        raise NotApplicable("rewards are good or bad by a baseline that is not known")
     case = case.edited("advantages", lambda i, j, a: math.copysign(max(abs(a), 1.0), a))
     case = replace(
         case,
@@ -175,12 +180,13 @@ def _direction(under_test: LossUnderTest, case: Case) -> str | None:
         ),
     )
     measured = under_test.measure(case)
+    advantages = centred(case) if under_test.relative else _first_of_each(under_test, case)
     # The strongest gradient decides what counts as one: regularisers are weaker.
     floor = 1e-3 * float(measured.flat.abs().max())
     note = None
     for i, s in enumerate(case.sequences):
         for j in s.trained():
-            good, slope = _good(under_test, case, (i, j)), float(measured.rows[i][j])
+            good, slope = _good(under_test, case, (i, j), advantages), float(measured.rows[i][j])
             if slope * good <= floor:
                 continue
             if not _follows_advantage(under_test, case, (i, j), slope):
@@ -198,10 +204,17 @@ def _direction(under_test: LossUnderTest, case: Case) -> str | None:
     return note
 
 
-def _good(under_test: LossUnderTest, case: Case, place: tuple[int, int]) -> float:
+def _first_of_each(under_test: LossUnderTest, case: Case) -> list[float]:
+    """Return the one advantage of each sequence; nothing, if each token has its own."""
+    if "advantages" not in under_test.per_sequence:
+        return []
+    return [s.advantages[s.trained()[0]] for s in case.sequences]
+
+
+def _good(under_test: LossUnderTest, case: Case, place: tuple[int, int], advantages: list[float]) -> float:
     s = case.sequences[place[0]]
     if "advantages" in under_test.fields:
-        return s.advantages[s.trained()[0] if "advantages" in under_test.per_sequence else place[1]]
+        return advantages[place[0]] if advantages else s.advantages[place[1]]
     if under_test.labelled:
         return 1.0 if s.label else -1.0
     return -1.0 if under_test.paired and place[0] % 2 else 1.0

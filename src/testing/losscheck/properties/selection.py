@@ -14,6 +14,7 @@ from ...cases import Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
 from ..forms.base import kind_case
+from ..invariance import centred
 from ..results import Property
 
 __all__ = ["SELECTION", "changed", "close", "single"]
@@ -47,6 +48,9 @@ def _influence(under_test: LossUnderTest, case: Case) -> None:
     dead = _dead(under_test, case)
     for moved in _elsewhere(under_test, case) if dead else ():
         dead = [place for place in dead if place in _dead(under_test, moved)]
+    if under_test.relative:  # a reward that is its group's mean says nothing
+        advantages = centred(case if under_test.grouped else _one_group(case))
+        dead = [(i, j) for i, j in dead if abs(advantages[i]) > 1e-9]
     if not dead:
         return
     i, j = dead[0]
@@ -68,6 +72,10 @@ def _elsewhere(under_test: LossUnderTest, case: Case) -> Iterator[Case]:
     if not under_test.paired:
         others = tuple(replace(s, advantages=[a + 1.0 for a in s.advantages]) for s in case.sequences)
         yield replace(case, sequences=(*case.sequences, *others))
+
+
+def _one_group(case: Case) -> Case:
+    return replace(case, sequences=tuple(replace(s, group=0) for s in case.sequences))
 
 
 def _dropped(under_test: LossUnderTest) -> str | None:
@@ -145,8 +153,14 @@ def _no_effect(under_test: LossUnderTest, case: Case, base: Measured, value: flo
         raise Failed(
             f"with {words} at the untrained tokens and in the padding the loss is {other.value:.6g} instead of {base.value:.6g}"
         )
-    if bool(changed(other.flat, base.flat).any()):
-        raise Failed(f"{words} at the untrained tokens and in the padding changes the gradient of others")
+    places = [(i, j) for i, s in enumerate(case.sequences) for j in range(len(s.logprobs))]
+    for k in changed(other.flat, base.flat).nonzero().flatten().tolist():
+        i, j = places[k]
+        which = "trained" if case.sequences[i].weights[j] else "untrained"
+        raise Failed(
+            f"with {words} at the untrained tokens and in the padding the {which} token {j} of sequence {i} has gradient "
+            f"{float(other.flat[k]):.4g} instead of {float(base.flat[k]):.4g}"
+        )
 
 
 def _alignment(under_test: LossUnderTest, case: Case) -> None:
