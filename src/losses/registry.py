@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, TypeVar, final
 
-from ..errors import DuplicateLossError, UnknownLossError, suggestion
+from ..errors import ConfigError, DuplicateLossError, UnknownLossError, suggestion
 from .base import Loss
 from .config import to_wire
 from .kind import check_declared
@@ -22,7 +22,11 @@ LossClass = TypeVar("LossClass", bound=type[Loss])
 
 @final
 class Registry:
-    """Loss classes by name. A miss looks once for installed plug-ins (entry-point group ``pullback.losses``)."""
+    """Loss classes by name.
+
+    Those of installed packages (entry-point group ``pullback.losses``) are loaded when a name is asked for that is not
+    known, or when all names are.
+    """
 
     def __init__(self, group: str | None = None) -> None:
         self._classes: dict[str, type[Loss]] = {}
@@ -50,6 +54,7 @@ class Registry:
 
         Raises:
             UnknownLossError: none is registered; the message lists those that are, or says why the name is refused.
+            DuplicateLossError, ConfigError: an installed package has a loss that cannot be had; see `names`.
         """
         if name not in self._classes:
             self._load_plugins()
@@ -57,7 +62,7 @@ class Registry:
             raise UnknownLossError(f"loss {name!r} is known but not provided: {REFUSED[name]}")
         if name not in self._classes:
             raise UnknownLossError(
-                f"unknown loss {name!r}{suggestion(name, self._classes)}; known: {', '.join(self.names())}"
+                f"unknown loss {name!r}{suggestion(name, self._classes)}; known: {', '.join(sorted(self._classes))}"
             )
         return self._classes[name]
 
@@ -71,15 +76,37 @@ class Registry:
         return self.get(name).from_config(**dict(config or {}))
 
     def names(self) -> tuple[str, ...]:
-        """Return the registered names, sorted."""
+        """Return the registered names, those of installed packages too, sorted.
+
+        Raises:
+            DuplicateLossError: an installed package has a loss of a name that is taken.
+            ConfigError: one cannot be loaded, is no `Loss`, or has another name than its entry point.
+        """
+        self._load_plugins()
         return tuple(sorted(self._classes))
 
     def _load_plugins(self) -> None:
         if self._group is None:
             return
-        group, self._group = self._group, None
-        for entry in entry_points(group=group):
-            self.register(entry.load())
+        for entry in entry_points(group=self._group):
+            self._add(entry)
+        self._group = None  # not before all are there: a package that fails does so every time
+
+    def _add(self, entry: EntryPoint) -> None:
+        package = entry.dist.name if entry.dist is not None else "an unknown package"
+        place = f"the entry point {entry.name!r} of {package} ({entry.value})"
+        try:
+            loss = entry.load()
+        except Exception as error:
+            raise ConfigError(f"{place} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not (isinstance(loss, type) and issubclass(loss, Loss)):
+            raise ConfigError(f"{place} is no Loss class, but {loss!r}")
+        if loss.name != entry.name:
+            raise ConfigError(f"{place} is a loss called {loss.name!r}: give the entry point that name")
+        try:
+            self.register(loss)
+        except DuplicateLossError as error:
+            raise DuplicateLossError(f"{place}: {error}, or uninstall {package}") from error
 
 
 def config_of(loss: Loss) -> dict[str, Any] | None:
@@ -101,5 +128,5 @@ def get_loss(name: str, config: Mapping[str, Any] | None = None) -> Loss:
 
 
 def loss_names() -> tuple[str, ...]:
-    """Return the names in the default registry, sorted."""
+    """Return the names in the default registry, sorted; see `Registry.names`."""
     return registry.names()
