@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workstea
 # What `make bench` runs: python -m benchmarks $(BENCH).
 BENCH ?= custom --sequences 4 --rounds 3
 
-.PHONY: demo test test-all soak zoo coverage check bench build wheel-test clean
+.PHONY: demo test test-all soak zoo coverage mutation check bench build wheel-test clean
 demo: $(STAMP)  ## train the four losses on a real model (DEMO="--model tiny" for a minute)
 	$(BIN)/pullback demo $(DEMO)
 
@@ -33,6 +33,9 @@ zoo: $(STAMP)  ## every causal language model of transformers, tiny and random: 
 
 coverage: $(STAMP)  ## the quick tier with coverage of src, and its floor
 	PULLBACK_TIER=quick $(PYTEST) --cov --cov-report=term:skip-covered
+
+mutation: $(STAMP)  ## the loss and gradient code changed in one place at a time: a test must fail (ONLY=functional; AGAIN=report.json)
+	PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m mutation $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again $(AGAIN))
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -1,0 +1,153 @@
+"""The runner: a pytest plugin that collects the tests once, and lets a forked process for each mutant run some of them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, final
+
+import pytest
+
+from .baseline import Baseline, record, run, shards
+from .forks import Ended, Job, in_forks, limit
+from .install import Live, install, live_functions
+from .sites import Mutant
+
+__all__ = ["Result", "Runner"]
+
+_TIME_IS_UP: Final = (signal.SIGALRM, signal.SIGPROF)
+
+
+@final
+@dataclass(frozen=True)
+class Result:
+    """What became of a mutant.
+
+    Attributes:
+        mutant: the change.
+        status: ``killed`` by a test that failed, by the ``time`` limit or by a ``crash``; ``survived``; ``untested``: no test
+            runs its lines.
+        test: the one that failed.
+        tests: how many would have run.
+    """
+
+    mutant: Mutant
+    status: str
+    test: str = ""
+    tests: int = 0
+
+    @property
+    def killed(self) -> bool:
+        """Whether the tests notice."""
+        return self.status in ("killed", "time", "crash")
+
+
+@final
+@dataclass
+class Runner:
+    """Tries mutants on the tests that pytest has collected.
+
+    Attributes:
+        root: of the modules' paths.
+        mutants: what is tried.
+        workers: processes at a time.
+        folder: for what processes leave, and away from the tree.
+        seconds: at least so many for one test, of its processor's time.
+        results: what was found, in the order of the mutants.
+        baseline: the tests on the code as it is.
+    """
+
+    root: Path
+    mutants: Sequence[Mutant]
+    workers: int
+    folder: Path
+    seconds: float = 10.0
+    results: list[Result] = field(default_factory=list)
+    baseline: Baseline = field(default_factory=Baseline)
+    _kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run every test on the code as it is, and for each mutant those that run its lines, until one fails."""
+        if session.testsfailed:
+            raise session.Failed(f"{session.testsfailed} errors during collection")
+        items = {item.nodeid: item for item in session.items}
+        paths = sorted({self._path(mutant) for mutant in self.mutants})
+        parts = [Job("tests", partial(record, part, paths)) for part in shards(session.items, self.workers)]
+        self.baseline = Baseline.of(in_forks(parts, self.workers, self.folder))
+        if self.baseline.failed:
+            raise session.Failed(f"these fail on the code as it is: {', '.join(self.baseline.failed)}")
+        self._say(f"{len(self.baseline.seconds)} tests in {sum(self.baseline.seconds.values()):.0f} s")
+        sources = {path: path.read_text() for path in paths}
+        self._try(items, sources, live_functions(paths))
+        return True
+
+    def _try(self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live) -> None:
+        results: dict[Mutant, Result] = {}
+        start = perf_counter()
+        for ended in in_forks(self._jobs(items, sources, live, results), self.workers, self.folder):
+            result = self._result(ended)
+            results[result.mutant] = result
+            self._kills.update((scope, result.test) for scope in _scopes(result.mutant) if result.test)
+            if not result.killed or len(results) % 50 == 0:
+                m, at = result.mutant, f"{len(results)}/{len(self.mutants)} {perf_counter() - start:.0f} s"
+                self._say(f"{at} {result.status}: {m.path}:{m.lines[0]} {m.operator} {m.before} -> {m.after}")
+        self.results = [results[mutant] for mutant in self.mutants]
+
+    def _jobs(
+        self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live, results: dict[Mutant, Result]
+    ) -> Iterator[Job]:
+        """Yield a job for each mutant that some test runs; the tests that killed its neighbours come first."""
+        for mutant in self.mutants:
+            path = self._path(mutant)
+            names = self.baseline.of_lines(path, mutant.lines)
+            if not names:
+                results[mutant] = Result(mutant, "untested")
+                continue
+            order = sorted(names, key=lambda name: self._price(mutant, name))
+            tests = [(items[name], self.seconds + 10 * self.baseline.seconds[name]) for name in order]
+
+            def work(mutant: Mutant = mutant, path: Path = path, tests: Any = tests) -> str:
+                install(mutant, path, sources[path], live)
+                return _first_failure(tests)
+
+            yield Job((mutant, len(names)), work)
+
+    def _price(self, mutant: Mutant, test: str) -> float:
+        """Return the seconds that a test is likely to take for a kill."""
+        kills = (weight * self._kills[scope, test] for weight, scope in zip((10, 1), _scopes(mutant), strict=True))
+        return (self.baseline.seconds[test] + 1e-3) / (1 + sum(kills))
+
+    def _path(self, mutant: Mutant) -> Path:
+        return (self.root / mutant.path).resolve()
+
+    @staticmethod
+    def _result(ended: Ended) -> Result:
+        mutant, tests = ended.name
+        if ended.signal:
+            return Result(mutant, "time" if ended.signal in _TIME_IS_UP else "crash", "", tests)
+        return Result(mutant, "killed" if ended.result else "survived", ended.result, tests)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _scopes(mutant: Mutant) -> tuple[str, str]:
+    return f"{mutant.path}:{mutant.function}", mutant.path
+
+
+def _first_failure(tests: Sequence[tuple[pytest.Item, float]]) -> str:
+    """Run tests until one fails, each within its seconds, and return its name; empty where none does."""
+    following = [*(item for item, _ in tests[1:]), None]
+    for (item, seconds), after in zip(tests, following, strict=True):
+        limit(seconds)
+        if run(item, after).failed:
+            return item.nodeid
+    return ""
