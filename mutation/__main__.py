@@ -46,17 +46,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def attempt(root: Path, found: Sequence[Mutant], only: Sequence[str], workers: int) -> list[Result]:
+def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> list[Result]:
     """Try mutants on the tests of their targets.
 
     Raises:
         SystemExit: the tests cannot be collected, or fail on the code as it is.
     """
     importlib.import_module("torch._dynamo")  # once, not in every process that compiles
-    tests = sorted({test for _, target in modules(root, only) for test in target.tests})
+    tests = sorted({test for _, target in modules(root, asked.only) for test in target.tests})
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
-        runner = Runner(root, found, workers, Path(folder))
+        every = [path.relative_to(root) for path, _ in modules(root)]
+        runner = Runner(root, every, found, asked.out / "baseline.json", asked.workers, Path(folder))
         options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
         if pytest.main([*options, *tests], plugins=[runner]) != 0:
             raise SystemExit(2)
@@ -75,7 +76,7 @@ def main() -> int:
     if asked.list:
         print("\n".join(f"{m.path}:{m.lines[0]} {m.function} {m.operator}: {m.before} -> {m.after}" for m in found))
         return 0
-    results = attempt(root, found, asked.only, asked.workers)
+    results = attempt(root, found, asked)
     facts = {
         "date": datetime.date.today().isoformat(),
         "tier": os.environ.get("PULLBACK_TIER", "quick"),

@@ -14,7 +14,7 @@ from typing import Any, Final, final
 
 import pytest
 
-from .baseline import Baseline, record, run, shards
+from .baseline import Baseline, digest, record, run, shards
 from .forks import Ended, Job, in_forks, limit
 from .install import Live, install, live_functions
 from .sites import Mutant
@@ -55,7 +55,9 @@ class Runner:
 
     Attributes:
         root: of the modules' paths.
+        modules: the paths of those whose lines are watched, as many as the mutants of this and later runs have.
         mutants: what is tried.
+        saved: the file that the baseline is read from, and written to.
         workers: processes at a time.
         folder: for what processes leave, and away from the tree.
         seconds: at least so many for one test, of its processor's time.
@@ -64,7 +66,9 @@ class Runner:
     """
 
     root: Path
+    modules: Sequence[Path]
     mutants: Sequence[Mutant]
+    saved: Path
     workers: int
     folder: Path
     seconds: float = 10.0
@@ -78,15 +82,27 @@ class Runner:
         if session.testsfailed:
             raise session.Failed(f"{session.testsfailed} errors during collection")
         items = {item.nodeid: item for item in session.items}
-        paths = sorted({self._path(mutant) for mutant in self.mutants})
-        parts = [Job("tests", partial(record, part, paths)) for part in shards(session.items, self.workers)]
-        self.baseline = Baseline.of(in_forks(parts, self.workers, self.folder))
+        self.baseline = self._recorded(session.items)
         if self.baseline.failed:
             raise session.Failed(f"these fail on the code as it is: {', '.join(self.baseline.failed)}")
         self._say(f"{len(self.baseline.seconds)} tests in {sum(self.baseline.seconds.values()):.0f} s")
+        paths = sorted({self._path(mutant) for mutant in self.mutants})
         sources = {path: path.read_text() for path in paths}
         self._try(items, sources, live_functions(paths))
         return True
+
+    def _recorded(self, items: Sequence[pytest.Item]) -> Baseline:
+        """Return the tests on the code as it is; only files of tests that have changed since it was saved are run."""
+        modules = sorted((self.root / path).resolve() for path in self.modules)
+        baseline = Baseline.read(self.saved, digest(*modules))
+        files = {item.nodeid.split("::")[0]: digest(item.path) for item in items}
+        baseline.forget(files)
+        new = [item for item in items if item.nodeid.split("::")[0] not in baseline.files]
+        parts = [Job("tests", partial(record, part, modules)) for part in shards(new, self.workers)]
+        baseline.add(in_forks(parts, self.workers, self.folder))
+        baseline.files |= files
+        baseline.write(self.saved)
+        return baseline
 
     def _try(self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live) -> None:
         results: dict[Mutant, Result] = {}
@@ -106,7 +122,7 @@ class Runner:
         """Yield a job for each mutant that some test runs; the tests that killed its neighbours come first."""
         for mutant in self.mutants:
             path = self._path(mutant)
-            names = self.baseline.of_lines(path, mutant.lines)
+            names = [name for name in self.baseline.of_lines(path, mutant.lines) if name in items]
             if not names:
                 results[mutant] = Result(mutant, "untested")
                 continue

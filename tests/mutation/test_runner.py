@@ -67,7 +67,7 @@ from mutation.runner import Runner
 from mutation.sites import Mutant, mutants_of
 found = mutants_of("toy.py", Path("toy.py").read_text())
 with tempfile.TemporaryDirectory() as folder:
-    runner = Runner(Path.cwd(), found, 2, Path(folder), seconds=0.2)
+    runner = Runner(Path.cwd(), [Path("toy.py")], found, Path(folder, "saved.json"), 2, Path(folder), seconds=0.2)
     status = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "test_toy.py"], plugins=[runner])
 print(json.dumps({"status": status, "results": [[*r.mutant.key[1:4], r.status, r.test] for r in runner.results]}))
 """
