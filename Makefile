@@ -34,8 +34,8 @@ zoo: $(STAMP)  ## every causal language model of transformers, tiny and random: 
 coverage: $(STAMP)  ## the quick tier with coverage of src, and its floor
 	PULLBACK_TIER=quick $(PYTEST) --cov --cov-report=term:skip-covered
 
-mutation: $(STAMP)  ## the loss and gradient code changed in one place at a time: a test must fail (ONLY=functional; AGAIN=report.json)
-	PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m mutation $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again $(AGAIN))
+mutation: $(STAMP)  ## the loss and gradient code changed in one place at a time: a test must fail (ONLY=functional; AGAIN=1: the survivors)
+	PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 $(BIN)/python -m mutation $(if $(ONLY),--only $(ONLY)) $(if $(AGAIN),--again)
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

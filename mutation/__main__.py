@@ -15,16 +15,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from .equivalents import NAMED
-from .report import markdown, read_survivors, score, to_json
-from .runner import Result, Runner
+from .report import line, markdown, read, score
+from .runner import Runner
 from .sites import Mutant
 from .targets import modules, mutants
+
+RESULTS: Final = "results.jsonl"
 
 
 def arguments() -> argparse.Namespace:
@@ -34,34 +38,40 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="*", default=[], help="functional, losses, backends, or a part of a path under src"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--again", type=Path, help="the report.json of an earlier run: only what survived it")
+    parser.add_argument(
+        "--again", action="store_true", help="only what earlier runs have not killed; go on with their report"
+    )
     parser.add_argument(
         "--equivalents", action="store_true", help="only the named equivalents: none of them should be killed"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("mutation-report"), help="folder for report.md and report.json"
+        "--out",
+        type=Path,
+        default=Path("mutation-report"),
+        help="folder for report.md, results.jsonl and baseline.json",
     )
     parser.add_argument("--at-least", type=float, default=0.95, help="the share that must be killed")
     parser.add_argument("--list", action="store_true", help="print the mutants, and try none")
     return parser.parse_args()
 
 
-def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> list[Result]:
-    """Try mutants on the tests of their targets.
+def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> None:
+    """Try mutants on the tests of their targets, and write each result down.
 
     Raises:
         SystemExit: the tests cannot be collected, or fail on the code as it is.
     """
     importlib.import_module("torch._dynamo")  # once, not in every process that compiles
     tests = sorted({test for _, target in modules(root, asked.only) for test in target.tests})
-    with tempfile.TemporaryDirectory() as folder:
+    every = [path.relative_to(root) for path, _ in modules(root)]
+    with tempfile.TemporaryDirectory() as folder, (asked.out / RESULTS).open("a", buffering=1) as results:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
-        every = [path.relative_to(root) for path, _ in modules(root)]
-        runner = Runner(root, every, found, asked.out / "baseline.json", asked.workers, Path(folder))
+        write = partial(print, file=results)
+        saved = asked.out / "baseline.json"
+        runner = Runner(root, every, found, saved, asked.workers, Path(folder), lambda result: write(line(result)))
         options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
         if pytest.main([*options, *tests], plugins=[runner]) != 0:
             raise SystemExit(2)
-    return runner.results
 
 
 def main() -> int:
@@ -70,26 +80,27 @@ def main() -> int:
     everything = list(mutants(root, asked.only))
     same = [mutant for mutant in everything if any(known.covers(mutant) for known in NAMED)]
     found = same if asked.equivalents else [mutant for mutant in everything if mutant not in set(same)]
-    if asked.again:
-        left = read_survivors(asked.again)
-        found = [mutant for mutant in found if mutant.key in left]
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if not asked.again:
+        (asked.out / RESULTS).unlink(missing_ok=True)
+    killed = {result.mutant for result in read(asked.out / RESULTS, found) if result.killed}
+    left = [mutant for mutant in found if mutant not in killed]
     if asked.list:
-        print("\n".join(f"{m.path}:{m.lines[0]} {m.function} {m.operator}: {m.before} -> {m.after}" for m in found))
+        print("\n".join(f"{m.path}:{m.lines[0]} {m.function} {m.operator}: {m.before} -> {m.after}" for m in left))
         return 0
-    results = attempt(root, found, asked)
+    if left:
+        attempt(root, left, asked)
+    results = read(asked.out / RESULTS, found)
     facts = {
         "date": datetime.date.today().isoformat(),
         "tier": os.environ.get("PULLBACK_TIER", "quick"),
         "Python": platform.python_version(),
         "torch": version("torch"),
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "workers": asked.workers,
+        "this run": f"{len(left)} mutants in {(time.perf_counter() - start) / 60:.0f} minutes by {asked.workers} workers",
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    named = [] if asked.equivalents else same
-    (asked.out / "report.md").write_text("# Mutation testing\n\n" + markdown(results, named, facts, root))
-    (asked.out / "report.json").write_text(to_json(results, named, facts))
-    print(markdown(results, named, facts, root))
+    text = markdown(results, [] if asked.equivalents else same, facts, root)
+    (asked.out / "report.md").write_text(text)
+    print(text)
     if asked.equivalents:
         return int(any(result.killed for result in results))
     return int(score(results) < asked.at_least)

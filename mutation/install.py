@@ -26,7 +26,7 @@ def live_functions(paths: Collection[Path]) -> Live:
     real = functools.cache(os.path.realpath)
     found: dict[tuple[str, str], list[FunctionType]] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and (path := real(thing.__code__.co_filename)) in wanted:
+        if type(thing) is FunctionType and (path := real(thing.__code__.co_filename)) in wanted:
             found.setdefault((path, thing.__code__.co_qualname), []).append(thing)
     return found
 

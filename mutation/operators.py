@@ -132,6 +132,8 @@ def add_detach(node: ast.AST, scope: Scope) -> Iterator[ast.AST]:
         "ones_like",
         "zeros_like",
     )
+    if method(node, "detach"):
+        return
     if returned or (named and not looked_at and not of_type and not isinstance(parent, ast.Compare)):
         yield calls(node, "detach")
 

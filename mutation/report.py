@@ -1,17 +1,16 @@
-"""The report: scores by module and operator, and the survivors; Markdown for people, JSON for the next run."""
+"""The report: scores by module and operator, and the survivors; and results line by line, for the next run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .runner import Result
 from .sites import Mutant
 
-__all__ = ["markdown", "read_survivors", "score", "to_json"]
+__all__ = ["line", "markdown", "read", "score"]
 
 
 def score(results: Iterable[Result]) -> float:
@@ -63,14 +62,18 @@ def _survivor(result: Result, root: Path) -> str:
     return f"{title}\n\n```diff\n{mutant.diff(source)}\n```"
 
 
-def to_json(results: Sequence[Result], equivalents: Sequence[Mutant], facts: Mapping[str, Any]) -> str:
-    """Return everything, as a document that `read_survivors` reads."""
-    tried = [{**asdict(result.mutant), "status": result.status, "test": result.test} for result in results]
-    named = [{**asdict(mutant), "status": "equivalent", "test": ""} for mutant in equivalents]
-    return json.dumps({**facts, "score": score(results), "mutants": [*tried, *named]}, indent=1)
+def line(result: Result) -> str:
+    """Return a result as one line of JSON, for `read`."""
+    return json.dumps({"key": result.mutant.key, "status": result.status, "test": result.test, "tests": result.tests})
 
 
-def read_survivors(path: Path) -> set[tuple[Any, ...]]:
-    """Return the keys of the mutants that an earlier run did not kill."""
-    left = [m for m in json.loads(path.read_text())["mutants"] if m["status"] in ("survived", "untested")]
-    return {(m["path"], m["function"], m["before"], m["after"], m["occurrence"]) for m in left}
+def read(path: Path, mutants: Sequence[Mutant]) -> list[Result]:
+    """Return what earlier runs found of these mutants, the last word on each; nothing where there is no file."""
+    known = {mutant.key: mutant for mutant in mutants}
+    found: dict[Mutant, Result] = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        saved = json.loads(text)
+        mutant = known.get(tuple(saved.pop("key")))
+        if mutant is not None:
+            found[mutant] = Result(mutant, **saved)
+    return list(found.values())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,8 @@ class Runner:
         saved: the file that the baseline is read from, and written to.
         workers: processes at a time.
         folder: for what processes leave, and away from the tree.
+        found: is told of each result, when there is one.
         seconds: at least so many for one test, of its processor's time.
-        results: what was found, in the order of the mutants.
         baseline: the tests on the code as it is.
     """
 
@@ -71,8 +72,8 @@ class Runner:
     saved: Path
     workers: int
     folder: Path
+    found: Callable[[Result], None]
     seconds: float = 10.0
-    results: list[Result] = field(default_factory=list)
     baseline: Baseline = field(default_factory=Baseline)
     _kills: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -87,8 +88,9 @@ class Runner:
             raise session.Failed(f"these fail on the code as it is: {', '.join(self.baseline.failed)}")
         self._say(f"{len(self.baseline.seconds)} tests in {sum(self.baseline.seconds.values()):.0f} s")
         paths = sorted({self._path(mutant) for mutant in self.mutants})
-        sources = {path: path.read_text() for path in paths}
-        self._try(items, sources, live_functions(paths))
+        sources, live = {path: path.read_text() for path in paths}, live_functions(paths)
+        gc.freeze()  # else each process goes over, and so copies, everything that was collected here
+        self._try(items, sources, live)
         return True
 
     def _recorded(self, items: Sequence[pytest.Item]) -> Baseline:
@@ -105,26 +107,22 @@ class Runner:
         return baseline
 
     def _try(self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live) -> None:
-        results: dict[Mutant, Result] = {}
-        start = perf_counter()
-        for ended in in_forks(self._jobs(items, sources, live, results), self.workers, self.folder):
-            result = self._result(ended)
-            results[result.mutant] = result
+        start, done = perf_counter(), 0
+        for ended in in_forks(self._jobs(items, sources, live), self.workers, self.folder):
+            result, done = self._result(ended), done + 1
+            self.found(result)
             self._kills.update((scope, result.test) for scope in _scopes(result.mutant) if result.test)
-            if not result.killed or len(results) % 50 == 0:
-                m, at = result.mutant, f"{len(results)}/{len(self.mutants)} {perf_counter() - start:.0f} s"
+            if not result.killed or done % 50 == 0:
+                m, at = result.mutant, f"{done}/{len(self.mutants)} {perf_counter() - start:.0f} s"
                 self._say(f"{at} {result.status}: {m.path}:{m.lines[0]} {m.operator} {m.before} -> {m.after}")
-        self.results = [results[mutant] for mutant in self.mutants]
 
-    def _jobs(
-        self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live, results: dict[Mutant, Result]
-    ) -> Iterator[Job]:
+    def _jobs(self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live) -> Iterator[Job]:
         """Yield a job for each mutant that some test runs; the tests that killed its neighbours come first."""
         for mutant in self.mutants:
             path = self._path(mutant)
             names = [name for name in self.baseline.of_lines(path, mutant.lines) if name in items]
             if not names:
-                results[mutant] = Result(mutant, "untested")
+                self.found(Result(mutant, "untested"))
                 continue
             order = sorted(names, key=lambda name: self._price(mutant, name))
             tests = [(items[name], self.seconds + 10 * self.baseline.seconds[name]) for name in order]

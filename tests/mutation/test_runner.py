@@ -15,7 +15,8 @@ if not (Path(__file__).parents[2] / "mutation").is_dir():
     pytest.skip("mutation testing is not part of the wheel", allow_module_level=True)
 
 from mutation.equivalents import NAMED, read
-from mutation.report import markdown, read_survivors, score, to_json
+from mutation.report import line, markdown, score
+from mutation.report import read as read_results
 from mutation.runner import Result
 from mutation.sites import Mutant, mutants_of
 from mutation.targets import TARGETS, modules, mutants
@@ -67,9 +68,11 @@ from mutation.runner import Runner
 from mutation.sites import Mutant, mutants_of
 found = mutants_of("toy.py", Path("toy.py").read_text())
 with tempfile.TemporaryDirectory() as folder:
-    runner = Runner(Path.cwd(), [Path("toy.py")], found, Path(folder, "saved.json"), 2, Path(folder), seconds=0.2)
+    results = []
+    saved = Path(folder, "saved.json")
+    runner = Runner(Path.cwd(), [Path("toy.py")], found, saved, 2, Path(folder), results.append, seconds=0.2)
     status = pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "test_toy.py"], plugins=[runner])
-print(json.dumps({"status": status, "results": [[*r.mutant.key[1:4], r.status, r.test] for r in runner.results]}))
+print(json.dumps({"status": status, "results": [[*r.mutant.key[1:4], r.status, r.test] for r in results]}))
 """
 
 
@@ -121,7 +124,7 @@ def test_failing_tests_end_the_run(tmp_path: Path) -> None:
 
 
 def test_the_score_leaves_equivalents_out(tmp_path: Path) -> None:
-    """Endings count as kills or not, equivalents not at all; the survivors are shown, and read again from the document."""
+    """Endings count as kills or not, equivalents not at all; the survivors are shown."""
     (tmp_path / "toy.py").write_text(MODULE)
     endings = ("killed", "time", "crash", "survived", "untested")
     found = mutants_of("toy.py", MODULE)
@@ -134,8 +137,18 @@ def test_the_score_leaves_equivalents_out(tmp_path: Path) -> None:
         f"`toy.py:{m.lines[0]}`, `{m.function}`, {m.operator}; {why}"
         for m, why in zip(found[3:5], ("0 tests run it", "no test runs it"), strict=True)
     ]
-    (tmp_path / "report.json").write_text(to_json(results, found[5:7], {"date": "today"}))
-    assert read_survivors(tmp_path / "report.json") == {mutant.key for mutant in found[3:5]}
+
+
+def test_results_are_read_again(tmp_path: Path) -> None:
+    """What was written line by line; the last word on a mutant holds, and what the code no longer has is left out."""
+    found = mutants_of("toy.py", MODULE)
+    results = [Result(mutant, "survived", "", 3) for mutant in found]
+    gone = mutants_of("toy.py", "def gone(x):\n    return -x\n")[0]
+    later = Result(found[0], "killed", "test_toy.py::test_total", 4)
+    written = [*results, Result(gone, "killed"), later]
+    (tmp_path / "results.jsonl").write_text("".join(line(result) + "\n" for result in written))
+    assert read_results(tmp_path / "results.jsonl", found) == [later, *results[1:]]
+    assert read_results(tmp_path / "nothing.jsonl", found) == []
 
 
 def test_every_equivalent_is_a_mutant() -> None:
