@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import math
 import os
 import platform
 import sys
@@ -50,6 +51,8 @@ def arguments() -> argparse.Namespace:
         default=Path("mutation-report"),
         help="folder for report.md, results.jsonl and baseline.json",
     )
+    quick = "seconds of tests for one mutant, for a quick look; what survives it is tried on all of them by --again"
+    parser.add_argument("--patience", type=float, default=math.inf, help=quick)
     parser.add_argument("--at-least", type=float, default=0.95, help="the share that must be killed")
     parser.add_argument("--list", action="store_true", help="print the mutants, and try none")
     return parser.parse_args()
@@ -65,10 +68,11 @@ def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> N
     tests = sorted({test for _, target in modules(root, asked.only) for test in target.tests})
     every = [path.relative_to(root) for path, _ in modules(root)]
     with tempfile.TemporaryDirectory() as folder, (asked.out / RESULTS).open("a", buffering=1) as results:
-        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{folder}/hypothesis"
+        os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis", "HYPOTHESIS_PROFILE": "unshrunk"}
         write = partial(print, file=results)
         saved = asked.out / "baseline.json"
         runner = Runner(root, every, found, saved, asked.workers, Path(folder), lambda result: write(line(result)))
+        runner.patience = asked.patience
         options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
         if pytest.main([*options, *tests], plugins=[runner]) != 0:
             raise SystemExit(2)
@@ -86,7 +90,7 @@ def main() -> int:
     killed = {result.mutant for result in read(asked.out / RESULTS, found) if result.killed}
     left = [mutant for mutant in found if mutant not in killed]
     if asked.list:
-        print("\n".join(f"{m.path}:{m.lines[0]} {m.function} {m.operator}: {m.before} -> {m.after}" for m in left))
+        print("\n".join(f"{m.path}:{m.lines[0]} {m.function} {m.operator}: {m.change}" for m in left))
         return 0
     if left:
         attempt(root, left, asked)

@@ -19,7 +19,7 @@ class Equivalent:
 
     Attributes:
         function: ``path:qualified name``.
-        changes: ``before -> after``, as the report spells them; every occurrence in the function.
+        changes: what `Mutant.change` says of them.
         why: the reason why no test can tell.
     """
 

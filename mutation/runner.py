@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, final
@@ -63,6 +65,7 @@ class Runner:
         folder: for what processes leave, and away from the tree.
         found: is told of each result, when there is one.
         seconds: at least so many for one test, of its processor's time.
+        patience: seconds of tests for one mutant, for a quick look: what survives it may be killed by the tests left out.
         baseline: the tests on the code as it is.
     """
 
@@ -74,6 +77,7 @@ class Runner:
     folder: Path
     found: Callable[[Result], None]
     seconds: float = 10.0
+    patience: float = math.inf
     baseline: Baseline = field(default_factory=Baseline)
     _kills: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -114,7 +118,7 @@ class Runner:
             self._kills.update((scope, result.test) for scope in _scopes(result.mutant) if result.test)
             if not result.killed or done % 50 == 0:
                 m, at = result.mutant, f"{done}/{len(self.mutants)} {perf_counter() - start:.0f} s"
-                self._say(f"{at} {result.status}: {m.path}:{m.lines[0]} {m.operator} {m.before} -> {m.after}")
+                self._say(f"{at} {result.status}: {m.path}:{m.lines[0]} {m.function} {m.operator} {m.change}")
 
     def _jobs(self, items: Mapping[str, pytest.Item], sources: Mapping[Path, str], live: Live) -> Iterator[Job]:
         """Yield a job for each mutant that some test runs; the tests that killed its neighbours come first."""
@@ -124,19 +128,24 @@ class Runner:
             if not names:
                 self.found(Result(mutant, "untested"))
                 continue
-            order = sorted(names, key=lambda name: self._price(mutant, name))
+            order = self._affordable(sorted(names, key=lambda name: self._price(mutant, name)))
             tests = [(items[name], self.seconds + 10 * self.baseline.seconds[name]) for name in order]
 
             def work(mutant: Mutant = mutant, path: Path = path, tests: Any = tests) -> str:
                 install(mutant, path, sources[path], live)
                 return _first_failure(tests)
 
-            yield Job((mutant, len(names)), work)
+            yield Job((mutant, len(order)), work)
 
     def _price(self, mutant: Mutant, test: str) -> float:
         """Return the seconds that a test is likely to take for a kill."""
         kills = (weight * self._kills[scope, test] for weight, scope in zip((10, 1), _scopes(mutant), strict=True))
         return (self.baseline.seconds[test] + 1e-3) / (1 + sum(kills))
+
+    def _affordable(self, order: Sequence[str]) -> list[str]:
+        """Return the first tests, as many as the patience lasts, and one at least."""
+        spent = accumulate(self.baseline.seconds[name] for name in order)
+        return [name for i, (name, at) in enumerate(zip(order, spent, strict=True)) if i == 0 or at <= self.patience]
 
     def _path(self, mutant: Mutant) -> Path:
         return (self.root / mutant.path).resolve()

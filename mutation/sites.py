@@ -13,6 +13,18 @@ from .operators import OPERATORS, Scope
 __all__ = ["Mutant", "mutants_of"]
 
 _SKIPPED = (ast.Raise, ast.JoinedStr, ast.pattern, ast.Import, ast.ImportFrom)
+_CONSTANTS = (
+    "advantages",
+    "anchor",
+    "log_ratio",
+    "ref_logprobs",
+    "minus",
+    "mask",
+    "scale",
+    "weights",
+    "factors",
+    "args",
+)
 _ATOMS = (ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.Constant, ast.Tuple)
 
 
@@ -47,6 +59,11 @@ class Mutant:
     def key(self) -> tuple[str, str, str, str, int]:
         """What stays when lines move."""
         return self.path, self.function, self.before, self.after, self.occurrence
+
+    @property
+    def change(self) -> str:
+        """``before -> after``, numbered where the same change is made at a second place of the function."""
+        return f"{self.before} -> {self.after}" + (f" ({self.occurrence + 1})" if self.occurrence else "")
 
     def source(self, original: str) -> str:
         """Return the changed source."""
@@ -102,9 +119,9 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def _tensors(function: ast.FunctionDef) -> frozenset[str]:
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    of_tensor = {a.arg for a in arguments if a.annotation is not None and "Tensor" in ast.unparse(a.annotation)}
-    return frozenset(of_tensor | {"self"})
+    """Return the arguments that a gradient flows through, of a function that it flows through: no constants, by name."""
+    arguments = {a.arg: ast.unparse(a.annotation) for a in function.args.args if a.annotation is not None}
+    return frozenset(name for name, kind in arguments.items() if "Tensor" in kind and name not in _CONSTANTS) | {"self"}
 
 
 def _nodes(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.stmt, tuple[ast.AST, ...]]]:

@@ -86,7 +86,9 @@ TARGETS: Final = {
             "backends/native/accumulator.py",
         ),
         (
+            "tests/backends/test_cotangents.py",
             "tests/backends/test_counts_and_groups.py",
+            "tests/backends/test_normalization.py",
             "tests/backends/test_prepared.py",
             "tests/backends/native/test_cases_maths.py",
             "tests/backends/native/test_custom.py",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from tiers import TIER, reason_to_skip
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 settings.register_profile("quick", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("all", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=2000, deadline=None)
+# For mutation testing, which only asks whether a test fails: a failing example is not made smaller.
+settings.register_profile("unshrunk", settings.get_profile(TIER), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", TIER))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import pullback.losses
@@ -88,6 +90,31 @@ def test_old_formulas() -> None:
     with pytest.warns(DeprecationWarning, match="clipped_surrogate is now"):
         old = clipped_surrogate(torch.exp(-ONES), -ONES, ClipRange(0.5, 1.5))
     assert torch.equal(old, functional.ppo_clip(-ONES, 0.0, -ONES, 0.5, 1.5))
+
+
+@given(d=st.lists(st.floats(-3, 3), min_size=3, max_size=3), epsilon=st.floats(0.05, 0.9))
+def test_old_formulas_of_any_numbers(d: list[float], epsilon: float) -> None:
+    """The same on both sides of the range and of 0; advantages are constants as they are in the new ones."""
+    log_ratio = torch.tensor([*d, -2.0, 2.0, -2.0, 2.0], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([0.7, -0.7, 1.3, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    with pytest.warns(DeprecationWarning, match="is now"):
+        pairs = [
+            (
+                pullback.losses.clipped_surrogate(log_ratio.exp(), advantages, epsilon),
+                functional.ppo_clip(log_ratio, 0.0, advantages, 1 - epsilon, 1 + epsilon),
+            ),
+            (
+                pullback.losses.clipped_surrogate(log_ratio.exp(), advantages, None),
+                functional.importance_sampling(log_ratio, 0.0, advantages),
+            ),
+            (pullback.losses.kl_value("k3", log_ratio), functional.kl(log_ratio, 0.0, "k3")),
+            (pullback.losses.dpo_sigmoid(log_ratio, 0.1), functional.dpo(log_ratio, 0 * log_ratio, 1.0, 0.1)),
+        ]
+    for old, new in pairs:
+        torch.testing.assert_close(old, new, rtol=1e-12, atol=1e-14)
+        slopes = [torch.autograd.grad(x.sum(), (log_ratio, advantages), allow_unused=True) for x in (old, new)]
+        torch.testing.assert_close(slopes[0][0], slopes[1][0], rtol=1e-12, atol=1e-14)
+        assert slopes[0][1] is None
 
 
 def test_old_spellings_of_the_rollout_policy() -> None:

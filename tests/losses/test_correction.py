@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pullback.losses import GRPO, KL, PPO, Correction, Rejection, TokenBatch, TokenStream
@@ -151,8 +151,20 @@ def test_bounds_are_exact() -> None:
     assert truncated_weight(at, 0.25, 1.0).tolist() == [0.25, 1.0, 1.0, 1.0]
     assert masked_weight(at, 0.0, 1.0).tolist() == [0.0, 1.0, 0.0, 0.0]
     assert masked_weight(at, 1.0, 1 + step).tolist() == [0.0, 1.0, 1 + step, 0.0]
-    assert not truncated_weight(at.requires_grad_(), 0.0, INF).requires_grad
+    assert masked_weight(torch.tensor([INF, -INF, math.log(2.0)]), 0.5, 5.0).tolist() == pytest.approx([0.0, 0.0, 2.0])
+    for weight in (truncated_weight, masked_weight):
+        assert not weight(at.clone().requires_grad_(), 0.0, INF).requires_grad
     assert bool(truncated_weight(at.float(), 0.0, INF).isfinite().all())
+
+
+@given(d=st.floats(-60, 60))
+@example(d=20.0)
+@example(d=21.5)
+def test_weights_without_a_bound_are_ratios(d: float) -> None:
+    """They go on by the tangent of exp above 20, as every ratio does, and do not stop there."""
+    want = math.exp(d) if d <= 20 else math.exp(20) * (1 + d - 20)
+    for weight in (truncated_weight, masked_weight):
+        assert weight(torch.tensor(d, dtype=torch.float64), 0.0, INF).item() == pytest.approx(want, rel=1e-12)
 
 
 @given(case=cases(), normalize=st.sampled_from(["tokens", "sequences"]), high=st.floats(1, 4))

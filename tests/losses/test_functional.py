@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pullback.losses import functional as F
+from pullback.losses.functional.closed_form import value_of
 from pullback.losses.functional.numerics import bounded_exp, bounded_expm1
 
 EACH = pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS.keys())
@@ -130,6 +131,22 @@ def test_edge_of_the_range_is_not_clipped(compute: Callable[..., tuple[Tensor, T
     assert compute(F.ppo_clip, d, 0.0, -one, 0.0, 1.0, 1.0)[1].tolist() == [1 - step, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("compute", [by_autograd, closed])
+@pytest.mark.parametrize("size", [1.0, 1e-150, 1e-300])
+def test_what_is_clipped_has_no_gradient_at_all(compute: Callable[..., tuple[Tensor, Tensor]], size: float) -> None:
+    """Next to an edge too, however small the advantage; and where the sampler's probability is 0, so that no ratio is."""
+    step = 2.0**-52
+    near = torch.tensor([-step, step, -math.inf, math.inf], dtype=torch.float64)
+    anchor = torch.where(near.isfinite(), 0.0, -near)
+    x = torch.where(near.isfinite(), near, -1.0)
+    sides = torch.tensor([-size, size, 0.0, size], dtype=torch.float64)
+    value, slope = compute(F.ppo_clip, x[[0, 1, 3]], anchor[[0, 1, 3]], sides[[0, 1, 3]], 1.0, 1.0)
+    assert slope.tolist() == [0.0, 0.0, 0.0]
+    assert value.tolist() == pytest.approx([size, -size, -size], rel=1e-12, abs=0)
+    value, slope = compute(F.ppo_clip, x[3:], anchor[3:], -sides[3:], 1.0, 1.0, 3.0)
+    assert (value.tolist(), slope.tolist()) == ([pytest.approx(3 * size, rel=1e-12, abs=0)], [0.0])
+
+
 def test_no_gradient_flows_into_anchors_and_advantages() -> None:
     """They are constants, even where they require gradients."""
     for formula in FORMULAS.values():
@@ -214,6 +231,18 @@ def test_functions_without_a_closed_form_say_so() -> None:
         return 2 * x, torch.full_like(x, 2.0)
 
     assert F.closed_form_of(double) is attached
+
+
+def test_the_value_of_constants() -> None:
+    """It is that of the closed form where there is one, else that of the definition."""
+
+    def definition(x: Tensor, by: float) -> Tensor:
+        return by * x
+
+    x = torch.tensor([1.0, 2.0])
+    assert value_of(definition, x, 3.0).tolist() == [3.0, 6.0]
+    F.closed_form(definition)(lambda x, by: (x + by, x * 0))
+    assert value_of(definition, x, 3.0).tolist() == [4.0, 5.0]
 
 
 class Passes(TorchDispatchMode):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loss_cases import IDS, LOSSES, away_from_kinks, suited
 from torch import Tensor
@@ -155,6 +155,12 @@ def test_biased_kl_is_refused(estimator: str) -> None:
 
 
 @given(x=st.floats(-700, -1e-12))
+@example(x=-1e-12)
+@example(x=-1e-3)
+@example(x=-0.4)
+@example(x=-0.9)
+@example(x=-50.0)
+@example(x=-math.inf)
 def test_log1mexp(x: float) -> None:
     """log(1 - e^x) is accurate at both ends, and so is its gradient."""
     at = torch.tensor(x, dtype=torch.float64, requires_grad=True)

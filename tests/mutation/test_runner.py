@@ -153,7 +153,7 @@ def test_results_are_read_again(tmp_path: Path) -> None:
 
 def test_every_equivalent_is_a_mutant() -> None:
     """A named equivalent that the code no longer has is dropped from the list, and each says why no test can tell."""
-    found = {(f"{m.path}:{m.function}", f"{m.before} -> {m.after}") for m in of_the_package()}
+    found = {(f"{m.path}:{m.function}", m.change) for m in of_the_package()}
     for known in NAMED:
         assert len(known.why.split()) >= 5, known
         assert known.changes, known
