@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, final
 
 from torch import Tensor
 
-from ..errors import DatumError, MissingFieldError
+from ..errors import ConfigError, DatumError, MissingFieldError
 from .aggregation import Aggregation
 from .batch.adapt import batch_field, batch_from_datums, logprobs_in_place
 from .batch.keys import INPUT_KEYS
@@ -59,6 +59,11 @@ class Loss(abc.ABC):
     def optional_inputs(self) -> tuple[str, ...]:
         """Datum keys that the loss uses where they are given."""
         return ()
+
+    @property
+    def alternative_inputs(self) -> Mapping[str, str]:
+        """Fields of a `TokenBatch` that do as well as a required one: required field -> the other."""
+        return {}
 
     @final
     @property
@@ -184,13 +189,18 @@ class Loss(abc.ABC):
 
         Raises:
             MissingFieldError: it lacks an input.
+            ConfigError: it has an input in two forms.
             DatumError: it is no `TokenBatch`.
         """
         if not isinstance(batch, TokenBatch):
             raise DatumError(f"{self.name} is evaluated on a TokenBatch, got {type(batch).__name__}")
         for key in self.required_inputs:
             name = batch_field(key)
-            if getattr(batch, name) is None:
+            other = self.alternative_inputs.get(name, name)
+            given = [field for field in dict.fromkeys((name, other)) if getattr(batch, field) is not None]
+            if len(given) > 1:
+                raise ConfigError(f"{self.name} reads {name} or {other}, and the TokenBatch has both: give one of them")
+            if not given:
                 meaning = INPUT_KEYS[key].meaning
                 raise MissingFieldError(
                     f"missing required field {key!r}: {self.name} needs {name} in its TokenBatch ({meaning})"

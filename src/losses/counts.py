@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ __all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_tot
 
 Count = Tensor | float
 Counts = Mapping[str, float | Tensor]
+_MISSING: Final = (
+    "counts[{0!r}] is None: the trainer has not counted. Without the total of the whole optimizer step, each micro-batch would "
+    "divide by its own count. Pass that total, over all micro-batches and ranks: num_items_in_batch of transformers' Trainer "
+    "(which counts if the batches have labels), config.global_batch_info['batch_num_tokens'] of verl, global_valid_tokens of "
+    "torchtitan; elsewhere loss.counts(micro_batches), summed over the ranks"
+)
 
 
 def count_units(batch: TokenBatch, denominator: Denominator, where: Tensor | None = None) -> Count:
@@ -100,6 +106,8 @@ def check_counts(counts: object, terms: Sequence[Summand] | None = None) -> None
         raise ConfigError(f"counts must map denominators to totals, e.g. {{'tokens': 18231}}, got {counts!r}")
     for name, total in counts.items():
         choice("a key of counts", name, [d for d in get_args(Denominator) if d != "none"])
+        if total is None:
+            raise ConfigError(_MISSING.format(name))
         if not isinstance(total, Tensor):
             number(f"counts[{name!r}]", total, low=0.0)
         elif total.numel() != 1:

@@ -104,6 +104,19 @@ class Packed(Layout):
         self._index = index
         self._lengths: Tensor | None = None
 
+    @classmethod
+    def of(cls, logprobs: Tensor, lengths: Tensor | list[int]) -> Packed:
+        """Return the layout of sequences of these lengths.
+
+        Raises:
+            LengthError: they do not add up to the tokens.
+        """
+        known = lengths.tolist() if isinstance(lengths, Tensor) and readable(lengths) else lengths
+        if not isinstance(known, Tensor) and (sum(known) != logprobs.shape[0] or min(known, default=0) < 0):
+            raise LengthError(f"lengths must add up to the {logprobs.shape[0]} tokens of logprobs, got {known}")
+        lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
+        return cls(logprobs.shape, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
     @property
     def rows(self) -> int:
         return self.offsets.shape[0] - 1

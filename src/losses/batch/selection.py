@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["finite", "readable", "select", "select_", "transformed", "wide"]
+__all__ = ["as_weight", "finite", "readable", "select", "select_", "transformed", "wide"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -53,3 +53,12 @@ def select_(values: Tensor, weights: Tensor | None) -> Tensor:
         out: Tensor = torch.ops.aten.hardshrink_backward.grad_input(values, weights, 0.0, grad_input=values)
         return out
     return select(values, weights)
+
+
+def as_weight(weights: Tensor | None, like: Tensor) -> Tensor:
+    """Return weights in the dtype of ``like``; ones in its shape where there are none."""
+    if weights is None:
+        return torch.ones(like.shape, dtype=like.dtype, device=like.device)
+    # To convert bytes is five times as fast as to convert bool.
+    bits = weights.dtype == torch.bool and readable(weights)
+    return (weights.view(torch.uint8) if bits else weights).to(like.dtype)

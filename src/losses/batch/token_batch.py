@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...deprecation import renamed_keyword
-from ...errors import LengthError, MissingFieldError
+from ...errors import MissingFieldError
 from ..evaluation.sums import row_sum, weighted_sum
 from ..inputs import (
     SEQUENCE_INPUTS,
@@ -22,10 +22,11 @@ from ..inputs import (
     label_problems,
     require_tensor,
 )
+from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
-from .selection import finite, readable, select, wide
-from .units import Groups, Pairs, group_sequences, pair_sequences, require_even
+from .selection import as_weight, finite, select, wide
+from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
 __all__ = ["TokenBatch"]
 
@@ -49,6 +50,7 @@ class TokenBatch:
         ref_logprobs: the frozen reference's log-probs.
         sequence_ratio_mask: the tokens over which a sequence's ratio is taken, where not the trained ones.
         pair_id, role, group_id, label: int64 [B]; see `pullback.losses.batch.keys`.
+        ref_logprob_sums: float [B], weighted sums of ``ref_logprobs``, in place of them for a loss that needs no more.
 
     Raises:
         LengthError: a tensor has another shape than its place demands.
@@ -66,6 +68,7 @@ class TokenBatch:
     role: Tensor | None = None
     group_id: Tensor | None = None
     label: Tensor | None = None
+    ref_logprob_sums: Tensor | None = None
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -90,35 +93,51 @@ class TokenBatch:
         Raises:
             LengthError: a shape is wrong, or the lengths do not add up.
         """
-        require_tensor("logprobs", logprobs)
-        known = lengths.tolist() if isinstance(lengths, Tensor) and readable(lengths) else lengths
-        if not isinstance(known, Tensor) and (sum(known) != logprobs.shape[0] or min(known, default=0) < 0):
-            raise LengthError(f"lengths must add up to the {logprobs.shape[0]} tokens of logprobs, got {known}")
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        return cls(logprobs, Packed(logprobs.shape, offsets), **as_inputs(logprobs, inputs))
+        layout = Packed.of(require_tensor("logprobs", logprobs), lengths)
+        return cls(logprobs, layout, **as_inputs(logprobs, inputs))
 
     @classmethod
     @renamed_keyword("behaviour_logprobs", "rollout_logprobs")
-    def from_padded(cls, logprobs: Tensor, weights: Tensor, **inputs: Tensor | None) -> TokenBatch:
+    def from_padded(
+        cls, logprobs: Tensor, weights: Tensor, *, pairs: PairOrder | Tensor | None = None, **inputs: Tensor | None
+    ) -> TokenBatch:
         """Build from right- or left-padded tensors; padding is a position of weight 0.
 
         Args:
-            logprobs: [B, T] or [B, T, K], target-aligned: ``logprobs[b, j]`` scores the token that ``weights[b, j]``
-                weighs.
+            logprobs: [B, T] or [B, T, K]; ``logprobs[b, j]`` scores the token that ``weights[b, j]`` weighs.
             weights: the same shape, float or bool; 0 on padding and on prompts.
+            pairs: how preference pairs lie: ``interleaved`` (2i chosen, 2i + 1 rejected) or ``stacked`` (all chosen ones,
+                then all rejected ones, as in TRL), in place of ``pair_id`` and ``role``.
             inputs: the other fields of `TokenBatch`, [B, T]; ``advantages`` may be [B] (one per sequence);
-                ``pair_id``, ``role``, ``group_id`` and ``label`` are [B].
+                ``pair_id``, ``role``, ``group_id``, ``label`` and ``ref_logprob_sums`` are [B].
+
+        Raises:
+            LengthError, IncompleteUnitError: a shape is wrong, or ``pairs`` are of an odd number of sequences.
+            ConfigError: ``pairs`` is no such word, or is given beside ``pair_id`` or ``role``.
+        """
+        layout = Padded(require_tensor("logprobs", logprobs).shape)
+        order = pair_inputs(pairs, layout.rows, logprobs.device, inputs)
+        known = as_inputs(logprobs, {"weights": weights, **inputs, **order})
+        if "advantages" in known and known["advantages"].shape == (layout.rows,):
+            known["advantages"] = layout.spread(known["advantages"], logprobs.dim())
+        return cls(logprobs, layout, **known)
+
+    @classmethod
+    def from_labels(
+        cls, logprobs: Tensor, labels: Tensor, *, pairs: PairOrder | Tensor | None = None, **inputs: Tensor | None
+    ) -> TokenBatch:
+        """Build from a trainer's labels, which are -100 where nothing is trained.
+
+        Args:
+            logprobs: [B, T], one per label but the first, whose token nothing precedes; see `pullback.ops.logprobs_of`.
+            labels: int64 [B, T + 1], as transformers has them; or [B, T] if they are shifted already.
+            pairs, inputs: see `from_padded`; per-token inputs have the shape of ``logprobs``.
 
         Raises:
             LengthError: a shape is wrong.
+            DatumError: a label is neither a token id nor -100.
         """
-        layout = Padded(require_tensor("logprobs", logprobs).shape)
-        known = as_inputs(logprobs, {"weights": weights, **inputs})
-        advantages = known.get("advantages")
-        if advantages is not None and advantages.dim() == 1 and advantages.shape[0] == layout.rows:
-            known["advantages"] = layout.spread(advantages, logprobs.dim())
-        return cls(logprobs, layout, **known)
+        return cls.from_padded(logprobs, mask_of_labels(logprobs, labels), pairs=pairs, **inputs)
 
     @property
     def behaviour_logprobs(self) -> Tensor | None:
@@ -134,7 +153,7 @@ class TokenBatch:
     @property
     def weight(self) -> Tensor:
         """The weights, 1 where none were given; fp32 or better, shape of ``logprobs``."""
-        return self.remember("weight", self._weight)
+        return self.remember("weight", lambda: as_weight(self.weights, wide(self.logprobs)))
 
     @property
     def mask(self) -> Tensor | None:
@@ -284,14 +303,6 @@ class TokenBatch:
     def _pairs(self) -> tuple[Pairs, Problem | None]:
         made_of = self.num_sequences, self.pair_id, self.role, self.logprobs.device
         return self.remember("pairs", lambda: pair_sequences(*made_of))
-
-    def _weight(self) -> Tensor:
-        like = wide(self.logprobs)
-        if self.weights is None:
-            return torch.ones(self.layout.shape, dtype=like.dtype, device=like.device)
-        # To convert bytes is five times as fast as to convert bool.
-        bits = self.weights.dtype == torch.bool and readable(self.weights)
-        return (self.weights.view(torch.uint8) if bits else self.weights).to(like.dtype)
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""

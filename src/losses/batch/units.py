@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
 
-from ...errors import IncompleteUnitError
+from ...errors import ConfigError, IncompleteUnitError
+from ..checks import choice
 from .keys import ROLE_CHOSEN, ROLE_GOLD, ROLE_REJECTED
 from .problems import Problem
 from .selection import readable
 
-__all__ = ["Groups", "Pairs", "group_sequences", "pair_sequences", "require_even"]
+__all__ = ["Groups", "PairOrder", "Pairs", "group_sequences", "pair_inputs", "pair_sequences", "require_even"]
+
+PairOrder = Literal["interleaved", "stacked"]
 
 
 class Pairs(NamedTuple):
@@ -71,6 +75,39 @@ def pair_sequences(
     ).any()
     ids, roles = pair_id, role
     return Pairs(chosen, rejected), Problem(wrong, lambda: _broken(ids, roles))
+
+
+def pair_inputs(
+    order: PairOrder | Tensor | None, sequences: int, device: torch.device, given: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return ``pair_id`` and ``role`` of pairs that lie in an order; nothing where they are neighbours anyway.
+
+    Args:
+        order: of the pairs; None: the caller says nothing of it. (A tensor is refused; the type lets a caller unpack a
+            ``dict[str, Tensor]`` of inputs.)
+        sequences: B.
+        device: of the log-probs.
+        given: the inputs that the caller gave.
+
+    Raises:
+        ConfigError: the order is unknown, or said twice.
+        IncompleteUnitError: an odd number of sequences.
+    """
+    if order is None:
+        return {}
+    choice("pairs", order, get_args(PairOrder))
+    twice = [name for name in ("pair_id", "role") if given.get(name) is not None]
+    if twice:
+        raise ConfigError(f"pairs={order!r} says which sequences are pairs, and so does {twice[0]}: give one of them")
+    require_even(sequences)
+    if order == "interleaved":
+        return {}
+    position = torch.arange(sequences, device=device)
+    chosen = position < sequences // 2
+    return {
+        "pair_id": position % max(1, sequences // 2),
+        "role": torch.where(chosen, ROLE_CHOSEN, ROLE_REJECTED),
+    }
 
 
 def group_sequences(sequences: int, group_id: Tensor | None, device: torch.device) -> Groups:

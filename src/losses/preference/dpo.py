@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Final, final
 
 from ..aggregation import Aggregation
@@ -16,7 +17,7 @@ from ..evaluation.pair_terms import PairTerm, Responses
 from ..evaluation.terms import Summand
 from ..functional.preference import dpo
 from ..registry import register
-from .pairs import empty_responses, margin_metrics
+from .pairs import empty_responses, margin_metrics, wrong_reference_sums
 
 __all__ = ["DPO"]
 
@@ -31,7 +32,8 @@ class DPO(Loss):
 
     h = ``sum_t w_t (logprob_t - ref_logprob_t)``, summed in fp64 over each side's own weights. The gradient with respect to a
     chosen log-prob is ``-beta w sigmoid(-z) / pairs``, of a rejected one its opposite. Where policy and reference are
-    equal the loss is log 2 and the slope beta / 2.
+    equal the loss is log 2 and the slope beta / 2. A `TokenBatch` may hold ``ref_logprob_sums``, one number per sequence, in
+    place of the reference's log-probs.
 
     Args:
         beta: strength of the tie to the reference, > 0.
@@ -40,6 +42,7 @@ class DPO(Loss):
 
     Raises:
         EmptyUnitError: (on use) a response has no trained token.
+        InvalidDatumsError: (on use) a sum of the reference's log-probs is not finite, or positive.
 
     Source: arXiv:2305.18290, equation 7.
     """
@@ -53,6 +56,7 @@ class DPO(Loss):
     sources: ClassVar[tuple[str, ...]] = ("arXiv:2305.18290",)
     required_inputs: ClassVar[tuple[str, ...]] = ("weights", "ref_logprobs")
     optional_inputs: ClassVar[tuple[str, ...]] = ("pair_id", "role")
+    alternative_inputs: ClassVar[Mapping[str, str]] = MappingProxyType({"ref_logprobs": "ref_logprob_sums"})
 
     def __post_init__(self) -> None:
         number("beta", self.beta, low=0.0)
@@ -63,7 +67,7 @@ class DPO(Loss):
         return (PairTerm("dpo", dpo, _LOG_RATIOS, (self.beta, self.label_smoothing), self.main_aggregation),)
 
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
-        return (empty_responses(batch, self.name),)
+        return empty_responses(batch, self.name), wrong_reference_sums(batch)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
         chosen, rejected = (self.beta * log_ratio for log_ratio in _LOG_RATIOS.sides(batch))

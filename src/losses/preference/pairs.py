@@ -7,14 +7,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ...errors import EmptyUnitError
+from ...errors import EmptyUnitError, InvalidDatumsError
 from ..batch.problems import Problem
 from ..batch.selection import readable
 from ..batch.token_batch import TokenBatch
+from ..batch.values import LARGEST_LOGPROB
 from ..evaluation.metrics import Unread, mean
 from ..evaluation.pair_terms import Responses, surely_weighed
 
-__all__ = ["MEANS", "empty_responses", "margin_metrics", "responses_without_mean"]
+__all__ = ["MEANS", "empty_responses", "margin_metrics", "responses_without_mean", "wrong_reference_sums"]
 
 MEANS: Final = Responses(mean=True)  # the weighted mean log-probs
 
@@ -45,6 +46,27 @@ def responses_without_mean(batch: TokenBatch, name: str) -> tuple[Problem | None
         )
 
     return empty_responses(batch, name), Problem((weight[members] <= 0).any(), error)
+
+
+def wrong_reference_sums(batch: TokenBatch) -> Problem | None:
+    """Return the problem of sums of the reference's log-probs that are none: not finite, or positive."""
+    sums = batch.ref_logprob_sums
+    if sums is None:
+        return None
+    # A sum of log-probs is at most 0, if no weight is negative.
+    positive = (sums > LARGEST_LOGPROB * batch.weight_per_sequence.clamp(min=1)) & (batch.weight.amin() >= 0)
+    wrong = ~torch.isfinite(sums) | positive
+
+    def error() -> InvalidDatumsError:
+        return InvalidDatumsError(
+            [
+                f"sequence {i}: ref_logprob_sums is {float(sums[i]):g}; the sum of a reference's log-probs over the trained "
+                "tokens is a finite number of at most 0 (not a mean, nor a negative log-likelihood)"
+                for i in wrong.nonzero()[:, 0].tolist()
+            ]
+        )
+
+    return Problem(wrong.any(), error)
 
 
 def margin_metrics(margin: Tensor) -> dict[str, Unread]:
