@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from .head import Head
+from .labels import logprobs_from_logits, logprobs_of
 from .logprobs import head_logits, logprob_surrogate, selected_logprobs
 
-__all__ = ["Head", "head_logits", "logprob_surrogate", "selected_logprobs"]
+__all__ = [
+    "Head",
+    "head_logits",
+    "logprob_surrogate",
+    "logprobs_from_logits",
+    "logprobs_of",
+    "selected_logprobs",
+]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Head"]
+from ..errors import UnsupportedError
+
+__all__ = ["Head", "head_weight", "require_linear", "unwrapped"]
+
+_PEFT_WRAPPERS: Final = ("get_delta_weight", "modules_to_save", "token_adapter")
+_TRAINER_WRAPPERS: Final = ("module", "_orig_mod")  # of data parallelism, and of torch.compile
 
 
 class Head(NamedTuple):
@@ -28,3 +33,84 @@ class Head(NamedTuple):
     def trainable(self) -> bool:
         """Whether weight or bias has a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """Return the output projection of a transformers model, with the scale and the softcap of its config.
+
+        Args:
+            model: a causal language model; peft, data parallelism or ``torch.compile`` may have wrapped it.
+
+        Returns:
+            The head, its parameters live (not copies); with an adapter on it, the sum, differentiable.
+
+        Raises:
+            UnsupportedError: it is no such model, or its head is no matrix.
+        """
+        causal = unwrapped(model)
+        output = causal.get_output_embeddings()
+        require_linear(output)
+        weight, bias = head_weight(output)
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise UnsupportedError(
+                f"the head's weight is {weight.dtype} {list(weight.shape)}, not a matrix of floats: quantized, or kept in "
+                "parts by a trainer that shards it; leave the head whole and unquantized"
+            )
+        config = causal.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model with ``get_output_embeddings`` inside of what trainers wrap around it.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    inner = model
+    while not hasattr(inner, "get_output_embeddings"):
+        names = [name for name in _TRAINER_WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)]
+        if not names:
+            raise UnsupportedError(
+                f"{type(model).__name__} is no causal language model of transformers: it has no get_output_embeddings(); for a "
+                "model of your own, give selected_logprobs its hidden states and Head(weight)"
+            )
+        inner = getattr(inner, names[0])
+    return inner
+
+
+def require_linear(output: Any) -> None:
+    """Check that an output projection is a linear layer, or one that peft wraps in a way that `head_weight` knows.
+
+    Raises:
+        UnsupportedError: it is something else.
+    """
+    if not (isinstance(output, nn.Linear) or any(hasattr(output, name) for name in _PEFT_WRAPPERS)):
+        raise UnsupportedError(
+            f"the head is a {type(output).__module__}.{type(output).__name__}, not a linear layer or one with a matrix added; "
+            "leave it out of the adapter's target_modules"
+        )
+
+
+def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of an output projection as its adapter leaves them, differentiably.
+
+    Args:
+        output: a linear layer; or one that peft wraps, to add a matrix to it, to train a copy, or to train some rows.
+    """
+    active = [] if getattr(output, "disable_adapters", False) else getattr(output, "active_adapters", [])
+    if hasattr(output, "modules_to_save"):
+        output = output.modules_to_save[active[0]] if active else output.original_module
+        return output.weight, output.bias
+    if hasattr(output, "token_adapter"):
+        base = output.token_adapter.get_base_layer()
+        return (output.token_adapter.get_merged_weights(active) if active else base.weight), base.bias
+    if not hasattr(output, "get_delta_weight"):
+        return output.weight, output.bias
+    base = output.get_base_layer()
+    weight: Tensor = base.weight
+    for name in active:
+        if any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
+            weight = weight + output.get_delta_weight(name).to(weight.dtype)
+    return weight, base.bias

@@ -13,7 +13,7 @@ from .autograd import FrozenHead, OnePassHead, RecomputedHead
 from .chunked import HeadPass
 from .head import Head
 
-__all__ = ["head_logits", "logprob_surrogate", "selected_logprobs"]
+__all__ = ["gathered", "head_logits", "logprob_surrogate", "selected_logprobs"]
 
 _CPU_BYTES, _GPU_BYTES = 12 * 2**20, 512 * 2**20
 
@@ -193,7 +193,7 @@ def _prepare(
 ) -> HeadPass:
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"temperature must be positive, got {temperature}")
-    weight = _gathered(head.weight)
+    weight = gathered(head.weight)
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         weight = weight.to(torch.get_autocast_dtype(device))
@@ -202,7 +202,7 @@ def _prepare(
         memory_budget = max(_GPU_BYTES if weight.is_cuda else _CPU_BYTES, 4 * weight.numel() if trained else 0)
     if memory_budget < 1:
         raise ConfigError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
-    bias = None if head.bias is None else _gathered(head.bias)
+    bias = None if head.bias is None else gathered(head.bias)
     return HeadPass(
         hidden=flat.detach(),
         head=head._replace(weight=weight, bias=bias),
@@ -213,7 +213,8 @@ def _prepare(
     )
 
 
-def _gathered(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
+    """Return a parameter detached, and whole where it is sharded (a DTensor)."""
     gather: Any = getattr(parameter, "full_tensor", None)
     return parameter.detach() if gather is None else gather().detach()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from ....errors import MissingReferenceError, UnsupportedError
 
-__all__ = ["active_adapter", "adapter_differences", "head_weight", "require_frozen_base", "require_supported"]
+__all__ = ["active_adapter", "adapter_differences", "require_frozen_base", "require_supported"]
 
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
 _WRAPPERS: Final = ("modules_to_save", "trainable_tokens_")  # peft keeps the original beside what is trained
@@ -73,29 +73,6 @@ def require_frozen_base(model: Any) -> None:
             f"weights of the base are trained beside the adapter ({', '.join(outside[:3])}{', ...' if outside[3:] else ''}): "
             "with the adapter off they are no frozen reference; pass reference=<a frozen copy> to TorchBackend"
         )
-
-
-def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of an output projection as its adapter leaves them, differentiably.
-
-    Args:
-        output: a linear layer; or one that peft wraps, to add a matrix to it, to train a copy, or to train some rows.
-    """
-    active = [] if getattr(output, "disable_adapters", False) else getattr(output, "active_adapters", [])
-    if hasattr(output, "modules_to_save"):
-        output = output.modules_to_save[active[0]] if active else output.original_module
-        return output.weight, output.bias
-    if hasattr(output, "token_adapter"):
-        base = output.token_adapter.get_base_layer()
-        return (output.token_adapter.get_merged_weights(active) if active else base.weight), base.bias
-    if not hasattr(output, "get_delta_weight"):
-        return output.weight, output.bias
-    base = output.get_base_layer()
-    weight: Tensor = base.weight
-    for name in active:
-        if any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
-            weight = weight + output.get_delta_weight(name).to(weight.dtype)
-    return weight, base.bias
 
 
 def _trained_outside(model: nn.Module) -> Iterator[str]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError, require_extra
-from ....ops.head import Head
+from ....ops.head import Head, require_linear
 from ....ops.logprobs import head_logits
-from .adapters import active_adapter, head_weight, require_frozen_base, require_supported
+from .adapters import active_adapter, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
 from .facts.logit_parameters import require_no_others
 from .facts.model_facts import attention_width, read_facts
@@ -26,7 +26,6 @@ from .packed_attention import install, packed_inputs
 
 __all__ = ["HFModel"]
 
-_HEAD_WRAPPERS = ("get_delta_weight", "modules_to_save", "token_adapter")
 _LOGITS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
@@ -59,7 +58,7 @@ class HFModel(nn.Module):
                 "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model that a loss on log-probs "
                 "would drop; set it to False"
             )
-        _require_head(causal.get_output_embeddings())
+        require_linear(causal.get_output_embeddings())
         require_plain_head(causal, causal.get_output_embeddings())
         require_weights_only(causal)
         keep_unscaled(self._base, is_quantized(causal))
@@ -133,12 +132,10 @@ class HFModel(nn.Module):
 
     def _head(self, dtype: torch.dtype | None) -> Head:
         """Return the head, summed with its adapter in ``dtype``; None: that of its weights."""
-        weight, bias = head_weight(self.causal.get_output_embeddings())
-        if dtype is not None:
-            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        scale = float(getattr(self.config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
-        return Head(weight, bias, getattr(self.config, "final_logit_softcapping", None), scale)
+        head = Head.of(self.causal)
+        if dtype is None:
+            return head
+        return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
     @property
     def device(self) -> torch.device:
@@ -218,13 +215,3 @@ class HFModel(nn.Module):
 
 def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
-
-
-def _require_head(output: Any) -> None:
-    """Check that the output projection is a linear layer, or one that peft wraps in a way that `head_weight` knows."""
-    known = isinstance(output, nn.Linear) or any(hasattr(output, name) for name in _HEAD_WRAPPERS)
-    if not known:
-        raise UnsupportedError(
-            f"the head is a {type(output).__module__}.{type(output).__name__}, not a linear layer or one with a matrix added; "
-            "leave it out of the adapter's target_modules"
-        )

@@ -1,0 +1,137 @@
+"""Log-probs of a trainer's labels: from its model without the logits of all tokens, or from logits that it has already."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ..errors import ConfigError, ShapeError, UnsupportedError
+from .head import Head, unwrapped
+from .logprobs import gathered, head_logits, selected_logprobs
+
+__all__ = ["logprobs_from_logits", "logprobs_of"]
+
+_IGNORED: Final = -100
+_TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-4}  # of one position's logits
+_HALF: Final = (torch.bfloat16, torch.float16)
+_HALF_TOLERANCE: Final = 0.02
+_compared: Final[WeakSet[nn.Module]] = WeakSet()
+
+
+def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: float = 1.0, **inputs: Any) -> Tensor:
+    """Return the log-prob of each label but the first by a transformers model, without the logits of all tokens.
+
+    ``out[b, j] = log_softmax(logits[b, j] / temperature)[labels[b, j + 1]]``. The model is called once, as it is: what a
+    trainer has wrapped around it (data parallelism, autocast, an adapter) takes part. Its own head computes one
+    position of each sequence, and `selected_logprobs` the others.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped.
+        input_ids: int64 [B, T].
+        labels: int64 [B, T], aligned to ``input_ids``; what is -100 is not scored, and the first of a sequence never is.
+        temperature: divides the logits.
+        inputs: what else the model takes: ``attention_mask``, ``position_ids``, ...
+
+    Returns:
+        [B, T - 1], nats, fp32 (fp64 for an fp64 head); 0.0 without a gradient where the label is -100. Goes into
+        `TokenBatch.from_labels` with the same labels.
+
+    Raises:
+        ShapeError: the shapes do not fit, or a label lies outside the vocabulary.
+        UnsupportedError: the model's logits are not hidden states times a head, it adds an auxiliary loss, or its head
+            is trained and sharded.
+    """
+    if input_ids.dim() != 2 or labels.shape != input_ids.shape or labels.dtype != torch.int64:
+        raise ShapeError(
+            f"labels must be int64 of the shape of input_ids, [B, T], got {labels.dtype} {list(labels.shape)} for input_ids "
+            f"{list(input_ids.shape)}"
+        )
+    if "labels" in inputs or "logits_to_keep" in inputs:
+        raise ConfigError("logprobs_of takes the labels itself, and scores all of them: leave out logits_to_keep")
+    hidden, head = _hidden_states(model, input_ids, inputs)
+    targets = labels[:, 1:].to(hidden.device)
+    needed = targets != _IGNORED
+    return selected_logprobs(
+        hidden[:, :-1], head, torch.where(needed, targets, 0), needed=needed, temperature=temperature
+    )
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """Return the log-prob of each label from logits that a trainer has computed already.
+
+    Args:
+        logits: [..., T, V], any float dtype.
+        labels: int64 [..., T], aligned to the input tokens, as transformers has them; -100 is not scored.
+        shifted: the labels are shifted already, so that ``labels[..., j]`` is the token after position j.
+
+    Returns:
+        [..., T - 1], or [..., T] if ``shifted``; nats, fp32 (fp64 for fp64 logits); 0.0 without a gradient where the label
+        is -100, whatever the logits are.
+
+    Raises:
+        ShapeError: the shapes do not fit.
+    """
+    if logits.dim() < 2 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
+        raise ShapeError(
+            f"labels must be int64, one per position of the logits {list(logits.shape)}, got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    targets = labels if shifted else labels[..., 1:]
+    scored = logits if shifted else logits[..., :-1, :]
+    at = (targets != _IGNORED).reshape(-1).nonzero()[:, 0]
+    chosen = scored.reshape(-1, logits.shape[-1])[at]
+    wide = chosen if chosen.dtype == torch.float64 else chosen.float()
+    values = -cross_entropy(wide, targets.reshape(-1)[at], reduction="none")
+    return values.new_zeros(targets.numel()).index_put((at,), values).reshape(targets.shape)
+
+
+def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
+    """Call a model, and return what its head is given, [B, T, H], and the head."""
+    causal = unwrapped(model)
+    head, output = Head.of(causal), causal.get_output_embeddings()
+    if getattr(causal.config.get_text_config(), "output_router_logits", False):
+        raise UnsupportedError(
+            "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model, which a loss on log-probs "
+            "would drop: set it to False, or add outputs.aux_loss of a call of your own"
+        )
+    seen: list[Tensor] = []
+
+    def keep_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(given[0])
+        return given[0][:, :1], *given[1:]
+
+    hook = output.register_forward_pre_hook(keep_first)
+    try:
+        outputs = model(input_ids=input_ids, **{"use_cache": False, **inputs})
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
+        shapes = [list(hidden.shape) for hidden in seen]
+        raise UnsupportedError(
+            f"{type(causal).__name__} gives its head {shapes} for input_ids {list(input_ids.shape)}, and not all hidden "
+            "states in one call (a compiled model does not say: compile its base model instead)"
+        )
+    if causal not in _compared:
+        _compare(causal, seen[0][:, 0], head, outputs.logits[:, 0])
+        _compared.add(causal)
+    return seen[0], head
+
+
+@torch.no_grad()
+def _compare(causal: Any, hidden: Tensor, head: Head, theirs: Tensor) -> None:
+    """Compare head times hidden state with what the model itself answers, once for each model."""
+    bias = None if head.bias is None else gathered(head.bias)
+    ours = head_logits(hidden, head._replace(weight=gathered(head.weight), bias=bias)).double()
+    # Autocast computes in half precision, and a trainer may widen what comes out.
+    half = any(torch.equal(theirs.to(dtype).to(theirs.dtype), theirs) for dtype in _HALF)
+    limit = _HALF_TOLERANCE if half else _TOLERANCE[theirs.dtype]
+    difference = float((ours - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30))
+    if not difference <= limit:
+        raise UnsupportedError(
+            f"{type(causal).__name__} does not compute its logits as hidden states times a head (relative difference "
+            f"{difference:.2g}); give selected_logprobs its hidden states and a Head with its scale and softcap"
+        )
