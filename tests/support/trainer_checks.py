@@ -14,20 +14,21 @@ Row = Mapping[str, list[int]]
 
 
 class Recording(torch.optim.SGD):
-    """Keeps the gradients of every step, flat, and moves nothing.
+    """Keeps the gradients of every step, flat; moves nothing, unless it is given a learning rate.
 
     Attributes:
         gradients: one tensor for each step.
     """
 
-    def __init__(self, parameters: Iterable[Any]) -> None:
-        super().__init__(parameters, lr=0.0)
+    def __init__(self, parameters: Iterable[Any], lr: float = 0.0) -> None:
+        super().__init__(parameters, lr=lr)
         self.gradients: list[Tensor] = []
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure
         parameters = [p for group in self.param_groups for p in group["params"]]
         assert all(p.grad is not None for p in parameters)
         self.gradients.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters]))
+        super().step()
 
 
 def gradient(model: Any, value: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""The losses of TRL's GRPOTrainer, computed by pullback under their own names and divided as TRL divides them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from pullback.losses import Loss, TokenBatch, preset
+from pullback.ops import logprobs_of
+
+
+class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed here
+    """``loss_type`` is one that pullback has: grpo (of sequences: gspo), dapo, bnpo, dr_grpo, cispo, luspo."""
+
+    def pullback_loss(self) -> Loss:
+        if self.use_vllm or self.top_entropy_quantile < 1 or self.args.entropy_coef or self.args.delta:
+            raise NotImplementedError("vLLM's correction, entropy terms and delta are not carried over by this example")
+        name = "gspo" if (self.loss_type, self.importance_sampling_level) == ("grpo", "sequence") else self.loss_type
+        options: dict[str, Any] = {"epsilon_high": self.epsilon_high}
+        if name != "cispo":
+            options["epsilon"] = self.epsilon_low
+        if name in ("grpo", "dapo", "bnpo", "dr_grpo"):
+            options |= {"beta": self.beta, "use_bias_correction_kl": self.args.use_bias_correction_kl}
+        if name == "dr_grpo":
+            options["max_completion_length"] = self.max_completion_length
+        return preset(f"trl:{name}", **options)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        batch = self.token_batch(model, inputs)
+        loss, steps = self.pullback_loss(), self.current_gradient_accumulation_steps
+        denominator = loss.main_aggregation.denominator
+        own = max(1.0, loss.counts([batch])[denominator])
+        if self.loss_type in ("dapo", "cispo"):  # counted over the ranks, for a generation that serves several steps
+            total = inputs["num_items_in_batch"] * steps / self.args.steps_per_generation
+            share = loss.with_counts(tokens=total, averaged_over=self.accelerator.num_processes)
+        else:  # means of micro-batches, which TRL averages: right where all have as many of what is counted
+            share = loss.with_counts(**{denominator: own * steps})
+        return share.evaluate(batch)
+
+    def token_batch(self, model: Any, inputs: Any) -> TokenBatch:
+        prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        labels = torch.cat([torch.full_like(prompt, -100), completion.masked_fill(mask == 0, -100)], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        ids = torch.cat([prompt, completion], dim=1)
+        logprobs = logprobs_of(model, ids, labels, attention_mask=attention, temperature=self.temperature)
+        logprobs = logprobs[:, -completion.shape[1] :]
+        old = inputs.get("old_per_token_logps")
+        anchors = {"rollout_logprobs": logprobs.detach() if old is None else old}
+        if self.beta:
+            anchors["ref_logprobs"] = inputs["ref_per_token_logps"]
+        return TokenBatch.from_padded(logprobs, mask.bool(), advantages=inputs["advantages"], **anchors)
