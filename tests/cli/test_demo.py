@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import distance, weights_of
+from rich.console import Console
 from servers import SDK_WARNINGS, served
 
 from pullback.cli.demo.backends import native
 from pullback.cli.demo.backends import served as connected
 from pullback.cli.demo.models import tiny
 from pullback.cli.demo.objectives import objectives
-from pullback.cli.demo.run import NAMES
+from pullback.cli.demo.planning import plan_steps
+from pullback.cli.demo.report import Curve, print_table
+from pullback.cli.demo.run import NAMES, train
 from pullback.service import ServedModels, serving
 
 pytestmark = SDK_WARNINGS
@@ -40,3 +44,26 @@ def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any
             assert {key: actual[key] for key in shared} == pytest.approx(shared, rel=1e-5, abs=tolerance)
         assert theirs.evaluate(remote) == pytest.approx(ours.evaluate(backend), rel=1e-5, abs=1e-6)
         assert distance(weights_of(served(models, remote.trainer)), weights_of(backend)) < 1e-5
+
+
+def test_a_figure_of_every_step_and_nothing_wraps_in_80_columns() -> None:
+    """The training curve has one point a step; a row of the table is one line of the terminal."""
+    model = tiny("cpu")
+    lines = io.StringIO()
+    console = Console(file=lines, width=80)
+    curves = []
+    for objective in objectives(model, 0, ["sft", "orpo"]):
+        curves.append(train(lambda: native(model), objective, plan_steps(0.0, 1.0, 1.0, (2, 2)), console))
+    for curve in curves:
+        assert len(curve.training) == curve.steps[-1] == 2
+        # The first batch is measured before the first update, as the held-out set is at step 0.
+        assert curve.training[0] == pytest.approx(curve.points[0][curve.measure], abs=0.5)
+    print_table(console, [*curves, _widest()])
+    rows = [line for line in lines.getvalue().splitlines() if line.strip()]
+    assert [line for line in rows if len(line) > 80] == []
+    assert any("GRPO: KL beta = 0.04" in line and "12345" in line for line in rows), "a title is not cut or wrapped"
+
+
+def _widest() -> Curve:
+    points = [{"reward": 0.0, "kl_per_answer": -10.0}, {"reward": 1.0, "kl_per_answer": 100.0}]
+    return Curve("grpo", "GRPO: KL beta = 0.04", "reward", "mean reward", 1, 30, 12345.0, [0, 30], points, [0.0] * 30)

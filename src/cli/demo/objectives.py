@@ -28,6 +28,7 @@ class Objective(ABC):
     Attributes:
         name, title: short and long.
         measure, unit: the held-out figure that must improve.
+        training: the metric of a step that is the same figure on the batch that the step trains.
         better: +1 if it should rise, -1 if it should fall.
         steps: fewest and most.
         share: of the demo's time.
@@ -36,6 +37,7 @@ class Objective(ABC):
     name: str
     title: str
     measure: str
+    training: str
     unit: str
     better: int
     steps: tuple[int, int]
@@ -71,7 +73,8 @@ def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
 class Sft(Objective):
     """Supervised fine-tuning on documentation."""
 
-    name, title, measure, unit, better = "sft", "SFT: cross-entropy", "nll", "held-out NLL, nats per token", -1
+    name, title, measure, unit, better = "sft", "SFT: cross-entropy", "nll", "NLL, nats per token", -1
+    training = "nll:mean"
     steps, share = (8, 30), 0.2
 
     def __init__(self, model: DemoModel, seed: int) -> None:
@@ -100,7 +103,7 @@ class Sft(Objective):
 class Preference(Objective):
     """DPO or ORPO on pairs of answers. The reference scores each pair once, before training."""
 
-    measure, unit, better = "margin", "held-out margin", 1
+    measure, training, unit, better = "margin", "margin:mean", "margin", 1
 
     def __init__(self, model: DemoModel, seed: int, name: str) -> None:
         self.name = name
@@ -143,7 +146,8 @@ class Preference(Objective):
 class Rl(Objective):
     """GRPO with a KL penalty on questions whose answers can be verified."""
 
-    name, title, measure, unit, better = "grpo", "GRPO: KL beta = 0.04", "reward", "held-out mean reward", 1
+    name, title, measure, unit, better = "grpo", "GRPO: KL beta = 0.04", "reward", "mean reward", 1
+    training = "reward"
     steps, share = (8, 30), 0.5
     prompts_per_step, samples = 4, 8
 

@@ -29,4 +29,4 @@ def plan_steps(seconds: float, step_seconds: float, evaluation_seconds: float, s
     fewest, most = steps
     seconds_for_steps = max(0.0, seconds - 5 * evaluation_seconds)
     count = max(fewest, min(most, int(seconds_for_steps / max(step_seconds, 1e-9))))
-    return Budget(count, max(1, -(-count // 4)), seconds)
+    return Budget(count, max(1, -(-count // 4)), max(0.0, seconds))

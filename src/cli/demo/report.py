@@ -22,7 +22,7 @@ _EXTRA_LABEL = {"accuracy": "held-out accuracy", "kl_per_token": "KL to base, na
 @final
 @dataclass
 class Curve:
-    """The held-out figures of one objective over its steps."""
+    """The figures of one objective over its steps: held-out ones now and then, and one of each step's own batch."""
 
     name: str
     title: str
@@ -33,6 +33,7 @@ class Curve:
     seconds: float = 0.0
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, float]] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
 
     def values(self, key: str) -> list[float]:
         """Return one figure over the evaluations."""
@@ -47,14 +48,15 @@ class Curve:
 
 def print_table(console: Any, curves: Sequence[Curve]) -> None:
     """Print the first and last value of every figure."""
-    table = require_extra("rich.table", "cli", "the demo").Table(title="Held-out figures")
+    rich = require_extra("rich.table", "cli", "the demo")
+    table = rich.Table(title="Held-out figures", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column, justify in (("objective", "left"), ("steps", "right"), ("seconds", "right"), ("figure", "left"),
-                            ("start", "right"), ("end", "right"), ("", "left")):  # fmt: skip
+                            ("start", "right"), ("end", "right"), ("improved", "left")):  # fmt: skip
         table.add_column(column, justify=justify)
     for curve in curves:
         for i, key in enumerate(curve.points[0]):
             head = (curve.title, str(curve.steps[-1]), f"{curve.seconds:.0f}") if i == 0 else ("", "", "")
-            verdict = ("improved" if curve.improved else "NOT improved") if key == curve.measure else ""
+            verdict = ("yes" if curve.improved else "NO") if key == curve.measure else ""
             table.add_row(*head, key, f"{curve.points[0][key]:.3f}", f"{curve.points[-1][key]:.3f}", verdict)
     console.print(table)
 
@@ -89,7 +91,9 @@ def draw_picture(path: Path, curves: Sequence[Curve], title: str) -> None:
 def _panel(axis: Any, curve: Curve) -> None:
     main, other = "#1f5fa8", "#c0622d"
     values = curve.values(curve.measure)
-    axis.plot(curve.steps, values, marker="o", color=main, linewidth=2)
+    batches = range(1, len(curve.training) + 1)  # a step's figure is measured before its update
+    axis.plot(batches, curve.training, color=main, alpha=0.35, linewidth=1, label="batch of the step")
+    axis.plot(curve.steps, values, marker="o", color=main, linewidth=2, label="held out")
     offset = -14 if values[-1] > values[0] else 8  # so that the curve does not cross the first label
     for i, xytext in ((0, (6, offset)), (-1, (-6, 8))):
         axis.annotate(f"{values[i]:.2f}", (curve.steps[i], values[i]), textcoords="offset points", xytext=xytext,
@@ -97,6 +101,7 @@ def _panel(axis: Any, curve: Curve) -> None:
     axis.set_title(curve.title, fontsize=11, loc="left")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel(curve.unit, color=main)
+    axis.legend(fontsize=8, loc="best", frameon=False)
     axis.margins(y=0.2)
     axis.grid(alpha=0.25)
     axis.spines["top"].set_visible(False)

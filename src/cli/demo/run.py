@@ -19,7 +19,7 @@ from .objectives import Objective, objectives
 from .planning import Budget, plan_steps
 from .report import Curve, draw_picture, print_table, write_figures
 
-__all__ = ["main"]
+__all__ = ["main", "train"]
 
 NAMES = ("sft", "dpo", "orpo", "grpo")
 _PLANNED_SHARE = 0.8  # of the time left; the rest is for loading and for what the measurement missed
@@ -35,12 +35,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--only takes {', '.join(NAMES)}; got {', '.join(unknown)}")
     model = _load_model(arguments, console)
     console.print(
-        f"[bold]{model.name}[/bold] on {model.device}, {model.dtype}, {torch.get_num_threads()} threads, "
-        f"{arguments.backend} backend"
+        f"[bold]{model.name}[/bold]\n{arguments.backend} backend, {model.device}, {model.dtype}, "
+        f"{torch.get_num_threads()} threads"
     )
     with backend_maker(model, arguments.backend) as make:
         planned = _plan(model, make, arguments, names, started, console)
-        curves = [_train(make, objective, budget, console) for objective, budget in planned]
+        curves = [train(make, objective, budget, console) for objective, budget in planned]
     return _report(arguments, model, curves, time.monotonic() - started, console)
 
 
@@ -97,18 +97,25 @@ def _plan(
     for objective, budget in planned:
         step, evaluation = speeds[objective.name]
         console.print(
-            f"  {objective.title:24} {budget.steps:3} steps of {step:.2f} s, evaluations of {evaluation:.2f} s, "
+            f"  {objective.title:20} {budget.steps:2} steps of {step:.2f} s, evaluation {evaluation:.2f} s, "
             f"at most {budget.seconds:.0f} s"
         )
     return planned
 
 
-def _train(make: MakeBackend, objective: Objective, budget: Budget, console: Any) -> Curve:
+def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any) -> Curve:
+    """Train one objective within its budget, and show the progress."""
     progress = require_extra("rich.progress", "cli", "pullback demo")
     curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
-    columns = [*progress.Progress.get_default_columns(), progress.TextColumn("{task.fields[figure]}")]
+    columns = [
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=16),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[figure]}"),
+    ]
     with make() as backend, progress.Progress(*columns, console=console) as bars:
-        bar = bars.add_task(f"{objective.title:24}", total=budget.steps, figure="")
+        bar = bars.add_task(f"{objective.title:20}", total=budget.steps, figure="")
         started = time.monotonic()
         objective.prepare(backend)
 
@@ -119,7 +126,8 @@ def _train(make: MakeBackend, objective: Objective, budget: Budget, console: Any
 
         evaluate(0)
         for step in range(1, budget.steps + 1):
-            objective.step(backend, objective.params(step - 1, budget.steps))
+            metrics = objective.step(backend, objective.params(step - 1, budget.steps))
+            curve.training.append(metrics[objective.training])
             bars.advance(bar)
             out_of_time = time.monotonic() - started > budget.seconds and step >= objective.steps[0]
             if step % budget.every == 0 or step == budget.steps or out_of_time:
@@ -146,7 +154,8 @@ def _report(arguments: argparse.Namespace, model: DemoModel, curves: list[Curve]
     draw_picture(folder / "curves.png", curves, title)
     print_table(console, curves)
     console.print(
-        f"{seconds / 60:.1f} minutes; figures in {folder / 'results.json'}, picture in {folder / 'curves.png'}"
+        f"{seconds / 60:.1f} minutes\nfigures: {folder / 'results.json'}\npicture: {folder / 'curves.png'}",
+        soft_wrap=True,
     )
     failed = [curve.title for curve in curves if not curve.improved]
     if failed:
