@@ -13,6 +13,7 @@ from servers import SDK_WARNINGS, served
 
 from pullback.cli.demo.backends import native
 from pullback.cli.demo.backends import served as connected
+from pullback.cli.demo.data import own_tasks
 from pullback.cli.demo.models import tiny
 from pullback.cli.demo.objectives import objectives
 from pullback.cli.demo.planning import plan_steps
@@ -32,7 +33,7 @@ def test_one_script_on_both_backends(name: str, tmp_path: Path, monkeypatch: Any
     model = tiny("cpu")
     models = ServedModels(model.base, tmp_path)
     with serving(models) as url, connected(model, url) as remote, native(model) as backend:
-        (ours,), (theirs,) = objectives(model, 0, [name]), objectives(model, 0, [name])
+        (ours,), (theirs,) = (objectives(model, own_tasks(model, 0), 0, [name]) for _ in range(2))
         ours.prepare(backend)
         theirs.prepare(remote)
         for step in range(STEPS):
@@ -52,7 +53,7 @@ def test_a_figure_of_every_step_and_nothing_wraps_in_80_columns() -> None:
     lines = io.StringIO()
     console = Console(file=lines, width=80)
     curves = []
-    for objective in objectives(model, 0, ["sft", "orpo"]):
+    for objective in objectives(model, own_tasks(model, 0), 0, ["sft", "orpo"]):
         curves.append(train(lambda: native(model), objective, plan_steps(0.0, 1.0, 1.0, (2, 2)), console))
     for curve in curves:
         assert len(curve.training) == curve.steps[-1] == 2

@@ -12,6 +12,7 @@ from folders import chat_folder
 
 from pullback.cli import main
 from pullback.cli.demo.backends import native
+from pullback.cli.demo.data import own_tasks
 from pullback.cli.demo.models import pretrained
 from pullback.cli.demo.objectives import objectives
 from pullback.cli.models import MODEL_HELP, load_named
@@ -52,7 +53,7 @@ def test_a_folder_in_every_command(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "chat_template.jinja").write_text(_TEMPLATE)
     model = pretrained(folder, "cpu", "float32")
     assert model.chat("2 + 2?") == "<|im_start|>user\n2 + 2?<|im_end|>\n"
-    (objective,) = objectives(model, 0, ["dpo"])
+    (objective,) = objectives(model, own_tasks(model, 0), 0, ["dpo"])
     with native(model) as backend:
         objective.prepare(backend)
         metrics: Any = objective.step(backend, objective.params(0, 8))

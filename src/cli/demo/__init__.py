@@ -20,6 +20,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--minutes", type=float, default=12.0, help="time that the demo may take, without installation (default 12)"
     )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="rows of your own, JSON Lines: texts, chats, pairs, questions with answers",
+    )
     parser.add_argument("--only", help="some of sft,dpo,orpo,grpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -33,6 +33,7 @@ class DemoModel:
         max_text_tokens: of a documentation paragraph.
         reward: of a sampled answer.
         learning_rate: factor on the objectives' learning rates.
+        tokenizer: of transformers; None if there is none.
         adds: the model can tell a right sum from a wrong one; otherwise preferences concern the form of an answer only.
     """
 
@@ -50,6 +51,7 @@ class DemoModel:
     max_text_tokens: int
     reward: Reward
     learning_rate: float = 1.0
+    tokenizer: Any = None
     adds: bool = True
 
 
@@ -78,6 +80,7 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         max_text_tokens=64,
         reward=sum_reward,
         learning_rate=0.5,
+        tokenizer=tokenizer,
     )
 
 

@@ -11,10 +11,12 @@ import torch
 
 from ...backends import AdamParams, Rollout, SamplingParams, with_reference
 from ...backends.protocol import PolicyBackend
-from ...datums import Datum, ModelInput, datum_from_prompt_completion, datum_from_rollout, preference_pair
+from ...datums import Datum, ModelInput, datum_from_rollout
+from ...errors import ConfigError
 from ...losses import DPO, GRPO, KL, ORPO, Loss, functional, group_advantages, recipe
+from .data import DemoData, Question
 from .models import DemoModel
-from .tasks import Pair, Sum, Text, documentation, preferences, sum_prompts
+from .tasks import Split
 
 __all__ = ["Objective", "objectives"]
 
@@ -71,24 +73,17 @@ def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
 
 @final
 class Sft(Objective):
-    """Supervised fine-tuning on documentation."""
+    """Supervised fine-tuning."""
 
     name, title, measure, unit, better = "sft", "SFT: cross-entropy", "nll", "NLL, nats per token", -1
     training = "nll:mean"
     steps, share = (8, 30), 0.2
 
-    def __init__(self, model: DemoModel, seed: int) -> None:
+    def __init__(self, model: DemoModel, data: Split[Datum]) -> None:
         self.learning_rate = 2e-3 * model.learning_rate
         self._loss, self._normalization = recipe("sft")
-        split = documentation(seed)
-
-        def datum(item: Text | Pair) -> Datum:
-            assert isinstance(item, Text)
-            tokens = model.encode(item.completion)[: model.max_text_tokens]
-            return datum_from_prompt_completion(model.encode(model.chat(item.prompt)), tokens)
-
-        self._held_out = [datum(item) for item in split.held_out]
-        self._batches = batches([datum(item) for item in split.train[:400]], 8)
+        self._held_out = data.held_out
+        self._batches = batches(data.train, 8)
 
     def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
         result = backend.forward_backward(next(self._batches), self._loss).result()
@@ -105,15 +100,13 @@ class Preference(Objective):
 
     measure, training, unit, better = "margin", "margin:mean", "margin", 1
 
-    def __init__(self, model: DemoModel, seed: int, name: str) -> None:
+    def __init__(self, model: DemoModel, data: Split[Datum], name: str) -> None:
         self.name = name
         self.title = {"dpo": "DPO: beta = 0.1", "orpo": "ORPO: lambda = 0.5"}[name]
         self.steps, self.share = {"dpo": ((8, 24), 0.17), "orpo": ((8, 24), 0.13)}[name]
         self.learning_rate = {"dpo": 1e-3, "orpo": 2e-3}[name] * model.learning_rate
         self._loss: Loss = DPO(0.1) if name == "dpo" else ORPO(0.5)
-        split = preferences(seed, wrong_numbers=model.adds)
-        self._held_out = self._datums(model, split.held_out)
-        self._train = self._datums(model, split.train[:200])
+        self._held_out, self._train = data.held_out, data.train
         self._batches = batches(self._train, 16)
 
     def step(self, backend: PolicyBackend, params: AdamParams) -> Mapping[str, float]:
@@ -132,15 +125,6 @@ class Preference(Objective):
             self._held_out, self._train = scored[: len(self._held_out)], scored[len(self._held_out) :]
         self._batches = batches(self._train, 16)
 
-    def _datums(self, model: DemoModel, items: Sequence[Text | Pair]) -> list[Datum]:
-        data: list[Datum] = []
-        for item in items:
-            assert isinstance(item, Pair)
-            prompt = model.encode(model.chat(item.prompt))
-            chosen, rejected = (model.encode(text + model.end) for text in (item.chosen, item.rejected))
-            data += preference_pair(prompt, chosen, rejected)
-        return data
-
 
 @final
 class Rl(Objective):
@@ -151,12 +135,12 @@ class Rl(Objective):
     steps, share = (8, 30), 0.5
     prompts_per_step, samples = 4, 8
 
-    def __init__(self, model: DemoModel, seed: int) -> None:
+    def __init__(self, model: DemoModel, data: Split[Question], max_new_tokens: int, seed: int) -> None:
         self.learning_rate = 1e-3 * model.learning_rate
-        self._model, self._seed, self._steps_taken = model, seed, 0
+        self._model, self._max_new_tokens, self._seed, self._steps_taken = model, max_new_tokens, seed, 0
         self._loss, self._normalization = GRPO(kl=KL("k3", 0.04), aggregation="sum"), recipe("grpo").normalization
-        train, self._held_out = sum_prompts(seed)
-        self._batches = batches(train, self.prompts_per_step)
+        self._held_out = data.held_out
+        self._batches = batches(data.train, self.prompts_per_step)
 
     def params(self, step: int, steps: int) -> AdamParams:
         """Return the parameters of a step: the learning rate warms up, then stays constant."""
@@ -192,26 +176,25 @@ class Rl(Objective):
         }
 
     def _sample(
-        self, backend: PolicyBackend, questions: Sequence[Sum], samples: int, seed: int
+        self, backend: PolicyBackend, questions: Sequence[Question], samples: int, seed: int
     ) -> tuple[list[Rollout], list[float]]:
         model = self._model
-        prompts = [ModelInput.from_ints(model.encode(model.example(q))) for q in questions]
-        params = SamplingParams(model.max_new_tokens, stop=model.encode(model.end), seed=seed)
+        prompts = [ModelInput.from_ints(q.prompt) for q in questions]
+        params = SamplingParams(self._max_new_tokens, stop=model.encode(model.end), seed=seed)
         rollouts = backend.sample(prompts, samples, params).result()
         rewards = []
         for r in rollouts:
             ended = r.stop_reason == "stop"
             text = model.decode(r.tokens[:-1] if ended else r.tokens)
-            rewards.append(model.reward(questions[r.prompt_index], text, ended))
+            rewards.append(questions[r.prompt_index].reward(text, ended))
         return rollouts, rewards
 
     def _datums(
-        self, questions: Sequence[Sum], rollouts: Sequence[Rollout], advantages: Sequence[float]
+        self, questions: Sequence[Question], rollouts: Sequence[Rollout], advantages: Sequence[float]
     ) -> list[Datum]:
-        prompts = [self._model.encode(self._model.example(q)) for q in questions]
         return [
             datum_from_rollout(
-                prompts[r.prompt_index],
+                questions[r.prompt_index].prompt,
                 r.tokens,
                 r.logprobs,
                 a,
@@ -222,15 +205,20 @@ class Rl(Objective):
         ]
 
 
-def objectives(model: DemoModel, seed: int, names: Sequence[str]) -> list[Objective]:
-    """Return fresh objectives of these names."""
-    by_name: dict[str, Objective] = {}
+def objectives(model: DemoModel, data: DemoData, seed: int, names: Sequence[str]) -> list[Objective]:
+    """Return fresh objectives of these names.
+
+    Raises:
+        ConfigError: there is no data for one.
+    """
+    if missing := sorted(set(names) - set(data.names)):
+        raise ConfigError(f"there is no data for {', '.join(missing)}, only for {', '.join(data.names)}")
+    made: list[Objective] = []
     for name in names:
-        match name:
-            case "sft":
-                by_name[name] = Sft(model, seed)
-            case "grpo":
-                by_name[name] = Rl(model, seed)
-            case _:
-                by_name[name] = Preference(model, seed, name)
-    return list(by_name.values())
+        if name == "sft" and data.supervised is not None:
+            made.append(Sft(model, data.supervised))
+        elif name == "grpo" and data.questions is not None:
+            made.append(Rl(model, data.questions, data.max_new_tokens, seed))
+        elif data.pairs is not None:
+            made.append(Preference(model, data.pairs, name))
+    return made

@@ -49,7 +49,9 @@ class Curve:
 def print_table(console: Any, curves: Sequence[Curve]) -> None:
     """Print the first and last value of every figure."""
     rich = require_extra("rich.table", "cli", "the demo")
-    table = rich.Table(title="Held-out figures", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = rich.Table(
+        title="Held-out figures", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
     for column, justify in (("objective", "left"), ("steps", "right"), ("seconds", "right"), ("figure", "left"),
                             ("start", "right"), ("end", "right"), ("improved", "left")):  # fmt: skip
         table.add_column(column, justify=justify)

@@ -14,6 +14,7 @@ import torch
 from ...errors import ConfigError, require_extra
 from ..models import default_device
 from .backends import MakeBackend, backend_maker, native
+from .data import DemoData, own_tasks, rows_of_files
 from .models import DemoModel, pretrained, tiny
 from .objectives import Objective, objectives
 from .planning import Budget, plan_steps
@@ -29,19 +30,27 @@ def main(arguments: argparse.Namespace) -> int:
     """Run ``pullback demo``; 0 if every objective improved on its held-out set."""
     console = require_extra("rich.console", "cli", "pullback demo").Console()
     started = time.monotonic()
-    names = arguments.only.split(",") if arguments.only else list(NAMES)
-    unknown = sorted(set(names) - set(NAMES))
-    if unknown:
+    only = arguments.only.split(",") if arguments.only else []
+    if unknown := sorted(set(only) - set(NAMES)):
         raise ConfigError(f"--only takes {', '.join(NAMES)}; got {', '.join(unknown)}")
     model = _load_model(arguments, console)
+    data = _data(arguments, model, console)
+    names = only or data.names
     console.print(
         f"[bold]{model.name}[/bold]\n{arguments.backend} backend, {model.device}, {model.dtype}, "
         f"{torch.get_num_threads()} threads"
     )
     with backend_maker(model, arguments.backend) as make:
-        planned = _plan(model, make, arguments, names, started, console)
+        planned = _plan(model, data, make, arguments, names, started, console)
         curves = [train(make, objective, budget, console) for objective, budget in planned]
     return _report(arguments, model, curves, time.monotonic() - started, console)
+
+
+def _data(arguments: argparse.Namespace, model: DemoModel, console: Any) -> DemoData:
+    if not arguments.data:
+        return own_tasks(model, arguments.seed)
+    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    return rows_of_files(model, [Path(path) for path in arguments.data], arguments.seed, say)
 
 
 def _load_model(arguments: argparse.Namespace, console: Any) -> DemoModel:
@@ -55,12 +64,16 @@ def _load_model(arguments: argparse.Namespace, console: Any) -> DemoModel:
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         model = pretrained(arguments.model, device, dtype)
-        seconds[dtype] = _measure(partial(native, model), objectives(model, arguments.seed, ["sft"])[0])[0]
+        seconds[dtype] = _measure(partial(native, model), _sft(model, arguments.seed))[0]
     fastest = min(seconds, key=lambda dtype: seconds[dtype])
     console.print(
         f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {fastest}"
     )
     return pretrained(arguments.model, device, fastest)
+
+
+def _sft(model: DemoModel, seed: int) -> Objective:
+    return objectives(model, own_tasks(model, seed), seed, ["sft"])[0]
 
 
 def _measure(make: MakeBackend, objective: Objective) -> tuple[float, float]:
@@ -83,14 +96,15 @@ def _timed(work: Callable[[], object]) -> float:
 
 def _plan(
     model: DemoModel,
+    data: DemoData,
     make: MakeBackend,
     arguments: argparse.Namespace,
     names: Sequence[str],
     started: float,
     console: Any,
 ) -> list[tuple[Objective, Budget]]:
-    speeds = {o.name: _measure(make, o) for o in objectives(model, arguments.seed, names)}
-    fresh = objectives(model, arguments.seed, names)
+    speeds = {o.name: _measure(make, o) for o in objectives(model, data, arguments.seed, names)}
+    fresh = objectives(model, data, arguments.seed, names)
     seconds_left = _PLANNED_SHARE * (60.0 * arguments.minutes - (time.monotonic() - started))
     shares = sum(o.share for o in fresh)
     planned = [(o, plan_steps(seconds_left * o.share / shares, *speeds[o.name], o.steps)) for o in fresh]

@@ -7,9 +7,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pydoc_data import topics
-from typing import NamedTuple, final
+from typing import Generic, NamedTuple, TypeVar, final
 
 __all__ = ["Pair", "Split", "Text", "digit_reward", "documentation", "preferences", "sum_prompts", "sum_reward"]
+
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Text(NamedTuple):
@@ -29,14 +33,19 @@ class Pair(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[T]):
     """Training items and held-out items."""
 
-    train: Sequence[Text | Pair]
-    held_out: Sequence[Text | Pair]
+    train: Sequence[T]
+    held_out: Sequence[T]
+
+    def map(self, make: Callable[[T], Sequence[U]]) -> Split[U]:
+        """Return what is made of each item, one after another."""
+        train, held_out = ([made for item in items for made in make(item)] for items in (self.train, self.held_out))
+        return Split(train, held_out)
 
 
-def documentation(seed: int, held_topics: int = 12, held_items: int = 36) -> Split:
+def documentation(seed: int, held_topics: int = 12, held_items: int = 36) -> Split[Text]:
     """Paragraphs of Python's own documentation; whole topics are held out."""
     rng = random.Random(seed)
     names = sorted(topics.topics)
@@ -53,7 +62,7 @@ def _paragraphs(name: str) -> list[Text]:
     return [Text(f"Explain `{name}` in Python.", p) for p in paragraphs if len(p) > 120]
 
 
-def preferences(seed: int, held_items: int = 40, *, wrong_numbers: bool = True) -> Split:
+def preferences(seed: int, held_items: int = 40, *, wrong_numbers: bool = True) -> Split[Pair]:
     """Sums of numbers up to 20: the answer in tags is preferred to a sentence and (``wrong_numbers``) to a wrong one in tags.
 
     (x, y) and (y, x) are on the same side of the split.
@@ -88,15 +97,15 @@ class Sum(NamedTuple):
     y: int
 
 
-def sum_prompts(seed: int, held_items: int = 24) -> tuple[list[Sum], list[Sum]]:
-    """Return training and held-out sums of one-digit numbers, split by the unordered pair."""
+def sum_prompts(seed: int, held_items: int = 24) -> Split[Sum]:
+    """Sums of one-digit numbers, split by the unordered pair."""
     rng = random.Random(seed)
     sums = [(x, y) for x in range(1, 10) for y in range(x, 10)]
     rng.shuffle(sums)
     cut = held_items // 2
     held_out, train = ([Sum(*s) for s in dict.fromkeys(_both_orders(part))] for part in (sums[:cut], sums[cut:]))
     rng.shuffle(train)
-    return train, held_out
+    return Split(train, held_out)
 
 
 def sum_reward(question: Sum, completion: str, ended: bool) -> float:

@@ -1,0 +1,124 @@
+"""The demo on a user's model and rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import chat_folder
+
+from pullback.cli import main
+from pullback.cli.demo.data import DemoData, rows_of_files
+from pullback.cli.demo.models import DemoModel, pretrained, tiny
+from pullback.errors import ConfigError
+
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Rows = Sequence[Mapping[str, Any]]
+CHATS: Rows = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]} for i in range(10)
+]
+PAIRS: Rows = [{"prompt": f"{i}? ", "chosen": str(i), "rejected": "no"} for i in range(10)]
+QUESTIONS: Rows = [{"prompt": f"{i} + 1?", "answer": str(i + 1)} for i in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = chat_folder(tmp_path / "model")
+    (made / "chat_template.jinja").write_text(_TEMPLATE)
+    return made
+
+
+def written(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(model: DemoModel, *paths: Path, seed: int = 0) -> DemoData:
+    return rows_of_files(model, paths, seed, lambda sentence: None)
+
+
+def test_rows_decide_the_objectives(folder: Path, tmp_path: Path) -> None:
+    """Chats are for SFT, pairs for DPO and ORPO, questions for GRPO; a fifth is held out, and nothing is on both sides."""
+    model = pretrained(str(folder), "cpu", "float32")
+    chats, pairs, questions = (
+        written(tmp_path / name, rows) for name, rows in (("chats", CHATS), ("pairs", PAIRS), ("questions", QUESTIONS))
+    )
+    assert read(model, chats).names == ("sft",)
+    data = read(model, pairs, questions)
+    assert data.names == ("dpo", "orpo", "grpo")
+    assert data.pairs is not None
+    assert data.questions is not None
+    assert (len(data.pairs.train), len(data.pairs.held_out)) == (16, 4), "two datums a pair"
+    held_out = {tuple(question.prompt) for question in data.questions.held_out}
+    assert len(held_out) == 2
+    assert held_out.isdisjoint(tuple(question.prompt) for question in data.questions.train)
+
+
+def test_the_reward_of_an_answer(folder: Path, tmp_path: Path) -> None:
+    """1 for the answer and its end, 0.5 for an answer in other words or without an end, 0 for another one."""
+    model = pretrained(str(folder), "cpu", "float32")
+    data = read(model, written(tmp_path / "rows", [{"prompt": "one?", "answer": "yes"}] * 5))
+    assert data.questions is not None
+    reward = data.questions.train[0].reward
+    assert [reward(" yes", True), reward("yes", False), reward("yes, two", True), reward("no", True)] == [
+        1,
+        0.5,
+        0.5,
+        0,
+    ]
+
+
+def test_what_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Each sentence names the file and what is wrong with it."""
+    model = pretrained(str(folder), "cpu", "float32")
+    first, second = written(tmp_path / "a", PAIRS), written(tmp_path / "b", PAIRS)
+    few, other = (
+        written(tmp_path / "few", PAIRS[:4]),
+        written(tmp_path / "other", [{"instruction": "x", "output": "y"}] * 5),
+    )
+    (tmp_path / "text").write_text("not JSON\n")
+    for paths, words in (
+        ((first, second), "b: there is data for pairs already"),
+        ((few,), "few has 4 rows; at least 5"),
+        ((other,), "rename instruction"),
+        ((tmp_path / "text",), "text, line 1: each line is a row in JSON"),
+        ((tmp_path / "nowhere",), "cannot read"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(model, *paths)
+    with pytest.raises(ConfigError, match="needs a model with a tokenizer"):
+        read(tiny("cpu"), first)
+
+
+def test_the_command_on_a_users_model_and_rows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo trains on the rows, and says what it read of them; an objective without data is refused."""
+    pairs = written(tmp_path / "pairs", PAIRS)
+    command = [
+        "demo",
+        "--model",
+        str(folder),
+        "--data",
+        str(pairs),
+        "--device",
+        "cpu",
+        "--minutes",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*command, "--only", "dpo"]) == 0
+    printed = capsys.readouterr().out
+    assert "training: 8 rows of kind preference: 16 datums" in printed
+    assert "held out: 2 rows" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["objectives"][0]["points"][-1]["margin"] > 0
+    assert main([*command, "--only", "grpo"]) == 2
+    assert "there is no data for grpo, only for dpo, orpo" in capsys.readouterr().err
