@@ -13,6 +13,7 @@ import torch
 from more_sound_losses import MORE_SOUND
 from seed_examples import run
 from sound_losses import SOUND
+from tiers import TIER
 from torch import Tensor
 
 from pullback.errors import ConfigError
@@ -74,7 +75,7 @@ def test_presets_are_sound(name: str) -> None:
 def test_sound_losses_of_others(name: str) -> None:
     """No property raises an alarm on a sound loss in another style."""
     loss, options = ALL_SOUND[name]
-    check_loss(loss, examples=EXAMPLES, **options)
+    check_loss(loss, examples=EXAMPLES if name in SOUND or TIER != "quick" else 3, **options)
 
 
 def test_enough_sound_losses() -> None:

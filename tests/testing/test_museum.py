@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiers import TIER
 
 from pullback.testing.losscheck import LOSS_PROPERTIES, search
 from pullback.testing.museum import EXHIBITS, Exhibit, examine
 from pullback.testing.museum.page import museum_page
 
+QUICK_MODELS = ("positions run on", "window lost where rows are packed", "dropout in evaluation")
 PAGE = Path(__file__).parents[2] / "docs" / "museum.md"
 
 
-@pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: f"{exhibit.kind}: {exhibit.name}")
+def rows() -> list[Any]:
+    """All exhibits; of the models, which take longest, the quick tier has a sample."""
+    marks = [[pytest.mark.slow] if e.kind == "model" and e.name not in QUICK_MODELS else [] for e in EXHIBITS]
+    named = zip(EXHIBITS, marks, strict=True)
+    return [pytest.param(e, marks=mark, id=f"{e.kind}: {e.name}") for e, mark in named]
+
+
+@pytest.mark.parametrize("exhibit", rows())
 def test_museum(exhibit: Exhibit, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken piece raises the alarm that names its cause; the repaired one raises none."""
     if exhibit.kind == "model":
         pytest.importorskip("peft", reason="checks of models need transformers and peft (extra hf)")
-    monkeypatch.setattr(search, "_SHRINKING", 10)  # the smallest example is another test's
-    broken = examine(exhibit)
+    monkeypatch.setattr(search, "_SHRINKING", 0)  # the smallest example is another test's
+    broken = examine(exhibit, examples=6)
     assert broken.found
     assert exhibit.cause in broken.sentence
-    repaired = examine(exhibit, exhibit.repaired)
+    repaired = examine(exhibit, exhibit.repaired, examples=6 if TIER != "quick" else 3)
     assert not repaired.found, repaired.sentence
 
 
