@@ -22,6 +22,7 @@ __all__ = ["ACCUMULATION"]
 _MODES: Final[dict[NormalizationMode, str]] = {
     "num_loss_tokens": "token_mean",
     "num_sequences": "sequence_mean_token_sum",
+    "auto": "token_mean",  # what a sum over tokens declares
 }
 
 
