@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pullback.losses import functional as F
-from pullback.losses.functional.closed_form import value_of
 from pullback.losses.functional.numerics import bounded_exp, bounded_expm1
 
 EACH = pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS.keys())
@@ -231,18 +230,6 @@ def test_functions_without_a_closed_form_say_so() -> None:
         return 2 * x, torch.full_like(x, 2.0)
 
     assert F.closed_form_of(double) is attached
-
-
-def test_the_value_of_constants() -> None:
-    """It is that of the closed form where there is one, else that of the definition."""
-
-    def definition(x: Tensor, by: float) -> Tensor:
-        return by * x
-
-    x = torch.tensor([1.0, 2.0])
-    assert value_of(definition, x, 3.0).tolist() == [3.0, 6.0]
-    F.closed_form(definition)(lambda x, by: (x + by, x * 0))
-    assert value_of(definition, x, 3.0).tolist() == [4.0, 5.0]
 
 
 class Passes(TorchDispatchMode):
