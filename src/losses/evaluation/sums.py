@@ -121,7 +121,14 @@ def _weighed(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tenso
     value, slope = pair
     for factor in factors:
         value, slope = value.mul_(factor), slope.mul_(factor)
-    return select_(value, mask), select_(slope, mask)
+    weighed = any(factor is mask for factor in factors)
+
+    def selected(values: Tensor) -> Tensor:
+        if weighed and readable(values) and finite(values):  # what a weight of 0 made of a finite number is 0
+            return values
+        return select_(values, mask)
+
+    return selected(value), selected(slope)
 
 
 @final

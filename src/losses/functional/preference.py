@@ -126,11 +126,12 @@ def _odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> tuple[Tens
     both = torch.stack((chosen, rejected))
     inside = both.clamp(max=math.log(max_prob))
     rest = inside.expm1().neg_()  # 1 - p; the slope of the log odds is 1 / (1 - p), on the tangent too
-    odds = both.sub_(inside).div_(rest).add_(inside).sub_(rest.log())
-    ratio = odds[0] - odds[1]
+    of_chosen, of_rejected = both.sub_(inside).div_(rest).add_(inside).sub_(rest.log()).unbind()
+    ratio = of_chosen - of_rejected
     value = logsigmoid(ratio).neg_()
     gain = ratio.neg_().sigmoid_()
-    return value, (gain / rest[0]).neg_(), gain.div_(rest[1])
+    slope_chosen, slope_rejected = gain.div(rest).unbind()
+    return value, slope_chosen.neg(), slope_rejected
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
