@@ -80,6 +80,24 @@ def test_parts() -> None:
         assert trained(template, messages) == [("Yes the<|im_end|>", 1.0), ("No<|im_end|>", 1.0)]
 
 
+PARTS_ONLY = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}"
+    "{{ part['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_templates_of_parts_alone() -> None:
+    """A template that leaves text out is given parts as they are; text is refused, and not trained as nothing."""
+    parts = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "hi"), ("assistant", "Yes"))
+    ]
+    assert trained(PARTS_ONLY, parts) == [("Yes<|im_end|>", 1.0)]
+    with pytest.raises(DatumError, match=r"message 1: the chat template leaves its content out; .* as parts of text"):
+        trained(PARTS_ONLY, [USER, YES])
+
+
 def test_template_arguments() -> None:
     """Arguments reach the template: with reasoning off, the empty reasoning is the prompt's, not an answer's."""
     found = {think: trained(THINKING, [USER, YES], chat_template_kwargs={"think": think}) for think in (True, False)}

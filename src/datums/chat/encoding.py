@@ -53,40 +53,48 @@ def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], spe
         return [encode(tokenizer, text, each, special) for text, each in zip(texts, spans, strict=True)]
     if not texts:
         return []
-    batch = tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     together = zip(batch["input_ids"], batch["offset_mapping"], texts, spans, strict=True)
     return [_weighted(ids, offsets, len(text), each) for ids, offsets, text, each in together]
 
 
 def _weighted(ids: list[int], offsets: Sequence[tuple[int, int]], length: int, spans: Spans) -> Encoded:
-    starts, ends = _tiled(offsets)
     weights, merged = [0.0] * len(ids), 0
+    within = len(ids)  # without special tokens that stand after the text, and in no part of it
+    while within and offsets[within - 1] == (0, 0):
+        within -= 1
     for span in spans:
-        first = bisect_right(ends, span.start)
-        last = bisect_left(starts, span.stop)
-        if span.stop == length:  # the end-of-text token that the tokenizer adds after it
-            while last < len(ids) and ends[last] == length:
-                last += 1
-        if first < last:
-            weights[first:last] = [span.weight] * (last - first)
-            merged += (starts[first] < span.start) + (ends[last - 1] > span.stop)
+        first = bisect_right(offsets, span.start, hi=within, key=_end)
+        last = bisect_left(offsets, span.stop, hi=within, key=_start)
+        if last < within and _reach(offsets, last) < span.stop:
+            last += 1
+        if first >= last:
+            continue
+        merged += (_reach(offsets, first) < span.start) + (offsets[last - 1][1] > span.stop)
+        if span.stop == length:  # the end-of-text token that the tokenizer adds ends it
+            last = len(ids)
+        weights[first:last] = [span.weight] * (last - first)
     return Encoded(ids, weights, merged)
 
 
-def _tiled(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Return the first and the last character of each token, so that tokens leave no character between them.
+def _start(offset: tuple[int, int]) -> int:
+    return offset[0]
 
-    Tokenizers may leave white space out of a token's offsets, and give the tokens of one character the same ones.
-    """
-    starts, ends, reached = [], [], 0
-    for start, end in offsets:
-        if end == 0 and reached:  # a special token that is in no text
-            start = end = reached
-        starts.append(start if start < reached else reached)
-        if end > reached:
-            reached = end
-        ends.append(reached)
-    return starts, ends
+
+def _end(offset: tuple[int, int]) -> int:
+    return offset[1]
+
+
+def _reach(offsets: Sequence[tuple[int, int]], token: int) -> int:
+    """Return the first character of a token, with the white space before it that some tokenizers leave out of its offsets."""
+    return min(offsets[token][0], offsets[token - 1][1] if token else 0)
 
 
 def _range_by_prefix(tokenizer: Any, text: str, span: Span, ids: list[int], special: bool) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def locate(renderer: Renderer, chat: Chat, text: str) -> Places | None:
         text: its rendering.
 
     Raises:
-        DatumError: tool calls are not rendered at all.
+        DatumError: tool calls, or the content of a trained message, are not rendered at all.
     """
     marks = Marks.missing_in(text, len(chat.messages))
     if marks is None:
@@ -34,8 +34,24 @@ def locate(renderer: Renderer, chat: Chat, text: str) -> Places | None:
                 continue
             if places.text == text:
                 _check_calls(chat, places, only)
+                _check_contents(chat, places)
                 return places
     return None
+
+
+def _check_contents(chat: Chat, places: Places) -> None:
+    for i in chat.trained:
+        content = chat.messages[i].get("content")
+        if (
+            content
+            and i not in places.ends
+            and i not in places.calls
+            and (not isinstance(content, str) or content.strip())
+        ):
+            form = "parts of text" if isinstance(content, str) else "text"
+            raise DatumError(
+                f"message {i}: the chat template leaves its content out; use another template, or give the content as {form}"
+            )
 
 
 def _check_calls(chat: Chat, places: Places, only: list[int] | None) -> None:
