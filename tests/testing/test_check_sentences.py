@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from more_sound_losses import kto, leave_one_out, reward_weighted, slic
 from torch import Tensor
 
@@ -177,7 +176,7 @@ def test_half_precision_inside() -> None:
     assert verdict(surrogate, "resolution")[0] == "not applicable"
 
 
-@given(st.sampled_from(["all", "later", "earlier", "one term"]))
+@pytest.mark.parametrize("defect", ["all", "later", "earlier", "one term"])
 def test_causes_of_wrong_masks(defect: str) -> None:
     """The cause says whether a mask is missing, shifted, or left out of a term."""
 
@@ -188,3 +187,21 @@ def test_causes_of_wrong_masks(defect: str) -> None:
 
     expected = {"all": "the whole text", "one term": "every term"}.get(defect, "shifted by one token")
     assert expected in verdict(loss, "untrained")[1]
+
+
+def test_a_loss_without_a_number_is_told_so() -> None:
+    """NaN on a plain batch is named as such, not as a wrong sign, a state or padding; statistics of a batch are named, too."""
+
+    def whitened(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        a = clean(advantages, mask)
+        return -((a - a.mean()) / (a.std() + 1e-8) * clean(logprobs, mask)).sum()
+
+    def centred(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        a = clean(advantages, mask)
+        return -(clean(a - a.sum() / mask.sum().clamp(min=1), mask) * clean(logprobs, mask)).sum()
+
+    for name in ("direction", "deterministic", "stateless", "layouts", "differences"):
+        assert "on a batch of finite numbers the loss is nan" in verdict(whitened, name)[1]
+    assert "standard deviation of one number" in verdict(whitened, "few")[1]
+    assert verdict(whitened, "information")[0] == "passed"
+    assert "over the whole batch" in verdict(centred, "alignment")[1]

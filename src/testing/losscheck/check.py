@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -96,16 +97,21 @@ def check_property(under_test: LossUnderTest, name: str, examples: int = _EXAMPL
         ConfigError: no property has that name.
     """
     choice("property", name, LOSS_PROPERTIES)
-    checked = LOSS_PROPERTIES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a loss may warn; what it computes is looked at
+        return _result(under_test, LOSS_PROPERTIES[name], examples, case)
+
+
+def _result(under_test: LossUnderTest, checked: Property, examples: int, case: Case | None) -> Result:
     try:
         note = search(under_test, checked, examples) if case is None else outcome(under_test, checked, case)
     except NotApplicable as reason:
-        return Result(name, "not applicable", str(reason))
+        return Result(checked.name, "not applicable", str(reason))
     except Counterexample as found:
         if case is not None and isinstance(found.failure.__cause__, PullbackError):
-            return Result(name, "not applicable", f"the loss refuses this batch: {found.failure.__cause__}")
+            return Result(checked.name, "not applicable", f"the loss refuses this batch: {found.failure.__cause__}")
         return _failure(under_test, checked, found)
-    return Result(name, "passed", note or "")
+    return Result(checked.name, "passed", note or "")
 
 
 def _report(under_test: LossUnderTest, names: Sequence[str], examples: int, case: Case | None) -> LossReport:

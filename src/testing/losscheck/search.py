@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Final, final
@@ -72,19 +71,35 @@ def outcome(under_test: LossUnderTest, checked: Property, case: Case) -> str | N
         NotApplicable: it says nothing here.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a loss may warn; what it computes is looked at
-            return checked.check(under_test, case)
+        return checked.check(under_test, case)
     except NotApplicable:
         raise
     except Failed as failure:
-        raise Counterexample(case if case.sequences else None, failure) from failure
+        found = _not_finite(under_test, case) or failure
+        raise Counterexample(case if case.sequences else None, found) from failure
     except Exception as error:
         raised = Failed(
             f"it raises {type(error).__name__}: {error}", "an input, a shape or a number that it is not made for"
         )
         raised.__cause__ = error
         raise Counterexample(case if case.sequences else None, raised) from error
+
+
+def _not_finite(under_test: LossUnderTest, case: Case) -> Failed | None:
+    """Return that a loss has no number on a plain batch, if so: whatever is asked of it there says nothing else."""
+    if not case.sequences:
+        return None
+    try:
+        measured = under_test.measure(case)
+    except Exception:
+        return None
+    if math.isfinite(measured.value) and bool(measured.flat.isfinite().all()):
+        return None
+    return Failed(
+        f"on a batch of finite numbers the loss is {measured.value:g}, so that nothing else can be asked of it there",
+        "0/0, as of the standard deviation of one number, of a count of nothing, or of equal numbers; `few` and "
+        "`nothing_trained` say more",
+    )
 
 
 def search(under_test: LossUnderTest, checked: Property, examples: int) -> str | None:

@@ -127,7 +127,7 @@ POLICIES = (
         _shifted_anchor,
         _aligned,
         "alignment",
-        "shifted",
+        "are shifted by +1",
         options=_AS,
     ),
     Exhibit(

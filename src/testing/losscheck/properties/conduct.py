@@ -92,7 +92,9 @@ def _information(under_test: LossUnderTest, case: Case) -> str | None:
         if field not in under_test.fields or (field == "advantages" and under_test.relative):  # one reward says nothing
             continue
         # A baseline over the group leaves nothing of a sequence that is alone.
-        beside = field == "advantages" and not bool((_expected(under_test, field, _REFERENCES[0]) != 0).any())
+        beside = field == "advantages" and not bool(
+            (_expected(under_test, field, _REFERENCES[0]).nan_to_num() != 0).any()
+        )
         first, *others = (_expected(under_test, field, values, beside=beside) for values in _REFERENCES)
         if any(float((first - other).abs().max()) > 1e-9 for other in others):
             told.append(field)

@@ -107,7 +107,7 @@ def _inputs(under_test: LossUnderTest, case: Case) -> str | None:
             silent.append(field)
     needed = [field for field in silent if field in under_test.required]
     if needed:
-        raise Failed(f"{needed[0]} changes neither the value nor the gradient nor a metric", None, kind_case(False))
+        raise Failed(f"{needed[0]} change neither the value nor the gradient nor a metric", None, kind_case(False))
     return f"{', '.join(silent)} without influence, with these defaults" if silent else None
 
 
@@ -186,11 +186,15 @@ def _stays(under_test: LossUnderTest, case: Case, base: Measured, field: str, pl
             if _within(under_test.kind or "batch", (k, t), place):
                 continue
             same = k == place[0]
+            if same and abs(t - place[1]) == 1 and not own:
+                cause = f"{field} are shifted by {t - place[1]:+d} against the log-probs"
+            elif len(rows) > 1 and all(changed(a, b, 1e-7).any() for a, b in zip(rows, base.rows, strict=True)):
+                cause = f"{field} are normalised, centred or averaged over the whole batch"
+            else:
+                cause = f"{field} of one {'token' if same else 'sequence'} are used for another"
             raise Failed(
-                f"{field} of token {place[1]} of sequence {place[0]} changes the gradient of token {t} of sequence {k}",
-                f"{field} is shifted by {t - place[1]:+d} against the log-probs"
-                if same and abs(t - place[1]) == 1 and not own
-                else f"{field} of one {'token' if same else 'sequence'} is used for another",
+                f"{field} of token {place[1]} of sequence {place[0]} change the gradient of token {t} of sequence {k}",
+                cause,
             )
 
 
