@@ -15,7 +15,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workstea
 # What `make bench` runs: python -m benchmarks $(BENCH).
 BENCH ?= custom --sequences 4 --rounds 3
 
-.PHONY: demo test test-all soak zoo coverage mutation check bench build wheel-test clean
+# The trainers whose examples `make trainers` holds to their own code, each in an environment of its own.
+TRAINERS ?= accelerate trl lightning verl torchtitan ray
+
+.PHONY: demo test test-all soak zoo trainers coverage mutation check bench build wheel-test clean
 demo: $(STAMP)  ## train the four losses on a real model (DEMO="--model tiny" for a minute)
 	$(BIN)/pullback demo $(DEMO)
 
@@ -30,6 +33,9 @@ soak: $(STAMP)  ## the long proofs, whole
 
 zoo: $(STAMP)  ## every causal language model of transformers, tiny and random: prints the table of docs/models.md, and writes it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pullback.testing.models.zoo_table --workers 2 --write docs/models.md
+
+trainers:  ## the examples for other trainers, each in a locked environment of its own (TRAINERS="trl verl")
+	set -e; for name in $(TRAINERS); do bash .ci/trainer $(PYTHON) "$(PINNED)" $$name; done
 
 coverage: $(STAMP)  ## the quick tier with coverage of src, and its floor
 	PULLBACK_TIER=quick $(PYTEST) --cov --cov-report=term:skip-covered

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
+from toy_rows import Row
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # relative to the norm of a gradient
-Row = Mapping[str, list[int]]
 
 
 class Recording(torch.optim.SGD):
