@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", default=[], help="functional, losses, backends, or a part of a path under src"
     )
+    parser.add_argument("--tests", nargs="*", help="files and folders of tests, instead of those of the targets")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument(
         "--again", action="store_true", help="only what earlier runs have not killed; go on with their report"
@@ -65,7 +66,7 @@ def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> N
         SystemExit: the tests cannot be collected, or fail on the code as it is.
     """
     importlib.import_module("torch._dynamo")  # once, not in every process that compiles
-    tests = sorted({test for _, target in modules(root, asked.only) for test in target.tests})
+    tests = asked.tests or sorted({test for _, target in modules(root, asked.only) for test in target.tests})
     every = [path.relative_to(root) for path, _ in modules(root)]
     with tempfile.TemporaryDirectory() as folder, (asked.out / RESULTS).open("a", buffering=1) as results:
         os.environ |= {"HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis", "HYPOTHESIS_PROFILE": "unshrunk"}

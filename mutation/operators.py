@@ -36,7 +36,9 @@ OPERATORS: Final[dict[str, Operator]] = {}
 WEIGHTS: Final = frozenset(
     {"weight", "weights", "scale", "factor", "coefficient", "mask", "averaged_over", "beta", "there"}
 )
-SYMMETRIC: Final = frozenset({"maximum", "minimum", "max", "min", "logical_or", "logical_and", "where", "isinstance"})
+SYMMETRIC: Final = frozenset(
+    {"maximum", "minimum", "max", "min", "logical_or", "logical_and", "where", "isinstance", "addcmul", "addcmul_"}
+)
 CHECKS: Final = frozenset({"choice", "number", "bound", "getattr", "__setattr__", "Problem", "remember"})
 
 

@@ -23,7 +23,7 @@ from formulas import (
     shares_memory,
     tensors,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,6 +177,7 @@ def odds(x: float, top: float) -> float:
 
 
 @given(pairs=st.lists(st.tuples(st.floats(-9, -1e-3), st.floats(-9, -1e-3)), min_size=1), e=st.floats(0, 0.49))
+@example(pairs=[(-1.0, -2.0), (-2.0, -0.5), (-0.01, -3.0)], e=0.3)
 def test_pair_losses_are_scalar_arithmetic(pairs: list[tuple[float, float]], e: float) -> None:
     """Values agree with the math module, and slopes with the derivatives in the docstrings."""
     c, r = (torch.tensor(column, dtype=torch.float64).requires_grad_() for column in zip(*pairs, strict=True))
@@ -216,6 +217,13 @@ def test_pair_losses_are_finite(definition: Callable[..., Tensor], options: tupl
     assert value.isfinite().all()
     slopes = torch.autograd.grad(value.sum(), (chosen, rejected), materialize_grads=True)
     assert all(slope.isfinite().all() for slope in slopes)
+
+
+def test_an_impossible_response_leaves_no_nan() -> None:
+    """Where the policy excludes the rejected response, the loss of the pair is exactly 0."""
+    chosen = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    loss = F.dpo(chosen, torch.tensor(-math.inf, dtype=torch.float64))
+    assert (loss.item(), torch.autograd.grad(loss, chosen)[0].item()) == (0.0, 0.0)
 
 
 def test_functions_without_a_closed_form_say_so() -> None:

@@ -12,7 +12,8 @@ from loss_inputs import VARIANTS, Inputs, ids, make
 from torch import Tensor
 
 from pullback.errors import ConfigError, DatumError
-from pullback.losses import DPO, CrossEntropy, Loss
+from pullback.losses import DPO, ORPO, CrossEntropy, Loss, TokenBatch
+from pullback.losses.counts import count_units, divisor
 from pullback.testing import Case, CaseSequence
 
 LENGTHS = (5, 3, 4, 6, 2, 7)
@@ -84,11 +85,13 @@ def test_counts_of_datums() -> None:
         (CrossEntropy("token_mean"), {"tokens": float("nan")}, "finite"),
         (CrossEntropy("token_mean"), {"tokens": True}, "a number"),
         (CrossEntropy("token_mean"), {"tokens": torch.ones(2)}, "one number"),
+        (CrossEntropy("token_mean"), {"tokens": torch.ones(0)}, "one number"),
         (CrossEntropy("token_mean"), {"tokens": torch.zeros(())}, "above 0"),
         (CrossEntropy("token_mean"), {"sequences": 8.0}, "lacks 'tokens'|would be ignored"),
         (CrossEntropy("token_mean"), {"tokens": 1.0}, "this call alone has"),
         (DPO(), {"pairs": 1.0}, "this call alone has"),
-        (CrossEntropy(), {"tokens": 100.0}, "would be ignored"),
+        (CrossEntropy(), {"tokens": 100.0}, r"divided by nothing \(it is a sum\): it would be ignored"),
+        (ORPO(nll="token_mean", aggregation="sum"), {"tokens": 99.0, "pairs": 9.0}, "divided by tokens: it would"),
         (CrossEntropy("token_mean"), 4, "must map"),
     ],
 )
@@ -96,6 +99,72 @@ def test_wrong_counts(loss: Loss, counts: Any, words: str) -> None:
     """Totals that are unknown, unusable, useless or too small are refused."""
     with pytest.raises(ConfigError, match=words):
         loss.evaluate(make(loss).batch(), counts)
+
+
+def test_a_call_is_averaged_over_too() -> None:
+    """As a function of datums a counted loss is multiplied once by what the trainer divides by; wrong totals fail at once."""
+    s = CaseSequence([-1.0, -2.0], [1.0, 1.0], [1.0, -1.0], [-1.1, -2.0], [-1.0, -2.0], [-1.0, -1.0])
+    data, leaves = Case((s, s)).datums()
+    loss = CrossEntropy("token_mean")
+    value, metrics = loss.with_counts(averaged_over=4, tokens=12.0)(data, leaves)
+    assert value.item() == pytest.approx(4 * 6.0 / 12.0)
+    assert torch.autograd.grad(value, leaves)[0].tolist() == pytest.approx([-4 / 12] * 2)
+    assert metrics["nll:mean"] == pytest.approx(1.5)
+    with pytest.raises(ConfigError, match="did you mean 'tokens'"):
+        loss.with_counts(token=12.0)
+
+
+def test_a_sum_beside_a_mean_is_not_divided() -> None:
+    """With the call's own total for the mean, the loss of both terms is what it is without."""
+    loss = ORPO(nll="token_mean", aggregation="sum")
+    batch = make(loss, dtype=torch.float64).batch()
+    counts = loss.counts([batch])
+    assert counts.keys() == {"tokens"}
+    assert loss.evaluate(batch, counts).loss.item() == pytest.approx(loss.evaluate(batch).loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@given(data=st.data())
+def test_counts_of_some_tokens(packed: bool, data: st.DataObject) -> None:
+    """With several candidates per token: a position counts where any is trained and any is asked for."""
+
+    def drawn(element: st.SearchStrategy[Any]) -> list[list[list[Any]]]:
+        pair = st.lists(element, min_size=2, max_size=2)
+        return data.draw(st.lists(st.lists(pair, min_size=3, max_size=3), min_size=4, max_size=4))
+
+    weights, where = drawn(st.sampled_from([0.0, 1.0, 0.5])), drawn(st.booleans())
+    tensors = torch.tensor(weights, dtype=torch.float64), torch.tensor(where)
+    groups, zeros = torch.tensor([0, 1, 0, 2]), torch.zeros_like(tensors[0])
+    if packed:
+        batch = TokenBatch.from_packed(zeros.flatten(0, 1), [3] * 4, weights=tensors[0].flatten(0, 1), group_id=groups)
+    else:
+        batch = TokenBatch.from_padded(zeros, tensors[0], group_id=groups)
+    kept = [[any(w) and any(at) for w, at in zip(*rows, strict=True)] for rows in zip(weights, where, strict=True)]
+    there = [any(row) for row in kept]
+    want = {
+        "tokens": sum(map(sum, kept)),
+        "weight_sum": sum(
+            sum(w) for rows, at in zip(weights, kept, strict=True) for w, k in zip(rows, at, strict=True) if k
+        ),
+        "sequences": sum(there),
+        "all_sequences": 4,
+        "groups": len({g for g, t in zip([0, 1, 0, 2], there, strict=True) if t}),
+        "pairs": 2,
+        "none": 1,
+    }
+    asked = tensors[1].flatten(0, 1) if packed else tensors[1]
+    for name, count in want.items():
+        assert float(count_units(batch, name, asked)) == count, name  # type: ignore[arg-type]
+
+
+def test_an_empty_unit_is_divided_by_one() -> None:
+    """Every other count is what it is, as a number or a tensor, also where it cannot be looked at."""
+    counts = [0.0, 3.0, 0.5, -2.0]
+    want = [1.0, 3.0, 0.5, -2.0]
+    assert [divisor(count) for count in counts] == want
+    assert [float(divisor(torch.tensor(count))) for count in counts] == want
+    mapped = torch.func.vmap(lambda count: torch.as_tensor(divisor(count)))(torch.tensor(counts))
+    assert mapped.tolist() == want
 
 
 @pytest.mark.parametrize("times", [0, -1, 1.5, True])

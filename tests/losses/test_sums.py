@@ -1,0 +1,155 @@
+"""The two sums: eagerly and under torch.func they are plain loops, whatever lies where nothing is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pullback.losses import functional as F
+from pullback.losses.batch.layout import Layout, Packed, Padded
+from pullback.losses.evaluation.sums import row_sum, token_sum, token_values, weighted_sum
+
+NUMBERS = st.floats(-3, 3)
+TOKENS = st.lists(
+    st.tuples(NUMBERS, NUMBERS, st.sampled_from([0.0, 1.0, 2.0, -0.5]), st.sampled_from([math.nan, math.inf, 7.0])),
+    min_size=4,
+    max_size=4,
+)
+JUNK = [(-1.0, 2.0, 0.0, math.nan), (-2.0, 0.5, 2.0, 7.0), (0.7, -1.0, -0.5, 7.0), (1.0, 1.0, 0.0, math.inf)]
+LAYOUTS: dict[str, tuple[Layout, tuple[int, ...]]] = {
+    "packed": (Packed(torch.Size([4]), torch.tensor([0, 1, 4])), (4,)),
+    "padded": (Padded(torch.Size([2, 2])), (2, 2)),
+}
+ROWS = {"packed": [[0], [1, 2, 3]], "padded": [[0, 1], [2, 3]]}
+Tokens = Sequence[tuple[float, float, float, float]]
+
+
+def columns(tokens: Tokens, shape: tuple[int, ...], scaled: bool = True) -> list[Tensor]:
+    """Values and what is subtracted, with junk where the weight is 0, and the weights, or a mask of ones and zeros."""
+    rows = [(x if w else junk, m if w else junk, w if scaled else float(w != 0)) for x, m, w, junk in tokens]
+    return [torch.tensor(column, dtype=torch.float64).view(shape) for column in zip(*rows, strict=True)]
+
+
+def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[list[float], list[float]]]:
+    """Value and slope of a sum, eagerly and under torch.func; its gradient is asked for with 1, 2, ... of its entries."""
+
+    def weighed(at: Tensor) -> tuple[Tensor, Tensor]:
+        value = function(at)
+        return (value * torch.arange(1.0, value.numel() + 1, dtype=value.dtype).view(value.shape)).sum(), value
+
+    leaf = x.clone().requires_grad_()
+    total, value = weighed(leaf)
+    (slope,) = torch.autograd.grad(total, leaf)
+    slope_too, value_too = torch.func.grad(weighed, has_aux=True)(x)
+    return [(v.flatten().tolist(), s.flatten().tolist()) for v, s in ((value, slope), (value_too, slope_too))]
+
+
+def same(found: list[tuple[list[float], list[float]]], value: list[float], slope: list[float]) -> None:
+    for have in found:
+        assert have[0] == pytest.approx(value, rel=1e-12, abs=1e-12)
+        assert have[1] == pytest.approx(slope, rel=1e-12, abs=0)
+        assert all(x == 0.0 for x, y in zip(have[1], slope, strict=True) if y == 0.0)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(tokens=TOKENS)
+@example(tokens=JUNK)
+def test_row_sums(name: str, scaled: bool, tokens: Tokens) -> None:
+    """Of what is left when another tensor is subtracted, or of the values alone; each row's cotangent goes to its tokens."""
+    layout, shape = LAYOUTS[name]
+    x, minus, weights = columns(tokens, shape, scaled)
+    factor = [w if scaled else float(w != 0) for _, _, w, _ in tokens]
+    scale = weights if scaled else None
+    slope = [(1.0 + row) * factor[j] for row, at in enumerate(ROWS[name]) for j in at]
+    for other, shift in ((None, 0.0), (minus, 1.0)):
+        value = [math.fsum(factor[j] * (tokens[j][0] - shift * tokens[j][1]) for j in at) for at in ROWS[name]]
+        same(both_ways(lambda y, other=other: row_sum(y, other, weights, scale, layout), x), value, slope)  # type: ignore[misc]
+    whole = torch.nan_to_num(x, 7.0, 7.0)
+    kept = [[whole.flatten()[j].item() for j in at] for at in ROWS[name]]
+    found = both_ways(lambda y: row_sum(y, None, weights, scale, layout, finite=True), whole)
+    same(
+        found,
+        [
+            math.fsum(factor[j] * v for j, v in zip(at, row, strict=True))
+            for at, row in zip(ROWS[name], kept, strict=True)
+        ],
+        slope,
+    )
+    found = both_ways(lambda y: row_sum(y, None, None, None, layout), whole)
+    same(found, [math.fsum(row) for row in kept], [1.0 + row for row, at in enumerate(ROWS[name]) for _ in at])
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("coefficient", [1.0, -0.3])
+@given(tokens=TOKENS)
+@example(tokens=JUNK)
+def test_weighted_sums(scaled: bool, coefficient: float, tokens: Tokens) -> None:
+    """A coefficient times the weighted values; an infinite cotangent does not reach what is not trained."""
+    x, _, weights = columns(tokens, (4,), scaled)
+    factor = [coefficient * (w if scaled else float(w != 0)) for _, _, w, _ in tokens]
+    scale = weights if scaled else None
+    value = math.fsum(f * t[0] for f, t in zip(factor, tokens, strict=True))
+    same(both_ways(lambda y: weighted_sum(y, weights, scale, coefficient), x), [value], factor)
+    whole = torch.nan_to_num(x, 7.0, 7.0)
+    same(both_ways(lambda y: weighted_sum(y, weights, scale, coefficient, finite=True), whole), [value], factor)
+    total = coefficient * whole.sum().item()
+    same(both_ways(lambda y: weighted_sum(y, None, None, coefficient), whole), [total], [coefficient] * 4)
+    leaf = x.clone().requires_grad_()
+    for sums in (
+        weighted_sum(leaf, weights, scale, coefficient),
+        row_sum(leaf, None, weights, scale, LAYOUTS["packed"][0]).sum(),
+    ):
+        (slope,) = torch.autograd.grad(sums, leaf, torch.tensor(math.inf, dtype=torch.float64))
+        assert [s == 0.0 for s in slope.tolist()] == [t[2] == 0.0 for t in tokens]
+
+
+@pytest.mark.parametrize("definition", ["closed", "open"])
+@pytest.mark.parametrize("coefficient", [1.0, -0.3])
+@given(tokens=TOKENS)
+@example(tokens=JUNK)
+def test_token_sums(definition: str, coefficient: float, tokens: Tokens) -> None:
+    """Of a function of each token times factors, one per token and one for all; second derivatives are the function's."""
+
+    def square(x: Tensor, other: Tensor, beta: float) -> Tensor:
+        return 0.5 * beta * (x - other).square()
+
+    function: Any = square if definition == "open" else F.kl
+    arguments: Any = (0.6,) if definition == "open" else ("k2",)
+    beta = 0.6 if definition == "open" else 1.0
+    x, minus, weights = columns(tokens, (4,))
+    factors = (weights, torch.tensor([2.0], dtype=torch.float64))
+    factor = [2.0 * w * coefficient * beta for _, _, w, _ in tokens]
+    value = math.fsum(f * 0.5 * (t[0] - t[1]) ** 2 for f, t in zip(factor, tokens, strict=True))
+    slope = [f * (t[0] - t[1]) for f, t in zip(factor, tokens, strict=True)]
+
+    def total(y: Tensor) -> Tensor:
+        return token_sum(y, function, (minus, *arguments), factors, weights, coefficient)
+
+    same(both_ways(total, x), [value], slope)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), leaf)
+    assert second.tolist() == pytest.approx(factor, rel=1e-12, abs=0)
+    each = token_values(leaf, function, (minus, *arguments), weights)
+    want = [beta * 0.5 * (a - b) ** 2 if w else 0.0 for a, b, w, _ in tokens]
+    assert each.tolist() == pytest.approx(want, rel=1e-12, abs=1e-14)
+    (slopes,) = torch.autograd.grad(each.sum(), leaf)
+    assert slopes.tolist() == pytest.approx([beta * (a - b) if w else 0.0 for a, b, w, _ in tokens], rel=1e-12, abs=0)
+
+
+def test_a_sum_of_a_constant_has_a_zero_second_derivative() -> None:
+    """A function with no slope, differentiated twice, gives zeros and no error; so does a slope that does not depend on x."""
+    leaf = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    for definition, args, slope in ((F.kl_penalty, (0.0, "k3", "none"), 0.0), (F.nll, (), -1.0)):
+        (first,) = torch.autograd.grad(token_sum(leaf, definition, args, (), None), leaf, create_graph=True)
+        assert first.tolist() == [slope, slope]
+        (second,) = torch.autograd.grad((first * leaf).sum(), leaf)
+        assert second.tolist() == [slope, slope]
