@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,6 +100,10 @@ class Baseline:
         known = self.tests.get(str(path), {})
         found = {test for line in range(lines[0], lines[1] + 1) for test in known.get(line, ())}
         return sorted(found & self.seconds.keys())
+
+    def breadth(self) -> Counter[str]:
+        """Return how many lines each test runs."""
+        return Counter(test for lines in self.tests.values() for tests in lines.values() for test in set(tests))
 
 
 def digest(*paths: Path) -> str:

@@ -80,6 +80,7 @@ class Runner:
     patience: float = math.inf
     baseline: Baseline = field(default_factory=Baseline)
     _kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _breadth: Counter[str] = field(default_factory=Counter)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -92,6 +93,7 @@ class Runner:
             self._say(f"these fail on the code as it is: {', '.join(self.baseline.failed)}")
             raise session.Failed("tests fail on the code as it is")
         self._say(f"{len(self.baseline.seconds)} tests in {sum(self.baseline.seconds.values()):.0f} s")
+        self._breadth = self.baseline.breadth()
         paths = sorted({self._path(mutant) for mutant in self.mutants})
         sources, live = {path: path.read_text() for path in paths}, live_functions(paths)
         gc.freeze()  # else each process goes over, and so copies, everything that was collected here
@@ -139,9 +141,9 @@ class Runner:
             yield Job((mutant, len(order)), work)
 
     def _price(self, mutant: Mutant, test: str) -> float:
-        """Return the seconds that a test is likely to take for a kill."""
+        """Return the seconds that a test is likely to take for a kill: one that runs little else looks closer."""
         kills = (weight * self._kills[scope, test] for weight, scope in zip((10, 1), _scopes(mutant), strict=True))
-        return (self.baseline.seconds[test] + 1e-3) / (1 + sum(kills))
+        return (self.baseline.seconds[test] + 1e-3) * self._breadth[test] / (1 + sum(kills))
 
     def _affordable(self, order: Sequence[str]) -> list[str]:
         """Return the first tests, as many as the patience lasts, and one at least."""

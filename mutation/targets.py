@@ -86,10 +86,13 @@ TARGETS: Final = {
             "backends/native/accumulator.py",
         ),
         (
+            "tests/backends/test_accumulation.py",
             "tests/backends/test_cotangents.py",
             "tests/backends/test_counts_and_groups.py",
             "tests/backends/test_normalization.py",
             "tests/backends/test_prepared.py",
+            "tests/backends/test_units.py",
+            "tests/backends/native/test_accumulator.py",
             "tests/backends/native/test_cases_maths.py",
             "tests/backends/native/test_custom.py",
             "tests/backends/native/test_half_applied.py",

@@ -87,7 +87,7 @@ def summarize(parts: Sequence[Cotangents], more: Sequence[Mapping[str, Metric]] 
 
 def signal_metrics(parts: Sequence[Cotangents]) -> dict[str, Metric]:
     """Return how large the gradient's signal is, so that a loss of 0 is not taken for a bug."""
-    absolute = torch.cat([c.detach().cpu().abs().reshape(-1).double() for p in parts for c in p.by_datum.values()])
+    absolute = torch.cat([c.cpu().abs().reshape(-1).double() for p in parts for c in p.by_datum.values()])
     tokens = float(sum(part.tokens for part in parts))
     return read({"cotangent_abs": mean(absolute), "tokens_with_gradient": total(tokens)})
 

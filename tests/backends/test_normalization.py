@@ -91,8 +91,9 @@ def test_what_can_join() -> None:
     mean.admit("a", "tokens")
     raw.deferred = "a(1)"
     raw.admit("b", "none", "b()")
-    with pytest.raises(MixedDenominatorsError, match="two means of one step"):
-        mean.admit("a", "tokens", "a(2)")
+    for other in ("a(0)", "a(2)"):
+        with pytest.raises(MixedDenominatorsError, match="two means of one step"):
+            mean.admit("a", "tokens", other)
     with pytest.raises(MixedDenominatorsError, match=r"divided by nothing, but .* number of tokens"):
         mean.admit("b", "none", "b()")
     with pytest.raises(MixedDenominatorsError, match=r"number of pairs, but .* divided by nothing"):
