@@ -23,10 +23,12 @@ class Accumulation:
     Attributes:
         ledger: the operations whose gradients were added.
         outcomes: how gradient operations ended, as far as that may matter for the next step.
+        last: the gradient operation that was added last, if any.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
     outcomes: list[Outcome] = field(default_factory=list)
+    last: Gradient | None = None
 
     def record(self, call: PreparedCall, gradient: Gradient) -> None:
         """Enter a call whose gradient has been added into the ledger."""
@@ -34,6 +36,7 @@ class Accumulation:
         self.ledger.groups |= {(call.name, group) for group in call.groups}
         if gradient.denominator != "none":
             self.ledger.deferred = call.described
+        self.last = gradient
         self.ledger.record(
             loss=call.name,
             datums=len(call.data),
@@ -78,7 +81,7 @@ class Accumulation:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.ledger, self.outcomes = self.ledger.emptied(), []
+        self.ledger, self.outcomes, self.last = self.ledger.emptied(), [], None
 
 
 def preceding_failure(cause: BaseException) -> PrecedingOperationFailed:

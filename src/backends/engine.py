@@ -61,6 +61,7 @@ class Gradient:
         output: the call's result.
         tokens, sequences: with a non-zero cotangent.
         denominator, count: what the gradient waits to be divided by (``none``: nothing).
+        cotangents: dL/dlogprob of each datum, not divided by ``count`` yet; None where another computed them.
     """
 
     output: Answer[ForwardBackwardOutput]
@@ -68,6 +69,7 @@ class Gradient:
     sequences: int
     denominator: str
     count: float
+    cotangents: Mapping[int, Tensor] | None = None
 
 
 class Engine(abc.ABC):
@@ -146,6 +148,17 @@ class Engine(abc.ABC):
     def operation_failed(self, error: BaseException) -> None:
         """Take note that an operation of this accumulation has failed elsewhere."""
         return
+
+    def snapshot(self, weights: bool) -> Callable[[], None]:
+        """Set the accumulated gradients aside and return what brings everything back as it is now.
+
+        Args:
+            weights: steps may be made before; weights, optimizer and the number of steps come back too.
+
+        Raises:
+            UnsupportedError: the state lies elsewhere.
+        """
+        raise UnsupportedError("this backend's state lies elsewhere, so that what is done to it cannot be undone")
 
     def close(self) -> None:
         """Give back what is held."""

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..datums import Datum, ModelInput
 from ..errors import ConfigError
 
-__all__ = ["add_parser"]
+__all__ = ["DATUMS_HELP", "add_parser", "read_datums"]
+
+DATUMS_HELP: Final = 'one {"model_input": [...], "loss_fn_inputs": {...}} per line; the latter may be left out'
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("explain", help="print the datums of a JSON Lines file as tables")
-    parser.add_argument(
-        "file", help='one {"model_input": [...], "loss_fn_inputs": {...}} per line; the latter may be left out'
-    )
+    parser.add_argument("file", help=DATUMS_HELP)
     parser.set_defaults(run=_explain)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    try:
-        lines = Path(arguments.file).read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read {arguments.file}: {error.strerror}") from error
-    for number, line in enumerate(lines):
-        print(f"datum {number}\n{_datum(f'{arguments.file}, line {number + 1}', line).explain()}\n")
+    for number, datum in enumerate(read_datums(arguments.file)):
+        print(f"datum {number}\n{datum.explain()}\n")
     return 0
+
+
+def read_datums(file: str) -> Iterator[Datum]:
+    """Read the datums of a JSON Lines file, one after the other.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is no datum.
+    """
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    return (_datum(f"{file}, line {number + 1}", line) for number, line in enumerate(lines))
 
 
 def _datum(place: str, line: str) -> Datum:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ..deprecation import moved
 from . import oracles
 from .agreement import Agreement, sampling_agreement
+from .backend_diff import TOLERANCES, BackendDiff, Tolerance, diff
 from .cases import Case, CaseSequence
 from .conformance import PROMISES, BackendReport, backend_report, check_backend
 from .datacheck import DataRow, check_builder
@@ -25,7 +26,9 @@ from .under_test import BackendUnderTest
 __all__ = [
     "LOSS_PROPERTIES",
     "PROMISES",
+    "TOLERANCES",
     "Agreement",
+    "BackendDiff",
     "BackendReport",
     "BackendUnderTest",
     "Case",
@@ -40,12 +43,14 @@ __all__ = [
     "PackingLeakLM",
     "RowLeakLM",
     "TinyLM",
+    "Tolerance",
     "backend_report",
     "check_backend",
     "check_builder",
     "check_loss",
     "check_model",
     "cotangent",
+    "diff",
     "example_datums",
     "head_numerics",
     "loss_report",

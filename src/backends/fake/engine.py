@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -60,7 +60,8 @@ class FakeEngine(Engine):
         total = torch.stack(added).sum(0)
         self.gradient = total if self.gradient is None else self.gradient + total
         output = call.output(logprobs, summarize([cotangents]))
-        return Gradient(output, cotangents.tokens, cotangents.sequences, cotangents.denominator, cotangents.count)
+        counted = (cotangents.tokens, cotangents.sequences, cotangents.denominator, cotangents.count)
+        return Gradient(output, *counted, cotangents.by_datum)
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         assert self.gradient is not None, "an empty accumulation makes no step"
@@ -74,6 +75,11 @@ class FakeEngine(Engine):
 
     def clear(self) -> None:
         self.gradient = None
+
+    def snapshot(self, weights: bool) -> Callable[[], None]:
+        kept = {"model": copy.copy(self.model), "gradient": self.gradient, "weights_version": self.weights_version}
+        self.clear()
+        return lambda: self.__dict__.update(kept)
 
     def gradients(self) -> Mapping[str, Tensor]:
         return {} if self.gradient is None else {"table": self.gradient}

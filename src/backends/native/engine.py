@@ -32,6 +32,7 @@ from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, req
 from .optimizer import Optimizer
 from .plan import plan_call
 from .sampling import draw
+from .snapshot import Snapshot
 
 __all__ = ["NativeEngine", "as_causal_lm"]
 
@@ -169,6 +170,17 @@ class NativeEngine(Engine):
 
     def gradients(self) -> Mapping[str, Tensor]:
         return self.accumulator.gradients
+
+    def snapshot(self, weights: bool) -> Callable[[], None]:
+        kept, before = Snapshot.take(self, weights), self._weights
+
+        def restore() -> None:
+            if self._weights is not before:
+                kept.restore_weights(self)
+                self._weights = object()
+            kept.restore_gradients(self)
+
+        return restore
 
     def plan(self, call: PreparedCall) -> Plan:
         return plan_call(self.scheduler, call)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput
+from ...errors import UnsupportedError
 from ...losses.registry import config_of
 from ..cotangents import Cotangents, evaluate_all, summarize
 from ..engine import Call, Engine, EngineLimits, Gradient
@@ -101,6 +102,19 @@ class RemoteEngine(Engine):
     def clear(self) -> None:
         self.accumulator.clear()
 
+    def snapshot(self, weights: bool) -> Callable[[], None]:
+        if weights or not self.accumulator.deferred:
+            raise UnsupportedError(
+                "the weights, and gradients that were sent, lie at the service: nothing undoes a call there"
+            )
+        kept = self.accumulator.held_back, self.accumulator.sent
+        self.clear()
+
+        def restore() -> None:
+            self.accumulator.held_back, self.accumulator.sent = kept
+
+        return restore
+
     def plan(self, call: PreparedCall) -> Plan:
         self.accumulator.require_known()
         return self.accumulator.plan(call)
@@ -157,14 +171,14 @@ class RemoteEngine(Engine):
         if self._capabilities.max_weight_sum is None:
             self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
         self.accumulator.add(call)
-        return _gradient(call, local.logprobs, local.cotangents, "none", 1.0)
+        return _gradient(call, local.logprobs, local.cotangents, local.sent)
 
     def _held_back(self, call: PreparedCall) -> Gradient:
         request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
         logprobs = logprobs_of(self._dispatch.wait(request, "forward", changes=False))
         cotangents = evaluate_all(call, logprobs)
         self.accumulator.hold_back(call, cotangents)
-        return _gradient(call, logprobs, cotangents, cotangents.denominator, cotangents.count)
+        return _gradient(call, logprobs, cotangents)
 
     def _send_held_back(self, divisor: float) -> None:
         """Send what was held back, as one operation."""
@@ -176,10 +190,13 @@ class RemoteEngine(Engine):
 
 
 def _gradient(
-    call: PreparedCall, logprobs: Sequence[Tensor], cotangents: Cotangents, denominator: str, count: float
+    call: PreparedCall, logprobs: Sequence[Tensor], cotangents: Cotangents, sent: Sequence[Tensor] | None = None
 ) -> Gradient:
+    """Return what was held back, to be divided at the step, or ``sent`` divided."""
     output = call.output(logprobs, summarize([cotangents]))
-    return Gradient(output, cotangents.tokens, cotangents.sequences, denominator, count)
+    waits = (cotangents.denominator, cotangents.count) if sent is None else ("none", 1.0)
+    own = cotangents.by_datum if sent is None else dict(enumerate(sent))
+    return Gradient(output, cotangents.tokens, cotangents.sequences, *waits, own)
 
 
 def _trained(datum: Datum) -> int:

@@ -191,6 +191,7 @@ def _summary(
         sequences=sum(part.sequences for part in parts),
         denominator=parts[0].denominator,
         count=sum(part.count for part in parts),
+        cotangents={i: c.detach() for part in parts for i, c in part.by_datum.items()},
     )
 
 
