@@ -247,6 +247,36 @@ def test_retained_forwards_end_with_a_step() -> None:
         assert isinstance(later.exception(), BackendError) == weights
 
 
+class Foreign:
+    """A backend that has the verbs of the protocol, and nothing else."""
+
+    def __init__(self, backend: Any) -> None:
+        for verb in (
+            "forward",
+            "forward_backward",
+            "forward_backward_custom",
+            "optim_step",
+            "discard_gradients",
+            "plan",
+        ):
+            setattr(self, verb, getattr(backend, verb))
+
+
+@pytest.mark.parametrize("loss", ["grpo", squares], ids=str)
+def test_a_backend_of_somebody_else(loss: Any) -> None:
+    """The verbs are enough: without permission to see log-probs and loss, with it to see all but the cotangents."""
+    backend: Any = Foreign(FakeBackend())
+    found = diff(FakeBackend(), backend, loss, DATA)
+    assert verdicts(found) == ["same", "same" if loss == "grpo" else "not compared", *["not compared"] * 3]
+    found = diff(FakeBackend(), backend, loss, DATA, allow_step=True)
+    assert (
+        [s.stage for s in found.stages if s.verdict == "same"] == [*STAGES]
+        if loss == "grpo"
+        else [*STAGES[:2], *STAGES[3:]]
+    )
+    assert "b: optimizer steps were made" in found.left
+
+
 def test_what_is_refused() -> None:
     """No data, and a loss that one side cannot compute, are errors and no divergence."""
     with pytest.raises(DatumError, match="at least one datum"):

@@ -1,0 +1,51 @@
+"""``python -m benchmarks.peer_servers``: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from .model import write_model
+from .peers import PEERS
+from .run import check, install, isolated_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Install, start and check the chosen servers; return how many could not be checked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_servers", description=__doc__)
+    parser.add_argument("peers", nargs="*", choices=[*PEERS, []], help="default: all")
+    parser.add_argument("--folder", type=Path, default=Path("build/peers"), help="of environments, model and reports")
+    parser.add_argument("--only", action="append", default=[], help="a check; may be given several times")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder.resolve()
+    out = folder / "reports"
+    out.mkdir(parents=True, exist_ok=True)
+    model = folder / "model"
+    if not model.is_dir():
+        write_model(model)
+    failed = [name for name in arguments.peers or PEERS if not _checked(name, arguments, folder, model, out)]
+    return len(failed)
+
+
+def _checked(name: str, arguments: argparse.Namespace, folder: Path, model: Path, out: Path) -> bool:
+    """Whether a report was written; a broken promise is one."""
+    peer = PEERS[name]
+    print(f"== {peer.name}, tinker {peer.sdk}: {peer.without}", flush=True)
+    try:
+        if not arguments.inside:
+            install(peer, folder)
+        if peer.isolated and not arguments.inside:
+            given = ["--folder", str(folder), *(word for each in arguments.only for word in ("--only", each))]
+            return subprocess.run(isolated_command(name, given), check=False).returncode == 0
+        check(peer, folder, model, out, arguments.only)
+    except RuntimeError as error:
+        print(f"{peer.name}: {error}", flush=True)
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
