@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .matrix import matrix, read_reports
 from .model import write_model
 from .peers import PEERS
 from .run import check, install, isolated_command
@@ -15,11 +16,14 @@ from .run import check, install, isolated_command
 def main(argv: list[str] | None = None) -> int:
     """Install, start and check the chosen servers; return how many could not be checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_servers", description=__doc__)
-    parser.add_argument("peers", nargs="*", choices=[*PEERS, []], help="default: all")
+    parser.add_argument("peers", nargs="*", metavar="peer", help=f"of {', '.join(PEERS)}; default: all")
     parser.add_argument("--folder", type=Path, default=Path("build/peers"), help="of environments, model and reports")
     parser.add_argument("--only", action="append", default=[], help="a check; may be given several times")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.peers) - set(PEERS))
+    if unknown:
+        parser.error(f"there is no {unknown[0]}, only {', '.join(PEERS)}")
     folder: Path = arguments.folder.resolve()
     out = folder / "reports"
     out.mkdir(parents=True, exist_ok=True)
@@ -27,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     if not model.is_dir():
         write_model(model)
     failed = [name for name in arguments.peers or PEERS if not _checked(name, arguments, folder, model, out)]
+    if not arguments.inside:
+        (out / "matrix.md").write_text(matrix(read_reports(out, [*PEERS])) + "\n")
     return len(failed)
 
 
