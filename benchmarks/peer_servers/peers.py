@@ -23,6 +23,7 @@ class Peer:
         dtype: that it computes in.
         environment: variables of its process.
         without: what is done without here, for the report.
+        timeout: seconds that an answer is waited for.
         isolated: it listens on all interfaces, so that it runs where there is no other than the loopback.
     """
 
@@ -34,6 +35,7 @@ class Peer:
     dtype: str = "float32"
     environment: Mapping[str, str] = field(default_factory=dict)
     without: str = ""
+    timeout: int = 120
     isolated: bool = False
 
 
@@ -65,7 +67,8 @@ PEERS: Final[Mapping[str, Peer]] = {
         launcher="hatchery_server.py",
         sdk="0.18.2",
         dtype="bfloat16",
-        without="its worker on the CPU, with its own launcher's place taken, which falls back to a stub",
+        without="worker on the CPU, where its launcher would take a stub; the bounds on learning rate and eps lifted",
+        timeout=45,  # an operation that its worker cannot do is never answered
     ),
     "tuft": Peer(
         name="tuft==0.2.2",

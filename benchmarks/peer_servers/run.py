@@ -24,6 +24,7 @@ _LAUNCH: Final = Path(__file__).parent / "launch"
 _START: Final = 240.0  # seconds that a server may take
 _STOP: Final = 30.0
 _RANK: Final = "4"
+_LOSSES: Final = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 
 
 def install(peer: Peer, folder: Path) -> None:
@@ -75,18 +76,32 @@ def serving(peer: Peer, folder: Path, model: Path) -> Iterator[str]:
         _stop(server)
 
 
-def check(peer: Peer, folder: Path, model: Path, out: Path, only: Sequence[str]) -> int:
-    """Start the server, run `pullback check backend` on it, and keep its reports; return the command's status."""
+def check(peer: Peer, folder: Path, model: Path, out: Path, only: Sequence[str], steps: Sequence[str]) -> None:
+    """Start the server and keep the reports on it.
+
+    Args:
+        peer: the server.
+        folder: of its environment.
+        model: that it serves.
+        out: of the reports.
+        only: names of checks; none: all.
+        steps: ``check``: `pullback check backend`; ``diff``: `pullback diff` with the native backend, for each named loss.
+    """
     name = peer.launcher.removesuffix("_server.py")
     path = os.pathsep.join([str(sdk_folder(peer, folder)), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "TINKER_TELEMETRY": "0"}
+    pullback = [sys.executable, "-W", "ignore", "-m", "pullback"]
     with serving(peer, folder, model) as url:
-        command = [sys.executable, "-W", "ignore", "-m", "pullback", "check", "backend", "--url", url]
-        command += ["--base-model", str(model), "--rank", _RANK, "--dtype", peer.dtype, "--reference", str(model)]
-        command += ["--timeout", "120", "--markdown", str(out / f"{name}.md"), "--json", str(out / f"{name}.json")]
-        command += [word for each in only for word in ("--only", each)]
-        done = subprocess.run(command, env=environment, check=False)
-    return done.returncode
+        if "check" in steps:
+            command = [*pullback, "check", "backend", "--url", url, "--base-model", str(model), "--rank", _RANK]
+            command += ["--dtype", peer.dtype, "--reference", str(model), "--timeout", str(peer.timeout)]
+            command += ["--markdown", str(out / f"{name}.md"), "--json", str(out / f"{name}.json")]
+            command += [word for each in only for word in ("--only", each)]
+            subprocess.run(command, env=environment, check=False)
+        for loss in _LOSSES if "diff" in steps else ():
+            command = [*pullback, "diff", "--a", f"native:{model}", "--b", f"remote:{url}", "--dtype-b", peer.dtype]
+            command += ["--loss", loss, "--lengths", "9,6,12,5", "--rank", _RANK, "--allow-step"]
+            subprocess.run([*command, "--json", str(out / f"{name}-{loss}.json")], env=environment, check=False)
 
 
 def isolated_command(name: str, arguments: Sequence[str]) -> list[str]:
@@ -131,7 +146,7 @@ def _last(log: Path) -> str:
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
     """End the server and what it has started, which is its session."""
-    for how in (signal.SIGINT, signal.SIGKILL):
+    for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):

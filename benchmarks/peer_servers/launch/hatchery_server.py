@@ -6,6 +6,15 @@ import importlib
 import sys
 
 
+def any_hyperparameter() -> None:
+    """Lift the bounds of a step (learning rate up to 10, eps up to 1): checks step along the gradient, beside a large eps."""
+    wire = importlib.import_module("hatchery.core.tinker_compat")
+    for field in wire.AdamParams.model_fields.values():
+        field.metadata.clear()
+    for model in (wire.AdamParams, wire.OptimStepRequest):
+        model.model_rebuild(force=True)
+
+
 def serve(model: str, port: int, state: str) -> None:
     """Serve a model on this machine; its name there is its folder."""
     unified, gateway = (
@@ -20,4 +29,5 @@ def serve(model: str, port: int, state: str) -> None:
 
 
 if __name__ == "__main__":
+    any_hyperparameter()
     serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

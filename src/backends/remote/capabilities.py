@@ -14,9 +14,10 @@ from torch import Tensor
 from ...datums.types import Datum, TensorData
 from ...errors import RemoteError, UnsupportedError, require_extra
 from ...losses.base import Loss
+from ...losses.config import config_keys
 from ...losses.registry import config_of
 
-__all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_data"]
+__all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_config", "named_data"]
 
 _logger = logging.getLogger(__name__)
 _PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds
@@ -122,6 +123,15 @@ def _ask(url: str, key: str) -> Any:
     )
 
 
+def named_config(loss: Loss, capabilities: Capabilities) -> dict[str, Any]:
+    """Return the config of a loss that goes by name. A plain service is told its clip range even where that is the
+    default: the protocol has the keys, and services differ in their defaults."""
+    config = config_of(loss) or {}
+    if capabilities.divides:
+        return config
+    return {k: v for k, v in config_keys(type(loss)).items() if k in _PROTOCOL_KEYS} | config
+
+
 def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) -> list[Datum]:
     """Return the datums with the inputs that a loss reads, and no others: the rest never leaves this machine."""
     wanted: set[str] = {"target_tokens", *loss.required_inputs, *loss.optional_inputs}
@@ -131,6 +141,10 @@ def named_data(data: Sequence[Datum], loss: Loss, capabilities: Capabilities) ->
         if "advantages" in inputs and "weights" in inputs and not capabilities.weighs:
             # Exact: these losses are positively homogeneous in the advantage, and weights are not negative.
             weights = inputs.pop("weights").to_torch()
-            inputs["advantages"] = TensorData((inputs["advantages"].to_torch() * weights).to(torch.float32))
+            given = {key: inputs[key].to_torch() for key in ("advantages", "logprobs") if key in inputs}
+            # A ratio may overflow where nothing is trained, and inf * 0 is NaN: what is masked here is nothing there.
+            told = {key: torch.where(weights == 0, 0.0, x) for key, x in given.items()}
+            told["advantages"] = told["advantages"] * weights
+            inputs |= {key: TensorData(x.to(torch.float32)) for key, x in told.items()}
         selected.append(Datum(datum.model_input, inputs))
     return selected

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput
 from ...errors import UnsupportedError
-from ...losses.registry import config_of
 from ..cotangents import Cotangents, evaluate_all, summarize
 from ..engine import Call, Engine, EngineLimits, Gradient
 from ..futures import Answer
@@ -18,7 +17,7 @@ from ..prepared import PreparedCall
 from ..protocol import NormalizationMode
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import RemoteAccumulator, weighted_datums
-from .capabilities import Capabilities, named_data
+from .capabilities import Capabilities, named_config, named_data
 from .convert import bare, logprobs_of, output_of, rollouts_of
 from .dispatch import Dispatch
 from .error_mapping import at_service
@@ -152,7 +151,7 @@ class RemoteEngine(Engine):
         loss = call.registered
         assert loss is not None, "see RemoteAccumulator.by_name"
         wire = self._sdk.datums(named_data(call.data, loss, self._capabilities))
-        request = self.trainer.forward_backward(wire, loss.name, config_of(loss))
+        request = self.trainer.forward_backward(wire, loss.name, named_config(loss, self._capabilities))
         self.accumulator.add(call)
         output = self._dispatch.sent(
             [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0]))

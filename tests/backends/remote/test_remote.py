@@ -297,3 +297,47 @@ def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, models: Any, 
         future.result(timeout=0.2)
     gate.set()
     assert future.result(timeout=10).metrics["loss:sum"] > 0
+
+
+def test_a_plain_service_is_told_the_clip_range(connect: Any) -> None:
+    """Services differ in the default range of PPO, so that it is sent even where it is ours; a service of ours knows it."""
+    for capabilities, expected in (
+        (PLAIN, [(0.8, 1.2), (0.5, 1.2)]),
+        (None, [(None, None), (0.5, None)]),
+    ):
+        backend = connect(capabilities=capabilities)
+        sent: list[Any] = []
+        real = backend.trainer.forward_backward
+        backend.trainer.forward_backward = lambda data, loss, config, real=real, sent=sent: (
+            sent.append(config or {}) or real(data, loss, config)
+        )
+        for config in (None, {"clip_low_threshold": 0.5}):
+            backend.forward_backward(DATA, "ppo", config).result()
+        backend.forward_backward(DATA, "cross_entropy").result()
+        found = [(given.get("clip_low_threshold"), given.get("clip_high_threshold")) for given in sent]
+        assert found == [*expected, (None, None)]
+
+
+@pytest.mark.parametrize("junk", [-200.0, float("nan"), float("-inf")])
+def test_what_is_masked_stays_here(connect: Any, junk: float) -> None:
+    """A service whose policy losses know no weights is told nothing of masked tokens that could overflow there."""
+    backend = connect(capabilities=PLAIN)
+    sent: list[Any] = []
+    real = backend.trainer.forward_backward
+    backend.trainer.forward_backward = lambda data, *rest: sent.extend(data) or real(data, *rest)
+    masked = [d.loss_fn_inputs["weights"].to_torch() == 0 for d in DATA]
+    spoilt = [
+        d.with_inputs(
+            advantages=torch.where(m, 1e6, d.loss_fn_inputs["advantages"].to_torch()),
+            logprobs=torch.where(m, junk, d.loss_fn_inputs["logprobs"].to_torch()),
+        )
+        for d, m in zip(DATA, masked, strict=True)
+    ]
+    assert backend.forward_backward(spoilt, "ppo").result().metrics["loss:sum"] == pytest.approx(
+        connect(capabilities=PLAIN).forward_backward(DATA, "ppo").result().metrics["loss:sum"]
+    )
+    for wire, datum, m in zip(sent, DATA, masked, strict=True):
+        own = {key: datum.loss_fn_inputs[key].to_torch() for key in ("advantages", "logprobs")}
+        found = {key: torch.as_tensor(wire.loss_fn_inputs[key].to_torch()) for key in own}
+        assert all(bool((found[key][m] == 0).all()) for key in own)
+        assert all(torch.equal(found[key][~m], own[key][~m]) for key in own)
