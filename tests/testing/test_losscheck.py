@@ -175,6 +175,21 @@ def test_a_minimal_example() -> None:
     assert "1 failed" in str(caught.value.report)
 
 
+def test_the_first_example() -> None:
+    """Without shrinking the same properties fail, on the first batch that was drawn, which is larger."""
+
+    def untrained(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return -logprobs.mean()
+
+    first, smallest = (
+        loss_report(untrained, form="padded", only="untrained", examples=EXAMPLES, shrink=shrink)["untrained"]
+        for shrink in (False, True)
+    )
+    assert first.verdict == smallest.verdict == "failed"
+    sizes = [sum(len(s.logprobs) for s in r.case.sequences) for r in (first, smallest) if r.case is not None]
+    assert sizes[0] > sizes[1]
+
+
 def test_few_and_empty_cases() -> None:
     """One sequence, three sequences and nothing trained are no reason for an alarm; half a pair is not applicable."""
 

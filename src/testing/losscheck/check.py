@@ -35,6 +35,7 @@ def check_loss(
     invariant: Sequence[str] | None = None,
     only: str | Sequence[str] | None = None,
     examples: int = _EXAMPLES,
+    shrink: bool = True,
     differences: bool = True,
 ) -> LossReport:
     """Check the properties that every sound loss has.
@@ -55,6 +56,7 @@ def check_loss(
             Absent: what is recognised.
         only: names of properties; absent: all.
         examples: random batches per property.
+        shrink: look for the smallest batch on which a property fails; else the first one is reported.
         differences: compare the gradient with differences of the value (with a case only).
 
     Returns:
@@ -76,7 +78,8 @@ def check_loss(
     )
     names = [only] if isinstance(only, str) else list(only or (_ON_A_CASE if case is not None else LOSS_PROPERTIES))
     names = [name for name in names if differences or name != "differences"]
-    report = _report(under_test, names, examples, case)
+    results = tuple(check_property(under_test, name, examples, case, shrink=shrink) for name in names)
+    report = LossReport(under_test.name, under_test.form, results, under_test.rerun.setup)
     if report.failed:
         raise LossCheckError(report)
     return report
@@ -90,8 +93,10 @@ def loss_report(loss: Any, **options: Any) -> LossReport:
         return error.report
 
 
-def check_property(under_test: LossUnderTest, name: str, examples: int = _EXAMPLES, case: Case | None = None) -> Result:
-    """Return the result of one property.
+def check_property(
+    under_test: LossUnderTest, name: str, examples: int = _EXAMPLES, case: Case | None = None, *, shrink: bool = True
+) -> Result:
+    """Return the result of one property; arguments as of `check_loss`.
 
     Raises:
         ConfigError: no property has that name.
@@ -99,12 +104,12 @@ def check_property(under_test: LossUnderTest, name: str, examples: int = _EXAMPL
     choice("property", name, LOSS_PROPERTIES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a loss may warn; what it computes is looked at
-        return _result(under_test, LOSS_PROPERTIES[name], examples, case)
+        return _result(under_test, LOSS_PROPERTIES[name], examples, case, shrink)
 
 
-def _result(under_test: LossUnderTest, checked: Property, examples: int, case: Case | None) -> Result:
+def _result(under_test: LossUnderTest, checked: Property, examples: int, case: Case | None, shrink: bool) -> Result:
     try:
-        note = search(under_test, checked, examples) if case is None else outcome(under_test, checked, case)
+        note = search(under_test, checked, examples, shrink) if case is None else outcome(under_test, checked, case)
     except NotApplicable as reason:
         return Result(checked.name, "not applicable", str(reason))
     except Counterexample as found:
@@ -112,11 +117,6 @@ def _result(under_test: LossUnderTest, checked: Property, examples: int, case: C
             return Result(checked.name, "not applicable", f"the loss refuses this batch: {found.failure.__cause__}")
         return _failure(under_test, checked, found)
     return Result(checked.name, "passed", note or "")
-
-
-def _report(under_test: LossUnderTest, names: Sequence[str], examples: int, case: Case | None) -> LossReport:
-    results = tuple(check_property(under_test, name, examples, case) for name in names)
-    return LossReport(under_test.name, under_test.form, results, under_test.rerun.setup)
 
 
 def _failure(under_test: LossUnderTest, checked: Property, found: Counterexample) -> Result:

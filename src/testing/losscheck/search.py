@@ -102,11 +102,11 @@ def _not_finite(under_test: LossUnderTest, case: Case) -> Failed | None:
     )
 
 
-def search(under_test: LossUnderTest, checked: Property, examples: int) -> str | None:
+def search(under_test: LossUnderTest, checked: Property, examples: int, shrink: bool = True) -> str | None:
     """Check a property on that many random cases; return its note.
 
     Raises:
-        Counterexample: the smallest failure that was found.
+        Counterexample: the smallest failure that was found; the first one, where it is not shrunk.
         NotApplicable: the property says nothing about this loss.
     """
     if checked.cases == "none":
@@ -117,7 +117,8 @@ def search(under_test: LossUnderTest, checked: Property, examples: int) -> str |
         for case in _drawn(unit, on_policy, examples):
             check(case)
     except Counterexample:
-        _shrink(check, unit, on_policy, examples)
+        if shrink:
+            _shrink(check, unit, on_policy, examples)
     if check.best is not None:
         raise check.best
     return check.note

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from ...cases import COLUMNS, Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
 from ..forms.registered import RegisteredUnderTest
 from ..results import Property
-from .selection import changed, close
+from .selection import changed, close, single
 
 __all__ = ["BATCHES"]
 
@@ -141,7 +142,12 @@ def _longer(s: CaseSequence) -> CaseSequence:
 
 def _adds_up(whole: Measured, parts: list[Measured], shares: list[float]) -> bool:
     expected = torch.cat([part.flat * share for part, share in zip(parts, shares, strict=True)])
-    return not bool(changed(whole.flat, expected, 1e-7).any())
+    return not bool(changed(whole.flat, expected, _tolerance(whole.flat, *(part.flat for part in parts))).any())
+
+
+def _tolerance(*gradients: Tensor) -> float:
+    """Return by how much sums of gradients may differ: those of single precision by more."""
+    return 1e-5 if all(single(gradient) for gradient in gradients) else 1e-7
 
 
 def _parts(under_test: RegisteredUnderTest, case: Case, pieces: list[Case]) -> str | None:
@@ -197,7 +203,7 @@ def _scale(under_test: LossUnderTest, case: Case) -> str | None:
     if bool(none.isnan().any()):
         raise Failed("with advantages of 0 the gradient is NaN", "advantages are divided by their standard deviation")
     found, expected = thrice - none, 3 * (once - none)
-    if bool(changed(found, expected, 1e-7).any()):
+    if bool(changed(found, expected, _tolerance(none, once, thrice)).any()):
         if _exponential(under_test, case):
             return "advantages act through an exponential, as in reward-weighted regression"
         grown = float(found.norm() / (once - none).norm())

@@ -76,7 +76,7 @@ def _alive(under_test: LossUnderTest, case: Case) -> None:
 def _on_policy(under_test: LossUnderTest, at: float) -> Case:
     """Return two sequences of the policy's own; the reference is elsewhere where nothing else is there to learn from."""
     rows: tuple[CaseSequence, ...] = (_row(at, at, 1.0), _row(at, at, -1.0))
-    if not under_test.paired and under_test.fields == ("ref_logprobs",):
+    if not under_test.paired and "ref_logprobs" in under_test.fields and "advantages" not in under_test.fields:
         rows = tuple(replace(s, ref_logprobs=[x - 1.0 for x in s.logprobs]) for s in rows)
     return Case(rows, with_old=True)
 
