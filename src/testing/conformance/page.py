@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..museum.relay import BackendExhibit
+from ..museum.backends import BACKENDS
+from ..museum.exhibit import Exhibit
 from . import THEMES
 
 __all__ = ["checks_table", "defects_table", "precision_table", "results_table"]
@@ -28,10 +29,10 @@ def checks_table() -> str:
     return _table(rows)
 
 
-def defects_table(exhibits: Sequence[BackendExhibit]) -> str:
+def defects_table(exhibits: Sequence[Exhibit]) -> str:
     """Return every planted defect with where it was seen, what it did, and the check that finds it."""
     rows = [["defect", "seen in", "what it did", "found by"]]
-    rows += [[e.name.replace("_", " "), e.source, e.harm, f"`{e.found_by}`"] for e in exhibits]
+    rows += [[e.name, e.source, e.harm, f"`{e.found_by}`"] for e in exhibits]
     return _table(rows)
 
 
@@ -77,8 +78,6 @@ def _number(value: object) -> str:
 
 
 def _print(files: Sequence[str]) -> None:
-    from ..museum.backends import BACKENDS  # late: its defects are written with this package's helpers
-
     reports = [json.loads(Path(file).read_text()) for file in files]
     if not reports:
         print(checks_table(), defects_table(BACKENDS), sep="\n\n")

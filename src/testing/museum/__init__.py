@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from .backends import BACKENDS
 from .conduct import CONDUCT
 from .data import DATA
 from .exhibit import Exhibit, Kind
@@ -18,6 +19,13 @@ from .tokens import TOKENS
 __all__ = ["EXHIBITS", "Exhibit", "Finding", "Kind", "examine"]
 
 EXHIBITS: Final[tuple[Exhibit, ...]] = (
-    *(*TOKENS, *SUMS, *POLICIES, *REFERENCES, *SHIFTS, *CONDUCT),
-    *(*DATA, *MODELS),
+    *TOKENS,
+    *SUMS,
+    *POLICIES,
+    *REFERENCES,
+    *SHIFTS,
+    *CONDUCT,
+    *DATA,
+    *MODELS,
+    *BACKENDS,
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from . import backend_requests, backend_scores, backend_state, backend_steps
-from .relay import BackendExhibit, Relay
+from .exhibit import Exhibit
+from .relay import Relay
 
-__all__ = ["BACKENDS", "BackendExhibit"]
+__all__ = ["BACKENDS"]
 
 _ROOMS: Final = (backend_requests, backend_scores, backend_steps, backend_state)
 
-BACKENDS: Final[tuple[BackendExhibit, ...]] = tuple(
+BACKENDS: Final[tuple[Exhibit, ...]] = tuple(
     piece.exhibit
     for room in _ROOMS
     for piece in vars(room).values()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from ..conformance import PROMISES
+from ..conformance import PROMISES, run_check
 from ..datacheck import TinyTokenizer, check_builder
 from ..losscheck.check import check_property
 from ..losscheck.forms import loss_under_test
@@ -59,11 +59,10 @@ def _model(exhibit: Exhibit, piece: Callable[..., Any], _: int) -> Finding:
 
 
 def _backend(exhibit: Exhibit, piece: Callable[..., Any], _: int) -> Finding:
-    try:
-        PROMISES[exhibit.found_by](BackendUnderTest(piece, **exhibit.options))
-    except Exception as error:  # a broken backend may raise anything
-        return Finding(True, f"{type(error).__name__}: {error}")
-    return Finding(False)
+    kind: Any = piece
+    under_test = kind.under_test() if hasattr(kind, "under_test") else BackendUnderTest(kind, **exhibit.options)
+    result = run_check(PROMISES[exhibit.found_by], under_test)
+    return Finding(True, f"{result.sentence}; {result.cause}") if result.verdict == "failed" else Finding(False)
 
 
 _CHECKS: Final[Mapping[Kind, Callable[[Exhibit, Callable[..., Any], int], Finding]]] = {

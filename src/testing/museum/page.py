@@ -43,7 +43,7 @@ print(examine(exhibit, exhibit.repaired).found)
 ```
 
 Lines that begin with `-` are the defect, with `+` its repair. `clean(x, mask)` is `x` where the mask is set, else 0;
-`masked_mean` the mean over the mask.
+`masked_mean` the mean over the mask. A backend is shown by what it does otherwise than the one that it hands its verbs on to.
 """
 
 
@@ -64,7 +64,7 @@ def _section(exhibit: Exhibit) -> str:
     proves = _proves(exhibit)
     found = f"Found by `{_CHECKS[exhibit.kind]}`, `{exhibit.found_by}`" + (f": {proves}" if proves else ".")
     lines = [f"### {title}\n", f"{_linked(exhibit.source)}. {exhibit.harm}\n"]
-    return "\n".join([*lines, f"```diff\n{_difference(exhibit)}\n```\n", f"{found}\n"])
+    return "\n".join([*lines, f"{_shown(exhibit)}\n", f"{found}\n"])
 
 
 def _proves(exhibit: Exhibit) -> str:
@@ -75,8 +75,17 @@ def _proves(exhibit: Exhibit) -> str:
         case "data":
             return inspect.getdoc(BUILDER_ROWS[exhibit.found_by]) or ""
         case "backend":
-            return (inspect.getdoc(PROMISES[exhibit.found_by]) or "").split("\n\n")[0]
+            return PROMISES[exhibit.found_by].promise
     return ""
+
+
+def _shown(exhibit: Exhibit) -> str:
+    """Return the defect and its repair; of a backend what it does otherwise than one that is right."""
+    if exhibit.kind == "backend":
+        lines = _source(exhibit.broken, exhibit.broken.__name__)
+        first = next(i for i, line in enumerate(lines) if line.startswith("class "))
+        return "\n".join(["```py", *lines[first:], "```"])  # not `python`: these lines alone do not run
+    return f"```diff\n{_difference(exhibit)}\n```"
 
 
 def _difference(exhibit: Exhibit) -> str:
@@ -91,8 +100,8 @@ def _source(piece: Any, name: str) -> list[str]:
     text = textwrap.dedent(inspect.getsource(piece)).rstrip()
     text = re.sub(r"\(\n\s+([^()]*)\n\)( -> [^\n]+)?:", r"(\1):", text)
     text = re.sub(r"(?m)^(\s*def [^\n]*?\)) -> [^\n]+:$", r"\1:", text)
-    text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int) = ", "=", text)
-    text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int)\b", "", text)
+    text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int|Config|NormalizationMode|Mode) = ", "=", text)
+    text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int|Config|NormalizationMode|Mode)\b", "", text)
     text = re.sub(r"\s+# (?:noqa|type:)[^\n]*", "", text)
     text = re.sub(rf"\b{re.escape(piece.__name__)}\b", name, text)
     return re.sub(r"(?<![\w.])_(?=[A-Za-z])", "", text).splitlines()

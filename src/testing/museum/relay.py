@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar, final
+from typing import Any, ClassVar, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,43 +26,24 @@ from ...backends.types import (
 )
 from ...datums.types import Datum, ModelInput
 from ...losses.base import Loss
+from ..conformance import PROMISES
 from ..under_test import BackendUnderTest, closing
+from .exhibit import Exhibit
 
-__all__ = ["BackendExhibit", "EditedCalls", "Relay", "planted"]
+__all__ = ["EditedCalls", "Relay", "planted"]
 
 Config = Mapping[str, Any] | None
 R = TypeVar("R", bound="Relay")
 _VOCAB_SIZE: Final = 17
 
 
-@final
-@dataclass(frozen=True)
-class BackendExhibit:
-    """A defect that backends of this field have had, in a few lines.
-
-    Attributes:
-        name: what it is called here.
-        source: where it was seen: ``owner/repository#thread``, or what kind of code has it.
-        harm: what it did to those who trained with it, as one sentence.
-        broken: a backend with the defect.
-        found_by: the check of `check_backend` that fails.
-        repaired: the same backend without it.
-    """
-
-    name: str
-    source: str
-    harm: str
-    broken: type[Relay]
-    found_by: str
-    repaired: type[Relay]
-
-
 def planted(found_by: str, source: str, harm: str) -> Callable[[type[R]], type[R]]:
-    """Return a decorator that makes an exhibit of a defect; the arguments are those of `BackendExhibit`."""
+    """Return a decorator that makes an exhibit of a backend; the arguments are those of `Exhibit`."""
 
     def decorate(broken: type[R]) -> type[R]:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", broken.__name__).lower()
-        broken.exhibit = BackendExhibit(name, source, harm, broken, found_by, Relay)
+        name = re.sub(r"(?<!^)(?=[A-Z])", " ", broken.__name__).lower()
+        cause = PROMISES[found_by].cause
+        broken.exhibit = Exhibit(name, source, harm, broken, Relay, found_by, cause, kind="backend")
         return broken
 
     return decorate
@@ -78,7 +58,7 @@ class Relay:
         exhibit: of a defect, what is said of it.
     """
 
-    exhibit: ClassVar[BackendExhibit]
+    exhibit: ClassVar[Exhibit]
 
     def __init__(self, seed: int = 0) -> None:
         self.engine = FakeEngine(_VOCAB_SIZE, seed, (), {})
