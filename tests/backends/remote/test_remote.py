@@ -324,7 +324,12 @@ def test_what_is_masked_stays_here(connect: Any, junk: float) -> None:
     backend = connect(capabilities=PLAIN)
     sent: list[Any] = []
     real = backend.trainer.forward_backward
-    backend.trainer.forward_backward = lambda data, *rest: sent.extend(data) or real(data, *rest)
+
+    def forward_backward(data: list[Any], *rest: Any) -> Any:
+        sent.extend(data)
+        return real(data, *rest)
+
+    backend.trainer.forward_backward = forward_backward
     masked = [d.loss_fn_inputs["weights"].to_torch() == 0 for d in DATA]
     spoilt = [
         d.with_inputs(
