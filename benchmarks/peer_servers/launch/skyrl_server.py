@@ -38,7 +38,7 @@ def without_torch() -> None:
 def serve(model: str, port: int, state: str) -> None:
     """Serve a model on this machine."""
     api: Any = importlib.import_module("skyrl.tinker.api")
-    config = importlib.import_module("skyrl.tinker.config")
+    config: Any = importlib.import_module("skyrl.tinker.config")
 
     def engine_command(parent: list[str], given: object) -> list[str]:
         return [sys.executable, __file__, "engine", *config.config_to_argv(given)]

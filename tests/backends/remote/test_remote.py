@@ -299,7 +299,7 @@ def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, models: Any, 
     assert future.result(timeout=10).metrics["loss:sum"] > 0
 
 
-def test_a_plain_service_is_told_the_clip_range(connect: Any) -> None:
+def test_a_plain_service_is_told_the_clip_range(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Services differ in the default range of PPO, so that it is sent even where it is ours; a service of ours knows it."""
     for capabilities, expected in (
         (PLAIN, [(0.8, 1.2), (0.5, 1.2)]),
@@ -308,9 +308,12 @@ def test_a_plain_service_is_told_the_clip_range(connect: Any) -> None:
         backend = connect(capabilities=capabilities)
         sent: list[Any] = []
         real = backend.trainer.forward_backward
-        backend.trainer.forward_backward = lambda data, loss, config, real=real, sent=sent: (
-            sent.append(config or {}) or real(data, loss, config)
-        )
+
+        def noted(data: Any, loss: str, config: Any, real: Any = real, sent: list[Any] = sent) -> Any:
+            sent.append(config or {})
+            return real(data, loss, config)
+
+        monkeypatch.setattr(backend.trainer, "forward_backward", noted)
         for config in (None, {"clip_low_threshold": 0.5}):
             backend.forward_backward(DATA, "ppo", config).result()
         backend.forward_backward(DATA, "cross_entropy").result()
@@ -319,17 +322,17 @@ def test_a_plain_service_is_told_the_clip_range(connect: Any) -> None:
 
 
 @pytest.mark.parametrize("junk", [-200.0, float("nan"), float("-inf")])
-def test_what_is_masked_stays_here(connect: Any, junk: float) -> None:
+def test_what_is_masked_stays_here(connect: Any, junk: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service whose policy losses know no weights is told nothing of masked tokens that could overflow there."""
     backend = connect(capabilities=PLAIN)
     sent: list[Any] = []
     real = backend.trainer.forward_backward
 
-    def forward_backward(data: list[Any], *rest: Any) -> Any:
+    def noted(data: Any, *rest: Any) -> Any:
         sent.extend(data)
         return real(data, *rest)
 
-    backend.trainer.forward_backward = forward_backward
+    monkeypatch.setattr(backend.trainer, "forward_backward", noted)
     masked = [d.loss_fn_inputs["weights"].to_torch() == 0 for d in DATA]
     spoilt = [
         d.with_inputs(
