@@ -24,7 +24,10 @@ class Recording(torch.optim.SGD):
         super().__init__(parameters, lr=lr)
         self.gradients: list[Tensor] = []
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nobody wants its loss
+        if closure is not None:  # Lightning runs the model in it
+            with torch.enable_grad():
+                closure()
         parameters = [p for group in self.param_groups for p in group["params"]]
         assert all(p.grad is not None for p in parameters)
         self.gradients.append(torch.cat([p.grad.detach().flatten().clone() for p in parameters]))

@@ -1,0 +1,49 @@
+"""Ray Train on two workers: the gradient of the plain formula over the tokens of both, at 1 and 4 accumulation steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import SEARCHED
+from toy_rows import rows, toy_model
+from trainer_checks import TOLERANCE, error, gradient, mean_of_means, token_mean
+
+ray = pytest.importorskip("ray", reason="needs Ray: make trainers TRAINERS=ray")
+pytest.importorskip("ray.train", reason="needs Ray Train: make trainers TRAINERS=ray")
+import ray_train  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, SEARCHED)),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": environment},
+        object_store_memory=100 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_workers(accumulation: int, cluster: None, tmp_path: Path) -> None:
+    """Against the plain formula; a mean of the micro-batches' means would be another gradient."""
+    ray_train.run(str(tmp_path / "gradient.pt"), accumulation)
+    found = torch.cat([g.flatten() for g in torch.load(tmp_path / "gradient.pt")])
+    model = toy_model()
+    exact = gradient(model, token_mean(model, rows()))
+    assert error(found, exact) < TOLERANCE[torch.float32]
+    assert error(gradient(model, mean_of_means(model, rows(), 4 // accumulation, True)), exact) > 0.3
