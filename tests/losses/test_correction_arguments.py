@@ -112,3 +112,12 @@ def test_what_the_data_lack() -> None:
         Correction.geometric().factor(
             TokenBatch.from_packed(-torch.ones(2, 3), [2], old_logprobs=-torch.ones(2, 3), rollout_logprobs=-torch.ones(2, 3))
         )  # fmt: skip
+
+
+def test_filters_alone_are_kept_as_they_are_given() -> None:
+    """One filter is that filter, several are a tuple, and none is no correction at all."""
+    one, other = Rejection("ratio", "mean", high=2.0), Rejection("k3", "token", high=1.0)
+    assert Correction.rejection(one) == Correction("none", reject=one)
+    assert Correction.rejection(one, other).reject == (one, other)
+    with pytest.raises(ConfigError):
+        Correction.rejection()

@@ -10,7 +10,7 @@ from typing import Any
 import plain_metrics
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from plain_metrics import average
 from torch import Tensor
@@ -41,6 +41,32 @@ CLIPPED = [PPO(0.2, dual_clip=3.0), GRPO(0.2, kl=KL(), dual_clip=3.0)]
 LEVELS = st.sampled_from(["token", "sequence", "geometric"])
 
 
+NAN = math.nan
+# Drifted to both sides and far, weights other than 1, nothing trained in one sequence, and what must not be looked at.
+RICH = Case(
+    (
+        CaseSequence(
+            [-1.0, -2.0, NAN],
+            [0.5, 2.0, 0.0],
+            [1.0, -1.5, NAN],
+            [-3.0, -1.5, NAN],
+            [-4.0, -1.0, NAN],
+            [-1.2, -2.5, 7.0],
+        ),
+        CaseSequence(
+            [-4.0, -0.5, -1.0],
+            [2.0, 0.0, 0.5],
+            [-1.0, 9.0, 2.0],
+            [-1.0, -9.0, -1.1],
+            [-1.5, NAN, -1.0],
+            [-3.0, NAN, -9.0],
+        ),
+        CaseSequence([-1.0], [0.0], [NAN], [NAN], [NAN], [NAN], 1),
+        CaseSequence([-0.5, -33.0], [1.0, 1.0], [-0.7, 0.4], [-30.0, -1.0], [-31.0, -8.0], [-40.0, -0.3], 1),
+    )
+)
+
+
 def close(have: Mapping[str, Metric], want: Mapping[str, float]) -> None:
     """Compare the metrics that are expected, to 1e-11."""
     found = {name: have[name].value for name in want}
@@ -53,6 +79,8 @@ def metrics_of(loss: Loss, case: Case) -> Mapping[str, Metric]:
 
 @pytest.mark.parametrize("loss", CLIPPED, ids=["ppo", "grpo"])
 @given(case=cases(empty=True) | cases(low=-60.0))
+@example(case=RICH)
+@example(case=replace(RICH, with_old=True))
 def test_ratios_and_clipping(loss: Loss, case: Case) -> None:
     """Ratios, their divergences, advantages and the shares that are clipped, packed and padded."""
     want = plain_metrics.of_ratios(case, 0.8, 1.2, 3.0)
@@ -64,6 +92,7 @@ def test_ratios_and_clipping(loss: Loss, case: Case) -> None:
 
 @pytest.mark.parametrize("loss", [CISPO(ClipRange(0.5, 2.0)), DRO(), ImportanceSampling()], ids=lambda loss: loss.name)
 @given(case=cases())
+@example(case=RICH)
 def test_ratios_of_the_other_losses(loss: Loss, case: Case) -> None:
     """The same ratios; a share that is clipped where the loss has a range, and none where it has none."""
     want = plain_metrics.of_ratios(case, 0.5, 2.0, math.inf)
@@ -92,6 +121,7 @@ def test_a_bound_itself_is_not_clipped() -> None:
 
 
 @given(case=cases(empty=True), advantages=st.lists(st.floats(-2, 2), min_size=6, max_size=6))
+@example(case=RICH, advantages=[1.0, -2.0, 0.7, -0.3])
 def test_one_advantage_per_sequence(case: Case, advantages: list[float]) -> None:
     """An advantage for each row is logged as one for each of its trained tokens."""
     rows = zip(case.sequences, advantages, strict=False)
@@ -134,6 +164,7 @@ def test_candidates_are_tokens(case: Case, rows: list[float], by_row: bool) -> N
 
 
 @given(case=cases(), epsilon=st.floats(0.01, 0.9))
+@example(case=RICH, epsilon=0.2)
 def test_sequence_ratios(case: Case, epsilon: float) -> None:
     """One ratio per sequence, clipped by the mean advantage of its trained tokens."""
     close(metrics_of(GSPO(epsilon), case), plain_metrics.of_sequence_ratios(case, 1 - epsilon, 1 + epsilon))
@@ -150,6 +181,12 @@ def test_sequence_ratios_on_their_bounds() -> None:
 
 
 @given(case=cases(empty=True), level=LEVELS, weight=st.sampled_from(["truncate", "mask"]), high=st.floats(1.1, 4))
+@example(case=RICH, level="token", weight="truncate", high=1.1)
+@example(case=RICH, level="sequence", weight="mask", high=1.1)
+@example(case=RICH, level="geometric", weight="truncate", high=1.1)
+@example(
+    case=Case((token(0.0, 1.0), replace(token(0.0, 1.0), old_logprobs=[-28.0]))), level="token", weight="mask", high=1e9
+)
 def test_corrections(case: Case, level: Any, weight: Any, high: float) -> None:
     """Weights of a correction, and the share of tokens whose ratio is out of its range."""
     case = replace(case, with_old=True)
@@ -170,6 +207,8 @@ def test_bounds_of_a_correction_are_inside() -> None:
 
 
 @given(case=cases(empty=True), high=st.floats(1.1, 4))
+@example(case=RICH, high=1.1)
+@example(case=RICH.subset([2, 3]), high=1e9)
 def test_rejections(case: Case, high: float) -> None:
     """The shares of the trained tokens that are dropped, and of the trained sequences of which no token is left."""
     case, dropped, gone = replace(case, with_old=True), [], []
@@ -191,6 +230,7 @@ def log_odds(x: float, top: float) -> float:
 
 
 @given(case=cases())
+@example(case=RICH.subset([0, 1, 3, 0]))
 def test_pairs(case: Case) -> None:
     """Margins, rewards and accuracies of preference losses; what is equal counts as half right."""
     sums = [math.fsum(s.weights[j] * (s.logprobs[j] - s.ref_logprobs[j]) for j in s.trained()) for s in case.sequences]
@@ -218,6 +258,7 @@ def test_equal_pairs_are_half_right() -> None:
 
 
 @given(case=cases(empty=True))
+@example(case=RICH)
 def test_likelihood(case: Case) -> None:
     """The negative log-likelihood per weight."""
     pairs = [(s.weights[j], s.logprobs[j]) for s in case.sequences for j in s.trained()]
