@@ -9,6 +9,7 @@ from chat_templates import CHATML, CHATML_MARKED, LLAMA3, THINKING
 from chat_tokenizer import chat_tokenizer
 
 from pullback.datums import datum_from_messages
+from pullback.datums.chat import Span, encode
 from pullback.errors import DatumError
 
 USER = {"role": "user", "content": "hi"}
@@ -160,3 +161,19 @@ def test_marked_blocks_that_are_not_turns() -> None:
         trained(twice, [USER, YES, USER, {**NO, "weight": 2}])
     with pytest.raises(DatumError, match="marks only the assistant's turns"):
         trained(CHATML_MARKED, [USER, YES], train_on="user")
+
+
+class Trimming:
+    """A tokenizer whose offsets leave the white space of its tokens out: of "a b" they are those of "a" and "b"."""
+
+    is_fast = True
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, Any]:
+        return {"input_ids": [[1, 2]] * len(texts), "offset_mapping": [[(0, 1), (2, 3)]] * len(texts)}
+
+
+def test_white_space_belongs_to_the_token_after_it() -> None:
+    """A token holds the space before its offsets, where the token before it does not reach so far."""
+    assert encode(Trimming(), "a b", [Span(0, 2, 1.0)]).weights == [1.0, 1.0]
+    assert encode(Trimming(), "a b", [Span(0, 1, 1.0)]).weights == [1.0, 0.0]
+    assert encode(Trimming(), "a b", [Span(2, 3, 1.0)]).merged == 1
