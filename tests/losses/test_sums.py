@@ -125,8 +125,8 @@ def test_token_sums(definition: str, coefficient: float, tokens: Tokens) -> None
     arguments: Any = (0.6,) if definition == "open" else ("k2",)
     beta = 0.6 if definition == "open" else 1.0
     x, minus, weights = columns(tokens, (4,))
-    factors = (weights, torch.tensor([2.0], dtype=torch.float64))
-    factor = [2.0 * w * coefficient * beta for _, _, w, _ in tokens]
+    factors = (weights, minus, torch.tensor([2.0], dtype=torch.float64))
+    factor = [2.0 * w * m * coefficient * beta for _, m, w, _ in tokens]
     value = math.fsum(f * 0.5 * (t[0] - t[1]) ** 2 for f, t in zip(factor, tokens, strict=True))
     slope = [f * (t[0] - t[1]) for f, t in zip(factor, tokens, strict=True)]
 
