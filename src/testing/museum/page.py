@@ -98,7 +98,7 @@ def _difference(exhibit: Exhibit) -> str:
 def _source(piece: Any, name: str) -> list[str]:
     """Return the lines of a function or class under a common name, without annotations and other directives."""
     text = textwrap.dedent(inspect.getsource(piece)).rstrip()
-    text = re.sub(r"\(\n\s+([^()]*)\n\)( -> [^\n]+)?:", r"(\1):", text)
+    text = re.sub(r"\(\n\s+([^()]*)\n\s*\)( -> [^\n]+)?:", r"(\1):", text)
     text = re.sub(r"(?m)^(\s*def [^\n]*?\)) -> [^\n]+:$", r"\1:", text)
     text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int|Config|NormalizationMode|Mode) = ", "=", text)
     text = re.sub(r"(?<=[\w)]): (?:Tensor|Any|int|Config|NormalizationMode|Mode)\b", "", text)
