@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +122,41 @@ def test_filters_alone_are_kept_as_they_are_given() -> None:
     assert Correction.rejection(one, other).reject == (one, other)
     with pytest.raises(ConfigError):
         Correction.rejection()
+
+
+@pytest.mark.parametrize(
+    ("level", "reject", "refused"),
+    [
+        ("token", Rejection("ratio", "token", 0.6, 2.0), True),
+        ("token", Rejection("ratio", "token", 0.5, 5.0), True),
+        ("sequence", Rejection("ratio", "sum", 0.5, 2.0), True),
+        ("geometric", Rejection("ratio", "mean", 0.5, 2.0), True),
+        ("token", Rejection("ratio", "token", 0.4, 2.0), False),
+        ("token", Rejection("ratio", "token", 0.6, 6.0), False),
+        ("token", Rejection("ratio", "mean", 0.6, 2.0), False),
+        ("token", Rejection("ratio", "worst", 0.6, 2.0), False),
+        ("geometric", Rejection("ratio", "sum", 0.6, 2.0), False),
+        ("sequence", Rejection("ratio", "mean", 0.6, 2.0), False),
+        ("token", Rejection("k3", "token", high=1.0), False),
+    ],
+)
+def test_bounds_that_can_never_matter(level: Any, reject: Rejection, refused: bool) -> None:
+    """A filter by the same ratio that drops all that the weight would bound; another ratio or a wider range is fine."""
+    if refused:
+        with pytest.raises(ConfigError, match="can never matter"):
+            Correction("truncate", level, 0.5, 5.0, reject)
+    else:
+        assert Correction("truncate", level, 0.5, 5.0, reject).rejections == (reject,)
+
+
+@pytest.mark.parametrize("level", ["sequence", "geometric"])
+def test_a_sequence_of_which_nothing_is_trained_has_no_part_in_the_mean(level: Any) -> None:
+    """Weights that are divided by their mean over the sequences are the same with and without it."""
+    old = torch.tensor([-1.0, -2.0, -1.5], dtype=torch.float64)
+    rollout = torch.tensor([-1.2, -1.9, math.nan], dtype=torch.float64)
+    weights = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    correction = Correction.tis(level=level, normalize="sequences")
+    known = {"weights": weights, "old_logprobs": old, "rollout_logprobs": rollout}
+    batch = TokenBatch.from_packed(old, [1, 1, 1], **known)
+    alone = TokenBatch.from_packed(old[:2], [1, 1], **{name: tensor[:2] for name, tensor in known.items()})
+    assert torch.equal(correction.factor(batch)[:2], correction.factor(alone))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_who_may_look(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readable(torch.nn.Parameter(plain))
     assert not readable(plain.as_subclass(Subclass))
     assert not readable(torch.ones(2, device="meta"))
+
+    class Looking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            seen.append((transformed(), readable(gradients[0])))
+            return gradients[0].expand(2)
+
+    leaf = torch.ones(2, requires_grad=True)
+    total = Looking.apply(leaf)  # type: ignore[no-untyped-call]
+    torch.autograd.grad(total, leaf, torch.ones(()), retain_graph=True)
+    torch.autograd.grad(total, leaf, torch.ones(3), is_grads_batched=True)
+    assert seen[3:] == [(False, True), (False, False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -153,3 +153,32 @@ def test_a_sum_of_a_constant_has_a_zero_second_derivative() -> None:
         assert first.tolist() == [slope, slope]
         (second,) = torch.autograd.grad((first * leaf).sum(), leaf)
         assert second.tolist() == [slope, slope]
+
+
+def sums() -> dict[str, Callable[[Tensor], Tensor]]:
+    """Each sum with a coefficient and weights, as a function of four log-probs."""
+    weights = torch.tensor([1.0, 0.0, 2.0, -0.5], dtype=torch.float64)
+    layout = LAYOUTS["packed"][0]
+    return {
+        "rows": lambda x: row_sum(x, None, weights, weights, layout).sum(),
+        "weighted": lambda x: weighted_sum(x, weights, weights, -0.3),
+        "tokens": lambda x: token_sum(x, F.kl, (0.0, "k2"), (weights,), weights, -0.3),
+    }
+
+
+@pytest.mark.parametrize("name", sums())
+def test_several_cotangents_at_once(name: str) -> None:
+    """A batch of cotangents gives the batch of gradients that they give one by one."""
+    leaf = torch.tensor([-1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    total = sums()[name](leaf)
+    cotangents = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    (batched,) = torch.autograd.grad(total, leaf, cotangents, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(total, leaf, c, retain_graph=True)[0] for c in cotangents]
+    assert torch.allclose(batched, torch.stack(one_by_one), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", sums())
+def test_second_derivatives_of_functions_of_a_sum(name: str) -> None:
+    """The cotangent of a sum may itself depend on the log-probs."""
+    leaf = torch.tensor([-1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: sums()[name](x).square(), leaf)

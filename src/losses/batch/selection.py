@@ -19,7 +19,8 @@ def transformed() -> bool:
 
 def readable(tensor: Tensor) -> bool:
     """Return whether looking at a value is possible, and free: an eager tensor on the CPU."""
-    return not transformed() and type(tensor) in _PLAIN and tensor.is_cpu
+    batched = torch._C._functorch.is_legacy_batchedtensor  # what `is_grads_batched` passes to a backward
+    return not transformed() and type(tensor) in _PLAIN and tensor.is_cpu and not batched(tensor)
 
 
 def finite(numbers: Tensor) -> bool:
