@@ -160,3 +160,24 @@ def test_a_sequence_of_which_nothing_is_trained_has_no_part_in_the_mean(level: A
     batch = TokenBatch.from_packed(old, [1, 1, 1], **known)
     alone = TokenBatch.from_packed(old[:2], [1, 1], **{name: tensor[:2] for name, tensor in known.items()})
     assert torch.equal(correction.factor(batch)[:2], correction.factor(alone))
+
+
+def test_both_ends_of_a_filter_are_kept() -> None:
+    """A statistic on its bound is inside, the next one is not; what both policies agree on may be the bound itself."""
+    old = torch.tensor([0.0, 1.0, math.nextafter(1.0, 2.0) + 1e-9], dtype=torch.float64)
+    batch = TokenBatch.from_packed(old, [3], old_logprobs=old, rollout_logprobs=torch.zeros_like(old))
+    assert Correction.rejection(Rejection("k2", "token", high=0.5)).factor(batch).tolist() == [1.0, 1.0, 0.0]
+    assert Correction.rejection(Rejection("ratio", "token", 0.5, 1.0)).factor(batch).tolist() == [1.0, 0.0, 0.0]
+    assert Correction.rejection(Rejection("ratio", "token", 1.0, 2.0)).factor(batch).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("make", [PPO, CISPO, GRPO])
+def test_inputs_are_required_or_optional(make: Any) -> None:
+    """The anchor may be given, or must be where a correction needs it, or has no use where there is no ratio."""
+    plain, corrected = make(), make(correction=Correction.tis())
+    assert "old_logprobs" in plain.optional_inputs
+    assert "old_logprobs" in corrected.required_inputs
+    for loss in (plain, corrected, GRPO(None, anchor="none")):
+        assert not set(loss.required_inputs) & set(loss.optional_inputs)
+        assert "group_id" in loss.optional_inputs
+    assert "old_logprobs" not in GRPO(None, anchor="none").optional_inputs

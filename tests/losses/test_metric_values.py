@@ -67,6 +67,11 @@ RICH = Case(
 )
 
 
+def token(log_ratio: float, advantage: float) -> CaseSequence:
+    """One trained token."""
+    return CaseSequence([log_ratio - 50.0], [1.0], [advantage], [-50.0], [-50.0], [-50.0])
+
+
 def close(have: Mapping[str, Metric], want: Mapping[str, float]) -> None:
     """Compare the metrics that are expected, to 1e-11."""
     found = {name: have[name].value for name in want}
@@ -104,11 +109,6 @@ def test_ratios_of_the_other_losses(loss: Loss, case: Case) -> None:
     close(metrics, want)
 
 
-def token(log_ratio: float, advantage: float) -> CaseSequence:
-    """One trained token."""
-    return CaseSequence([log_ratio - 50.0], [1.0], [advantage], [-50.0], [-50.0], [-50.0])
-
-
 def test_a_bound_itself_is_not_clipped() -> None:
     """A ratio on an edge of the range, and a token without an advantage, are not counted; the next number is."""
     up, down = math.log(1.5), -math.log(1.5)
@@ -121,7 +121,7 @@ def test_a_bound_itself_is_not_clipped() -> None:
 
 
 @given(case=cases(empty=True), advantages=st.lists(st.floats(-2, 2), min_size=6, max_size=6))
-@example(case=RICH, advantages=[1.0, -2.0, 0.7, -0.3])
+@example(case=RICH, advantages=[1.0, -2.0, NAN, -0.3])
 def test_one_advantage_per_sequence(case: Case, advantages: list[float]) -> None:
     """An advantage for each row is logged as one for each of its trained tokens."""
     rows = zip(case.sequences, advantages, strict=False)
@@ -165,6 +165,7 @@ def test_candidates_are_tokens(case: Case, rows: list[float], by_row: bool) -> N
 
 @given(case=cases(), epsilon=st.floats(0.01, 0.9))
 @example(case=RICH, epsilon=0.2)
+@example(case=Case((token(30.0, 1.0), token(25.0, -1.0))), epsilon=0.2)
 def test_sequence_ratios(case: Case, epsilon: float) -> None:
     """One ratio per sequence, clipped by the mean advantage of its trained tokens."""
     close(metrics_of(GSPO(epsilon), case), plain_metrics.of_sequence_ratios(case, 1 - epsilon, 1 + epsilon))

@@ -18,9 +18,11 @@ from torch import Tensor
 from pullback.errors import ConfigError, DatumError, EmptyUnitError, MissingFieldError, UnknownLossError
 from pullback.losses import (
     CISPO,
+    DPO,
     DRO,
     GRPO,
     GSPO,
+    ORPO,
     PPO,
     ClipRange,
     Loss,
@@ -150,6 +152,46 @@ def test_what_gspo_refuses() -> None:
         sequence_form(0.2, "token_mean")
     with pytest.raises(ConfigError, match="above the clip range"):
         GSPO(0.2, dual_clip=1.1)
+
+
+@pytest.mark.parametrize(("first", "second", "equal"), [(100.0, 100.00001, True), (0.01, 0.01001, False)])
+def test_advantages_are_equal_up_to_rounding(first: float, second: float, equal: bool) -> None:
+    """Relative to their size: the sequence form takes what differs by 1e-7, and refuses what differs by 1e-3."""
+    batch, _ = three_tokens(advantages=torch.tensor([first, second, first], dtype=torch.float64))
+    if equal:
+        sequence_form(0.2).evaluate(batch)
+    else:
+        with pytest.raises(DatumError, match="form='token'"):
+            sequence_form(0.2).evaluate(batch)
+
+
+def test_what_a_ratio_mask_must_cover() -> None:
+    """A sequence of one trained token too; but not one of which nothing is trained."""
+    leaf = torch.tensor([-1.0, -1.1], dtype=torch.float64)
+    known = {
+        "advantages": torch.ones(2),
+        "rollout_logprobs": -torch.ones(2),
+        "sequence_ratio_mask": torch.tensor([1.0, 0.0]),
+    }
+    GSPO().evaluate(TokenBatch.from_packed(leaf, [1, 1], weights=torch.tensor([1.0, 0.0]), **known))
+    with pytest.raises(EmptyUnitError, match="no ratio"):
+        GSPO().evaluate(TokenBatch.from_packed(leaf, [1, 1], weights=torch.ones(2), **known))
+
+
+@pytest.mark.parametrize("loss", [SimPO(), ORPO()], ids=["simpo", "orpo"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, -2.0]])
+def test_a_response_needs_a_positive_weight(loss: Loss, weights: list[float]) -> None:
+    """Weights that cancel, or are less than nothing, give no mean log-prob."""
+    leaf = torch.tensor([-1.0, -1.1, -0.9, -2.0], dtype=torch.float64)
+    with pytest.raises(EmptyUnitError, match=r"sequences \[1\] lack it"):
+        loss.evaluate(TokenBatch.from_packed(leaf, [2, 2], weights=torch.tensor(weights)))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.6, 1.0])
+def test_more_than_half_of_the_labels_cannot_be_flipped(rate: float) -> None:
+    """Then the others would be the right ones."""
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        DPO(label_smoothing=rate)
 
 
 def test_an_empty_sequence_counts_nothing() -> None:
