@@ -132,6 +132,8 @@ def add_detach(node: ast.AST, scope: Scope) -> Iterator[ast.AST]:
         "isinstance",
         "constant",
         "ones_like",
+        "full_like",
+        "readable",
         "zeros_like",
     )
     if method(node, "detach"):
