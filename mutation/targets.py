@@ -59,6 +59,7 @@ TARGETS: Final = {
             "losses/parts/*.py",
             "losses/batch/selection.py",
             "losses/evaluation/sums.py",
+            "losses/evaluation/pair_terms.py",
         ),
         _LOSSES,
         {
@@ -74,7 +75,7 @@ TARGETS: Final = {
             "losses/batch/selection.py": ("wide", "select"),
             "losses/parts/sequence_ratio.py": ("mean_log_ratio",),
             "losses/parts/kl.py": ("KL.penalty",),
-            "losses/preference/pairs.py": ("by_pair", "mean_logprobs"),
+            "losses/evaluation/pair_terms.py": ("Responses.sides", "Responses._rows"),
         },
     ),
     "backends": Target(

@@ -13,7 +13,7 @@ from pullback.errors import ConfigError, EmptyUnitError
 from pullback.losses import Aggregation, Loss, TokenBatch
 from pullback.losses.base import GradientKind
 from pullback.losses.batch.problems import Problem
-from pullback.losses.evaluation.metrics import Unread, mean
+from pullback.losses.evaluation.metrics import DeferredMetric, mean
 from pullback.losses.evaluation.terms import Summand, Term
 
 __all__ = ["CalDPO", "cal_dpo"]
@@ -84,7 +84,7 @@ class CalDPO(Loss):
         error = EmptyUnitError("cal_dpo: a response has no trained token; every response needs one")
         return (Problem(empty, lambda: error),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         chosen, rejected = self._log_ratios(batch)
         return {"log_ratio_chosen": mean(chosen), "log_ratio_rejected": mean(rejected)}
 

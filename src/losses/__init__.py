@@ -10,7 +10,7 @@ from .batch.layout import Layout, Packed, Padded
 from .batch.token_batch import TokenBatch
 from .config import keys
 from .counting import Counted
-from .evaluation.metrics import Metric, Unread, combine_metrics, wire_metrics
+from .evaluation.metrics import DeferredMetric, Metric, combine_metrics, wire_metrics
 from .evaluation.output import LossOutput, Part
 from .evaluation.pair_terms import PairTerm, Responses
 from .evaluation.streaming import TokenStream
@@ -49,6 +49,7 @@ __all__ = [
     "Correction",
     "Counted",
     "CrossEntropy",
+    "DeferredMetric",
     "GroupAdvantages",
     "ImportanceSampling",
     "Layout",
@@ -69,7 +70,6 @@ __all__ = [
     "TokenBatch",
     "TokenStream",
     "TokenTerm",
-    "Unread",
     "batch_from_datums",
     "bounded_exp",
     "combine_metrics",

@@ -19,7 +19,7 @@ from .config import from_wire
 from .counting import Counted, totals
 from .counts import Counts
 from .evaluation.evaluate import assemble
-from .evaluation.metrics import Metric, Unread, wire_metrics
+from .evaluation.metrics import DeferredMetric, Metric, wire_metrics
 from .evaluation.output import LossOutput
 from .evaluation.terms import Summand
 
@@ -98,7 +98,7 @@ class Loss(abc.ABC):
         """Return what may be wrong with the values of a batch for this loss; nothing is looked at here."""
         return ()
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread | Metric]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric | Metric]:
         """Return the loss's own metrics, from detached tensors; called when they are read, and may fail without harm."""
         return {}
 

@@ -248,8 +248,8 @@ def truncated(logprobs: Tensor, *, top_k: int | None = None, top_p: float = 1.0,
 
     Args:
         logprobs: [T, V].
-        top_k: so many of the likeliest tokens are kept.
-        top_p: the likeliest tokens are kept until their probabilities reach it.
+        top_k: so many of the most probable tokens are kept.
+        top_p: the most probable tokens are kept until their probabilities reach it.
         renormalise: give the log-probs that tokens are drawn with, rather than those before truncation.
     """
     ordered, order = logprobs.sort(-1, descending=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pullback.errors import LengthError
-from pullback.losses import GRPO, KL, PPO, CrossEntropy, Packed, TokenBatch, Unread
+from pullback.losses import GRPO, KL, PPO, CrossEntropy, DeferredMetric, Packed, TokenBatch
 from pullback.losses.evaluation.streaming import select_tokens
 
 NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
@@ -27,7 +27,7 @@ def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[bool] = []
     describe = GRPO.describe
 
-    def counted(self: GRPO, batch: TokenBatch) -> Mapping[str, Unread]:
+    def counted(self: GRPO, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         calls.append(batch.logprobs.requires_grad or torch.is_grad_enabled())
         return describe(self, batch)
 

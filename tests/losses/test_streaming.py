@@ -23,6 +23,7 @@ from pullback.losses import (
     KL,
     PPO,
     CrossEntropy,
+    DeferredMetric,
     ImportanceSampling,
     Loss,
     LossOutput,
@@ -31,7 +32,6 @@ from pullback.losses import (
     TokenBatch,
     TokenStream,
     TokenTerm,
-    Unread,
     fixed_length,
     preset,
 )
@@ -205,7 +205,7 @@ def test_each_token_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(batch.logprobs.detach().tolist())
         return terms(self, batch)
 
-    def count_describe(self: PPO, batch: TokenBatch) -> Mapping[str, Unread]:
+    def count_describe(self: PPO, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         described.append(batch.logprobs.numel())
         return describe(self, batch)
 

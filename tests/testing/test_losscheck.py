@@ -99,7 +99,7 @@ def mangled(monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
                 lambda d: lambda *a: tuple(s * x for s, x in zip((1, -1), right(*a), strict=True)),
             )
         case "pairs by position":
-            monkeypatch.setattr("pullback.losses.preference.dpo.by_pair", lambda batch, x: x.view(-1, 2).unbind(1))
+            monkeypatch.setattr("pullback.losses.TokenBatch.neighbours_are_pairs", True)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
 from ..batch.values import examine, sound, wrong_values
 from ..counts import Counts, below_own, check_counts, count_units, divisor, given_count, own_total
-from .metrics import Metric, Unread, read, total
+from .metrics import DeferredMetric, Metric, read, total
 from .output import LossOutput, Part
 from .pair_terms import numerators
 from .terms import Summand
@@ -38,7 +38,7 @@ class Evaluable(Protocol):
     def optional_inputs(self) -> tuple[str, ...]: ...
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]: ...
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]: ...
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread | Metric]: ...
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric | Metric]: ...
     def evaluate(self, batch: TokenBatch, counts: Counts | None = None) -> LossOutput: ...
     def batch(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> TokenBatch: ...
 
@@ -118,7 +118,7 @@ def _metrics(loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...]) -> dic
         batch = batch.detached()
         numerators = [part.numerator.detach() for part in parts]
         value = sum(numerators[1:], numerators[0])
-        common: dict[str, Unread | Metric] = {"loss": total(value)}
+        common: dict[str, DeferredMetric | Metric] = {"loss": total(value)}
         common |= _per_unit(parts, numerators, value)
         common["tokens"] = total(count_units(batch, "tokens"))
         common["sequences"] = total(float(batch.num_sequences))
@@ -129,11 +129,14 @@ def _metrics(loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...]) -> dic
         return {"metrics_failed": Metric(1.0, 1.0, "sum")}
 
 
-def _per_unit(parts: tuple[Part, ...], numerators: list[Tensor], value: Tensor) -> dict[str, Unread]:
+def _per_unit(parts: tuple[Part, ...], numerators: list[Tensor], value: Tensor) -> dict[str, DeferredMetric]:
     """Return the loss per unit of the batch itself, so that calls and micro-batches combine; by term where they differ."""
     own = [part.count if part.own is None else part.own for part in parts]
     if any(part.denominator == "none" for part in parts):
         return {}
     if all(part.divides_as(parts[0]) for part in parts):
-        return {"loss_per_unit": Unread(value, own[0], "mean")}
-    return {f"{p.name}_per_unit": Unread(n, count, "mean") for p, n, count in zip(parts, numerators, own, strict=True)}
+        return {"loss_per_unit": DeferredMetric(value, own[0], "mean")}
+    return {
+        f"{p.name}_per_unit": DeferredMetric(n, count, "mean")
+        for p, n, count in zip(parts, numerators, own, strict=True)
+    }

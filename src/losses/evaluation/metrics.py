@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batch.selection import readable
 
-__all__ = ["Metric", "Metrics", "Unread", "combine_metrics", "maximum", "mean", "read", "total", "wire_metrics"]
+__all__ = ["DeferredMetric", "Metric", "Metrics", "combine_metrics", "maximum", "mean", "read", "total", "wire_metrics"]
 
 Reduction = Literal["mean", "sum", "min", "max"]
 
@@ -52,7 +52,7 @@ class Metric:
 Metrics = Mapping[str, Metric]
 
 
-class Unread(NamedTuple):
+class DeferredMetric(NamedTuple):
     """A metric whose numbers may still be on a device, 0-d; see `read`."""
 
     numerator: Tensor | float
@@ -60,26 +60,30 @@ class Unread(NamedTuple):
     reduction: Reduction
 
 
-def mean(values: Tensor, count: Tensor | float | None = None) -> Unread:
+def mean(values: Tensor, count: Tensor | float | None = None) -> DeferredMetric:
     """Return the mean of ``values``: of all, or of ``count`` of them where the others are 0."""
-    return Unread(values.sum(), float(values.numel()) if count is None else count, "mean")
+    return DeferredMetric(values.sum(), float(values.numel()) if count is None else count, "mean")
 
 
-def total(value: Tensor | float) -> Unread:
+def total(value: Tensor | float) -> DeferredMetric:
     """Return the sum of ``value``."""
-    return Unread(value.sum() if isinstance(value, Tensor) else value, 1.0, "sum")
+    return DeferredMetric(value.sum() if isinstance(value, Tensor) else value, 1.0, "sum")
 
 
-def maximum(values: Tensor, count: Tensor) -> Unread:
+def maximum(values: Tensor, count: Tensor) -> DeferredMetric:
     """Return the largest of ``values``, at least 0; minus infinity where ``count`` is 0."""
     largest = values.amax() if values.numel() else values.new_zeros(())
-    return Unread(torch.where(count > 0, largest, -math.inf), 1.0, "max")
+    return DeferredMetric(torch.where(count > 0, largest, -math.inf), 1.0, "max")
 
 
-def read(metrics: Mapping[str, Unread | Metric]) -> dict[str, Metric]:
+def read(metrics: Mapping[str, DeferredMetric | Metric]) -> dict[str, Metric]:
     """Return metrics as numbers, brought over in one transfer."""
     tensors = [
-        x for metric in metrics.values() if isinstance(metric, Unread) for x in metric[:2] if isinstance(x, Tensor)
+        x
+        for metric in metrics.values()
+        if isinstance(metric, DeferredMetric)
+        for x in metric[:2]
+        if isinstance(x, Tensor)
     ]
     if tensors and readable(tensors[0]):
         numbers = iter([x.item() for x in tensors])

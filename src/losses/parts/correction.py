@@ -15,7 +15,7 @@ from ..batch.problems import Problem
 from ..batch.selection import select, select_
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
-from ..evaluation.metrics import Unread, maximum, mean
+from ..evaluation.metrics import DeferredMetric, maximum, mean
 from ..functional.correction import masked_weight, truncated_weight
 from ..functional.numerics import bounded_exp
 from .rejection import Rejection, bound
@@ -157,7 +157,7 @@ class Correction:
             present, lambda: DatumError("old_logprobs or the sampler's logprobs of a trained token are not finite")
         )
 
-    def metrics(self, batch: TokenBatch) -> dict[str, Unread]:
+    def metrics(self, batch: TokenBatch) -> dict[str, DeferredMetric]:
         """Return what to log of the weights of the trained tokens; ESS / N is ``correction^2 / correction_squared``."""
         log_ratio, count = self._log_ratio(batch), batch.trained_count
         weight = select(self._factor(batch, log_ratio).expand(log_ratio.shape), batch.mask)

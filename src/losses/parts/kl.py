@@ -12,7 +12,7 @@ from ..aggregation import Aggregation
 from ..batch.selection import select_, wide
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
-from ..evaluation.metrics import Unread, mean
+from ..evaluation.metrics import DeferredMetric, mean
 from ..evaluation.terms import TokenTerm
 from ..functional.kl import KLEstimator, KLGradient, kl, kl_penalty
 from .ratio import anchor, importance_ratio
@@ -107,7 +107,7 @@ class KL:
             batch, anchor(batch) if self.importance == "anchor" else batch.given("rollout_logprobs")
         )
 
-    def metric(self, batch: TokenBatch) -> Unread:
+    def metric(self, batch: TokenBatch) -> DeferredMetric:
         """Return the mean of the estimator over the trained tokens, without importance weights."""
         log_ratio = select_(wide(batch.logprobs.detach()) - batch.given("ref_logprobs"), batch.mask)
         return mean(kl(log_ratio, 0.0, self.estimator), batch.trained_count)

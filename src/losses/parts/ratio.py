@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..batch.selection import select_, wide
 from ..batch.token_batch import TokenBatch
-from ..evaluation.metrics import Unread, maximum, mean, total
+from ..evaluation.metrics import DeferredMetric, maximum, mean, total
 from ..functional.kl import kl
 from ..functional.numerics import EXPONENT_LIMIT, bounded_exp
 from .clip import ClipRange
@@ -25,7 +25,7 @@ def importance_ratio(batch: TokenBatch, of: Tensor) -> Tensor:
     return bounded_exp(wide(batch.logprobs.detach()) - of)
 
 
-def ratio_metrics(batch: TokenBatch, clip: ClipRange | None, dual: float | None = None) -> dict[str, Unread]:
+def ratio_metrics(batch: TokenBatch, clip: ClipRange | None, dual: float | None = None) -> dict[str, DeferredMetric]:
     """Return ratio, clipping and signal over the trained tokens; ESS / N is ``ratio^2 / ratio_squared``."""
     mask, count = batch.mask, batch.trained_count
     log_ratio = select_(wide(batch.logprobs.detach()) - anchor(batch), mask)
@@ -52,7 +52,7 @@ def ratio_metrics(batch: TokenBatch, clip: ClipRange | None, dual: float | None 
     return metrics
 
 
-def _advantage_metrics(batch: TokenBatch, count: Tensor) -> dict[str, Unread]:
+def _advantage_metrics(batch: TokenBatch, count: Tensor) -> dict[str, DeferredMetric]:
     given, mask = batch.given("advantages"), batch.mask
     if given.shape == batch.layout.shape:
         kept = select_(given.clone(), mask)

@@ -9,7 +9,7 @@ from ...errors import DatumError, EmptyUnitError, LengthError, MissingFieldError
 from ..batch.problems import Problem
 from ..batch.selection import select, wide
 from ..batch.token_batch import TokenBatch
-from ..evaluation.metrics import Unread, maximum, mean
+from ..evaluation.metrics import DeferredMetric, maximum, mean
 from ..evaluation.sums import row_sum
 from ..functional.numerics import bounded_exp
 from .clip import ClipRange
@@ -63,7 +63,7 @@ def without_ratio(batch: TokenBatch, name: str) -> tuple[Problem, ...]:
     )
 
 
-def sequence_ratio_metrics(batch: TokenBatch, clip: ClipRange) -> dict[str, Unread]:
+def sequence_ratio_metrics(batch: TokenBatch, clip: ClipRange) -> dict[str, DeferredMetric]:
     """Return mean and maximum of the ratio over the sequences, and the fraction of them that is clipped."""
     there = (batch.tokens_per_sequence > 0).double()
     ratio, advantages = bounded_exp(mean_log_ratio(batch)) * there, advantage_per_sequence(batch)

@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
 from ..config import keys
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import cispo
 from ..parts.clip import ClipRange
@@ -67,5 +67,5 @@ class CISPO(CorrectedLoss):
         arguments = (anchor(batch), batch.given("advantages"), self.clip.low, self.clip.high)
         return (TokenTerm("policy", cispo, arguments, self.main_aggregation, factor=self.correction_factor(batch)),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         return {**ratio_metrics(batch, self.clip), **self.correction_metrics(batch)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import GradientKind, Loss
 from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..parts.correction import Correction
 
 __all__ = ["CorrectedLoss"]
@@ -49,6 +49,6 @@ class CorrectedLoss(Loss, abc.ABC):
         return None if self.correction is None else self.correction.factor(batch)
 
     @final
-    def correction_metrics(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def correction_metrics(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         """Return what to log of the correction; nothing where there is none."""
         return {} if self.correction is None else self.correction.metrics(batch)

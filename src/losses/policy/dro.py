@@ -10,7 +10,7 @@ from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
 from ..batch.token_batch import TokenBatch
 from ..checks import number
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import dro
 from ..parts.ratio import anchor, ratio_metrics
@@ -58,5 +58,5 @@ class DRO(Loss):
         arguments = (anchor(batch), batch.given("advantages"), self.beta)
         return (TokenTerm("policy", dro, arguments, self.main_aggregation),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         return ratio_metrics(batch, None)

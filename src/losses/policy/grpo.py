@@ -14,7 +14,7 @@ from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
 from ..checks import choice
 from ..config import keys
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import importance_sampling, policy_gradient, ppo_clip
 from ..parts.clip import ClipRange, check_dual_clip
@@ -94,7 +94,7 @@ class GRPO(CorrectedLoss):
         penalty = () if self._kl is None else (self._kl.term(batch, self.main_aggregation),)
         return (self._policy(batch), *penalty)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         ratio = ratio_metrics(batch, self._clip, self.dual_clip) if self.anchor == "rollout" else {}
         metrics = {**ratio, **self.correction_metrics(batch)}
         return metrics if self._kl is None else {**metrics, "kl_ref": self._kl.metric(batch)}

@@ -15,7 +15,7 @@ from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
 from ..checks import choice
 from ..config import keys
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, Term, TokenTerm
 from ..functional.policy import gspo_token, ppo_clip
 from ..parts.clip import ClipRange, check_dual_clip
@@ -97,7 +97,7 @@ class GSPO(Loss):
         unequal = unequal_advantages(batch, self.name) if self.form == "sequence" else None
         return unequal, *without_ratio(batch, self.name)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         return {**ratio_metrics(batch, None), **sequence_ratio_metrics(batch, self._clip)}
 
     @property

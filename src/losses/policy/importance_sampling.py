@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
 from ..batch.token_batch import TokenBatch
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import importance_sampling
 from ..parts.ratio import anchor, ratio_metrics
@@ -46,5 +46,5 @@ class ImportanceSampling(Loss):
         arguments = (anchor(batch), batch.given("advantages"))
         return (TokenTerm("policy", importance_sampling, arguments, self.main_aggregation),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         return ratio_metrics(batch, None)

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
 from ..config import keys
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import ppo_clip
 from ..parts.clip import ClipRange, check_dual_clip
@@ -54,7 +54,7 @@ class PPO(CorrectedLoss):
         arguments = (anchor(batch), batch.given("advantages"), self._clip.low, self._clip.high, self.dual_clip)
         return (TokenTerm("policy", ppo_clip, arguments, self.main_aggregation, factor=self.correction_factor(batch)),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         return {**ratio_metrics(batch, self._clip, self.dual_clip), **self.correction_metrics(batch)}
 
     @property

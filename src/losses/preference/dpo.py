@@ -12,7 +12,7 @@ from ..base import GradientKind, Loss
 from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import number
-from ..evaluation.metrics import Unread, mean
+from ..evaluation.metrics import DeferredMetric, mean
 from ..evaluation.pair_terms import PairTerm, Responses
 from ..evaluation.terms import Summand
 from ..functional.preference import dpo
@@ -69,7 +69,7 @@ class DPO(Loss):
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
         return empty_responses(batch, self.name), wrong_reference_sums(batch)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         chosen, rejected = (self.beta * log_ratio for log_ratio in _LOG_RATIOS.sides(batch))
         margins = margin_metrics(chosen - rejected)
         return {**margins, "reward_chosen": mean(chosen), "reward_rejected": mean(rejected)}

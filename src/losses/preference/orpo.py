@@ -13,7 +13,7 @@ from ..base import GradientKind, Loss
 from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
-from ..evaluation.metrics import Unread, mean, total
+from ..evaluation.metrics import DeferredMetric, mean, total
 from ..evaluation.pair_terms import PairTerm
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.likelihood import nll
@@ -72,7 +72,7 @@ class ORPO(Loss):
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
         return responses_without_mean(batch, self.name)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         chosen, rejected = MEANS.sides(batch)
         capped = torch.cat([chosen, rejected]).exp() > self.max_prob
         return {

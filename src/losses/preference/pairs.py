@@ -12,7 +12,7 @@ from ..batch.problems import Problem
 from ..batch.selection import readable
 from ..batch.token_batch import TokenBatch
 from ..batch.values import LARGEST_LOGPROB
-from ..evaluation.metrics import Unread, mean
+from ..evaluation.metrics import DeferredMetric, mean
 from ..evaluation.pair_terms import Responses, surely_weighed
 
 __all__ = ["MEANS", "empty_responses", "margin_metrics", "responses_without_mean", "wrong_reference_sums"]
@@ -69,7 +69,7 @@ def wrong_reference_sums(batch: TokenBatch) -> Problem | None:
     return Problem(wrong.any(), error)
 
 
-def margin_metrics(margin: Tensor) -> dict[str, Unread]:
+def margin_metrics(margin: Tensor) -> dict[str, DeferredMetric]:
     """Return the mean margin and the accuracy; ties count as half, as at policy = reference every margin is 0."""
     accuracy = 0.5 + 0.5 * margin.sign()
     return {"margin": mean(margin), "accuracy": mean(accuracy)}

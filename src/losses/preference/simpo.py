@@ -11,7 +11,7 @@ from ..base import GradientKind, Loss
 from ..batch.problems import Problem
 from ..batch.token_batch import TokenBatch
 from ..checks import number
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.pair_terms import PairTerm
 from ..evaluation.terms import Summand
 from ..functional.preference import simpo
@@ -62,6 +62,6 @@ class SimPO(Loss):
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
         return responses_without_mean(batch, self.name)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
         chosen, rejected = MEANS.sides(batch)
         return margin_metrics(self.beta * (chosen - rejected) - self.gamma)

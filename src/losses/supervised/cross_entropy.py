@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
 from ..batch.token_batch import TokenBatch
-from ..evaluation.metrics import Unread
+from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.likelihood import nll
 from ..registry import register
@@ -45,5 +45,5 @@ class CrossEntropy(Loss):
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         return (TokenTerm("nll", nll, (), self.main_aggregation),)
 
-    def describe(self, batch: TokenBatch) -> Mapping[str, Unread]:
-        return {"nll": Unread(batch.negative_log_likelihood(), batch.weight.sum(), "mean")}
+    def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
+        return {"nll": DeferredMetric(batch.negative_log_likelihood(), batch.weight.sum(), "mean")}
