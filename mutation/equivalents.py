@@ -29,9 +29,7 @@ class Equivalent:
 
     def covers(self, mutant: Mutant) -> bool:
         """Return whether a mutant is one of them."""
-        return (
-            self.function == f"{mutant.path}:{mutant.function}" and f"{mutant.before} -> {mutant.after}" in self.changes
-        )
+        return self.function == f"{mutant.path}:{mutant.function}" and mutant.change in self.changes
 
 
 def read(path: Path) -> tuple[Equivalent, ...]:

@@ -167,6 +167,9 @@ def test_equivalents_cover_what_they_name(tmp_path: Path) -> None:
     (known,) = read(tmp_path / "some.toml")
     covered = [m for m in mutants_of("toy.py", MODULE) if known.covers(m)]
     assert [(m.function, m.before, m.after) for m in covered] == [("total", "0.0", "1.0")]
+    twice = mutants_of("toy.py", "def total(x):\n    return f(0.0) + g(0.0)\n")
+    assert [m.change for m in twice if m.operator == "swap_constants"] == ["0.0 -> 1.0", "0.0 -> 1.0 (2)"]
+    assert [m.occurrence for m in twice if known.covers(m)] == [0]
 
 
 def test_modules_are_chosen_by_target_or_path() -> None:
