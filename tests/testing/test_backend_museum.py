@@ -28,7 +28,7 @@ def test_every_check_can_fail() -> None:
     assert len({exhibit.name for exhibit in BACKENDS}) == len(BACKENDS) >= 20
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("exhibit", BACKENDS, ids=lambda exhibit: exhibit.name)
 def test_a_defect_in_the_whole_suite(exhibit: Exhibit) -> None:
     """The whole suite ends on a broken backend, and reports the defect by name in both forms."""

@@ -51,7 +51,7 @@ def test_lines_run(exhibit: Exhibit) -> None:
     shown_again(exhibit)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("exhibit", LOSSES, ids=lambda e: e.name)
 def test_every_line_runs(exhibit: Exhibit) -> None:
     """So it does for every loss of the museum."""

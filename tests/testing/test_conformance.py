@@ -47,18 +47,17 @@ SAMPLE = (
 )
 
 
-def tiered(kinds: list[Any], whole: Any = None) -> list[Any]:
-    """Every kind with every promise; slow, but for the sample and the kind of which the quick tier has all."""
-    quick = [(kind, promise) for kind in kinds for promise in (PROMISES if kind == whole else SAMPLE)]
+def tiered(marks: dict[str, list[pytest.MarkDecorator]]) -> list[Any]:
+    """Every kind with every promise; in the quick tier a sample of each kind, the others as marked."""
     return [
-        pytest.param(kind, promise, marks=[] if (kind, promise) in quick else pytest.mark.slow)
-        for kind in kinds
+        pytest.param(kind, promise, marks=[] if promise in SAMPLE else others)
+        for kind, others in marks.items()
         for promise in PROMISES
     ]
 
 
-QUICK_AND_SLOW = tiered(["exact", "llama", "adapter"], whole="exact")
-REMOTE = tiered(["sent", "held"])
+QUICK_AND_SLOW = tiered({"exact": [], "llama": [pytest.mark.soak], "adapter": [pytest.mark.slow]})
+REMOTE = tiered({"sent": [pytest.mark.slow], "held": [pytest.mark.soak]})
 
 
 @pytest.mark.parametrize("promise", PROMISES)
