@@ -75,7 +75,7 @@ TARGETS: Final = {
             "losses/batch/selection.py": ("wide", "select"),
             "losses/parts/sequence_ratio.py": ("mean_log_ratio",),
             "losses/parts/kl.py": ("KL.penalty",),
-            "losses/evaluation/pair_terms.py": ("Responses.sides", "Responses._rows"),
+            "losses/evaluation/pair_terms.py": ("Responses.sides",),
         },
     ),
     "backends": Target(

@@ -27,15 +27,15 @@ class Problem(NamedTuple):
 
 def raise_readable(problems: Iterable[Problem | None]) -> tuple[Problem, ...]:
     """Raise the first problem that can be seen for nothing; return those that cannot be looked at yet."""
-    unread = []
+    deferred = []
     for problem in problems:
         if problem is None:
             continue
         if not readable(problem.present):
-            unread.append(problem)
+            deferred.append(problem)
         elif problem.present.item():
             raise problem.error()
-    return tuple(unread)
+    return tuple(deferred)
 
 
 def raise_first(problems: tuple[Problem, ...]) -> None:

@@ -236,23 +236,28 @@ class TokenBatch:
         """Return ``sum_t w_t (logprob_t - other_t)`` of each sequence; float64 [B], differentiable in the log-probs.
 
         Args:
-            relative_to: the field of the other log-probs, e.g. ``ref_logprobs``; None for 0.
+            relative_to: the field of the other log-probs, e.g. ``ref_logprobs`` (or `ref_logprob_sums` for it); None for 0.
         """
-        key = f"row sums relative to {relative_to}"
-        if key in self._computed and not self.logprobs.requires_grad:
-            return self._computed[key]
-        minus = None if relative_to is None else self.given(relative_to)
-        sums = row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout)
-        self._computed[key] = sums.detach()
-        return sums
+        if relative_to == "ref_logprobs" and self.ref_logprob_sums is not None:
+            return self.weighted_row_sum() - self.ref_logprob_sums
+
+        def sums() -> Tensor:
+            minus = None if relative_to is None else self.given(relative_to)
+            return row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout)
+
+        return self._summed(f"row sums relative to {relative_to}", sums)
 
     def negative_log_likelihood(self) -> Tensor:
         """Return ``-sum_t w_t logprob_t`` of all tokens; 0-d, fp32 or better, differentiable in the log-probs."""
-        if "nll" in self._computed and not self.logprobs.requires_grad:
-            return self._computed["nll"]
-        total = weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0)
-        self._computed["nll"] = total.detach()
-        return total
+        return self._summed("nll", lambda: weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0))
+
+    def _summed(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a sum over the log-probs; one that was computed before does where no graph is wanted."""
+        if key in self._computed and not self.logprobs.requires_grad:
+            return self._computed[key]
+        sums = compute()
+        self._computed[key] = sums.detach()
+        return sums
 
     def shown_finite(self) -> bool:
         """Return whether a sum of all trained log-probs has been taken, and is finite: then so is each of them."""
@@ -280,7 +285,8 @@ class TokenBatch:
     @property
     def pairs(self) -> Pairs:
         """The preference pairs, by ``pair_id`` and ``role``; see `pair_sequences`."""
-        return self._pairs()[0]
+        made_of = self.num_sequences, self.pair_id, self.role, self.logprobs.device
+        return self.remember("pairs", lambda: pair_sequences(*made_of))[0]
 
     @property
     def neighbours_are_pairs(self) -> bool:
@@ -299,10 +305,6 @@ class TokenBatch:
         paired = self._known["pairs"][1] if "pairs" in self._known else None
         found = [*label_problems(self.weights), self.layout.problem(), paired]
         return [problem for problem in found if problem is not None]
-
-    def _pairs(self) -> tuple[Pairs, Problem | None]:
-        made_of = self.num_sequences, self.pair_id, self.role, self.logprobs.device
-        return self.remember("pairs", lambda: pair_sequences(*made_of))
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""

@@ -34,17 +34,12 @@ class Responses(NamedTuple):
 
     def sides(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return the numbers of the chosen and of the rejected responses; float64 [P], differentiable in the log-probs."""
-        rows = self._rows(batch)
+        rows = batch.weighted_row_sum(self.relative_to)
         rows = rows / _divisor(batch) if self.mean else rows
         if batch.neighbours_are_pairs:
             chosen, rejected = rows.view(-1, 2).unbind(1)
             return chosen, rejected
         return rows[batch.pairs.chosen], rows[batch.pairs.rejected]
-
-    def _rows(self, batch: TokenBatch) -> Tensor:
-        if self.relative_to == "ref_logprobs" and batch.ref_logprob_sums is not None:
-            return batch.weighted_row_sum() - batch.ref_logprob_sums
-        return batch.weighted_row_sum(self.relative_to)
 
     def slopes(self, batch: TokenBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Return the derivative by each sequence's sum, [B], from those by the numbers of both sides, [P]."""

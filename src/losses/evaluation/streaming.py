@@ -119,9 +119,9 @@ class TokenStream:
             part, problem = part_of(joined, numerator, whole, self._counts, divided=False)
             parts.append(part)
             problems.append(problem)
-        unread = raise_readable(problems)
+        deferred = raise_readable(problems)
         with torch.no_grad():
-            return put_together(self._loss, whole, lambda: self._loss.terms(whole), tuple(parts), unread)
+            return put_together(self._loss, whole, lambda: self._loss.terms(whole), tuple(parts), deferred)
 
     def _resolve(self, at: slice | Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that ``at`` names, on the batch's device and on the CPU."""
