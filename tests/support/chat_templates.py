@@ -30,12 +30,17 @@ CHATML = (
 )
 
 
-def chatml(messages: Sequence[Message]) -> list[Piece]:
+def _lined(messages: Sequence[Message], header: str, stop: str) -> list[Piece]:
+    """Each turn is a header, a line break, its content, a stop token, and a line break that nobody draws."""
     pieces: list[Piece] = []
     for m in messages:
         drawn = m["role"] == "assistant"
-        pieces += [(f"<|im_start|>{m['role']}\n", False), (m["content"], drawn), ("<|im_end|>", drawn), ("\n", False)]
+        pieces += [(f"{header.format(m['role'])}\n", False), (m["content"], drawn), (stop, drawn), ("\n", False)]
     return pieces
+
+
+def chatml(messages: Sequence[Message]) -> list[Piece]:
+    return _lined(messages, "<|im_start|>{}", "<|im_end|>")
 
 
 # marks what is generated, as TRL's templates for training do: the line break after the stop token too
@@ -165,11 +170,7 @@ UNPROMPTED = (
 
 
 def unprompted(messages: Sequence[Message]) -> list[Piece]:
-    pieces: list[Piece] = []
-    for m in messages:
-        drawn = m["role"] == "assistant"
-        pieces += [(f"<|{m['role']}|>\n", False), (m["content"], drawn), ("</s>", drawn), ("\n", False)]
-    return pieces
+    return _lined(messages, "<|{}|>", "</s>")
 
 
 # a turn is closed by the token that opens the next one, as in GLM 4
