@@ -53,7 +53,7 @@ class Relay:
     """Every verb as it should be.
 
     Attributes:
-        engine: a table of logits, whose state a defect may spoil.
+        engine: a table of logits, whose state a defect may change.
         right: a backend on it.
         exhibit: of a defect, what is said of it.
     """
