@@ -74,7 +74,9 @@ def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> N
         saved = asked.out / "baseline.json"
         runner = Runner(root, every, found, saved, asked.workers, Path(folder), lambda result: write(line(result)))
         runner.patience = asked.patience
-        options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
+        # The sources that an editable install lists beside a pytest plugin are these; they need no rewriting.
+        imported = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+        options = [*imported, "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
         if pytest.main([*options, *tests], plugins=[runner]) != 0:
             raise SystemExit(2)
 
