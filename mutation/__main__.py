@@ -76,7 +76,17 @@ def attempt(root: Path, found: Sequence[Mutant], asked: argparse.Namespace) -> N
         runner.patience = asked.patience
         # The sources that an editable install lists beside a pytest plugin are these; they need no rewriting.
         imported = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
-        options = [*imported, "-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", f"--basetemp={folder}/pytest"]
+        options = [
+            *imported,
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--no-header",
+            f"--basetemp={folder}/pytest",
+        ]
         if pytest.main([*options, *tests], plugins=[runner]) != 0:
             raise SystemExit(2)
 

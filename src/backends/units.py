@@ -33,6 +33,5 @@ def loss_units(loss: Loss, kind: GradientKind, data: Sequence[Datum]) -> list[li
 def _by_id(key: str, data: Sequence[Datum]) -> list[list[int]]:
     members: dict[int, list[int]] = {}
     for i, datum in enumerate(data):
-        identity = datum.loss_fn_inputs.get(key)
-        members.setdefault(0 if identity is None else int(as_tensor(identity)), []).append(i)
+        members.setdefault(int(as_tensor(datum.loss_fn_inputs[key])), []).append(i)
     return list(members.values())

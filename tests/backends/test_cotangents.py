@@ -13,13 +13,14 @@ import torch
 from helpers import make_data
 from hypothesis import given
 from hypothesis import strategies as st
+from reads import pretend_device
 from torch import Tensor
 
 from pullback.backends import AdamParams, FakeBackend
 from pullback.backends.cotangents import evaluate, evaluate_all, signal_metrics, summarize
 from pullback.backends.prepared import prepare
-from pullback.errors import LossTypeError, NonFiniteError, NotDifferentiableError
-from pullback.losses import GRPO, CrossEntropy
+from pullback.errors import DatumError, LossTypeError, NonFiniteError, NotDifferentiableError
+from pullback.losses import GRPO, GSPO, CrossEntropy, TokenBatch
 
 LENGTHS = (3, 2, 4)
 DATA = make_data(list(LENGTHS))
@@ -95,6 +96,32 @@ def test_parts_of_a_call_add_up() -> None:
     assert (divided.denominator, divided.count) == ("none", 1.0)
     for i, cotangent in whole.by_datum.items():
         assert torch.allclose(divided.by_datum[i] * 100.0, cotangent, rtol=1e-12, atol=0)
+
+
+def test_a_loss_sees_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a loss does with the log-probs, it cannot walk into the model that they come from."""
+    seen: list[Tensor] = []
+
+    def look(loss: CrossEntropy, batch: TokenBatch) -> tuple[()]:
+        seen.append(batch.logprobs)
+        return ()
+
+    monkeypatch.setattr(CrossEntropy, "problems", look)
+    grown = {i: (-torch.ones(n, requires_grad=True)) * 1.0 for i, n in enumerate(LENGTHS)}
+    evaluate(prepare(DATA, CrossEntropy()), grown)
+    assert [(x.is_leaf, x.requires_grad) for x in seen] == [(True, True)]
+
+
+def test_what_a_device_hides_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A problem that could not be looked at during the loss is raised before its cotangent is used."""
+    logprobs = {i: torch.full((n,), -1.0) for i, n in enumerate(LENGTHS)}
+    sound, unequal = prepare(DATA, CrossEntropy()), prepare(DATA, GSPO(aggregation="sequence_mean", form="sequence"))
+    for device in (False, True):
+        if device:
+            pretend_device(monkeypatch)
+        evaluate(sound, logprobs)
+        with pytest.raises(DatumError, match="form='token'"):
+            evaluate(unequal, logprobs)
 
 
 def test_signal_metrics_are_over_all_tokens() -> None:

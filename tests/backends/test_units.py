@@ -42,12 +42,6 @@ def test_units_are_what_the_kind_says(ids: list[int]) -> None:
     assert loss_units(DPO(), "pair", neighbours) == [[i, i + 1] for i in range(0, len(neighbours), 2)]
 
 
-def test_without_ids_all_are_one_group() -> None:
-    """As a mean over groups counts them."""
-    bare = datums([0, 0, 0], "label")
-    assert loss_units(GRPO(aggregation="group_mean_token_mean"), "token", bare) == [[0, 1, 2]]
-
-
 @pytest.mark.parametrize(
     ("local", "denominator", "grouped"),
     [("group", "tokens", True), ("one", "groups", True), ("group", "groups", True), ("one", "tokens", False)],

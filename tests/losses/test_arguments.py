@@ -186,6 +186,13 @@ def test_wrong_hyperparameters(act: Callable[[], object]) -> None:
         act()
 
 
+@pytest.mark.parametrize("value", [True, "0.04", [0.04]])
+def test_a_penalty_is_none_of_these(value: Any) -> None:
+    """The message says what a loss takes as its penalty."""
+    with pytest.raises(ConfigError, match="kl must be a KL, its beta or None"):
+        GRPO(kl=value)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

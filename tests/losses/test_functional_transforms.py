@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward
 from formulas import (
     EDGES,
     FORMULAS,
@@ -58,6 +59,20 @@ def test_vmap_of_grad(formula: Formula) -> None:
         x, anchor, advantages
     )
     want = closed(formula.definition, x, *formula.arguments(anchor, advantages))[1]
+    assert distance((slope, slope), (want, want)) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("tokens", [EDGES, SMOOTH], ids=["edges", "smooth"])
+@EACH
+def test_forward_mode(formula: Formula, tokens: list[tuple[float, float, float]]) -> None:
+    """The derivative that goes forwards is the closed form's slope; most of what is smooth never needs a tangent."""
+    x, anchor, advantages = tensors(tokens)
+    arguments = formula.arguments(anchor, advantages)
+    with forward.dual_level():
+        found = forward.unpack_dual(formula.definition(forward.make_dual(x, torch.ones_like(x)), *arguments)).tangent
+    slope = torch.zeros_like(x) if found is None else found
+    want = closed(formula.definition, x, *arguments)[1]
     assert distance((slope, slope), (want, want)) <= 1e-12
 
 

@@ -251,6 +251,14 @@ def test_pairs(case: Case) -> None:
     close(metrics_of(ORPO(max_prob=0.2), case), want)
 
 
+def test_the_bound_of_the_odds_is_not_capped() -> None:
+    """A response is counted where its probability is above the bound, not on it; the likelihood is the first term."""
+    at = torch.tensor([[-1.0], [-1.5], [-0.9], [-1.0]], dtype=torch.float64)
+    output = ORPO(max_prob=at[0].exp().item()).evaluate(TokenBatch.from_padded(at, torch.ones(4, 1)))
+    close(output.metrics, {"odds_capped": 1.0})
+    assert [part.name for part in output.parts] == list(output.values) == ["nll", "odds"]
+
+
 def test_equal_pairs_are_half_right() -> None:
     """At policy = reference no margin says which response is better."""
     equal, better, worse = token(0.0, 0.0), token(1.0, 0.0), token(-1.0, 0.0)

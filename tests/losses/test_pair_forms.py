@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from formulas import PAIRS
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loss_inputs import make
 from torch import Tensor
 
-from pullback.losses import DPO, ORPO, Loss
+from pullback.losses import AGGREGATIONS, DPO, ORPO, Loss, TokenBatch
 from pullback.losses.evaluation import pair_terms
+from pullback.losses.evaluation.pair_terms import PairTerm, Responses, surely_weighed
 from pullback.losses.functional.closed_form import pair_form_of
 
 FORMS = {name: pair for name, pair in PAIRS.items() if pair_form_of(pair[0]) is not None}
@@ -113,3 +114,34 @@ def _leaf_node(total: Tensor) -> object:
     while type(node.next_functions[0][0]).__name__ != "AccumulateGrad":
         node = node.next_functions[0][0]
     return node
+
+
+WEIGHTS = st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 2.0, -1.0])] * 2), min_size=4, max_size=4)
+
+
+@given(weights=WEIGHTS)
+@example(weights=[(0.25, 0.5), (0.0, 0.0), (2.0, 0.0), (0.5, 0.0)])
+@example(weights=[(0.25, 0.0)] * 4)
+def test_means_of_responses(weights: list[tuple[float, float]]) -> None:
+    """A weighted mean where the weights have a positive sum; elsewhere the sum itself, so that nothing divides by 0."""
+    x = torch.tensor([[-1.0, -2.0], [-3.0, -0.5], [-0.7, -4.0], [-2.5, -1.5]], dtype=torch.float64, requires_grad=True)
+    batch = TokenBatch.from_padded(x, torch.tensor(weights, dtype=torch.float64))
+    totals = [math.fsum(row) for row in weights]
+    assert surely_weighed(batch) == all(total > 0 for total in totals)
+    by = [total if total > 0 else 1.0 for total in totals]
+    means = [
+        math.fsum(w * a for w, a in zip(*at, strict=True)) / d for *at, d in zip(weights, x.tolist(), by, strict=True)
+    ]
+    chosen, rejected = Responses(mean=True).sides(batch)
+    assert chosen.tolist() == pytest.approx(means[::2], rel=1e-12, abs=1e-14)
+    assert rejected.tolist() == pytest.approx(means[1::2], rel=1e-12, abs=1e-14)
+    slopes = Responses(mean=True).slopes(batch, torch.full_like(chosen, 3.0), torch.full_like(rejected, -5.0))
+    assert slopes.tolist() == pytest.approx([3.0 / by[0], -5.0 / by[1], 3.0 / by[2], -5.0 / by[3]], rel=1e-12)
+
+
+def test_values_have_no_graph() -> None:
+    """Also those of a definition that has parameters of its own."""
+    own = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    term = PairTerm("mine", lambda a, b: own * (a - b), Responses(), (), AGGREGATIONS["pair_mean"])
+    values = term.values(make(DPO(), dtype=torch.float64).batch())
+    assert not values.requires_grad

@@ -132,6 +132,8 @@ def test_ratio_mask(form: Any) -> None:
     (some,) = torch.autograd.grad(output.loss, leaf)
     assert some.tolist() == pytest.approx([-1.0, -1.0, -1.0] if form == "token" else [-0.5, 0.0, -0.5])
     assert output.metrics["sequence_ratio"].value == pytest.approx(1.0)
+    batch, leaf = three_tokens(sequence_ratio_mask=torch.tensor([-1.0, 0.0, 0.5]))  # what is not 0 is in the mask
+    assert torch.equal(torch.autograd.grad(loss.evaluate(batch).loss, leaf)[0], some)
 
 
 def test_what_gspo_refuses() -> None:
@@ -144,8 +146,12 @@ def test_what_gspo_refuses() -> None:
     sequence_form(0.2).evaluate(untrained)
     with pytest.raises(EmptyUnitError, match="no ratio"):
         GSPO().evaluate(three_tokens(sequence_ratio_mask=torch.zeros(3))[0])
-    with pytest.raises(DatumError, match="weight 0"):
-        GSPO().evaluate(three_tokens(sequence_ratio_mask=torch.ones(3), weights=torch.tensor([1.0, 1.0, 0.0]))[0])
+    last = torch.tensor([0.0, 0.0, 1.0])
+    for mask in (torch.ones(3), 1.0 - 2.0 * last):
+        with pytest.raises(DatumError, match="weight 0"):
+            GSPO().evaluate(three_tokens(sequence_ratio_mask=mask, weights=1.0 - last)[0])
+    with pytest.raises(EmptyUnitError, match="no ratio"):  # that it is not trained as well is said next
+        GSPO().evaluate(three_tokens(sequence_ratio_mask=last, weights=1.0 - last)[0])
     with pytest.raises(MissingFieldError, match="sequence_ratio_mask"):
         GSPO().evaluate(three_tokens(weights=None)[0])
     with pytest.raises(ConfigError, match="one value per sequence"):
@@ -181,10 +187,13 @@ def test_what_a_ratio_mask_must_cover() -> None:
 @pytest.mark.parametrize("loss", [SimPO(), ORPO()], ids=["simpo", "orpo"])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, -2.0]])
 def test_a_response_needs_a_positive_weight(loss: Loss, weights: list[float]) -> None:
-    """Weights that cancel, or are less than nothing, give no mean log-prob."""
+    """Weights that cancel, or are less than nothing, give no mean log-prob; those of a small sum do."""
     leaf = torch.tensor([-1.0, -1.1, -0.9, -2.0], dtype=torch.float64)
-    with pytest.raises(EmptyUnitError, match=r"sequences \[1\] lack it"):
-        loss.evaluate(TokenBatch.from_packed(leaf, [2, 2], weights=torch.tensor(weights)))
+    for size in (1.0, 0.25):
+        with pytest.raises(EmptyUnitError, match=r"sequences \[1\] lack it"):
+            loss.evaluate(TokenBatch.from_packed(leaf, [2, 2], weights=size * torch.tensor(weights)))
+    with pytest.raises(EmptyUnitError, match="no trained token"):
+        loss.evaluate(TokenBatch.from_packed(leaf, [2, 2], weights=torch.tensor([1.0, 1.0, 0.0, 0.0])))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 0.6, 1.0])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reads import pretend_device
 
-from pullback.losses import ClipRange, TokenBatch
-from pullback.losses.evaluation.metrics import read
+from pullback.losses import KL, ClipRange, TokenBatch
+from pullback.losses.evaluation.metrics import DeferredMetric, read
 from pullback.losses.functional.numerics import EXPONENT_LIMIT
 from pullback.losses.parts import ratio as ratio_part
-from pullback.losses.parts.ratio import ratio_metrics
+from pullback.losses.parts.ratio import importance_ratio, ratio_metrics
 
 Token = tuple[float, float, float]  # weight, log-ratio, advantage
 WEIGHTS = st.sampled_from([0.0, 1.0, 0.5, 2.0])
@@ -84,6 +85,32 @@ def test_plain_loops(device: bool, tokens: list[Token], clip: ClipRange, dual: f
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert math.isclose(found[name].value, value, rel_tol=1e-12, abs_tol=1e-12), name
+
+
+@given(steps=st.lists(st.floats(-40.0, 40.0), min_size=1, max_size=6))
+@example(steps=[19.0, 20.0, 25.0])
+def test_importance_ratios(steps: list[float]) -> None:
+    """The ratio to whoever drew the token, with the tangent beyond the limit: a constant, whoever requires a gradient."""
+    tokens = [(1.0, step, 1.0) for step in steps]
+    for batch in batches(tokens, math.nan):
+        given = batch.with_logprobs(batch.logprobs.clone().requires_grad_())
+        found = importance_ratio(given, given.given("rollout_logprobs"))
+        assert found.flatten().tolist() == pytest.approx([ratio(-1.0 - (-1.0 - step)) for step in steps], rel=1e-12)
+        assert not found.requires_grad
+
+
+def test_metrics_have_no_graph() -> None:
+    """They are those of detached log-probs, also when these are asked for in the middle of a loss."""
+    tokens = [(1.0, 0.3, -1.0), (0.0, 0.3, -1.0), (2.0, -0.7, 2.0)]
+    for batch in batches(tokens, math.nan):
+        detached = replace(batch, ref_logprobs=batch.rollout_logprobs)
+        leaf = replace(detached, logprobs=batch.logprobs.clone().requires_grad_())
+
+        def metrics(of: TokenBatch) -> dict[str, DeferredMetric]:
+            return {**ratio_metrics(of, CLIPS[0], 3.0), "kl_ref": KL().metric(of)}
+
+        found, want = read(metrics(leaf)), read(metrics(detached))
+        assert found == want
 
 
 def test_untrained_tokens_that_count_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

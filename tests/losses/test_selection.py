@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pullback.losses.batch.selection import readable, select, select_, transformed, wide
+from pullback.losses.batch.selection import finite, readable, select, select_, transformed, wide
 
 JUNK = (math.nan, math.inf, -math.inf, 7.0)
 WEIGHTS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -2.0, 1e-30])
@@ -47,6 +47,8 @@ def test_weights_of_a_row_broadcast() -> None:
     for function in (select, select_):
         assert function(values.clone(), weights.expand(2, 2)).tolist() == [[0.0, 0.0], [2.0, 3.0]]
         assert function(values.clone(), weights).tolist() == [[0.0, 0.0], [2.0, 3.0]]
+    for function in (select, select_):
+        assert function(values[:, 1:].clone(), weights.expand(2, 2)).tolist() == [[0.0, 0.0], [3.0, 3.0]]
     assert select(values, None) is values
     assert select_(values, None) is values
 
@@ -59,6 +61,14 @@ def test_memory_is_reused_only_where_it_may_be() -> None:
     assert values.tolist() == [1.0, 2.0]
     assert select_(values, weights).data_ptr() == values.data_ptr()
     assert values.tolist() == [0.0, 2.0]
+
+
+@given(numbers=st.lists(st.floats(-1e300, 1e300) | st.sampled_from(JUNK), max_size=4))
+def test_one_number_that_is_not_finite_is_seen(numbers: list[float]) -> None:
+    """Among others, or alone; where there is no number, none is wrong."""
+    known = [math.isfinite(x) for x in numbers]
+    assert finite(torch.tensor(numbers, dtype=torch.float64)) == all(known)
+    assert [finite(torch.tensor(x, dtype=torch.float64)) for x in numbers] == known
 
 
 class Subclass(Tensor):

@@ -172,3 +172,12 @@ def test_wrong_averages(times: Any) -> None:
     """What a trainer averages over is a positive whole number."""
     with pytest.raises(ConfigError, match="averaged_over"):
         CrossEntropy("token_mean").with_counts(averaged_over=times, tokens=8.0)
+
+
+def test_gold_responses_are_in_no_pair() -> None:
+    """A pair is counted by its two sides; a gold response beside it has none."""
+    role = torch.tensor([1, 2, 0, 0, 1, 2])
+    x, pair_id = torch.full((6, 2), -1.0), torch.tensor([4, 4, 4, 7, 7, 7])
+    batch = TokenBatch.from_padded(x, torch.ones(6, 2), role=role, pair_id=pair_id)
+    assert count_units(batch, "pairs") == 2.0
+    assert count_units(TokenBatch.from_padded(x, torch.ones(6, 2)), "pairs") == 3.0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -84,7 +85,10 @@ def test_row_sums(name: str, scaled: bool, tokens: Tokens) -> None:
         slope,
     )
     found = both_ways(lambda y: row_sum(y, None, None, None, layout), whole)
-    same(found, [math.fsum(row) for row in kept], [1.0 + row for row, at in enumerate(ROWS[name]) for _ in at])
+    of_all = [1.0 + row for row, at in enumerate(ROWS[name]) for _ in at]
+    same(found, [math.fsum(row) for row in kept], of_all)
+    found = both_ways(lambda y: row_sum(y, whole / 4, None, None, layout), whole)
+    same(found, [math.fsum(0.75 * v for v in row) for row in kept], of_all)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -161,7 +165,9 @@ def sums() -> dict[str, Callable[[Tensor], Tensor]]:
     layout = LAYOUTS["packed"][0]
     return {
         "rows": lambda x: row_sum(x, None, weights, weights, layout).sum(),
+        "rows of all": lambda x: row_sum(x, None, None, None, layout).square().sum(),
         "weighted": lambda x: weighted_sum(x, weights, weights, -0.3),
+        "weighted of all": lambda x: weighted_sum(x, None, None, -0.3),
         "tokens": lambda x: token_sum(x, F.kl, (0.0, "k2"), (weights,), weights, -0.3),
     }
 
@@ -182,3 +188,83 @@ def test_second_derivatives_of_functions_of_a_sum(name: str) -> None:
     """The cotangent of a sum may itself depend on the log-probs."""
     leaf = torch.tensor([-1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: sums()[name](x).square(), leaf)
+
+
+@given(tokens=TOKENS, bad=st.sampled_from([math.inf, -math.inf, math.nan]))
+@example(tokens=JUNK, bad=math.inf)
+def test_a_second_backward_selects_too(tokens: Tokens, bad: float) -> None:
+    """What is no number at an untrained token does not reach the cotangent of its row."""
+    x, _, weights = columns(tokens, (4,))
+    leaf, g = x.requires_grad_(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    rows = row_sum(leaf, None, weights, weights, LAYOUTS["packed"][0])
+    (slope,) = torch.autograd.grad(rows, leaf, g, create_graph=True)
+    (found,) = torch.autograd.grad(slope, g, torch.where(weights != 0, 1.0, bad))
+    want = [math.fsum(tokens[j][2] for j in at) for at in ROWS["packed"]]
+    assert found.tolist() == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
+def test_a_row_sum_without_a_graph_has_a_derivative_forwards() -> None:
+    """That of the sum is the sum of those of its tokens, which are selected as they are."""
+    x, weights = torch.tensor([[-1.0, math.nan]]), torch.tensor([[2.0, 0.0]])
+    with forward.dual_level(), torch.no_grad():
+        dual = forward.make_dual(x, torch.tensor([[3.0, 5.0]]))
+        for w, want in ((weights, 6.0), (None, 8.0)):
+            rows = row_sum(dual, None, w, w, Padded(torch.Size([1, 2])))
+            assert forward.unpack_dual(rows).tangent.tolist() == [want]
+
+
+@pytest.mark.parametrize("coefficient", [1.0, -0.3])
+@given(tokens=TOKENS)
+@example(tokens=JUNK)
+def test_what_a_compiler_runs(coefficient: float, tokens: Tokens) -> None:
+    """The eager sum, with its slope attached as a constant: also where the other arguments require gradients."""
+    x, minus, weights = columns(tokens, (4,))
+    leaf, other = x.requires_grad_(), minus.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        total = token_sum(leaf, F.kl, (other, "k2"), (weights,), weights, coefficient)
+        (slope,) = torch.autograd.grad(total, leaf, torch.tensor(3.0, dtype=torch.float64), create_graph=True)
+    factor = [coefficient * w for _, _, w, _ in tokens]
+    value = math.fsum(f * 0.5 * (a - b) ** 2 for f, (a, b, _, _) in zip(factor, tokens, strict=True))
+    assert total.item() == pytest.approx(value, rel=1e-12, abs=1e-12)
+    want = [3.0 * f * (a - b) for f, (a, b, _, _) in zip(factor, tokens, strict=True)]
+    assert slope.tolist() == pytest.approx(want, rel=1e-12, abs=0)
+    assert not slope.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_no_step_of_a_token_sum_is_nan() -> None:
+    """Arguments and factors are selected before they are used, so that a search for the origin of a NaN finds none here."""
+    x, minus, weights = columns(JUNK, (2, 2))
+    minus = minus.nan_to_num(math.nan, math.nan)
+
+    def distance(x: Tensor, other: Tensor) -> Tensor:
+        return 0.5 * (x - other).square()
+
+    leaf = x.requires_grad_()
+    with torch.autograd.detect_anomaly():
+        total = token_sum(leaf, distance, (minus,), (weights, minus), weights)
+        (slope,) = torch.autograd.grad(total, leaf)
+    rows = [(w * m, a - m, w) for a, m, w, _ in JUNK]
+    assert total.item() == pytest.approx(math.fsum(0.5 * f * d**2 for f, d, w in rows if w), rel=1e-12)
+    assert slope.flatten().tolist() == pytest.approx([f * d if w else 0.0 for f, d, w in rows], rel=1e-12)
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan"):
+        torch.autograd.grad(distance(leaf, minus).sum(), leaf)
+
+
+def test_a_row_of_which_nothing_is_trained_may_have_any_factor() -> None:
+    """It is selected before it multiplies, also where it is one number for a row."""
+    x, factor = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[2.0], [math.nan]])
+    weights = torch.tensor([[1.0, 0.5], [0.0, 0.0]])
+    for definition in (F.nll, lambda y: -y):
+        found = both_ways(lambda y, d=definition: token_sum(y, d, (), (weights, factor), weights), x)  # type: ignore[misc]
+        same(found, [4.0], [-2.0, -1.0, 0.0, 0.0])
+
+
+def test_a_function_that_is_infinite_at_zero() -> None:
+    """0 stands in for what is not trained; what a function makes of it leaves no trace."""
+    leaf = torch.tensor([-0.5, math.nan], dtype=torch.float64, requires_grad=True)
+    values = token_values(leaf, lambda x: torch.log(-x), (), torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert values.tolist() == pytest.approx([math.log(0.5), 0.0])
+    assert torch.autograd.grad(values.sum(), leaf)[0].tolist() == [-2.0, 0.0]

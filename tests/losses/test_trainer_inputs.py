@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pullback.errors import (
     ConfigError,
     DatumError,
+    EmptyUnitError,
     IncompleteUnitError,
     InvalidDatumsError,
     LengthError,
     MissingFieldError,
 )
 from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, Loss, SimPO, TokenBatch, get_loss, loss_names
+from pullback.losses.batch.values import LARGEST_LOGPROB
+from pullback.losses.preference.pairs import wrong_reference_sums
 
 PAIR_LOSSES = (DPO(0.3), ORPO(), SimPO())
 
@@ -140,6 +144,41 @@ def test_sums_that_are_none_are_refused() -> None:
             DPO().evaluate(batch(ref_logprob_sums=wrong))
     with pytest.raises(LengthError, match="one number per sequence"):
         batch(ref_logprob_sums=sums[:1])
+
+
+SUMS = st.sampled_from(
+    [-3.0, 0.0, LARGEST_LOGPROB, *(LARGEST_LOGPROB * x for x in (0.3, 0.8, 1.5, 2.0, 3.9, 4.0, 4.1, 9.0))]
+)
+
+
+@given(
+    weights=st.lists(st.tuples(*[st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, -1.0])] * 2), min_size=2, max_size=2),
+    sums=st.tuples(SUMS, SUMS),
+)
+@example(weights=[(1.0, 1.0), (0.25, 0.25)], sums=(-3.0, LARGEST_LOGPROB))
+@example(weights=[(2.0, 2.0), (0.25, 0.25)], sums=(4.0 * LARGEST_LOGPROB, 0.8 * LARGEST_LOGPROB))
+@example(weights=[(1.0, 0.0), (0.5, 0.5)], sums=(-3.0, 1.5 * LARGEST_LOGPROB))
+@example(weights=[(0.5, 0.5), (0.5, 0.25)], sums=(-3.0, 9.0 * LARGEST_LOGPROB))
+@example(weights=[(1.0, -1.0), (1.0, 1.0)], sums=(9.0 * LARGEST_LOGPROB, 9.0 * LARGEST_LOGPROB))
+def test_sums_may_round_as_far_as_their_tokens(weights: list[tuple[float, float]], sums: tuple[float, float]) -> None:
+    """A log-prob may be a little above 0, so a sum by as much per weight, of a whole token at least; a negative weight
+    tells nothing of the sign."""
+    tensor = torch.tensor(weights, dtype=torch.float64)
+    given_sums = torch.tensor(sums, dtype=torch.float64)
+    batch = TokenBatch.from_padded(torch.full_like(tensor, -1.0), tensor, ref_logprob_sums=given_sums)
+    limits = [LARGEST_LOGPROB * max(math.fsum(row), 1.0) for row in weights]
+    above = [i for i in range(2) if sums[i] > limits[i] and min(map(min, weights)) >= 0]
+    problem = wrong_reference_sums(batch)
+    assert problem is not None
+    assert problem.present.item() == bool(above)
+    assert [i for i in range(2) if f"sequence {i}:" in str(problem.error())] == above
+
+
+def test_what_is_empty_is_said_first() -> None:
+    """A response without a trained token explains a sum that is none."""
+    weights, sums = torch.tensor([[1.0], [0.0]]), torch.tensor([3.0, 2.0])
+    with pytest.raises(EmptyUnitError, match=r"sequences \[1\]"):
+        DPO().evaluate(TokenBatch.from_padded(-weights, weights, ref_logprob_sums=sums))
 
 
 def test_a_count_that_the_trainer_did_not_make_is_refused() -> None:

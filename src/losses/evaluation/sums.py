@@ -89,7 +89,7 @@ def token_sum(
 
 def token_values(x: Tensor, definition: Definition, args: Sequence[Any], mask: Tensor | None) -> Tensor:
     """Return ``definition(x_t, *args_t)`` for each token, 0 where nothing is trained; differentiable."""
-    safe = [select(a, mask) if isinstance(a, Tensor) and a.shape == x.shape else a for a in args]
+    safe = [select(a, mask) if isinstance(a, Tensor) else a for a in args]
     return select(definition(select(x, mask), *safe), mask)
 
 
@@ -103,7 +103,7 @@ def _plain(
 ) -> Tensor:
     values = token_values(x, definition, args, mask)
     for factor in factors:
-        values = values * (select(factor, mask) if factor.shape == x.shape else factor)
+        values = values * select(factor, mask)
     return _total(values, coefficient)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reads import CountedReads
 from torch import Tensor, nn
 
 from pullback.backends.native.accumulator import Accumulator
@@ -66,6 +67,25 @@ def test_a_call_that_fails_leaves_nothing() -> None:
     with pytest.raises(KeyError, match="mine"):
         fail()
     assert {name: gradient.tolist() for name, gradient in accumulator.gradients.items()} == {"a": [3.0, 3.0]}
+
+
+def test_a_division_by_zero_is_loud() -> None:
+    """Gradients that are divided by 0 are not finite, so that none of them is stepped on."""
+    accumulator = made()
+    with accumulator.adding(lambda: 0.0):
+        write(accumulator, 3.0, "a")
+    with pytest.raises(NonFiniteError, match="the gradient of a"):
+        accumulator.require_finite(lambda: "datum 0")
+
+
+def test_finite_gradients_take_one_look() -> None:
+    """However many there are: each look waits for the device."""
+    accumulator = made()
+    with accumulator.adding():
+        write(accumulator, 3.0, "a", "b", "unused")
+    with CountedReads() as reads:
+        accumulator.require_finite(lambda: str(1 / 0))
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
