@@ -165,6 +165,7 @@ def test_bounded_functions_at_infinity() -> None:
         assert value.tolist() == pytest.approx([below, math.inf, PEAK + below, 2 * PEAK + below], rel=1e-14)
         assert slope.tolist() == pytest.approx([0.0, PEAK, PEAK, PEAK], rel=1e-14)
         assert function(torch.tensor(math.nan)).isnan()
+        assert function(torch.empty(2, 0)).shape == (2, 0)
 
 
 def log_sigmoid(z: float) -> float:
