@@ -164,6 +164,22 @@ class UnsupportedError(BackendError):
     """The backend lacks this ability."""
 
 
+class RankError(BackendError):
+    """An operation of several processes has failed in all of them."""
+
+
+class RankFailedError(RankError):
+    """It failed in another process, whose error the message repeats."""
+
+
+class RanksDifferError(RankError):
+    """The processes have been asked for different things, or given different data."""
+
+
+class LostRankError(RankError):
+    """Another process has died or stalled. Every process must be started again."""
+
+
 class RemoteError(BackendError):
     """A service failed an operation, or could not be reached.
 

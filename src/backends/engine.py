@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -109,6 +110,12 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def load(self, path: str, everything: bool) -> Ledger:
         """Load the weights, or everything; return the ledger of the gradients that came with it."""
+
+    @contextmanager
+    def operation(self, call: Call) -> Iterator[None]:
+        """Surround an operation, which fails if this raises."""
+        self.begin(call)
+        yield
 
     def begin(self, call: Call) -> None:
         """Called before every operation, which fails if this raises."""

@@ -56,8 +56,8 @@ class Operations:
     def _run(self, call: Call, work: Callable[[], Answer[T]], gradient: bool) -> Future[T]:
         self.require_open(call.operation)
         try:
-            self._engine.begin(call)
-            answer = work()
+            with self._engine.operation(call):
+                answer = work()
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # or they would keep graphs alive for as long as the error
             failure = Failure(error)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...datums.types import Datum
 from ...losses.base import Loss
@@ -19,8 +21,12 @@ from ..operations import sized
 from ..prepared import as_loss, loss_name
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .checkpoint import save_checkpoint
-from .engine import NativeEngine
+from .distributed.engine import DistributedEngine
+from .distributed.ranks import find_mesh
+from .distributed.start import distributed_engine
+from .engine import NativeEngine, as_causal_lm
 from .execution.batching import Layout
+from .execution.forward import model_device
 from .execution.gradient import RetainedForward
 from .execution.memory import Overflow
 from .export import export_model
@@ -47,6 +53,11 @@ class TorchBackend(Backend):
         max_length: longest datum, tokens; None = the context that the model was made for, if its config names one.
         checkpoint_dir: where `save_state` writes.
         seed: of the sampling generator.
+        mesh: the processes that train the model together, each of which is given the same data and returns the same results:
+            ``auto`` (all that ``torchrun`` started), None (this one alone), or a ``DeviceMesh`` of one dimension (shards) or
+            two (replicas, shards). See docs/distributed.md.
+        reshard: whether each layer's weights are freed after use and gathered again; ``auto``: only where memory asks for it.
+        timeout: seconds that a process waits for the others before it gives up; None: PyTorch's default.
 
     Raises:
         LeakyModelError: the model sees the future, or mixes sequences in the layout that was asked for.
@@ -66,9 +77,13 @@ class TorchBackend(Backend):
         max_length: int | None = None,
         checkpoint_dir: str | Path = "checkpoints",
         seed: int = 0,
+        mesh: DeviceMesh | Literal["auto"] | None = "auto",
+        reshard: bool | Literal["auto"] = "auto",
+        timeout: float | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._native = NativeEngine(
+        build = partial(
+            NativeEngine,
             model,
             reference=reference,
             token_budget=token_budget,
@@ -78,6 +93,12 @@ class TorchBackend(Backend):
             max_length=max_length,
             checkpoint_dir=Path(checkpoint_dir),
             seed=seed,
+        )
+        found = find_mesh(mesh, model_device(as_causal_lm(model)), timeout)
+        self._native: NativeEngine | DistributedEngine = (
+            build()
+            if found is None
+            else distributed_engine(model, reference, found, reshard=reshard, timeout=timeout, build=build)
         )
         super().__init__(self._native)
 

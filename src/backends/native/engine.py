@@ -22,7 +22,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
-from .execution.forward import model_device, score, trainable
+from .execution.forward import model_device, score, score_forwards, trainable
 from .execution.gradient import RetainedForward, gradient_of, retained_gradient
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.scaling import GradientScale
@@ -62,6 +62,7 @@ class NativeEngine(Engine):
         max_length: int | None,
         checkpoint_dir: Path,
         seed: int,
+        shard: Callable[[nn.Module], None] = lambda model: None,
     ) -> None:
         self.model, self.module = as_causal_lm(model), model
         if reference is model:
@@ -81,6 +82,8 @@ class NativeEngine(Engine):
         sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
+        shard(model)  # what follows belongs to the weights of this process
+        self.parameters = trainable(model)
         self.accumulator = Accumulator(self.parameters)
         self.accumulator.clear()  # what a model's earlier life has left there is not ours
         self.optimizer = Optimizer(self.parameters)
@@ -105,7 +108,7 @@ class NativeEngine(Engine):
             with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
                 layout, batches = self.scheduler.gradient_batches(call)
                 gradient = gradient_of(self.model, call, batches, self.memory.settings(layout), scale)
-                self.accumulator.require_finite(lambda: self._blame(call.requests))
+                self.accumulator.require_finite(lambda: self.blame(call.requests))
             return gradient
 
         return self.memory.retry(attempt, call.lengths)
@@ -154,11 +157,15 @@ class NativeEngine(Engine):
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
             fresh = {self.retain(prepare(rest)): rest} if rest else {}
             gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
-            self.accumulator.require_finite(lambda: self._blame(call.requests))
+            self.accumulator.require_finite(lambda: self.blame(call.requests))
         return gradient
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
+        return self.step_unchecked(params, divisor)
+
+    def step_unchecked(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
+        """Make a step on gradients that are known to be finite; see `step`."""
         norm = self.optimizer.step(params, divisor.value)
         self._weights = object()
         self.clear()
@@ -226,20 +233,16 @@ class NativeEngine(Engine):
     @torch.no_grad()
     def _score(self, model: CausalLM, call: PreparedCall) -> list[Tensor]:
         def attempt() -> list[Tensor]:
-            layout, batches = self.scheduler.datums(call)
-            scored: dict[int, Tensor] = {}
-            for members in batches:
-                requests = [call.requests[i] for i in members]
-                packed = score(model, requests, layout).cpu()
-                scored |= dict(zip(members, torch.split(packed, [r.length for r in requests]), strict=True))
+            scored = score_forwards(model, self.scheduler.forwards_of(call))
             return [scored[i] for i in range(len(call.data))]
 
         return self.memory.retry(attempt, call.lengths)
 
-    def _blame(self, requests: Sequence[ScoreRequest]) -> str:
-        """Name the first datum whose own gradient is not finite."""
-        parameters = list(self.parameters.values())
-        for i, request in enumerate(requests):
+    def blame(self, requests: Sequence[ScoreRequest], members: Sequence[int] | None = None) -> str:
+        """Name the first datum (of ``members``; default: all) whose own gradient is not finite."""
+        parameters = list(trainable(self.module).values())
+        for i in range(len(requests)) if members is None else members:
+            request = requests[i]
             logprobs = score(self.model, [request], "single")
             gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
             if any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):

@@ -52,6 +52,7 @@ class Optimizer:
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         scaled = torch._foreach_div(list(held.values()), divisor)
         norm = torch.nn.utils.get_total_norm(scaled)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError(
                 f"the norm of the gradient is {float(norm)}, though each number is finite; nothing has changed"

@@ -25,6 +25,7 @@ __all__ = [
 
 Layout = Literal["packed", "forked", "padded", "single"]
 _SHORTEST = 4  # tokens of a shared prefix
+_NOBODY = -1  # the datum of a dummy
 
 
 @final
@@ -81,6 +82,7 @@ class MicroBatch:
         index: the positions that are scored.
         tokens: that go through the model, padding left out and a shared prefix counted once.
         temperature: at which all of them are scored.
+        most_tokens: of the forwards that other processes run at the same time; 0: there are none.
     """
 
     members: Sequence[int]
@@ -89,6 +91,7 @@ class MicroBatch:
     index: TargetIndex
     tokens: int
     temperature: float = 1.0
+    most_tokens: int = 0
 
     @classmethod
     def of(
@@ -97,6 +100,7 @@ class MicroBatch:
         layout: Layout,
         device: torch.device,
         members: Sequence[int] | None = None,
+        most_tokens: int = 0,
     ) -> MicroBatch:
         """Lay sequences out, which are scored at one temperature."""
         alone = layout == "single"
@@ -108,7 +112,20 @@ class MicroBatch:
             index=TargetIndex.of(requests, device),
             tokens=sum(own_lengths(requests, layout)),
             temperature=requests[0].temperature,
+            most_tokens=most_tokens,
         )
+
+    @classmethod
+    def dummy(cls, device: torch.device, most_tokens: int) -> MicroBatch:
+        """Return a forward of two tokens that stand for no datum: a process with nothing to do keeps step with the others."""
+        tokens = torch.zeros(2, dtype=torch.int64)
+        request = ScoreRequest(tokens, tokens, torch.tensor([True, False]))
+        return cls.of([request], "padded", device, [_NOBODY], most_tokens)
+
+    @property
+    def stands_for_none(self) -> bool:
+        """Whether it is a dummy."""
+        return list(self.members) == [_NOBODY]
 
     def apart(self, values: Tensor) -> dict[int, Tensor]:
         """Return values of all positions, end to end, by datum index."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import final
 
@@ -54,8 +56,8 @@ class DeferredBackward:
     def add(self, batch: MicroBatch) -> None:
         """Score a micro-batch, and retain its graph if the budget allows."""
         # One graph at a time is needed in any case.
-        predicted = self.graph_bytes + self._settings.meter.predict(batch.tokens)
-        over = self.graph_bytes > 0 and predicted > self._settings.budget
+        own = self._settings.predict(batch)
+        over = self.graph_bytes > 0 and self.graph_bytes + own > self._settings.budget
         keep = not over or self._settings.overflow == "offload"
         hidden, size = self._hidden(batch, keep=keep, offload=over)
         leaf = hidden.detach().requires_grad_()
@@ -66,7 +68,8 @@ class DeferredBackward:
 
     def logprobs(self) -> dict[int, Tensor]:
         """Return the detached log-probs of every datum, on the model's device."""
-        apart = [forward.batch.apart(forward.logprobs.detach()) for forward in self._forwards]
+        scored = [forward for forward in self._forwards if not forward.batch.stands_for_none]
+        apart = [forward.batch.apart(forward.logprobs.detach()) for forward in scored]
         return {i: logprobs for each in apart for i, logprobs in each.items()}
 
     def backward(self, cotangents: Mapping[int, Tensor], scale: float = 1.0) -> None:
@@ -74,7 +77,9 @@ class DeferredBackward:
         waiting, self._forwards = sorted(self._forwards, key=lambda f: f.hidden is not None), []
         while waiting:  # each graph is freed once it has served; after a failure none is left that could serve twice
             forward = waiting.pop()
-            cotangent = scale * torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
+            cotangent = torch.zeros_like(forward.logprobs)
+            if not forward.batch.stands_for_none:
+                cotangent = scale * torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
             torch.autograd.backward(forward.logprobs, cotangent)
             hidden = forward.hidden
             if hidden is None:
@@ -102,7 +107,7 @@ class DeferredBackward:
         torch.autograd.backward(surrogate)
         if hidden.requires_grad:
             torch.autograd.backward(hidden, leaf.grad)
-        return batch.apart(batch.index.scatter(logprobs))
+        return {} if batch.stands_for_none else batch.apart(batch.index.scatter(logprobs))
 
     def metrics(self) -> dict[str, Metric]:
         """What happened: the largest sum of graphs retained, and the tokens that ran twice."""
@@ -135,10 +140,12 @@ class DeferredBackward:
             with torch.enable_grad(), torch.autograd.graph.save_on_cpu():
                 return batch_hidden(self._model, batch), 0
         meter = self._settings.meter
-        with torch.enable_grad(), meter.measuring(batch.tokens):
+        agreed = self._settings.bytes_per_token is not None  # what one process measures may not decide what all retain
+        with torch.enable_grad(), nullcontext() if agreed else meter.measuring(batch.tokens):
             hidden = batch_hidden(self._model, batch)
-        self._peak = max(self._peak, self.graph_bytes + meter.bytes)
-        return hidden, meter.bytes
+        size = math.ceil(self._settings.predict(batch)) if agreed else meter.bytes
+        self._peak = max(self._peak, self.graph_bytes + size)
+        return hidden, size
 
 
 def _require_same(after: Tensor, before: Tensor) -> None:

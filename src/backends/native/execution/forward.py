@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ...prepared import ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import Layout, MicroBatch
 
-__all__ = ["batch_hidden", "batch_logprobs", "model_device", "needed_hidden", "score", "trainable"]
+__all__ = ["batch_hidden", "batch_logprobs", "model_device", "needed_hidden", "score", "score_forwards", "trainable"]
 
 
 def model_device(model: CausalLM) -> torch.device:
@@ -52,6 +52,16 @@ def score(model: CausalLM, requests: Sequence[ScoreRequest], layout: Layout) -> 
     """
     batch = MicroBatch.of(requests, layout, model_device(model))
     return batch_logprobs(model, batch_hidden(model, batch), batch)
+
+
+def score_forwards(model: CausalLM, forwards: Iterable[MicroBatch]) -> dict[int, Tensor]:
+    """Return the log-probs of the datums of some forwards, on the CPU."""
+    scored: dict[int, Tensor] = {}
+    for batch in forwards:
+        logprobs = batch_logprobs(model, batch_hidden(model, batch), batch)
+        if not batch.stands_for_none:
+            scored |= {i: values.cpu() for i, values in batch.apart(logprobs).items()}
+    return scored
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,20 @@ from .deferred_backward import DeferredBackward
 from .memory import GraphSettings
 from .scaling import GradientScale
 
-__all__ = ["RetainedForward", "gradient_of", "retained_gradient", "streams_in_one_pass"]
+__all__ = [
+    "NOTHING",
+    "RetainedForward",
+    "Streamed",
+    "gradient_of",
+    "require_finite_cotangents",
+    "require_finite_logprobs",
+    "retained_gradient",
+    "streamed",
+    "streams_in_one_pass",
+    "summary",
+]
+
+NOTHING: Final = Cotangents({}, "none", 0.0, {})  # of a forward that stands for no datum
 
 
 @final
@@ -81,6 +94,22 @@ def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     return model.head().trainable and kind in ("constant", "token") and one_target
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What came of some batches of a call.
+
+    Attributes:
+        parts: the cotangents of each batch.
+        logprobs: by datum, on the CPU.
+        graph_metrics: what the graphs of each batch held.
+    """
+
+    parts: Sequence[Cotangents]
+    logprobs: Mapping[int, Tensor]
+    graph_metrics: Sequence[Mapping[str, Metric]]
+
+
 def gradient_of(
     model: CausalLM,
     call: PreparedCall,
@@ -88,6 +117,18 @@ def gradient_of(
     settings: GraphSettings,
     scale: GradientScale,
 ) -> Gradient:
+    """Add the gradient of a call, given as batches of whole units; see `streamed`."""
+    done = streamed(model, call, batches, settings, scale)
+    return summary(call, done.parts, done.logprobs, done.graph_metrics)
+
+
+def streamed(
+    model: CausalLM,
+    call: PreparedCall,
+    batches: Sequence[Sequence[MicroBatch]],
+    settings: GraphSettings,
+    scale: GradientScale,
+) -> Streamed:
     """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next.
 
     Args:
@@ -110,7 +151,7 @@ def gradient_of(
         parts.append(cotangents)
         graph_metrics.append(graphs.metrics())
         logprobs |= {i: x.cpu() for i, x in scored.items()}
-    return _summary(call, parts, logprobs, graph_metrics)
+    return Streamed(parts, logprobs, graph_metrics)
 
 
 def retained_gradient(
@@ -125,15 +166,15 @@ def retained_gradient(
         scale: of the cotangents; gradients are to be divided by it.
     """
     logprobs = {i: x for retained, at in places.items() for i, x in zip(at, retained.logprobs, strict=True)}
-    _require_finite_logprobs(logprobs, call.requests)
+    require_finite_logprobs(logprobs, call.requests)
     cotangents = evaluate(call, logprobs)
-    _require_finite_cotangents(cotangents.by_datum, call)
+    require_finite_cotangents(cotangents.by_datum, call)
     for retained, at in places.items():
         own = {local: cotangents.by_datum[i] for local, i in enumerate(at)}
         retained.graphs.backward(own, scale.choose(cotangents.by_datum))
     tokens = sum(retained.tokens for retained in places)
     counted = read({"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))})
-    return _summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
+    return summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
 
 
 def _in_two_acts(
@@ -143,9 +184,9 @@ def _in_two_acts(
     for batch in forwards:
         graphs.add(batch)
     scored = graphs.logprobs()
-    _require_finite_logprobs(scored, call.requests)
-    cotangents = evaluate(call, scored)
-    _require_finite_cotangents(cotangents.by_datum, call)
+    require_finite_logprobs(scored, call.requests)
+    cotangents = evaluate(call, scored) if scored else NOTHING
+    require_finite_cotangents(cotangents.by_datum, call)
     graphs.backward(cotangents.by_datum, scale.choose(cotangents.by_datum))
     return scored, cotangents
 
@@ -156,6 +197,8 @@ def _in_one_pass(
     """Score, evaluate and go back a chunk of tokens at a time."""
     loss, index = call.registered, batch.index
     assert loss is not None, "see streams_in_one_pass"
+    if batch.stands_for_none:
+        return graphs.one_pass(batch, torch.zeros(len(index.at), device=index.at.device)), NOTHING
     dtype = torch.float64 if graphs.exact else torch.float32
     given = torch.zeros(index.shape, dtype=dtype, device=index.at.device)
     stream = TokenStream(loss, call.batch(batch.members, given), call.counts)
@@ -166,11 +209,11 @@ def _in_one_pass(
         return given[index.at[at]]
 
     scored = graphs.one_pass(batch, cotangent)
-    _require_finite_logprobs(scored, call.requests)
+    require_finite_logprobs(scored, call.requests)
     skipped = torch.ones_like(given, dtype=torch.bool).index_fill(0, index.at, False).nonzero()[:, 0]
     stream.cotangent(given[skipped], skipped)
     by_datum = batch.apart(given)
-    _require_finite_cotangents(by_datum, call)
+    require_finite_cotangents(by_datum, call)
     output = stream.output()
     if output.problems:
         output.check()
@@ -179,12 +222,13 @@ def _in_one_pass(
     return scored, Cotangents(by_datum, denominator, count, output.metrics)
 
 
-def _summary(
+def summary(
     call: PreparedCall,
     parts: Sequence[Cotangents],
     logprobs: Mapping[int, Tensor],
     more: Sequence[Mapping[str, Metric]],
 ) -> Gradient:
+    """Return the result of a call from its parts, whose log-probs and cotangents together are of every datum."""
     return Gradient(
         output=call.output([logprobs[i].cpu() for i in range(len(call.data))], summarize(parts, more)),
         tokens=sum(part.tokens for part in parts),
@@ -195,7 +239,7 @@ def _summary(
     )
 
 
-def _require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
+def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
     """Raise `NonFiniteError` with the datum and token of the first log-prob that is not finite."""
     for i, values in sorted(logprobs.items()):
         bad = ~torch.isfinite(values)
@@ -207,7 +251,7 @@ def _require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[
             )
 
 
-def _require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
+def require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
     """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
     for i, cotangent in sorted(cotangents.items()):
         bad = ~torch.isfinite(cotangent)

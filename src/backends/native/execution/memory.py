@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ....errors import ConfigError, UnsupportedError
 from ..models.facts.quantized import plain_tensors
-from .batching import Layout
+from .batching import Layout, MicroBatch
 
 __all__ = ["GraphMeter", "GraphSettings", "MemoryBudget", "Overflow", "available_bytes", "graph_allowance", "ran_out"]
 
@@ -139,12 +139,20 @@ class GraphSettings:
         budget: bytes that the graphs may hold together.
         overflow: what happens to those beyond: run again before their backward, or moved to CPU memory.
         meter: measures them.
+        bytes_per_token: of a graph, as all processes have agreed, where each must retain the same; None: as measured.
     """
 
     layout: Layout
     budget: float
     overflow: Overflow
     meter: GraphMeter
+    bytes_per_token: float | None = None
+
+    def predict(self, batch: MicroBatch) -> float:
+        """Bytes that the graph of a forward will hold."""
+        if self.bytes_per_token is None:
+            return self.meter.predict(batch.tokens)
+        return self.bytes_per_token * max(batch.tokens, batch.most_tokens)
 
 
 @final

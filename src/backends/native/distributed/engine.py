@@ -1,0 +1,242 @@
+"""The native engine on several processes: each scores its share of a call, and all of them agree before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ....datums.types import ModelInput
+from ....errors import NonFiniteError, RankError
+from ...cotangents import Cotangents, evaluate
+from ...engine import Call, Engine, Gradient, Scorer
+from ...normalization import Divisor, Ledger
+from ...prepared import PreparedCall
+from ...types import AdamParams, Plan, Rollout, SamplingParams
+from ..accumulator import Accumulator
+from ..causal_lm import CausalLM
+from ..engine import NativeEngine
+from ..execution.deferred_backward import DeferredBackward
+from ..execution.forward import score_forwards, trainable
+from ..execution.gradient import (
+    Streamed,
+    require_finite_cotangents,
+    require_finite_logprobs,
+    streamed,
+    summary,
+)
+from ..execution.memory import GraphSettings
+from ..execution.scaling import GradientScale
+from .agreement import Agreement
+from .digest import call_digests, tensor_digest
+from .exchange import gather_metrics, of_rank_zero, require_equal
+from .ranks import Ranks
+from .schedule import Schedule, Share
+from .sharding import Shards, full, local_part
+
+__all__ = ["DistributedEngine"]
+
+T = TypeVar("T")
+
+
+@final
+class DistributedEngine(Engine):
+    """The operations of a `NativeEngine` whose model is sharded over the processes of a mesh.
+
+    Every process is given the same call and returns the same result.
+
+    Args:
+        local: this process's part.
+        shards: its model's.
+        ranks: the processes.
+        reference: the shards of the reference model, if there is one.
+    """
+
+    def __init__(self, local: NativeEngine, shards: Shards, ranks: Ranks, reference: Shards | None) -> None:
+        self.local, self._shards, self._ranks, self._reference = local, shards, ranks, reference
+        self.limits = local.limits
+        self._agreement = Agreement(ranks)
+        self._schedule = Schedule(local.scheduler, ranks, in_step=shards.reshard)
+
+    @property
+    def weights_version(self) -> int:  # type: ignore[override]  # the local engine counts
+        """Optimizer steps so far."""
+        return self.local.weights_version
+
+    @contextmanager
+    def operation(self, call: Call) -> Iterator[None]:
+        with self._agreement.operation(call.operation):
+            self.local.begin(call)
+            yield
+
+    def score(self, call: PreparedCall) -> list[Tensor]:
+        return self._score(self.local.model, self._shards, call)
+
+    def accumulate(self, call: PreparedCall) -> Gradient:
+        self._open(call)
+        add = self._function if call.registered is None or call.gradient_kind == "batch" else self._stream
+        return self._retried(call, lambda: self._added(lambda: add(call)))
+
+    def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
+        settings = f"{self.weights_version} {params} {divisor.value}"
+        self._agreement.meet("settings of the step", settings.encode())
+        self._require_finite("the sum of calls that are finite one by one")
+        self._shards.release()
+        return self.local.step_unchecked(params, divisor)
+
+    def clear(self) -> None:
+        self.local.clear()
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        return {name: full(gradient) for name, gradient in self.local.gradients().items()}
+
+    def plan(self, call: PreparedCall) -> Plan:
+        return self.local.plan(call)
+
+    def reference(self) -> Scorer:
+        scorer, frozen = self.local.reference(), self._reference
+        if frozen is not None:
+            return lambda call: self._score(frozen.model, frozen, call)
+        del scorer  # it was asked whether there is one
+
+        def score_base(call: PreparedCall) -> list[Tensor]:
+            with self.local.base_only():
+                return self._score(self.local.model, self._shards, call)
+
+        return score_base
+
+    def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
+        """Every rank draws all of them, from generators in the same state."""
+        self._shards.gather()
+        return self.local.sample(prompts, n, params)
+
+    def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
+        raise NotImplementedError
+
+    def load(self, path: str, everything: bool) -> Ledger:
+        raise NotImplementedError
+
+    def snapshot(self, weights: bool) -> Callable[[], None]:
+        return self.local.snapshot(weights)
+
+    def close(self) -> None:
+        self.local.close()
+
+    def _open(self, call: PreparedCall) -> None:
+        """Check that every rank has been given the same call, for the same weights."""
+        digests = call_digests(call)
+        self._agreement.meet("batch", *digests)
+        self._agreement.meet(f"weights of step {self.weights_version}")
+
+    def _retried(self, call: PreparedCall, attempt: Callable[[], T]) -> T:
+        return self.local.memory.retry(attempt, call.lengths)
+
+    def _score(self, model: CausalLM, shards: Shards, call: PreparedCall) -> list[Tensor]:
+        self._open(call)
+
+        def attempt() -> list[Tensor]:
+            share = self._schedule.datums(call)
+            shards.gather()
+            with torch.no_grad():
+                own = self._act("forward", lambda: score_forwards(model, share.forwards))
+            return share.gather(own, call, shards.dtype)
+
+        return self._retried(call, attempt)
+
+    def _added(self, add: Callable[[], Gradient]) -> Gradient:
+        """Run a gradient operation into fresh gradients; after a failure those of earlier ones are as they were."""
+        with self.local.accumulator.adding():
+            try:
+                self._shards.gather()
+                with torch.enable_grad():
+                    gradient = add()
+                self._shards.reduce()
+                self._require_finite("the sum over all processes of what is finite on each")
+            except BaseException as error:
+                if self._shards.reshard and not isinstance(error, RankError):
+                    self._agreement.give_up(error)  # others may wait in the middle of a layer
+                self._shards.reset()
+                raise
+        return gradient
+
+    def _stream(self, call: PreparedCall) -> Gradient:
+        """Let each rank stream its own units, forward, loss and backward."""
+        share = self._schedule.units(call)
+        scale = GradientScale(self.local.parameters.values(), needed=False)
+        settings = self._settings(share)
+
+        def work() -> Streamed:
+            done = streamed(self.local.model, call, share.batches, settings, scale)
+            self._require_finite_here(call, share)
+            return done
+
+        done = self._act("gradient", work)
+        logprobs = share.gather(done.logprobs, call, self._shards.dtype)
+        own = {i: c for part in done.parts for i, c in part.by_datum.items()}
+        cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
+        everything = evaluate(call, dict(enumerate(logprobs)))
+        merged = replace(everything, by_datum=cotangents)
+        graphs = gather_metrics(self._ranks, done.graph_metrics)
+        return summary(call, [merged], dict(enumerate(logprobs)), [graphs])
+
+    def _function(self, call: PreparedCall) -> Gradient:
+        """Score everything, evaluate the function on all log-probs on each rank, and go back with rank 0's cotangents."""
+        share = self._schedule.datums(call)
+        graphs = DeferredBackward(self.local.model, self._settings(share))
+
+        def forward() -> dict[int, Tensor]:
+            for batch in share.forwards:
+                graphs.add(batch)
+            scored = {i: x.cpu() for i, x in graphs.logprobs().items()}
+            require_finite_logprobs(scored, call.requests)
+            return scored
+
+        scored = share.gather(self._act("forward", forward), call, self._shards.dtype)
+        cotangents = self._agreed_cotangents(call, scored)
+
+        def backward() -> None:
+            graphs.backward(cotangents.by_datum)
+            self._require_finite_here(call, share)
+
+        self._act("backward", backward)
+        metrics = gather_metrics(self._ranks, [graphs.metrics()])
+        return summary(call, [cotangents], dict(enumerate(scored)), [metrics])
+
+    def _agreed_cotangents(self, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
+        def work() -> Cotangents:
+            found = evaluate(call, dict(enumerate(logprobs)))
+            require_finite_cotangents(found.by_datum, call)
+            return found
+
+        found = self._agreement.attempt("loss", work)
+        everywhere = of_rank_zero(self._ranks, found.by_datum)
+        self._agreement.attempt("cotangents", lambda: require_equal(call.name, found.by_datum, everywhere))
+        return replace(found, by_datum=everywhere)
+
+    def _require_finite_here(self, call: PreparedCall, share: Share) -> None:
+        """Check this rank's own gradients before they are added up, while it can still be said which datum is to blame."""
+        if not self._shards.reshard:
+            Accumulator(trainable(self.local.module)).require_finite(lambda: self.local.blame(call.requests, share.own))
+
+    def _require_finite(self, cause: str) -> None:
+        """Check the gradients of all ranks; a maximum over them would lose a NaN, a count does not."""
+        gradients = self.local.gradients()
+        if not gradients:
+            return
+        parts = [local_part(gradient) for gradient in gradients.values()]
+        largest = torch.stack([part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts])
+        counted = self._ranks.gather((~torch.isfinite(largest)).long()).sum(0)
+        if int(counted.sum()):
+            name = [*gradients][int(counted.argmax())]
+            raise NonFiniteError(f"the gradient of {name} is not finite; first caused by {cause}; nothing has changed")
+
+    def _act(self, stage: str, work: Callable[[], T]) -> T:
+        return self._agreement.attempt(stage, work)
+
+    def _settings(self, share: Share) -> GraphSettings:
+        return share.settings(self.local.memory)

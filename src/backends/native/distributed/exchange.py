@@ -1,0 +1,50 @@
+"""What ranks tell each other of the results of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ....errors import RanksDifferError
+from ....losses.evaluation.metrics import Metric, combine_metrics
+from .ranks import Ranks
+
+__all__ = ["gather_metrics", "of_rank_zero", "require_equal"]
+
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; two machines may sum in another order
+
+
+def gather_metrics(ranks: Ranks, own: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Return sums (and maxima) over ranks of metrics that all of them have under the same names."""
+    combined = combine_metrics(own)
+    names = sorted(combined)
+    numbers = [[combined[name].numerator, combined[name].denominator] for name in names]
+    every = ranks.gather(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    each = [
+        {name: Metric(*row, combined[name].reduction) for name, row in zip(names, rows, strict=True)} for rows in every
+    ]
+    return combine_metrics(each)
+
+
+def of_rank_zero(ranks: Ranks, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return the cotangents that rank 0 has found, which have the shapes of this rank's."""
+    flat = torch.cat([own[i].detach().reshape(-1).cpu() for i in sorted(own)])
+    apart = torch.split(ranks.broadcast(flat), [own[i].numel() for i in sorted(own)])
+    return {i: each.reshape(own[i].shape) for i, each in zip(sorted(own), apart, strict=True)}
+
+
+def require_equal(name: str, own: Mapping[int, Tensor], first: Mapping[int, Tensor]) -> None:
+    """Check that this rank's cotangents are those of rank 0.
+
+    Raises:
+        RanksDifferError: a datum's are others.
+    """
+    for i, expected in sorted(first.items()):
+        difference = float((own[i].cpu() - expected).norm()) / max(float(expected.norm()), 1e-30)
+        if not difference <= _SAME.get(expected.dtype, 1e-4):
+            raise RanksDifferError(
+                f"datum {i}: {name} has another gradient here than on rank 0 (relative difference {difference:.2g}); every rank "
+                "evaluates it on all log-probs, so what it draws must be seeded and what it reads must be the same everywhere"
+            )

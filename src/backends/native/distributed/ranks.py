@@ -1,0 +1,120 @@
+"""The processes that train one model together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ....errors import ConfigError
+
+__all__ = ["Ranks", "default_device", "find_mesh"]
+
+
+def default_device() -> str:
+    """Return where a model goes unless another device is named: this process's GPU where there is one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+def find_mesh(
+    asked: DeviceMesh | Literal["auto"] | None, device: torch.device, timeout: float | None
+) -> DeviceMesh | None:
+    """Return the mesh that a model is spread over; None: it stays in this process.
+
+    Args:
+        asked: a mesh of one dimension (shards) or two (replicas of shards); ``auto``: all processes that ``torchrun`` started,
+            or that a process group holds already; None: this process alone.
+        device: of the model.
+        timeout: seconds that a process waits for the others, where the process group is made here.
+
+    Raises:
+        ConfigError: the mesh has more dimensions, or no process group can be made.
+    """
+    if asked is None:
+        return None
+    if isinstance(asked, DeviceMesh):
+        if asked.ndim > 2:
+            raise ConfigError(f"mesh must have one dimension (shards) or two (replicas, shards), got {asked.ndim}")
+        return asked if asked.size() > 1 else None
+    if asked != "auto":
+        raise ConfigError(f"mesh must be auto, None or a torch DeviceMesh, got {asked!r}")
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return None
+        _initialize(device, timeout)
+    return init_device_mesh(device.type, (dist.get_world_size(),)) if dist.get_world_size() > 1 else None
+
+
+def _initialize(device: torch.device, timeout: float | None) -> None:
+    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set, so the other processes cannot be "
+            "found; start the script with torchrun, or pass mesh=None to train in this process alone"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process among those of a mesh.
+
+    Attributes:
+        rank: this process, counted from 0.
+        size: how many there are.
+        group: of all of them, on the CPU; apart from the one that moves weights, whose order it must not disturb.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, timeout: float | None) -> Ranks:
+        """Make the group that the processes of a mesh agree in; every one must call this.
+
+        Args:
+            mesh: of the model.
+            timeout: seconds that a process waits for the others; None: PyTorch's default.
+        """
+        members = sorted(mesh.mesh.flatten().tolist())
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        group = dist.new_group(members, timeout=limit, backend="gloo")
+        assert group is not None
+        return cls(members.index(dist.get_rank()), len(members), group)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, which have one shape, stacked; on the CPU."""
+        own = tensor.detach().cpu().contiguous()
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own, group=self.group)
+        return torch.stack(every)
+
+    def gather_ragged(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
+        """Return the tensors of all ranks, whose first dimension has ``sizes[r]`` entries on rank r."""
+        most = max(sizes)
+        if most == 0:
+            return [tensor.detach().cpu()] * self.size
+        padded = tensor.new_zeros((most, *tensor.shape[1:]), device="cpu")
+        padded[: len(tensor)] = tensor.detach().cpu()
+        return [each[:size] for each, size in zip(self.gather(padded), sizes, strict=True)]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Return rank 0's tensor; on the CPU."""
+        given = tensor.detach().cpu().clone().contiguous()
+        dist.broadcast(given, group_src=0, group=self.group)
+        return given

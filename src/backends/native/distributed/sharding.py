@@ -1,0 +1,214 @@
+"""A model's weights and gradients over many processes, by PyTorch's FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from ....errors import BackendError, UnsupportedError
+from ..causal_lm import CausalLM
+from ..execution.memory import GraphMeter
+
+__all__ = ["Reshard", "Shards", "full", "local_part", "shard_model", "sharded_units", "whole_bytes"]
+
+Reshard = Literal["auto"] | bool
+_HALVES = (torch.bfloat16, torch.float16)
+_FORWARDS = ("hidden_states", "cached_states")
+
+
+def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard each layer, and one root over the base model and the head; gradients are summed over ranks, not averaged.
+
+    Trained weights in bfloat16 become fp32 shards, which compute in bfloat16: the shard is what an optimizer on one process
+    keeps as its fp32 master.
+
+    Args:
+        module: a `CausalLM`; its adapters must be there already.
+        mesh: one dimension (shards) or two (replicas, shards).
+
+    Raises:
+        UnsupportedError: float16, weights of several dtypes that are trained, or no layers.
+        BackendError: it is sharded already.
+    """
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise BackendError(
+            "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards both: an adapter "
+            "that is added to a sharded model is not reduced over ranks, so that its gradient is wrong without an error"
+        )
+    policy = _as_masters(module)
+    for layer in sharded_units(module):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for name in _FORWARDS:
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
+    for unit in _units(module):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply as it sums
+        getattr(unit, "set_reduce_scatter_unused_params", lambda _: None)(True)  # since torch 2.13
+
+
+def sharded_units(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model: what transformers would not split, or else the members of its longest list."""
+    names = {
+        name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ()) if name
+    }
+    layers = [part for part in module.modules() if type(part).__name__ in names]
+    lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 0]
+    found = layers or max(lists, key=len, default=[])
+    inner = {child for part in found for child in part.modules() if child is not part}
+    return [part for part in found if part not in inner]
+
+
+def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
+    trained = {p.dtype for p in module.parameters() if p.requires_grad}
+    if torch.float16 in {p.dtype for p in module.parameters()}:
+        raise UnsupportedError("float16 needs a loss scale that all processes share, which is not built; use bfloat16")
+    if not trained & set(_HALVES):
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    every = {p.dtype for p in module.parameters()}
+    if len(every) > 1:
+        raise UnsupportedError(
+            f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; load "
+            "the model in one dtype, or train an adapter"
+        )
+    module.to(torch.float32)
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
+def _units(module: nn.Module) -> Iterator[FSDPModule]:
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
+
+
+def whole_bytes(module: nn.Module) -> int:
+    """Return the bytes of a model's weights, and of their gradients where they are trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
+    return sum(size * (2 if trained else 1) for size, trained in sizes)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be sharded; every rank must ask."""
+    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what of a tensor lies on this rank."""
+    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
+
+
+@final
+class Shards:
+    """A sharded model: when its weights are gathered, and when its gradients are reduced.
+
+    Without resharding, the weights are gathered once after each step and stay until the next: an operation then
+    computes on each rank as if it were alone, may fail or run out of memory there, and gradients are reduced once, after all
+    ranks have agreed that they are good. With resharding, each layer is gathered for as long as it computes, so that every
+    rank must run as many forwards, in the same order.
+
+    Args:
+        module: that `shard_model` has sharded.
+        model: the same.
+        reshard: whether layers are freed after each forward and backward.
+        meter: is told where weights lie.
+    """
+
+    def __init__(self, module: nn.Module, model: CausalLM, reshard: bool, meter: GraphMeter | None) -> None:
+        self.reshard, self.module, self.model, self._meter = reshard, module, model, meter
+        self._root = cast(FSDPModule, module)
+        self._gathered = False
+        self._root.set_reshard_after_forward(reshard)
+        self._root.set_reshard_after_backward(reshard)
+        # The head is used outside of the root's forward.
+        self._root.set_reshard_after_forward(False, recurse=False)
+        self._root.set_reshard_after_backward(False, recurse=False)
+        self._root.set_requires_gradient_sync(reshard)
+        self._trained = any(p.requires_grad for p in module.parameters())
+        hidden = self._dummy()  # also lets FSDP find its root
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32  # of log-probs
+        if self._trained and not hidden.requires_grad:
+            raise UnsupportedError("only the head is trained, which cannot be spread over processes; train a layer too")
+        self.release()
+
+    def gather(self) -> None:
+        """Gather the weights on every rank; with resharding, only those outside of the layers."""
+        if self._gathered:
+            return
+        for unit in [self._root] if self.reshard else [*_units(self.module)]:
+            unit.unshard()
+        self._gathered = True
+        if self._meter is not None and not self.reshard:
+            self._meter.owned = GraphMeter.of(self.module).owned
+
+    def release(self) -> None:
+        """Free what was gathered; the weights may now change."""
+        for unit in _units(self.module):
+            unit.reshard()
+        self._gathered = False
+
+    def reduce(self) -> None:
+        """Add the gradients of all ranks up, each rank keeping its shards; they are there already with resharding."""
+        if self.reshard:
+            return
+        for p in self.module.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._root.set_requires_gradient_sync(True)
+        try:
+            hidden = self._dummy()
+            torch.autograd.backward(hidden, torch.zeros_like(hidden))
+        finally:
+            self._root.set_requires_gradient_sync(False)
+
+    def reset(self) -> None:
+        """Forget an operation that failed half-way, with its gradients; those of earlier operations stay."""
+        held = [p for p in self.module.parameters() if not isinstance(p, DTensor)]
+        for p in held:
+            p.grad = None
+        for group in _groups(self.module):
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+        _reset_iteration(self._root)
+        self.release()
+
+    def _dummy(self) -> Tensor:
+        """Return hidden states of two tokens, which depend on every weight of the base model."""
+        device = next(local_part(p) for p in self.module.parameters()).device
+        with torch.set_grad_enabled(self._trained):
+            return self.model.hidden_states(
+                torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
+            )
+
+
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """FSDP's groups of parameters, which have no public name."""
+    for unit in _units(module):
+        state: Any = unit._get_fsdp_state()
+        groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        yield from (group for group in groups if group is not None)
+
+
+def _reset_iteration(root: FSDPModule) -> None:
+    """Bring FSDP's own state back to between two operations."""
+    if hasattr(root, "reset_iter_state"):  # since torch 2.13
+        root.reset_iter_state()
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    state: Any = root._get_fsdp_state()
+    state._comm_ctx.post_forward_order.clear()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+    for each in state._state_ctx.all_states:
+        each._training_state = TrainingState.IDLE
+    for group in _groups(cast(nn.Module, root)):
+        group._training_state = TrainingState.IDLE
+        group._post_forward_indices.clear()
+        group._all_gather_result = None
+
+
