@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...datums.types import Datum
@@ -17,19 +17,21 @@ from ...losses.base import Loss
 from ..base import Backend
 from ..engine import Call
 from ..futures import Answer, Future
+from ..given_cotangents import given_loss
 from ..operations import sized
-from ..prepared import as_loss, loss_name
+from ..prepared import loss_name
+from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
-from .checkpoint import save_checkpoint
-from .distributed.engine import DistributedEngine
 from .distributed.ranks import find_mesh
-from .distributed.start import distributed_engine
 from .engine import NativeEngine, as_causal_lm
 from .execution.batching import Layout
 from .execution.forward import model_device
 from .execution.gradient import RetainedForward
 from .execution.memory import Overflow
 from .export import export_model
+
+if TYPE_CHECKING:
+    from .distributed.engine import DistributedEngine
 
 __all__ = ["TorchBackend"]
 
@@ -95,12 +97,15 @@ class TorchBackend(Backend):
             seed=seed,
         )
         found = find_mesh(mesh, model_device(as_causal_lm(model)), timeout)
-        self._native: NativeEngine | DistributedEngine = (
-            build()
-            if found is None
-            else distributed_engine(model, reference, found, reshard=reshard, timeout=timeout, build=build)
-        )
-        super().__init__(self._native)
+        self._everywhere: NativeEngine | DistributedEngine
+        if found is None:
+            self._everywhere = self._native = build()
+        else:
+            from .distributed.start import distributed_engine
+
+            engine = distributed_engine(model, reference, found, reshard=reshard, timeout=timeout, build=build)
+            self._everywhere, self._native = engine, engine.local  # of all processes, and this one's part of it
+        super().__init__(self._everywhere)
 
     @property
     def model(self) -> nn.Module:
@@ -177,34 +182,44 @@ class TorchBackend(Backend):
         """
 
         def work() -> Answer[RetainedForward]:
-            return self._native.retain(self._prepare(data, None), budget)
+            return self._everywhere.retain(self._prepare(data, None), budget)
 
         return self._run(Call("forward_retain", datums=sized(data)), work)
 
     def backward(
-        self, retained: Mapping[RetainedForward, Sequence[int]], data: Sequence[Datum], loss_fn: str | Loss
+        self,
+        retained: Mapping[RetainedForward, Sequence[int]],
+        data: Sequence[Datum],
+        loss_fn: str | Loss | CustomLoss | None = None,
+        *,
+        cotangents: Sequence[Tensor] | None = None,
     ) -> Future[ForwardBackwardOutput]:
-        """Accumulate the gradient of a registered loss on forwards that `forward_retain` made; each serves once.
+        """Accumulate a gradient on forwards that `forward_retain` made; each serves once.
 
         Args:
             retained: which datum of ``data`` each of a forward's is.
             data: the datums, with the inputs of the loss; one that no forward has is scored now.
-            loss_fn: registered name, or a loss.
+            loss_fn: registered name, a loss, or a function ``(data, logprobs_list) -> (loss, metrics)``.
+            cotangents: in its place, dL/dlogprob of each datum's targets, float [T] or [T, K], of a loss that was evaluated
+                elsewhere; fp64 is taken as it is. They are added as they are: nothing divides them later.
 
         Raises (by the future):
             BackendError: the weights have changed since.
+            ConfigError: neither or both of ``loss_fn`` and ``cotangents``.
+            InvalidDatumsError: cotangents of another shape than the targets, or not finite.
         """
 
         def work() -> Answer[ForwardBackwardOutput]:
-            call = self._prepare(data, as_loss(loss_fn, None))
+            call = self._prepare(data, given_loss(loss_fn, cotangents, data), by_name=isinstance(loss_fn, (str, Loss)))
             return self._accumulate(
                 call,
-                lambda: self._native.accumulate_retained(
+                lambda: self._everywhere.accumulate_retained(
                     call, retained, lambda rest: self._prepare([data[i] for i in rest], None)
                 ),
             )
 
-        return self._run(Call("backward", loss_name(loss_fn), sized(data)), work, gradient=True)
+        named = "cotangents" if loss_fn is None else loss_name(loss_fn)
+        return self._run(Call("backward", named, sized(data)), work, gradient=True)
 
     def save_weights(
         self, name: str, *, overwrite: bool = False, folder: str | Path | None = None
@@ -214,7 +229,7 @@ class TorchBackend(Backend):
 
         def work() -> Answer[SaveStateOutput]:
             ledger = self._accumulation.ledger
-            return SaveStateOutput(save_checkpoint(self._native, root, name, overwrite, ledger, everything=False))
+            return SaveStateOutput(self._everywhere.save_weights(root, name, overwrite, ledger))
 
         return self._run(Call("save_weights", name), work)
 
@@ -249,9 +264,10 @@ class TorchBackend(Backend):
         def work() -> Answer[SaveStateOutput]:
             model, folder = self._native.module, Path(path)
             written = None if dtype is None else torch_dtype(dtype)
-            return SaveStateOutput(
-                export_model(model, self.tokenizer, folder, merged=merged, overwrite=overwrite, dtype=written)
+            write = partial(
+                export_model, model, self.tokenizer, folder, merged=merged, overwrite=overwrite, dtype=written
             )
+            return SaveStateOutput(self._everywhere.export(write, merged))
 
         return self._run(Call("export", str(path)), work)
 

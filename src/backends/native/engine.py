@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class NativeEngine(Engine):
         self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.weights_version = 0
-        self._weights = object()  # another one whenever they change
+        self.weights = object()  # another one whenever they change
         self.directory = checkpoint_dir
         self._fp16 = any(p.dtype == torch.float16 for p in model.parameters())
         self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
@@ -128,7 +129,7 @@ class NativeEngine(Engine):
         graphs = self.memory.retry(attempt, call.lengths)
         scored = graphs.logprobs()
         logprobs = [scored[i].cpu() for i in range(len(call.data))]
-        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self._weights)
+        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self.weights)
 
     def accumulate_retained(
         self,
@@ -143,7 +144,21 @@ class NativeEngine(Engine):
             retained: which of its datums each of a forward's is.
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
-        if any(r.weights is not self._weights or r.spent for r in retained):
+        rest = self.not_retained(call, retained)
+        scale = GradientScale(self.parameters.values(), self._fp16)
+        with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
+            fresh = {self.retain(prepare(rest)): rest} if rest else {}
+            gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
+            self.accumulator.require_finite(lambda: self.blame(call.requests))
+        return gradient
+
+    def not_retained(self, call: PreparedCall, retained: Mapping[RetainedForward, Sequence[int]]) -> list[int]:
+        """Return the datums of a call that no retained forward has scored.
+
+        Raises:
+            BackendError: a forward has served, is of other weights or of other datums, or two have the same place.
+        """
+        if any(r.weights is not self.weights or r.spent for r in retained):
             raise BackendError(
                 "this retained forward has served already, or the weights have changed since; make it again"
             )
@@ -152,13 +167,7 @@ class NativeEngine(Engine):
             raise BackendError(f"each datum has one place among 0 to {len(call.data) - 1}, got the places {places}")
         for forward, at in retained.items():
             forward.require_same([call.requests[i] for i in at])
-        rest = [i for i in range(len(call.data)) if i not in set(places)]
-        scale = GradientScale(self.parameters.values(), self._fp16)
-        with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
-            fresh = {self.retain(prepare(rest)): rest} if rest else {}
-            gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
-            self.accumulator.require_finite(lambda: self.blame(call.requests))
-        return gradient
+        return [i for i in range(len(call.data)) if i not in set(places)]
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
@@ -167,7 +176,7 @@ class NativeEngine(Engine):
     def step_unchecked(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         """Make a step on gradients that are known to be finite; see `step`."""
         norm = self.optimizer.step(params, divisor.value)
-        self._weights = object()
+        self.weights = object()
         self.clear()
         self.weights_version += 1
         return {"grad_norm": norm}
@@ -179,12 +188,12 @@ class NativeEngine(Engine):
         return self.accumulator.gradients
 
     def snapshot(self, weights: bool) -> Callable[[], None]:
-        kept, before = Snapshot.take(self, weights), self._weights
+        kept, before = Snapshot.take(self, weights), self.weights
 
         def restore() -> None:
-            if self._weights is not before:
+            if self.weights is not before:
                 kept.restore_weights(self)
-                self._weights = object()
+                self.weights = object()
             kept.restore_gradients(self)
 
         return restore
@@ -193,20 +202,38 @@ class NativeEngine(Engine):
         return plan_call(self.scheduler, call)
 
     def reference(self) -> Scorer:
-        frozen, base_only = self._reference, getattr(self.module, "base_only", None)
+        frozen = self._reference
         if frozen is not None:
             return lambda call: self._score(frozen, call)
-        if base_only is None or not getattr(self.module, "is_lora", False):
-            raise MissingReferenceError(
-                "this backend trains all weights and was given no reference; pass reference=<a frozen copy of the model> to "
-                "TorchBackend, or train with LoRA, whose base is the reference"
-            )
+        base_only = self.base_only()
 
         def score_base(call: PreparedCall) -> list[Tensor]:
             with base_only():
                 return self._score(self.model, call)
 
         return score_base
+
+    def base_only(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what switches the adapter off, which makes a LoRA model its own reference.
+
+        Raises:
+            MissingReferenceError: there is no adapter.
+        """
+        base_only = getattr(self.module, "base_only", None)
+        if base_only is None or not getattr(self.module, "is_lora", False):
+            raise MissingReferenceError(
+                "this backend trains all weights and was given no reference; pass reference=<a frozen copy of the model> to "
+                "TorchBackend, or train with LoRA, whose base is the reference"
+            )
+        return cast(Callable[[], AbstractContextManager[None]], base_only)
+
+    def save_weights(self, root: Path, name: str, overwrite: bool, ledger: Ledger) -> str:
+        """Write the weights alone into a folder below ``root``; return the folder."""
+        return save_checkpoint(self, root, name, overwrite, ledger, everything=False)
+
+    def export(self, write: Callable[[], str], merged: bool) -> str:
+        """Let ``write`` read the whole weights, and write them; return where."""
+        return write()
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
         return draw(self.model, prompts, n, params, self.generator, self.weights_version)
@@ -216,7 +243,7 @@ class NativeEngine(Engine):
 
     def load(self, path: str, everything: bool) -> Ledger:
         ledger = load_checkpoint(self, Path(path), everything=everything)
-        self._weights = object()
+        self.weights = object()
         return ledger
 
     def begin(self, call: Call) -> None:

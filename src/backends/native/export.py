@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, ConfigError, UnsupportedError
-from .checkpoint import ADAPTER, unfinished, write_tensors
+from .checkpoint import ADAPTER
+from .checkpoint_files import unfinished, write_tensors
 from .models.facts.quantized import is_quantized
 from .models.hf import HFModel
 

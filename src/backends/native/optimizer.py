@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import NonFiniteError
 from ..types import AdamParams
+from .dtensors import full
 
 __all__ = ["Optimizer", "forget_casts"]
 
@@ -51,8 +52,7 @@ class Optimizer:
         """
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         scaled = torch._foreach_div(list(held.values()), divisor)
-        norm = torch.nn.utils.get_total_norm(scaled)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes
+        norm = full(torch.nn.utils.get_total_norm(scaled))  # of all processes
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError(
                 f"the norm of the gradient is {float(norm)}, though each number is finite; nothing has changed"
@@ -112,8 +112,10 @@ class Optimizer:
             if master is not None:
                 stepped.data.copy_(master)
             if found:
-                # AdamW keeps its step count on the CPU and its moments beside the parameter.
-                self._adamw.state[stepped] = {k: v if k == "step" else v.to(stepped.device) for k, v in found.items()}
+                # AdamW keeps its step count, one number, on the CPU and its moments beside the parameter.
+                self._adamw.state[stepped] = {
+                    k: v.reshape(()) if k == "step" else v.to(stepped.device) for k, v in found.items()
+                }
 
     def _stepped(self, name: str) -> nn.Parameter:
         return self._masters.get(name, self._parameters[name])

@@ -11,7 +11,7 @@ from typing import Final, TypeVar, final
 import torch
 from torch import Tensor
 
-from ....errors import BackendError, LostRankError, RankFailedError, RanksDifferError
+from ....errors import LostRankError, RankFailedError, RanksDifferError
 from ..execution.memory import ran_out
 from .ranks import Ranks
 
@@ -190,6 +190,6 @@ def _padded(text: bytes) -> bytes:
 def _lost_words(where: str, error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return (
-        f"{where}: another rank has stopped, or did not answer in time ({reason}); the gradients of this operation have not been "
-        "added anywhere. Start all processes again and load the last checkpoint"
+        f"{where}: another rank has stopped, or did not answer in time ({reason}); the gradients of this operation have not "
+        "been added anywhere. Start all processes again and load the last checkpoint"
     )

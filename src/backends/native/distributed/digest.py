@@ -26,7 +26,7 @@ def tensor_digest(tensors: Sequence[Tensor]) -> bytes:
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....datums.types import ModelInput
-from ....errors import NonFiniteError, RankError
+from ....errors import NonFiniteError, RankError, UnsupportedError
 from ...cotangents import Cotangents, evaluate
 from ...engine import Call, Engine, Gradient, Scorer
 from ...normalization import Divisor, Ledger
@@ -20,24 +20,29 @@ from ...prepared import PreparedCall
 from ...types import AdamParams, Plan, Rollout, SamplingParams
 from ..accumulator import Accumulator
 from ..causal_lm import CausalLM
+from ..dtensors import full, local_part
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward
 from ..execution.forward import score_forwards, trainable
 from ..execution.gradient import (
+    RetainedForward,
     Streamed,
+    backward_retained,
     require_finite_cotangents,
     require_finite_logprobs,
+    reuse,
     streamed,
     summary,
 )
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
-from .digest import call_digests, tensor_digest
+from .digest import call_digests
 from .exchange import gather_metrics, of_rank_zero, require_equal
 from .ranks import Ranks
 from .schedule import Schedule, Share
-from .sharding import Shards, full, local_part
+from .sharding import Shards
+from .state import ShardedFiles, load_sharded, save_sharded
 
 __all__ = ["DistributedEngine"]
 
@@ -61,6 +66,7 @@ class DistributedEngine(Engine):
         self.local, self._shards, self._ranks, self._reference = local, shards, ranks, reference
         self.limits = local.limits
         self._agreement = Agreement(ranks)
+        self._files = ShardedFiles(ranks, self._agreement, shards.masters)
         self._schedule = Schedule(local.scheduler, ranks, in_step=shards.reshard)
 
     @property
@@ -99,13 +105,13 @@ class DistributedEngine(Engine):
         return self.local.plan(call)
 
     def reference(self) -> Scorer:
-        scorer, frozen = self.local.reference(), self._reference
+        frozen = self._reference
         if frozen is not None:
             return lambda call: self._score(frozen.model, frozen, call)
-        del scorer  # it was asked whether there is one
+        base_only = self.local.base_only()
 
         def score_base(call: PreparedCall) -> list[Tensor]:
-            with self.local.base_only():
+            with base_only():
                 return self._score(self.local.model, self._shards, call)
 
         return score_base
@@ -116,16 +122,85 @@ class DistributedEngine(Engine):
         return self.local.sample(prompts, n, params)
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
-        raise NotImplementedError
+        return self._saved(self.local.directory, name, overwrite, ledger, everything=True)
+
+    def save_weights(self, root: Path, name: str, overwrite: bool, ledger: Ledger) -> str:
+        """Write the weights alone into a folder below ``root``; return the folder."""
+        return self._saved(root, name, overwrite, ledger, everything=False)
+
+    def export(self, write: Callable[[], str], merged: bool) -> str:
+        """Let ``write`` read the weights of an adapter on rank 0, and write them; return where."""
+        if merged:
+            raise UnsupportedError(
+                "whole weights are exported from one process: save_state here, and in a script without torchrun load_state and "
+                "export; or pass merged=False, which writes an adapter alone"
+            )
+        self._shards.gather_all()
+        written = self._act("export", lambda: write() if self._ranks.rank == 0 else "")
+        self._shards.release()
+        return self._ranks.broadcast_text(written)
 
     def load(self, path: str, everything: bool) -> Ledger:
-        raise NotImplementedError
+        self._agreement.meet("checkpoint", f"{path} {everything}".encode())
+        self._shards.release()
+        ledger = load_sharded(self.local, self._files, Path(path), everything=everything)
+        self.local.weights = object()
+        return ledger
 
     def snapshot(self, weights: bool) -> Callable[[], None]:
-        return self.local.snapshot(weights)
+        restore = self.local.snapshot(weights)
+
+        def back() -> None:
+            self._shards.release()
+            restore()
+
+        return back
 
     def close(self) -> None:
+        self._shards.release()
         self.local.close()
+
+    def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
+        """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
+        self._open(call)
+
+        def attempt() -> tuple[DeferredBackward, list[Tensor]]:
+            share = self._schedule.datums(call)
+            self._shards.gather()
+            settings = self._settings(share)
+            given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
+            graphs = DeferredBackward(self.local.model, given)
+            return graphs, share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
+
+        graphs, logprobs = self._retried(call, attempt)
+        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self.local.weights)
+
+    def accumulate_retained(
+        self,
+        call: PreparedCall,
+        retained: Mapping[RetainedForward, Sequence[int]],
+        prepare: Callable[[list[int]], PreparedCall],
+    ) -> Gradient:
+        """Add the gradient of a loss on forwards that were retained; see `NativeEngine.accumulate_retained`."""
+        rest = self.local.not_retained(call, retained)
+        self._open(call)
+
+        def add() -> Gradient:
+            places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
+            scored = {i: x for forward, at in places.items() for i, x in zip(at, forward.logprobs, strict=True)}
+            cotangents = self._agreed_cotangents(call, [scored[i] for i in range(len(call.data))])
+            scale = GradientScale(self.local.parameters.values(), needed=False)
+            self._act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
+            graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
+            counted = reuse(places, sum(forward.tokens for forward in retained))
+            return summary(call, [cotangents], scored, [graphs, counted])
+
+        return self._added(add)
+
+    def _saved(self, root: Path, name: str, overwrite: bool, ledger: Ledger, everything: bool) -> str:
+        self._agreement.meet("checkpoint", f"{root} {name} {overwrite}".encode())
+        self._shards.release()
+        return save_sharded(self.local, self._files, root, name, overwrite, ledger, everything=everything)
 
     def _open(self, call: PreparedCall) -> None:
         """Check that every rank has been given the same call, for the same weights."""
@@ -189,14 +264,7 @@ class DistributedEngine(Engine):
         share = self._schedule.datums(call)
         graphs = DeferredBackward(self.local.model, self._settings(share))
 
-        def forward() -> dict[int, Tensor]:
-            for batch in share.forwards:
-                graphs.add(batch)
-            scored = {i: x.cpu() for i, x in graphs.logprobs().items()}
-            require_finite_logprobs(scored, call.requests)
-            return scored
-
-        scored = share.gather(self._act("forward", forward), call, self._shards.dtype)
+        scored = share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
         cotangents = self._agreed_cotangents(call, scored)
 
         def backward() -> None:
@@ -206,6 +274,19 @@ class DistributedEngine(Engine):
         self._act("backward", backward)
         metrics = gather_metrics(self._ranks, [graphs.metrics()])
         return summary(call, [cotangents], dict(enumerate(scored)), [metrics])
+
+    def _forward(self, graphs: DeferredBackward, share: Share, call: PreparedCall) -> dict[int, Tensor]:
+        """Score this rank's datums and retain their graphs."""
+
+        def work() -> dict[int, Tensor]:
+            for batch in share.forwards:
+                graphs.add(batch)
+            scored = {i: x.cpu() for i, x in graphs.logprobs().items()}
+            require_finite_logprobs(scored, call.requests)
+            return scored
+
+        with torch.enable_grad():
+            return self._act("forward", work)
 
     def _agreed_cotangents(self, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
         def work() -> Cotangents:

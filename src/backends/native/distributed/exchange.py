@@ -23,7 +23,8 @@ def gather_metrics(ranks: Ranks, own: Sequence[Mapping[str, Metric]]) -> dict[st
     numbers = [[combined[name].numerator, combined[name].denominator] for name in names]
     every = ranks.gather(torch.tensor(numbers, dtype=torch.float64)).tolist()
     each = [
-        {name: Metric(*row, combined[name].reduction) for name, row in zip(names, rows, strict=True)} for rows in every
+        {name: Metric(row[0], row[1], combined[name].reduction) for name, row in zip(names, rows, strict=True)}
+        for rows in every
     ]
     return combine_metrics(each)
 
@@ -45,6 +46,6 @@ def require_equal(name: str, own: Mapping[int, Tensor], first: Mapping[int, Tens
         difference = float((own[i].cpu() - expected).norm()) / max(float(expected.norm()), 1e-30)
         if not difference <= _SAME.get(expected.dtype, 1e-4):
             raise RanksDifferError(
-                f"datum {i}: {name} has another gradient here than on rank 0 (relative difference {difference:.2g}); every rank "
-                "evaluates it on all log-probs, so what it draws must be seeded and what it reads must be the same everywhere"
+                f"datum {i}: {name} has another gradient here than on rank 0 (relative difference {difference:.2g}); every "
+                "rank evaluates it on all log-probs, so seed what it draws, and let it read the same everywhere"
             )

@@ -118,3 +118,10 @@ class Ranks:
         given = tensor.detach().cpu().clone().contiguous()
         dist.broadcast(given, group_src=0, group=self.group)
         return given
+
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text, of at most 4,096 bytes."""
+        raw = text.encode()[:4096].ljust(4096, b"\0")
+        return (
+            bytes(self.broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8)).tolist()).rstrip(b"\0").decode()
+        )

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from ....errors import BackendError, UnsupportedError
 from ..causal_lm import CausalLM
+from ..dtensors import local_part
 from ..execution.memory import GraphMeter
 
-__all__ = ["Reshard", "Shards", "full", "local_part", "shard_model", "sharded_units", "whole_bytes"]
+__all__ = ["Reshard", "Shards", "shard_model", "sharded_units", "whole_bytes"]
 
 Reshard = Literal["auto"] | bool
 _HALVES = (torch.bfloat16, torch.float16)
@@ -38,8 +39,8 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     if any(isinstance(p, DTensor) for p in module.parameters()):
         raise BackendError(
-            "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards both: an adapter "
-            "that is added to a sharded model is not reduced over ranks, so that its gradient is wrong without an error"
+            "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards both: an "
+            "adapter that is added to a sharded model is not reduced over ranks, so that its gradient is wrong without an error"
         )
     policy = _as_masters(module)
     for layer in sharded_units(module):
@@ -56,9 +57,7 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
 
 def sharded_units(module: nn.Module) -> list[nn.Module]:
     """Return the layers of a model: what transformers would not split, or else the members of its longest list."""
-    names = {
-        name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ()) if name
-    }
+    names = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ()) if name}
     layers = [part for part in module.modules() if type(part).__name__ in names]
     lists = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 0]
     found = layers or max(lists, key=len, default=[])
@@ -75,8 +74,8 @@ def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
     every = {p.dtype for p in module.parameters()}
     if len(every) > 1:
         raise UnsupportedError(
-            f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; load "
-            "the model in one dtype, or train an adapter"
+            f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; "
+            "load the model in one dtype, or train an adapter"
         )
     module.to(torch.float32)
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -90,16 +89,6 @@ def whole_bytes(module: nn.Module) -> int:
     """Return the bytes of a model's weights, and of their gradients where they are trained."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
     return sum(size * (2 if trained else 1) for size, trained in sizes)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that may be sharded; every rank must ask."""
-    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what of a tensor lies on this rank."""
-    return cast(Tensor, tensor.to_local()) if isinstance(tensor, DTensor) else tensor
 
 
 @final
@@ -122,6 +111,9 @@ class Shards:
         self.reshard, self.module, self.model, self._meter = reshard, module, model, meter
         self._root = cast(FSDPModule, module)
         self._gathered = False
+        self.masters = any(
+            group.mp_policy.param_dtype is not None for group in _groups(module)
+        )  # fp32 shards that compute in half precision
         self._root.set_reshard_after_forward(reshard)
         self._root.set_reshard_after_backward(reshard)
         # The head is used outside of the root's forward.
@@ -144,6 +136,11 @@ class Shards:
         self._gathered = True
         if self._meter is not None and not self.reshard:
             self._meter.owned = GraphMeter.of(self.module).owned
+
+    def gather_all(self) -> None:
+        """Gather the weights of every layer, to read them whole; `release` frees them."""
+        for unit in _units(self.module):
+            unit.unshard()
 
     def release(self) -> None:
         """Free what was gathered; the weights may now change."""
@@ -210,5 +207,3 @@ def _reset_iteration(root: FSDPModule) -> None:
         group._training_state = TrainingState.IDLE
         group._post_forward_indices.clear()
         group._all_gather_result = None
-
-

@@ -26,10 +26,12 @@ __all__ = [
     "NOTHING",
     "RetainedForward",
     "Streamed",
+    "backward_retained",
     "gradient_of",
     "require_finite_cotangents",
     "require_finite_logprobs",
     "retained_gradient",
+    "reuse",
     "streamed",
     "streams_in_one_pass",
     "summary",
@@ -169,12 +171,25 @@ def retained_gradient(
     require_finite_logprobs(logprobs, call.requests)
     cotangents = evaluate(call, logprobs)
     require_finite_cotangents(cotangents.by_datum, call)
+    backward_retained(places, cotangents.by_datum, scale)
+    return summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), reuse(places, reused)])
+
+
+def backward_retained(
+    places: Mapping[RetainedForward, Sequence[int]],
+    cotangents: Mapping[int, Tensor],
+    scale: GradientScale,
+) -> None:
+    """Take the cotangents of a call's datums back through the forwards that scored them."""
     for retained, at in places.items():
-        own = {local: cotangents.by_datum[i] for local, i in enumerate(at)}
-        retained.graphs.backward(own, scale.choose(cotangents.by_datum))
+        own = {local: cotangents[i] for local, i in enumerate(at)}
+        retained.graphs.backward(own, scale.choose(cotangents))
+
+
+def reuse(places: Mapping[RetainedForward, Sequence[int]], reused: int) -> Mapping[str, Metric]:
+    """Return how many tokens' forwards were there already, and how many were made for this call."""
     tokens = sum(retained.tokens for retained in places)
-    counted = read({"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))})
-    return summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), counted])
+    return read({"reused_tokens": total(float(reused)), "forward_tokens": total(float(tokens - reused))})
 
 
 def _in_two_acts(

@@ -71,9 +71,7 @@ class Scheduler:
         layout, batches = self.unit_batches(call, call.units)
         return layout, [[self.micro_batch(call, forward, layout) for forward in batch] for batch in batches]
 
-    def unit_batches(
-        self, call: PreparedCall, units: Sequence[Sequence[int]]
-    ) -> tuple[Layout, list[list[list[int]]]]:
+    def unit_batches(self, call: PreparedCall, units: Sequence[Sequence[int]]) -> tuple[Layout, list[list[list[int]]]]:
         """Return the layout of a call, and batches of some of its units, each as the datums of one or more forwards."""
         layout, batches = self.split(call, units)
         return layout, [self.forwards(call, batch, layout) for batch in batches]

@@ -15,6 +15,7 @@ from own_model import sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel, checkpoint
+from pullback.backends.native.checkpoint_files import read_manifest
 from pullback.backends.native.models import adapters
 from pullback.errors import CheckpointError, UnsupportedError
 from pullback.testing.models import zoo
@@ -72,7 +73,7 @@ def test_another_function_of_the_weights_is_refused(
         checkpoint.load_weights(other.model, Path(path))  # type: ignore[arg-type]
     # negative control: unchecked, all of these load (but a changed base), and mean something else
     monkeypatch.setattr(checkpoint, "checkpoint_alpha", lambda model, folder: None)
-    monkeypatch.setattr(checkpoint, "frozen_fingerprint", lambda module: checkpoint._manifest(Path(path))["frozen"])
+    monkeypatch.setattr(checkpoint, "frozen_fingerprint", lambda module: read_manifest(Path(path))["frozen"])
     other.load_state(path).result()
     assert gap(saved, other) > 1e-2
 
