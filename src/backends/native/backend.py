@@ -267,7 +267,7 @@ class TorchBackend(Backend):
             write = partial(
                 export_model, model, self.tokenizer, folder, merged=merged, overwrite=overwrite, dtype=written
             )
-            return SaveStateOutput(self._everywhere.export(write, merged))
+            return SaveStateOutput(self._everywhere.export(write))
 
         return self._run(Call("export", str(path)), work)
 

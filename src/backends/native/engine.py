@@ -231,7 +231,7 @@ class NativeEngine(Engine):
         """Write the weights alone into a folder below ``root``; return the folder."""
         return save_checkpoint(self, root, name, overwrite, ledger, everything=False)
 
-    def export(self, write: Callable[[], str], merged: bool) -> str:
+    def export(self, write: Callable[[], str]) -> str:
         """Let ``write`` read the whole weights, and write them; return where."""
         return write()
 

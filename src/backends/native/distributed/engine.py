@@ -128,17 +128,12 @@ class DistributedEngine(Engine):
         """Write the weights alone into a folder below ``root``; return the folder."""
         return self._saved(root, name, overwrite, ledger, everything=False)
 
-    def export(self, write: Callable[[], str], merged: bool) -> str:
-        """Let ``write`` read the weights of an adapter on rank 0, and write them; return where."""
-        if merged:
-            raise UnsupportedError(
-                "whole weights are exported from one process: save_state here, and in a script without torchrun load_state and "
-                "export; or pass merged=False, which writes an adapter alone"
-            )
-        self._shards.gather_all()
-        written = self._act("export", lambda: write() if self._ranks.rank == 0 else "")
-        self._shards.release()
-        return self._ranks.broadcast_text(written)
+    def export(self, write: Callable[[], str]) -> str:
+        """Refuse: only one process has whole weights to write."""
+        raise UnsupportedError(
+            "a model is exported from one process: save_state here (an adapter is then written in PEFT's format), and in a script "
+            "without torchrun load_state and export"
+        )
 
     def load(self, path: str, everything: bool) -> Ledger:
         self._agreement.meet("checkpoint", f"{path} {everything}".encode())

@@ -14,14 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ....errors import ConfigError
 
-__all__ = ["Ranks", "default_device", "find_mesh"]
-
-
-def default_device() -> str:
-    """Return where a model goes unless another device is named: this process's GPU where there is one."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+__all__ = ["Ranks", "find_mesh"]
 
 
 def find_mesh(

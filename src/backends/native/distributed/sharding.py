@@ -15,6 +15,7 @@ from ....errors import BackendError, UnsupportedError
 from ..causal_lm import CausalLM
 from ..dtensors import local_part
 from ..execution.memory import GraphMeter
+from ..models.hf import HFModel
 
 __all__ = ["Reshard", "Shards", "shard_model", "sharded_units", "whole_bytes"]
 
@@ -42,6 +43,10 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
             "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards both: an "
             "adapter that is added to a sharded model is not reduced over ranks, so that its gradient is wrong without an error"
         )
+    if isinstance(module, HFModel) and module.is_lora:
+        module.outside = frozenset(
+            module.trained_outside()
+        )  # found by where they lie in memory, which is no longer known then
     policy = _as_masters(module)
     for layer in sharded_units(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -136,11 +141,6 @@ class Shards:
         self._gathered = True
         if self._meter is not None and not self.reshard:
             self._meter.owned = GraphMeter.of(self.module).owned
-
-    def gather_all(self) -> None:
-        """Gather the weights of every layer, to read them whole; `release` frees them."""
-        for unit in _units(self.module):
-            unit.unshard()
 
     def release(self) -> None:
         """Free what was gathered; the weights may now change."""

@@ -48,6 +48,7 @@ class HFModel(nn.Module):
         super().__init__()
         self.model = model
         self.is_lora = hasattr(model, "get_base_model")
+        self.outside: frozenset[str] | None = None  # names of what is trained beside an adapter, once they are sharded
         causal = self.causal
         self.config: Any = causal.config.get_text_config()
         self.facts = read_facts(causal.config)
@@ -161,6 +162,8 @@ class HFModel(nn.Module):
 
     def trained_outside(self) -> dict[str, Tensor]:
         """Return the live weights that are trained beside the adapter, and that PEFT's file of it does not hold."""
+        if self.outside is not None:
+            return {name: p.detach() for name, p in self.model.named_parameters() if name in self.outside}
         held = {tensor.data_ptr() for tensor in self.adapter_weights().values()}
         named = self.model.named_parameters()
         return {name: p.detach() for name, p in named if p.requires_grad and p.data_ptr() not in held}

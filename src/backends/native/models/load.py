@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,13 @@ _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _RAISED: Final = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
+def _default_device() -> str:
+    """Return where a model goes unless another device is named: this process's GPU where there is one."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
 def load_pretrained(
     path: str | Path,
     *,
@@ -43,9 +51,7 @@ def load_pretrained(
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
     if gguf_file is not None:
         path = convert_gguf(Path(path), gguf_file)
-    device = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = torch.device(_default_device() if device is None else device)
     folders, dtype = [path], torch_dtype(dtype)
     if _is_adapter(path):
         config = _adapter_config(path, lora)
