@@ -131,8 +131,8 @@ class DistributedEngine(Engine):
     def export(self, write: Callable[[], str]) -> str:
         """Refuse: only one process has whole weights to write."""
         raise UnsupportedError(
-            "a model is exported from one process: save_state here (an adapter is then written in PEFT's format), and in a script "
-            "without torchrun load_state and export"
+            "a model is exported from one process: save_state here (which writes an adapter in PEFT's format), and in a "
+            "script without torchrun load_state and export"
         )
 
     def load(self, path: str, everything: bool) -> Ledger:

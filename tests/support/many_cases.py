@@ -1,0 +1,147 @@
+"""What several processes are held to: models, losses and data, and how far they end from one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from helpers import tiny_llama
+from torch import Tensor, nn
+
+from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native import HFModel
+from pullback.backends.native.models.lora import add_lora
+from pullback.datums import Datum
+from pullback.testing import example_datums, random_llama
+
+__all__ = ["LOSSES", "MODELS", "PARAMS", "VOCAB", "apart", "batch", "coupled", "ordered", "steps"]
+
+VOCAB: Final = 24
+PARAMS: Final = AdamParams(learning_rate=1e-2, grad_clip_norm=0.5)
+Given = str | Callable[[Any, list[Tensor]], tuple[Tensor, Mapping[str, float]]]
+
+
+def _untied() -> nn.Module:
+    return random_llama(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        dtype=torch.float64,
+    )
+
+
+def _experts() -> HFModel:
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.Qwen3MoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            moe_intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            experts_implementation="eager",
+        )
+        return HFModel(transformers.Qwen3MoeForCausalLM(config).double())
+
+
+def _with_head() -> HFModel:
+    """An adapter on layers and head, beside which a norm is trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = add_lora(_untied(), {"r": 4, "target_modules": ["q_proj", "lm_head"], "modules_to_save": None})
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.1)
+            if name.endswith("model.norm.weight"):
+                p.requires_grad_(True)
+    return HFModel(model)
+
+
+MODELS: Final[dict[str, Callable[[], HFModel]]] = {
+    "full": lambda: HFModel(_untied()),
+    "tied": lambda: tiny_llama(vocab=VOCAB),
+    "lora": lambda: tiny_llama(lora=4, vocab=VOCAB),
+    "head": _with_head,
+    "experts": _experts,
+    "checkpointing": lambda: HFModel(_untied(), gradient_checkpointing=True),
+}
+
+
+def coupled(data: Sequence[Datum], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    """Couple the whole batch: each sequence against the mean of all."""
+    sums = torch.stack([x.sum() for x in logprobs])
+    return nn.functional.softplus(sums.mean() - sums).sum() + torch.logsumexp(0.1 * sums, 0), {
+        "mean": float(sums.detach().mean())
+    }
+
+
+def ordered(data: Sequence[Datum], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    """Weigh each sequence by its place in the batch."""
+    return torch.stack([(i + 1) * (x.exp() ** 2).sum() for i, x in enumerate(logprobs)]).sum(), {}
+
+
+LOSSES: Final[dict[str, Given]] = {
+    "cross_entropy": "cross_entropy",
+    "ppo": "ppo",
+    "grpo": "grpo",
+    "gspo": "gspo",
+    "dpo": "dpo",
+    "orpo": "orpo",
+    "coupled": coupled,
+    "ordered": ordered,
+}
+
+
+def batch(lengths: Sequence[int] = (9, 5, 12, 3, 7, 11, 4, 8), seed: int = 3) -> list[Datum]:
+    return example_datums(list(lengths), seed=seed, vocab_size=VOCAB)
+
+
+def add(backend: TorchBackend, given: Given, data: Sequence[Datum]) -> Any:
+    """Accumulate one call."""
+    if callable(given):
+        return backend.forward_backward_custom(data, given).result()
+    return backend.forward_backward(data, given).result()
+
+
+def steps(backend: TorchBackend, given: Given, calls: Sequence[Sequence[Datum]], mode: Any = None) -> dict[str, Tensor]:
+    """Make three clipped steps, and return all that a defect could show in, by name."""
+    found: dict[str, Tensor] = {}
+    norms, results = [], []
+    for step in range(3):
+        for data in calls:
+            results += [torch.as_tensor(o["logprobs"].to_torch()) for o in add(backend, given, data).loss_fn_outputs]
+        if step == 0:
+            found |= {f"gradient {name}": g.clone() for name, g in backend.gradients(mode).items()}
+        norms.append(backend.optim_step(PARAMS, mode).result().metrics["grad_norm"])
+    found |= {
+        "norms": torch.tensor(norms, dtype=torch.float64),
+        "logprobs": torch.cat([r.reshape(-1) for r in results]),
+    }
+    return found | _state(backend)
+
+
+def _state(backend: TorchBackend) -> dict[str, Tensor]:
+    native = backend._native
+    held = {**{f"weight {n}": p.detach() for n, p in native.parameters.items()}, **native.optimizer.to_tensors()}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for name, t in held.items()}
+
+
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative difference of each tensor."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return {
+        name: float((found[name] - value).double().norm() / value.double().norm().clamp(min=1e-30))
+        for name, value in expected.items()
+    }

@@ -1,0 +1,78 @@
+"""One rank of a job that trains every case on all ranks and on one process, and writes how far they are apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from many_cases import LOSSES, MODELS, Given, apart, batch, steps
+
+from pullback.backends import TorchBackend
+
+BATCHES = {"even": [batch()], "odd": [batch((6, 4)), batch((5, 7, 3, 9, 2, 8), seed=5)], "one": [batch((5, 4), seed=6)]}
+
+
+def cases(whole: bool) -> list[tuple[str, str, str, Any, bool]]:
+    """Return model, loss, batch, normalization and whether layers are resharded."""
+    if not whole:
+        return [
+            ("full", "grpo", "odd", None, False),
+            ("full", "coupled", "odd", None, True),
+            ("lora", "dpo", "one", None, True),
+            ("lora", "ppo", "odd", "num_sequences", False),
+        ]
+    modes = ("num_loss_tokens", "num_sequences")
+    found: list[tuple[str, str, str, Any, bool]] = [
+        *(
+            (m, loss, "even", None, reshard)
+            for m in MODELS
+            for loss in ("grpo", "coupled")
+            for reshard in (False, True)
+        ),
+        *(("full", loss, kind, None, reshard) for loss in LOSSES for kind, reshard in (("odd", False), ("one", True))),
+        *(("lora", loss, "odd", None, True) for loss in LOSSES),
+        *(("lora", loss, "odd", mode, False) for loss in ("ppo", "ordered") for mode in modes),
+        ("lora", "ppo", "odd", "auto", False),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def name_of(model: str, loss: str, kind: str, mode: Any, reshard: bool) -> str:
+    return f"{model}-{loss}-{kind}-{mode}-{'resharded' if reshard else 'whole'}"
+
+
+def tried(model: str, loss: str, kind: str, mode: Any, reshard: bool) -> dict[str, float]:
+    given: Given = LOSSES[loss]
+    many = TorchBackend(MODELS[model](), reshard=reshard, timeout=60, token_budget=16)
+    one = TorchBackend(MODELS[model](), mesh=None, token_budget=16)
+    return apart(steps(many, given, BATCHES[kind], mode), steps(one, given, BATCHES[kind], mode))
+
+
+def hybrid(model: str) -> dict[str, float]:
+    """Two replicas of two shards."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    many = TorchBackend(MODELS[model](), mesh=mesh, reshard=False, timeout=60)
+    one = TorchBackend(MODELS[model](), mesh=None)
+    return apart(steps(many, "grpo", [batch()]), steps(one, "grpo", [batch()]))
+
+
+def main(target: str, whole: str) -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    torch.set_num_threads(1)
+    found = {name_of(*case): tried(*case) for case in cases(whole == "whole")}
+    if dist.get_world_size() == 4:
+        found |= {f"{model}-hybrid": hybrid(model) for model in ("full", "lora")}
+    Path(f"{target}-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*itertools.islice(sys.argv, 1, 3))
