@@ -124,7 +124,7 @@ def steps(backend: TorchBackend, given: Given, calls: Sequence[Sequence[Datum]],
             results += [torch.as_tensor(o["logprobs"].to_torch()) for o in add(backend, given, data).loss_fn_outputs]
         if step == 0:
             found |= {f"gradient {name}": g.clone() for name, g in backend.gradients(mode).items()}
-        norms.append(backend.optim_step(PARAMS, mode).result().metrics["grad_norm"])
+        norms.append(backend.optim_step(PARAMS, mode).result().metrics.get("grad_norm", 0.0))
     found |= {
         "norms": torch.tensor(norms, dtype=torch.float64),
         "logprobs": torch.cat([r.reshape(-1) for r in results]),

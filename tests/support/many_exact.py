@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from many_cases import LOSSES, MODELS, Given, apart, batch, steps
+from torch.distributed.device_mesh import init_device_mesh
 
 from pullback.backends import TorchBackend
 
@@ -56,7 +57,7 @@ def tried(model: str, loss: str, kind: str, mode: Any, reshard: bool) -> dict[st
 
 def hybrid(model: str) -> dict[str, float]:
     """Two replicas of two shards."""
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     many = TorchBackend(MODELS[model](), mesh=mesh, reshard=False, timeout=60)
     one = TorchBackend(MODELS[model](), mesh=None)
     return apart(steps(many, "grpo", [batch()]), steps(one, "grpo", [batch()]))

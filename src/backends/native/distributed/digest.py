@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from ....datums.types import Datum
-from ...prepared import PreparedCall
 
-__all__ = ["call_digests", "tensor_digest"]
+__all__ = ["datum_digest", "tensor_digest"]
 
 
-def call_digests(call: PreparedCall) -> list[bytes]:
-    """Return one digest a datum, each of its tokens, its inputs, and of the loss with its hyperparameters and totals."""
-    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())}".encode()
-    return [hashlib.sha256(loss + _datum(datum)).digest() for datum in call.data]
+def datum_digest(datum: Datum) -> bytes:
+    """Return a digest of a datum's tokens and inputs."""
+    inputs = sorted(datum.loss_fn_inputs.items())
+    keys = ",".join(key for key, _ in inputs).encode()
+    tensors = [datum.model_input.tokens, *(value.to_torch() for _, value in inputs)]
+    return hashlib.sha256(keys + tensor_digest(tensors)).digest()
 
 
 def tensor_digest(tensors: Sequence[Tensor]) -> bytes:
@@ -28,9 +29,3 @@ def tensor_digest(tensors: Sequence[Tensor]) -> bytes:
         digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
-
-
-def _datum(datum: Datum) -> bytes:
-    inputs = sorted(datum.loss_fn_inputs.items())
-    keys = ",".join(key for key, _ in inputs).encode()
-    return keys + tensor_digest([datum.model_input.tokens, *(value.to_torch() for _, value in inputs)])

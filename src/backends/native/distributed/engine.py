@@ -37,7 +37,7 @@ from ..execution.gradient import (
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
-from .digest import call_digests
+from .digest import datum_digest
 from .exchange import gather_metrics, of_rank_zero, require_equal
 from .ranks import Ranks
 from .schedule import Schedule, Share
@@ -199,9 +199,10 @@ class DistributedEngine(Engine):
 
     def _open(self, call: PreparedCall) -> None:
         """Check that every rank has been given the same call, for the same weights."""
-        digests = call_digests(call)
-        self._agreement.meet("batch", *digests)
+        loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())}"
         self._agreement.meet(f"weights of step {self.weights_version}")
+        self._agreement.meet("loss", loss.encode())
+        self._agreement.meet("batch", *(datum_digest(datum) for datum in call.data))
 
     def _retried(self, call: PreparedCall, attempt: Callable[[], T]) -> T:
         return self.local.memory.retry(attempt, call.lengths)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ....errors import BackendError, UnsupportedError
+from ....errors import UnsupportedError
 from ..causal_lm import CausalLM
 from ..dtensors import local_part
 from ..execution.memory import GraphMeter
@@ -35,14 +35,8 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
         mesh: one dimension (shards) or two (replicas, shards).
 
     Raises:
-        UnsupportedError: float16, weights of several dtypes that are trained, or no layers.
-        BackendError: it is sharded already.
+        UnsupportedError: float16, or weights of several dtypes that are trained.
     """
-    if any(isinstance(p, DTensor) for p in module.parameters()):
-        raise BackendError(
-            "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards both: an "
-            "adapter that is added to a sharded model is not reduced over ranks, so that its gradient is wrong without an error"
-        )
     if isinstance(module, HFModel) and module.is_lora:
         module.outside = frozenset(
             module.trained_outside()
