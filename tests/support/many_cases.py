@@ -23,7 +23,7 @@ Given = str | Callable[[Any, list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
 
 def _untied() -> nn.Module:
-    return random_llama(
+    model: nn.Module = random_llama(
         vocab_size=VOCAB,
         hidden_size=16,
         num_attention_heads=2,
@@ -32,6 +32,7 @@ def _untied() -> nn.Module:
         tie_word_embeddings=False,
         dtype=torch.float64,
     )
+    return model
 
 
 def _experts() -> HFModel:
