@@ -220,6 +220,8 @@ class Plan:
         forward_flops, backward_flops: estimate, from the matrix products; a second run counts as backward.
         graph_bytes: estimate of what the graphs hold at most, from the micro-batch last measured.
         peak_bytes: that, with what the head and the gradients need, beside the weights and the optimizer.
+        rank_bytes: what this one of several processes holds, by part and in ``total`` (docs/memory.md); empty on one.
+        bytes_moved: what it receives from others if the step is this call, likewise.
     """
 
     route: str
@@ -233,6 +235,8 @@ class Plan:
     backward_flops: float = 0.0
     graph_bytes: float = 0.0
     peak_bytes: float = 0.0
+    rank_bytes: Mapping[str, float] = field(default_factory=dict)
+    bytes_moved: Mapping[str, float] = field(default_factory=dict)
 
 
 def as_mapping(config: Mapping[str, Any] | None) -> dict[str, Any]:

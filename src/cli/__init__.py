@@ -1,4 +1,4 @@
-"""The command line: ``pullback demo | serve | check | diff | bench | losses | explain``."""
+"""The command line: ``pullback demo | serve | check | diff | plan | bench | losses | explain``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import PullbackError
-from . import bench, check, demo, diff, explain, losses, serve
+from . import bench, check, demo, diff, explain, losses, plan, serve
 
 __all__ = ["main"]
 
-_COMMANDS = (demo, serve, check, diff, bench, losses, explain)
+_COMMANDS = (demo, serve, check, diff, plan, bench, losses, explain)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from .autograd import FrozenHead, OnePassHead, RecomputedHead
 from .chunked import HeadPass
 from .head import Head
 
-__all__ = ["gathered", "head_logits", "logprob_surrogate", "selected_logprobs"]
+__all__ = ["chunk_bytes", "gathered", "head_logits", "logprob_surrogate", "selected_logprobs"]
 
 _CPU_BYTES, _GPU_BYTES = 12 * 2**20, 512 * 2**20
 
@@ -199,7 +199,7 @@ def _prepare(
         weight = weight.to(torch.get_autocast_dtype(device))
     if memory_budget is None:
         trained = head.weight.requires_grad and torch.is_grad_enabled()
-        memory_budget = max(_GPU_BYTES if weight.is_cuda else _CPU_BYTES, 4 * weight.numel() if trained else 0)
+        memory_budget = chunk_bytes(weight.numel(), trained=trained, gpu=weight.is_cuda)
     if memory_budget < 1:
         raise ConfigError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
     bias = None if head.bias is None else gathered(head.bias)
@@ -211,6 +211,11 @@ def _prepare(
         entropy=entropy,
         numbers=max(1, memory_budget // 4),
     )
+
+
+def chunk_bytes(weight: int, *, trained: bool, gpu: bool) -> int:
+    """Return the bytes of logits held at once by default, for a weight of so many numbers: as many as a gradient's, if any."""
+    return max(_GPU_BYTES if gpu else _CPU_BYTES, 4 * weight if trained else 0)
 
 
 def gathered(parameter: Tensor) -> Tensor:

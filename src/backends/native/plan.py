@@ -13,7 +13,7 @@ from .execution.cost_model import ModelSizes, base_flops, forward_tokens
 from .execution.gradient import streams_in_one_pass
 from .execution.scheduler import Scheduler
 
-__all__ = ["plan_call"]
+__all__ = ["plan_call", "recomputed"]
 
 
 def plan_call(scheduler: Scheduler, call: PreparedCall) -> Plan:
@@ -73,7 +73,7 @@ def _predict(
     own = [sum(own_lengths(group, layout)) for group in groups]
     scored = [sum(int(requests[i].needed.sum()) for i in batch) for batch in batches]
     sizes = [n * route.bytes_per_token for n in own]
-    again = _recomputed(sizes, route.budget) if route.keeps else []
+    again = recomputed(sizes, route.budget) if route.keeps else []
     kept = sum(size for i, size in enumerate(sizes) if i not in again)
     graphs = max([kept, *(sizes[i] for i in again)]) if route.keeps else max(sizes)
     base = [base_flops(model, group, layout) for group in groups]
@@ -98,7 +98,7 @@ def _predict(
     )
 
 
-def _recomputed(sizes: Sequence[float], budget: float) -> list[int]:
+def recomputed(sizes: Sequence[float], budget: float) -> list[int]:
     """Return the micro-batches whose graphs do not fit, in the order in which they come."""
     held, again = 0.0, []
     for i, size in enumerate(sizes):

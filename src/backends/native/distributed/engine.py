@@ -39,6 +39,7 @@ from ..execution.scaling import GradientScale
 from .agreement import Agreement
 from .digest import datum_digest
 from .exchange import gather_metrics, of_rank_zero, require_equal
+from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule, Share
 from .sharding import Shards
@@ -102,7 +103,9 @@ class DistributedEngine(Engine):
         return {name: full(gradient) for name, gradient in self.local.gradients().items()}
 
     def plan(self, call: PreparedCall) -> Plan:
-        return self.local.plan(call)
+        keeps = call.registered is None or call.gradient_kind == "batch"
+        share = self._schedule.datums(call) if keeps else self._schedule.units(call)
+        return plan_rank(self.local.plan(call), call, share, self.local, self._shards.reshard)
 
     def reference(self) -> Scorer:
         frozen = self._reference
