@@ -5,6 +5,7 @@ from __future__ import annotations
 from .head import Head
 from .labels import logprobs_from_logits, logprobs_of
 from .logprobs import head_logits, logprob_surrogate, selected_logprobs
+from .vocab_parallel import vocab_parallel_logprobs
 
 __all__ = [
     "Head",
@@ -13,4 +14,5 @@ __all__ = [
     "logprobs_from_logits",
     "logprobs_of",
     "selected_logprobs",
+    "vocab_parallel_logprobs",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from .head import Head
 from .softmax import Tile, TileSoftmax, Transform, exact_dtype, p_log_p, softmax_
 
-__all__ = ["HeadGradients", "HeadPass", "Scores"]
+__all__ = ["GradientSums", "HeadGradients", "HeadPass", "Scores"]
 
 _ROWS, _GPU_ROWS, _NARROWEST = 1024, 4096, 64  # positions of one pass over the vocabulary; columns of a tile, at least
 _HALF = (torch.bfloat16, torch.float16)
@@ -97,9 +97,9 @@ class HeadPass:
             cotangent: given a chunk's log-probs and where it lies, dL/dlogprob of it.
             bias: return its gradient.
         """
-        sums = _GradientSums(self, True, True, bias)
+        sums = GradientSums(self, True, True, bias)
         logprobs = self.hidden.new_empty(self.targets.shape, dtype=self.exact)
-        for at, z, tile in self._chunks():
+        for at, z, tile in self.chunks():
             logprobs[at] = softmax_(z, tile, _nll_gradient(tile)).logprobs(tile.targets)
             sums.add(at, tile.hidden, z, -self.factor * cotangent(logprobs[at, 0], at).to(self.exact))
         return logprobs, sums.result()
@@ -114,8 +114,8 @@ class HeadPass:
             of_entropy: dL/dentropy, [N], or None.
             needed: which of hidden, weight and bias get a gradient.
         """
-        sums = _GradientSums(self, *needed)
-        for at, z, tile in self._chunks():
+        sums = GradientSums(self, *needed)
+        for at, z, tile in self.chunks():
             if of_entropy is None and cotangent is not None and self.targets.shape[1] == 1:
                 softmax_(z, tile, _nll_gradient(tile))
                 scale = -self.factor * cotangent[at, 0].to(self.exact)
@@ -151,10 +151,10 @@ class HeadPass:
                 sums.add(z, tile, before, now)
         return joined
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor, Tile]]:
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tile]]:
         """Yield where a chunk of rows lies, and its products with the whole weight, as fp32 or better."""
         weight, count = self.head.weight, len(self.hidden)
-        rows = max(1, self.numbers // len(weight))
+        rows = max(1, self.numbers // max(1, len(weight)))
         buffer = weight.new_empty(min(rows, count), len(weight))
         for first in range(0, count, rows):
             at = slice(first, min(first + rows, count))
@@ -238,7 +238,7 @@ class _FrozenGradient:
 
 
 @final
-class _GradientSums:
+class GradientSums:
     """Gradients of hidden, weight and bias, summed over chunks in fp32 or better."""
 
     def __init__(self, head_pass: HeadPass, hidden: bool, weight: bool, bias: bool) -> None:

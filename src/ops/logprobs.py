@@ -13,7 +13,15 @@ from .autograd import FrozenHead, OnePassHead, RecomputedHead
 from .chunked import HeadPass
 from .head import Head
 
-__all__ = ["chunk_bytes", "gathered", "head_logits", "logprob_surrogate", "selected_logprobs"]
+__all__ = [
+    "chunk_bytes",
+    "flatten",
+    "gathered",
+    "head_logits",
+    "logprob_surrogate",
+    "prepare",
+    "selected_logprobs",
+]
 
 _CPU_BYTES, _GPU_BYTES = 12 * 2**20, 512 * 2**20
 
@@ -103,8 +111,8 @@ def selected_logprobs(
         ConfigError: temperature or budget is not positive.
         UnsupportedError: a trainable weight is sharded.
     """
-    flat, chosen, shape = _flatten(hidden, head, targets, needed)
-    head_pass = _prepare(flat, head, chosen, temperature, entropy, memory_budget)
+    flat, chosen, shape = flatten(hidden, head, targets, needed)
+    head_pass = prepare(flat, head, chosen, temperature, entropy, memory_budget)
     if torch.is_grad_enabled() and (head.trainable or (flat.requires_grad and chosen.shape[1] > 1)):
         scores = RecomputedHead.apply(flat, head.weight, head.bias, head_pass)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and flat.requires_grad:
@@ -145,19 +153,24 @@ def logprob_surrogate(
         ShapeError: shapes do not fit.
         ConfigError: temperature or budget is not positive.
     """
-    flat, chosen, _ = _flatten(hidden, head, targets, None)
+    flat, chosen, _ = flatten(hidden, head, targets, None)
     if chosen.shape[1] != 1 or targets.dim() != 1:
         raise ShapeError(f"targets must be [N], one per position, got {tuple(targets.shape)}")
-    head_pass = _prepare(flat, head, chosen, temperature, False, memory_budget)
+    head_pass = prepare(flat, head, chosen, temperature, False, memory_budget)
     given = cotangent if callable(cotangent) else lambda logprobs, at: cotangent[at]
     surrogate, logprobs = OnePassHead.apply(flat, head.weight, head.bias, head_pass, given)  # type: ignore[no-untyped-call]
     return surrogate, logprobs
 
 
-def _flatten(
-    hidden: Tensor, head: Head, targets: Tensor, needed: Tensor | None
+def flatten(
+    hidden: Tensor, head: Head, targets: Tensor, needed: Tensor | None, bounded: bool = True
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Return hidden [N, H] and targets [N, K] of the needed positions, and the shape of all positions."""
+    """Return hidden [N, H] and targets [N, K] of the needed positions, and the shape of all positions.
+
+    Args:
+        hidden, head, targets, needed: as for `selected_logprobs`.
+        bounded: targets must lie in the head's vocabulary.
+    """
     if head.weight.requires_grad and hasattr(head.weight, "full_tensor"):
         raise UnsupportedError(
             "head.weight is sharded (a DTensor) and trainable: call this inside the forward of the module that FSDP gathers, "
@@ -180,7 +193,8 @@ def _flatten(
     flat, chosen = hidden.reshape(-1, width), targets.reshape(-1, candidates)
     if needed is not None and not bool(needed.all()):
         flat, chosen = flat[needed.reshape(-1)], chosen[needed.reshape(-1)]
-    if not chosen.is_cuda and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocab:
+    checked = bounded and not chosen.is_cuda and chosen.numel()
+    if checked and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocab:
         raise ShapeError(
             f"targets must lie in [0, {vocab}), got {int(chosen.min())} to {int(chosen.max())}; mark positions without a "
             "target by needed=, not by a token id"
@@ -188,9 +202,10 @@ def _flatten(
     return flat, chosen, shape
 
 
-def _prepare(
+def prepare(
     flat: Tensor, head: Head, chosen: Tensor, temperature: float, entropy: bool, memory_budget: int | None
 ) -> HeadPass:
+    """Return what stays the same from chunk to chunk; arguments as for `selected_logprobs`."""
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"temperature must be positive, got {temperature}")
     weight = gathered(head.weight)

@@ -33,6 +33,7 @@ class Tile:
         temperature: divides the logits.
         entropy: compute it.
         rounded: the products were rounded to half precision.
+        partial: the head's own vocabulary is part of a larger one, so that targets may lie outside of it.
     """
 
     hidden: Tensor
@@ -42,6 +43,7 @@ class Tile:
     temperature: float = 1.0
     entropy: bool = False
     rounded: bool = False
+    partial: bool = False
 
     def rows(self, at: slice) -> Tile:
         """Return the tile of some of the positions."""
@@ -61,7 +63,7 @@ class Tile:
         """Return the positions whose first target lies in the tile, and its column there."""
         column = self.targets[:, 0] - self.columns.start
         width = self.columns.stop - self.columns.start
-        if width == len(self.head.weight):  # all of them: a GPU need not count
+        if width == len(self.head.weight) and not self.partial:  # all of them: a GPU need not count
             return torch.arange(len(column), device=column.device), column
         rows = ((column >= 0) & (column < width)).nonzero()[:, 0]
         return rows, column[rows]
