@@ -255,7 +255,8 @@ class DistributedEngine(Engine):
         cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
         everything = evaluate(call, dict(enumerate(logprobs)))
         merged = replace(everything, by_datum=cotangents)
-        graphs = gather_metrics(self._ranks, done.graph_metrics)
+        none = DeferredBackward(self.local.model, settings).metrics()  # a rank without a datum has these
+        graphs = gather_metrics(self._ranks, [none, *done.graph_metrics])
         return summary(call, [merged], dict(enumerate(logprobs)), [graphs])
 
     def _function(self, call: PreparedCall) -> Gradient:
