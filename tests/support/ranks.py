@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ["run_ranks"]
@@ -14,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "trainers")
 
 
-def run_ranks(script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0) -> None:
-    """Run a script in ``ranks`` processes at once, and fail with what they wrote if one of them does."""
+def run_ranks(
+    script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0, ends: Sequence[int] | None = None
+) -> None:
+    """Run a script in ``ranks`` processes at once, and fail with what they wrote if one ends otherwise than by ``ends``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -44,4 +47,4 @@ def run_ranks(script: Path, *arguments: str, ranks: int = 2, seconds: float = 24
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(written)
+    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)

@@ -178,9 +178,11 @@ class NativeEngine(Engine):
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
         return self.step_unchecked(params, divisor)
 
-    def step_unchecked(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
-        """Make a step on gradients that are known to be finite; see `step`."""
-        norm = self.optimizer.step(params, divisor.value)
+    def step_unchecked(
+        self, params: AdamParams, divisor: Divisor, meet: Callable[[str], None] = lambda stage: None
+    ) -> Mapping[str, float]:
+        """Make a step on gradients that are known to be finite; see `step`, and `Optimizer.step` for ``meet``."""
+        norm = self.optimizer.step(params, divisor.value, meet)
         self.weights = object()
         self.clear()
         self.weights_version += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -44,14 +44,21 @@ class Optimizer:
                 self._masters[name] = nn.Parameter(p.detach().float())
         self._adamw = torch.optim.AdamW([self._stepped(name) for name in parameters], lr=0.0)
 
-    def step(self, params: AdamParams, divisor: float) -> float:
+    def step(self, params: AdamParams, divisor: float, meet: Callable[[str], None] = lambda stage: None) -> float:
         """Step on divided and clipped copies of the gradients: if the step fails, they are what they were.
+
+        Args:
+            params: hyperparameters.
+            divisor: of the gradients.
+            meet: is told what has been done, before other processes are needed, and before a weight changes; raises where
+                one of them has failed.
 
         Returns:
             The gradient norm after division and before clipping.
         """
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         scaled = torch._foreach_div(list(held.values()), divisor)
+        meet("divided")
         norm = full(torch.nn.utils.get_total_norm(scaled))  # of all processes
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError(
@@ -71,6 +78,7 @@ class Optimizer:
                 p.grad = gradient
             if params.grad_clip_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
+            meet("clipped")
             self._adamw.step()
         except BaseException:
             self.half_stepped = versions != [p._version for p in stepped]

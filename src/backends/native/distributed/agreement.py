@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeVar, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ....errors import LostRankError, RankFailedError, RanksDifferError
+from ....errors import LostRankError, RankError, RankFailedError, RanksDifferError
 from ..execution.memory import ran_out
 from .ranks import Ranks
 
 __all__ = ["Agreement"]
 
 T = TypeVar("T")
-_TEXT: Final = 1024  # bytes of a message
+_TEXT: Final = 1024  # bytes of each text of a message
+_DIGEST: Final = 32  # bytes
 _FINE, _OUT_OF_MEMORY, _FAILED = range(3)
+_START_AGAIN: Final = "Start all processes again and load the last checkpoint"
 
 
 @final
@@ -30,26 +34,34 @@ class _Message:
     Attributes:
         outcome: of the work since they last met.
         stage: where this rank is.
-        digest: of what must be the same everywhere.
+        digest, text: of what must be the same everywhere.
         error: why the work has failed.
     """
 
     outcome: int
     stage: str
     digest: bytes = b""
+    text: str = ""
     error: str = ""
 
     def to_tensor(self) -> Tensor:
-        """Return uint8 [3 x _TEXT + 1]."""
-        texts = [_padded(self.stage.encode()), _padded(self.digest), _padded(self.error.encode())]
-        return torch.frombuffer(bytearray(bytes([self.outcome]) + b"".join(texts)), dtype=torch.uint8)
+        """Return uint8 [1 + 32 + 3 x _TEXT]."""
+        texts = [_padded(text) for text in (self.stage, self.text, self.error)]
+        raw = bytes([self.outcome]) + self.digest.ljust(_DIGEST, b"\0") + b"".join(texts)
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Message:
         """Read what `to_tensor` wrote."""
-        raw = bytes(tensor.tolist())
-        stage, digest, error = (raw[1 + i * _TEXT : 1 + (i + 1) * _TEXT].rstrip(b"\0") for i in range(3))
-        return cls(raw[0], stage.decode(errors="ignore"), digest, error.decode(errors="ignore"))
+        raw, start = tensor.numpy().tobytes(), 1 + _DIGEST
+        stage, text, error = (
+            raw[start + i * _TEXT : start + (i + 1) * _TEXT].rstrip(b"\0").decode(errors="ignore") for i in range(3)
+        )
+        return cls(raw[0], stage, raw[1:start], text, error)
+
+
+class _OutOfMemoryEverywhere(torch.OutOfMemoryError):
+    """Every rank raises this where one has run out of memory, so that all may try again."""
 
 
 @final
@@ -75,13 +87,15 @@ class Agreement:
             RanksDifferError: another rank runs another operation.
             LostRankError: another rank does not answer.
         """
-        self.require_whole()
         outer = self._running, self._over
         self._running, self._over = f"{outer[0]} > {name}" if outer[0] else name, False
         try:
+            self.require_whole()
             yield
             self.meet("end")
         except BaseException as error:
+            if _comes_from_the_group(error):
+                raise self._losing(error) from error
             if not self._over and self._lost is None:
                 self._report(error)
             raise
@@ -95,11 +109,33 @@ class Agreement:
             LostRankError: one has.
         """
         if self._lost is not None:
-            raise LostRankError(_lost_words(self._running, self._lost)) from self._lost
+            raise LostRankError(
+                f"{self._running} cannot run: the processes have lost each other in an earlier operation "
+                f"({_first_line(self._lost)}). {_START_AGAIN}"
+            ) from self._lost
 
-    def give_up(self, error: BaseException) -> None:
-        """Take note that the ranks are no longer at the same place: nothing can be asked of the group any more."""
-        self._lost = self._lost or error
+    @contextmanager
+    def together(self, stage: str) -> Iterator[None]:
+        """Do work in the middle of which ranks wait for each other, so that one that fails there leaves the others behind.
+
+        Raises:
+            LostRankError: another rank did not come, or memory ran out here, which cannot be tried again.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._over or isinstance(error, (RankError, _OutOfMemoryEverywhere)):
+                raise  # at a meeting
+            if _comes_from_the_group(error):
+                raise self._losing(error) from error
+            self._lost = self._lost or error
+            if isinstance(error, RuntimeError) and ran_out(error):
+                raise LostRankError(
+                    f"{self._running}: {stage}: memory ran out in the middle of what all processes do together, so that the "
+                    f"others wait and it cannot be tried again ({_first_line(error)}). {_START_AGAIN}, with a smaller "
+                    "token_budget, or with reshard=False if whole weights and gradients fit"
+                ) from error
+            raise
 
     def attempt(self, stage: str, work: Callable[[], T]) -> T:
         """Do work that needs no other rank, then meet: it has succeeded only if it has everywhere.
@@ -109,20 +145,34 @@ class Agreement:
         """
         try:
             done = work()
-        except RuntimeError as error:
-            if ran_out(error):
-                self.meet(stage, outcome=_OUT_OF_MEMORY)
+        except BaseException as error:
+            if self._lost is None and not _comes_from_the_group(error):
+                if isinstance(error, RuntimeError) and ran_out(error):
+                    self.meet(stage, outcome=_OUT_OF_MEMORY)
+                self._report(error)
             raise
         self.meet(stage)
         return done
 
-    def meet(self, stage: str, *digests: bytes, outcome: int = _FINE) -> None:
+    def meet(
+        self,
+        stage: str,
+        *digests: bytes,
+        text: str = "",
+        text_is: str = "",
+        names: Sequence[str] = (),
+        outcome: int = _FINE,
+        undone: bool = True,
+    ) -> None:
         """Wait for every rank, and compare.
 
         Args:
             stage: of the operation.
             digests: of what must be the same on every rank, one a datum, or one in all.
+            text, text_is: that must be the same too, shown by the error, and what it is.
+            names: of what the digests are of, where it is not datums.
             outcome: how this rank fares.
+            undone: nothing has changed if a rank has failed.
 
         Raises:
             RankFailedError: a rank has failed.
@@ -131,13 +181,14 @@ class Agreement:
         """
         where = f"{self._running}: {stage}"
         together = hashlib.sha256(b"".join(digests)).digest() if digests else b""
-        said = self._exchange(_Message(outcome, where, together))
+        said = self._exchange(_Message(outcome, where, together, text))
         for rank, message in enumerate(said):
             if message.outcome == _FAILED:
                 self._over = True
-                raise RankFailedError(
-                    f"{self._running} failed on rank {rank}, so that nothing has changed on any: {message.error}"
+                after = (
+                    "nothing has changed on any rank" if undone else "other ranks have changed their weights already"
                 )
+                raise RankFailedError(f"{self._running} failed on rank {rank} ({after}): {message.error}")
         others = [rank for rank, message in enumerate(said) if message.stage != said[0].stage]
         if others:
             self._over = True
@@ -147,27 +198,40 @@ class Agreement:
             )
         if any(message.outcome == _OUT_OF_MEMORY for message in said):
             rank = next(r for r, message in enumerate(said) if message.outcome == _OUT_OF_MEMORY)
-            raise torch.OutOfMemoryError(f"rank {rank} ran out of memory in {where}")
-        self._require_equal(stage, [message.digest for message in said], digests)
+            raise _OutOfMemoryEverywhere(f"rank {rank} ran out of memory in {where}")
+        self._require_equal(stage, text_is, said, digests, names)
 
-    def _require_equal(self, stage: str, together: list[bytes], digests: tuple[bytes, ...]) -> None:
-        others = [rank for rank, digest in enumerate(together) if digest != together[0]]
+    def _require_equal(
+        self, stage: str, text_is: str, said: list[_Message], digests: tuple[bytes, ...], names: Sequence[str]
+    ) -> None:
+        first = said[0]
+        others = [r for r, each in enumerate(said) if (each.digest, each.text) != (first.digest, first.text)]
         if not others:
             return
         self._over = True
-        counts = self._ranks.gather(torch.tensor([len(digests)])).flatten().tolist()
-        words = f"rank {others[0]} was given another {stage} than rank 0"
-        if len(set(counts)) > 1:
-            words += f": {counts[others[0]]} parts instead of {counts[0]}"
-        elif len(digests) > 1:
-            every = self._ranks.gather(torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8))
-            rows = every.reshape(len(every), len(digests), -1)
-            differing = (rows[others[0]] != rows[0]).any(-1).nonzero().flatten().tolist()
-            words += f": datum {differing[0]} differs" + (f" ({len(differing)} in all)" if len(differing) > 1 else "")
+        if said[others[0]].text != first.text:
+            stage = text_is or stage
+            differing = f"{said[others[0]].text!r} instead of {first.text!r}"
+        else:
+            differing = self._differing(others[0], digests, names)
         raise RanksDifferError(
-            f"{self._running}: {words}. Every rank must be given the same global batch and the same settings; seed what is "
-            "drawn, or draw it on rank 0 and broadcast it"
+            f"{self._running}: rank {others[0]} was given another {stage} than rank 0{differing and f': {differing}'}. Every "
+            "rank must be given the same global batch and the same settings; seed what is drawn, or draw it on rank 0 and "
+            "broadcast it"
         )
+
+    def _differing(self, rank: int, digests: tuple[bytes, ...], names: Sequence[str]) -> str:
+        """Return which of its digests differ from rank 0's; every rank asks."""
+        counts = self._ranks.gather(torch.tensor([len(digests)])).flatten().tolist()
+        if counts[rank] != counts[0]:
+            return f"{counts[rank]} of them instead of {counts[0]}"
+        if (len(digests) == 1 and not names) or len(set(counts)) > 1:
+            return ""
+        every = self._ranks.gather(torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8))
+        rows = every.reshape(len(every), len(digests), -1)
+        differing = (rows[rank] != rows[0]).any(-1).nonzero().flatten().tolist()
+        first = names[differing[0]] if names else f"datum {differing[0]}"
+        return f"{first} differs" + (f", and {len(differing) - 1} more" if len(differing) > 1 else "")
 
     def _report(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this rank has failed."""
@@ -179,17 +243,31 @@ class Agreement:
         try:
             return [_Message.of(row) for row in self._ranks.gather(message.to_tensor())]
         except RuntimeError as error:
-            self._lost = error
-            raise LostRankError(_lost_words(message.stage, error)) from error
+            raise self._losing(error) from error
+
+    def _losing(self, error: BaseException) -> LostRankError:
+        """Take note that a rank is lost, and return what says so."""
+        self._lost = self._lost or error
+        return LostRankError(
+            f"{self._running}: another process has stopped, or did not answer in time ({_first_line(error)}). {_START_AGAIN}"
+        )
 
 
-def _padded(text: bytes) -> bytes:
-    return text[:_TEXT].ljust(_TEXT, b"\0")
+def _padded(text: str) -> bytes:
+    """Return the bytes of a text; one that is too long ends with its digest."""
+    raw = text.encode()
+    if len(raw) > _TEXT:
+        raw = raw[: _TEXT - 20] + b"... " + hashlib.sha256(raw).hexdigest()[:16].encode()
+    return raw.ljust(_TEXT, b"\0")
 
 
-def _lost_words(where: str, error: BaseException) -> str:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return (
-        f"{where}: another rank has stopped, or did not answer in time ({reason}); the gradients of this operation have not "
-        "been added anywhere. Start all processes again and load the last checkpoint"
-    )
+def _first_line(error: BaseException) -> str:
+    lines = re.sub(r"^\[\S+:\d+\] ", "", str(error).strip()).splitlines()  # without gloo's own source file
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _comes_from_the_group(error: BaseException) -> bool:
+    """Whether an error says that another process did not come, and not that something is wrong here."""
+    if isinstance(error, RankError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

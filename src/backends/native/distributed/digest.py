@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....datums.types import Datum
+from ..models.facts.quantized import plain_tensors
 
-__all__ = ["datum_digest", "tensor_digest"]
+__all__ = ["datum_digest", "parameter_fingerprints", "tensor_digest"]
 
 
 def datum_digest(datum: Datum) -> bytes:
@@ -19,6 +20,17 @@ def datum_digest(datum: Datum) -> bytes:
     keys = ",".join(key for key, _ in inputs).encode()
     tensors = [datum.model_input.tokens, *(value.to_torch() for _, value in inputs)]
     return hashlib.sha256(keys + tensor_digest(tensors)).digest()
+
+
+def parameter_fingerprints(module: nn.Module) -> dict[str, bytes]:
+    """Return a digest of each parameter by name: its shape, whether it is trained, and a sample of its numbers."""
+    found = {}
+    for name, p in module.named_parameters():
+        digest = hashlib.sha256(f"{tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
+        for plain in plain_tensors(p.detach()):
+            digest.update(tensor_digest([plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64]]))
+        found[name] = digest.digest()
+    return found
 
 
 def tensor_digest(tensors: Sequence[Tensor]) -> bytes:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ....datums.types import ModelInput
-from ....errors import NonFiniteError, RankError, UnsupportedError
+from ....errors import NonFiniteError, UnsupportedError
 from ...cotangents import Cotangents, evaluate
 from ...engine import Call, Engine, Gradient, Scorer
 from ...normalization import Divisor, Ledger
@@ -37,7 +37,7 @@ from ..execution.gradient import (
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
-from .digest import datum_digest
+from .digest import datum_digest, tensor_digest
 from .exchange import gather_metrics, of_rank_zero, require_equal
 from .plan import plan_rank
 from .ranks import Ranks
@@ -60,14 +60,18 @@ class DistributedEngine(Engine):
         local: this process's part.
         shards: its model's.
         ranks: the processes.
+        agreement: of them.
         reference: the shards of the reference model, if there is one.
     """
 
-    def __init__(self, local: NativeEngine, shards: Shards, ranks: Ranks, reference: Shards | None) -> None:
+    def __init__(
+        self, local: NativeEngine, shards: Shards, ranks: Ranks, agreement: Agreement, reference: Shards | None
+    ) -> None:
         self.local, self._shards, self._ranks, self._reference = local, shards, ranks, reference
         self.limits = local.limits
-        self._agreement = Agreement(ranks)
-        self._files = ShardedFiles(ranks, self._agreement, shards.masters)
+        self._agreement = agreement
+        self._files = ShardedFiles(ranks, agreement, shards.masters)
+        local.memory.agreed = ranks.least
         self._schedule = Schedule(local.scheduler, ranks, in_step=shards.reshard)
 
     @property
@@ -90,17 +94,32 @@ class DistributedEngine(Engine):
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
-        settings = f"{self.weights_version} {params} {divisor.value}"
-        self._agreement.meet("settings of the step", settings.encode())
+        settings = f"{params}, gradient divided by {divisor.value}, at step {self.weights_version}"
+        self._agreement.meet("choice of settings", text=settings)
         self._require_finite("the sum of calls that are finite one by one")
         self._shards.release()
-        return self.local.step_unchecked(params, divisor)
+        reached: list[str] = []
+
+        def meet(stage: str) -> None:
+            self._agreement.meet(stage)
+            reached.append(stage)
+
+        try:
+            metrics = self.local.step_unchecked(params, divisor, meet)
+            self._agreement.meet("stepped", undone=False)
+        except BaseException:
+            self.local.optimizer.half_stepped = "clipped" in reached  # on some rank, and so for all
+            raise
+        return metrics
 
     def clear(self) -> None:
         self.local.clear()
 
     def gradients(self) -> Mapping[str, Tensor]:
-        return {name: full(gradient) for name, gradient in self.local.gradients().items()}
+        with self._agreement.operation("gradients"):
+            held = self.local.gradients()
+            self._agreement.meet("set of gradients", " ".join(held).encode())
+            return {name: full(gradient) for name, gradient in held.items()}
 
     def plan(self, call: PreparedCall) -> Plan:
         keeps = call.registered is None or call.gradient_kind == "batch"
@@ -121,7 +140,9 @@ class DistributedEngine(Engine):
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
         """Every rank draws all of them, from generators in the same state."""
-        self._shards.gather()
+        given = [*(prompt.tokens for prompt in prompts), self.local.generator.get_state()]
+        self._agreement.meet("list of prompts", tensor_digest(given), text=f"{n} each, {params}")
+        self._gather(self._shards)
         return self.local.sample(prompts, n, params)
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
@@ -139,7 +160,7 @@ class DistributedEngine(Engine):
         )
 
     def load(self, path: str, everything: bool) -> Ledger:
-        self._agreement.meet("checkpoint", f"{path} {everything}".encode())
+        self._agreement.meet("checkpoint", text=f"{path} {everything}")
         self._shards.release()
         ledger = load_sharded(self.local, self._files, Path(path), everything=everything)
         self.local.weights = object()
@@ -164,11 +185,13 @@ class DistributedEngine(Engine):
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
             share = self._schedule.datums(call)
-            self._shards.gather()
             settings = self._settings(share)
             given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
             graphs = DeferredBackward(self.local.model, given)
-            return graphs, share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
+            with self._shards.resetting():
+                self._gather(self._shards)
+                scored = self._forward(graphs, share, call)
+            return graphs, share.gather(scored, call, self._shards.dtype)
 
         graphs, logprobs = self._retried(call, attempt)
         return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self.local.weights)
@@ -196,16 +219,14 @@ class DistributedEngine(Engine):
         return self._added(add)
 
     def _saved(self, root: Path, name: str, overwrite: bool, ledger: Ledger, everything: bool) -> str:
-        self._agreement.meet("checkpoint", f"{root} {name} {overwrite}".encode())
+        self._agreement.meet("checkpoint", text=f"{root / name} {overwrite}")
         self._shards.release()
         return save_sharded(self.local, self._files, root, name, overwrite, ledger, everything=everything)
 
     def _open(self, call: PreparedCall) -> None:
         """Check that every rank has been given the same call, for the same weights."""
-        loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())}"
-        self._agreement.meet(f"weights of step {self.weights_version}")
-        self._agreement.meet("loss", loss.encode())
-        self._agreement.meet("batch", *(datum_digest(datum) for datum in call.data))
+        loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {self.weights_version}"
+        self._agreement.meet("batch", *map(datum_digest, call.data), text=loss, text_is="loss")
 
     def _retried(self, call: PreparedCall, attempt: Callable[[], T]) -> T:
         return self.local.memory.retry(attempt, call.lengths)
@@ -215,8 +236,8 @@ class DistributedEngine(Engine):
 
         def attempt() -> list[Tensor]:
             share = self._schedule.datums(call)
-            shards.gather()
-            with torch.no_grad():
+            with shards.resetting(), torch.no_grad():
+                self._gather(shards)
                 own = self._act("forward", lambda: score_forwards(model, share.forwards))
             return share.gather(own, call, shards.dtype)
 
@@ -224,18 +245,13 @@ class DistributedEngine(Engine):
 
     def _added(self, add: Callable[[], Gradient]) -> Gradient:
         """Run a gradient operation into fresh gradients; after a failure those of earlier ones are as they were."""
-        with self.local.accumulator.adding():
-            try:
-                self._shards.gather()
-                with torch.enable_grad():
-                    gradient = add()
+        with self.local.accumulator.adding(), self._shards.resetting():
+            self._gather(self._shards)
+            with torch.enable_grad():
+                gradient = add()
+            with self._agreement.together("sum of the gradients"):
                 self._shards.reduce()
-                self._require_finite("the sum over all processes of what is finite on each")
-            except BaseException as error:
-                if self._shards.reshard and not isinstance(error, RankError):
-                    self._agreement.give_up(error)  # others may wait in the middle of a layer
-                self._shards.reset()
-                raise
+            self._require_finite("the sum over all processes of what is finite on each")
         return gradient
 
     def _stream(self, call: PreparedCall) -> Gradient:
@@ -245,15 +261,13 @@ class DistributedEngine(Engine):
         settings = self._settings(share)
 
         def work() -> Streamed:
-            done = streamed(self.local.model, call, share.batches, settings, scale)
-            self._require_finite_here(call, share)
-            return done
+            return streamed(self.local.model, call, share.batches, settings, scale, self._guard)
 
-        done = self._act("gradient", work)
+        done = self._act("gradient", work, lambda _: self._require_finite_here(call, share))
         logprobs = share.gather(done.logprobs, call, self._shards.dtype)
         own = {i: c for part in done.parts for i, c in part.by_datum.items()}
         cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
-        everything = evaluate(call, dict(enumerate(logprobs)))
+        everything = self._agreement.attempt("loss", lambda: evaluate(call, dict(enumerate(logprobs))))
         merged = replace(everything, by_datum=cotangents)
         none = DeferredBackward(self.local.model, settings).metrics()  # a rank without a datum has these
         graphs = gather_metrics(self._ranks, [none, *done.graph_metrics])
@@ -266,12 +280,10 @@ class DistributedEngine(Engine):
 
         scored = share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
         cotangents = self._agreed_cotangents(call, scored)
-
-        def backward() -> None:
-            graphs.backward(cotangents.by_datum)
-            self._require_finite_here(call, share)
-
-        self._act("backward", backward)
+        self._gather(self._shards)  # where the function has asked for a forward that failed, they are no longer whole
+        self._act(
+            "backward", lambda: graphs.backward(cotangents.by_datum), lambda _: self._require_finite_here(call, share)
+        )
         metrics = gather_metrics(self._ranks, [graphs.metrics()])
         return summary(call, [cotangents], dict(enumerate(scored)), [metrics])
 
@@ -281,12 +293,10 @@ class DistributedEngine(Engine):
         def work() -> dict[int, Tensor]:
             for batch in share.forwards:
                 graphs.add(batch)
-            scored = {i: x.cpu() for i, x in graphs.logprobs().items()}
-            require_finite_logprobs(scored, call.requests)
-            return scored
+            return {i: x.cpu() for i, x in graphs.logprobs().items()}
 
         with torch.enable_grad():
-            return self._act("forward", work)
+            return self._act("forward", work, lambda scored: require_finite_logprobs(scored, call.requests))
 
     def _agreed_cotangents(self, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
         def work() -> Cotangents:
@@ -316,8 +326,26 @@ class DistributedEngine(Engine):
             name = [*gradients][int(counted.argmax())]
             raise NonFiniteError(f"the gradient of {name} is not finite; first caused by {cause}; nothing has changed")
 
-    def _act(self, stage: str, work: Callable[[], T]) -> T:
-        return self._agreement.attempt(stage, work)
+    def _gather(self, shards: Shards) -> None:
+        with self._agreement.together("gathering of weights"):
+            shards.gather()
+
+    def _act(self, stage: str, work: Callable[[], T], check: Callable[[T], None] = lambda done: None) -> T:
+        """Run forwards or backwards, in whose layers ranks wait for each other if these are resharded; then check."""
+
+        def checked(done: T) -> T:
+            check(done)
+            return done
+
+        if not self._shards.reshard:
+            return self._agreement.attempt(stage, lambda: checked(work()))
+        with self._agreement.together(stage):
+            done = work()
+        return self._agreement.attempt(stage, lambda: checked(done))
+
+    def _guard(self, work: Callable[[], T]) -> T:
+        """Evaluate a loss between a forward and a backward of layers that are resharded: ranks meet after it."""
+        return self._agreement.attempt("loss", work) if self._shards.reshard else work()
 
     def _settings(self, share: Share) -> GraphSettings:
         return share.settings(self.local.memory)

@@ -97,6 +97,10 @@ class Ranks:
         dist.all_gather(every, own, group=self.group)
         return torch.stack(every)
 
+    def least(self, number: float) -> float:
+        """Return the smallest of the ranks' numbers."""
+        return float(self.gather(torch.tensor([number], dtype=torch.float64)).min())
+
     def gather_ragged(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
         """Return the tensors of all ranks, whose first dimension has ``sizes[r]`` entries on rank r."""
         most = max(sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast, final
 
 import torch
@@ -155,6 +156,15 @@ class Shards:
             torch.autograd.backward(hidden, torch.zeros_like(hidden))
         finally:
             self._root.set_requires_gradient_sync(False)
+
+    @contextmanager
+    def resetting(self) -> Iterator[None]:
+        """Bring everything back to before what runs here, if it fails; gradients of earlier operations stay."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
 
     def reset(self) -> None:
         """Forget an operation that failed half-way, with its gradients; those of earlier operations stay."""

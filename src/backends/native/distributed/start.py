@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ....errors import ConfigError
 from ..engine import NativeEngine, as_causal_lm
 from ..execution.memory import available_bytes
+from .agreement import Agreement
+from .digest import parameter_fingerprints
 from .engine import DistributedEngine
 from .ranks import Ranks
 from .sharding import Reshard, Shards, shard_model, whole_bytes
@@ -40,14 +41,30 @@ def distributed_engine(
     if reshard not in (True, False, "auto"):
         raise ConfigError(f"reshard must be auto, True or False, got {reshard!r}")
     ranks = Ranks.of(mesh, timeout)
-    sizes = [whole_bytes(each) for each in (model, reference) if each is not None]
-    device = next(model.parameters()).device
-    room = float(ranks.gather(torch.tensor([available_bytes(device) / 2], dtype=torch.float64)).min())
-    frees = sum(sizes) > room if reshard == "auto" else bool(reshard)
-    local = build(shard=lambda module: shard_model(module, mesh))
-    shards = Shards(model, local.model, frees, local.memory.meter)
-    frozen: Shards | None = None
-    if reference is not None:
-        shard_model(reference, mesh)
-        frozen = Shards(reference, as_causal_lm(reference), frees, None)
-    return DistributedEngine(local, shards, ranks, frozen)
+    agreement = Agreement(ranks)
+    with agreement.operation("TorchBackend"):
+        agreement.meet("choice of settings", text=f"reshard={reshard}, {_choices(build)}")
+        models = [each for each in (model, reference) if each is not None]
+        for each in models:
+            prints = parameter_fingerprints(each)
+            agreement.meet("model", *prints.values(), names=[f"its parameter {name}" for name in prints])
+        room = ranks.least(available_bytes(next(model.parameters()).device) / 2)
+        frees = sum(map(whole_bytes, models)) > room if reshard == "auto" else bool(reshard)
+        local = agreement.attempt("probes of the model", lambda: build(shard=lambda each: shard_model(each, mesh)))
+        agreement.meet("table of layouts", text=repr(dict(local.scheduler.layouts.longest)))
+        with agreement.together("sharding"):
+            shards = Shards(model, local.model, frees, local.memory.meter)
+            frozen = None if reference is None else _frozen(reference, mesh, frees)
+    return DistributedEngine(local, shards, ranks, agreement, frozen)
+
+
+def _choices(build: Callable[..., NativeEngine]) -> dict[str, object]:
+    """Return the settings that decide what each process computes, and when."""
+    given: dict[str, object] = getattr(build, "keywords", {})
+    own = ("reference", "checkpoint_dir")  # a model, compared apart; a folder, compared when it is written to
+    return {name: value for name, value in sorted(given.items()) if name not in own}
+
+
+def _frozen(reference: nn.Module, mesh: DeviceMesh, frees: bool) -> Shards:
+    shard_model(reference, mesh)
+    return Shards(reference, as_causal_lm(reference), frees, None)

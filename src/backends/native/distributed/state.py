@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -155,12 +156,11 @@ def save_sharded(
 @contextmanager
 def _shared_folder(files: ShardedFiles, final_folder: Path) -> Iterator[Path]:
     """Give every rank the folder that rank 0 makes, and that takes its place when all have written."""
-    if not files.first:
-        yield Path(files.ranks.broadcast_text(""))
-        return
-    with unfinished(final_folder) as folder:
-        files.ranks.broadcast_text(str(folder))
-        yield folder
+    with ExitStack() as stack:
+        own = files.agreement.attempt(
+            "folder", lambda: str(stack.enter_context(unfinished(final_folder))) if files.first else ""
+        )
+        yield Path(files.ranks.broadcast_text(own))
 
 
 def _write_weights(state: TrainingState, files: ShardedFiles, folder: Path) -> list[str]:
@@ -168,13 +168,17 @@ def _write_weights(state: TrainingState, files: ShardedFiles, folder: Path) -> l
     for file, tensors in named.items():
         if file in (ADAPTER, OUTSIDE):  # small, and PEFT's own format: one rank writes it
             whole = {name: full(tensor) for name, tensor in tensors.items()}
-            if files.first:
-                write_tensors(whole, folder / file)
+            files.agreement.attempt(f"writing {file}", partial(_write_if_first, files, whole, folder / file))
         else:
             files.write(
                 {name: t.to(torch.bfloat16) if files.masters else t for name, t in tensors.items()}, folder / file
             )
     return [*named]
+
+
+def _write_if_first(files: ShardedFiles, tensors: Mapping[str, Tensor], file: Path) -> None:
+    if files.first:
+        write_tensors(tensors, file)
 
 
 def _moments(state: TrainingState, masters: bool) -> dict[str, Tensor]:
@@ -192,7 +196,7 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
     """
     manifest = files.agreement.attempt("manifest", lambda: _sound(files, folder, everything))
     fingerprint = frozen_fingerprint(state.module)
-    ledger = saved_ledger(folder, manifest) if everything else Ledger()
+    ledger = files.agreement.attempt("ledger", lambda: saved_ledger(folder, manifest) if everything else Ledger())
     weights = trained_weights(state.module)
 
     def check() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .batching import MicroBatch
 from .deferred_backward import DeferredBackward
 from .memory import GraphSettings
 from .scaling import GradientScale
+
+T = TypeVar("T")
 
 __all__ = [
     "NOTHING",
@@ -96,6 +98,16 @@ def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     return model.head().trainable and kind in ("constant", "token") and one_target
 
 
+class Guard(Protocol):
+    """Runs what happens between a forward and a backward."""
+
+    def __call__(self, work: Callable[[], T], /) -> T: ...
+
+
+def _unguarded(work: Callable[[], T], /) -> T:
+    return work()
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Streamed:
@@ -130,6 +142,7 @@ def streamed(
     batches: Sequence[Sequence[MicroBatch]],
     settings: GraphSettings,
     scale: GradientScale,
+    guard: Guard = _unguarded,
 ) -> Streamed:
     """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next.
 
@@ -139,6 +152,7 @@ def streamed(
         batches: for a function, one batch of everything.
         settings: how graphs are retained.
         scale: of the cotangents; gradients are to be divided by it.
+        guard: runs the loss of each batch.
     """
     one_pass = streams_in_one_pass(model, call) and not scale.needed
     logprobs: dict[int, Tensor] = {}
@@ -147,9 +161,9 @@ def streamed(
         graphs = DeferredBackward(model, settings)
         # A group cut in two knows its coefficients only at the end.
         if one_pass and len(forwards) == 1:
-            scored, cotangents = _in_one_pass(call, graphs, forwards[0])
+            scored, cotangents = _in_one_pass(call, graphs, forwards[0], guard)
         else:
-            scored, cotangents = _in_two_acts(call, graphs, forwards, scale)
+            scored, cotangents = _in_two_acts(call, graphs, forwards, scale, guard)
         parts.append(cotangents)
         graph_metrics.append(graphs.metrics())
         logprobs |= {i: x.cpu() for i, x in scored.items()}
@@ -193,27 +207,37 @@ def reuse(places: Mapping[RetainedForward, Sequence[int]], reused: int) -> Mappi
 
 
 def _in_two_acts(
-    call: PreparedCall, graphs: DeferredBackward, forwards: Sequence[MicroBatch], scale: GradientScale
+    call: PreparedCall,
+    graphs: DeferredBackward,
+    forwards: Sequence[MicroBatch],
+    scale: GradientScale,
+    guard: Guard,
 ) -> tuple[dict[int, Tensor], Cotangents]:
     """Score everything, evaluate the loss, go back."""
     for batch in forwards:
         graphs.add(batch)
     scored = graphs.logprobs()
-    require_finite_logprobs(scored, call.requests)
-    cotangents = evaluate(call, scored) if scored else NOTHING
-    require_finite_cotangents(cotangents.by_datum, call)
+
+    def loss() -> Cotangents:
+        require_finite_logprobs(scored, call.requests)
+        cotangents = evaluate(call, scored) if scored else NOTHING
+        require_finite_cotangents(cotangents.by_datum, call)
+        return cotangents
+
+    cotangents = guard(loss)
     graphs.backward(cotangents.by_datum, scale.choose(cotangents.by_datum))
     return scored, cotangents
 
 
 def _in_one_pass(
-    call: PreparedCall, graphs: DeferredBackward, batch: MicroBatch
+    call: PreparedCall, graphs: DeferredBackward, batch: MicroBatch, guard: Guard
 ) -> tuple[dict[int, Tensor], Cotangents]:
     """Score, evaluate and go back a chunk of tokens at a time."""
     loss, index = call.registered, batch.index
     assert loss is not None, "see streams_in_one_pass"
     if batch.stands_for_none:
-        return graphs.one_pass(batch, torch.zeros(len(index.at), device=index.at.device)), NOTHING
+        scored = graphs.one_pass(batch, torch.zeros(len(index.at), device=index.at.device))
+        return scored, guard(lambda: NOTHING)
     dtype = torch.float64 if graphs.exact else torch.float32
     given = torch.zeros(index.shape, dtype=dtype, device=index.at.device)
     stream = TokenStream(loss, call.batch(batch.members, given), call.counts)
@@ -224,17 +248,21 @@ def _in_one_pass(
         return given[index.at[at]]
 
     scored = graphs.one_pass(batch, cotangent)
-    require_finite_logprobs(scored, call.requests)
-    skipped = torch.ones_like(given, dtype=torch.bool).index_fill(0, index.at, False).nonzero()[:, 0]
-    stream.cotangent(given[skipped], skipped)
-    by_datum = batch.apart(given)
-    require_finite_cotangents(by_datum, call)
-    output = stream.output()
-    if output.problems:
-        output.check()
-    part = output.deferred()
-    denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
-    return scored, Cotangents(by_datum, denominator, count, output.metrics)
+
+    def finish() -> Cotangents:
+        require_finite_logprobs(scored, call.requests)
+        skipped = torch.ones_like(given, dtype=torch.bool).index_fill(0, index.at, False).nonzero()[:, 0]
+        stream.cotangent(given[skipped], skipped)
+        by_datum = batch.apart(given)
+        require_finite_cotangents(by_datum, call)
+        output = stream.output()
+        if output.problems:
+            output.check()
+        part = output.deferred()
+        denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
+        return Cotangents(by_datum, denominator, count, output.metrics)
+
+    return scored, guard(finish)
 
 
 def summary(

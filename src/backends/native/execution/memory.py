@@ -166,6 +166,7 @@ class MemoryBudget:
         overflow: what happens to graphs beyond it.
         meter: measures graphs.
         device: of the model.
+        agreed: makes one number of that of all processes that must retain the same graphs.
 
     Raises:
         ConfigError: a size is out of range, or graphs would be moved to where they are.
@@ -176,6 +177,7 @@ class MemoryBudget:
     overflow: Overflow
     meter: GraphMeter
     device: torch.device
+    agreed: Callable[[float], float] = lambda number: number
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -209,10 +211,11 @@ class MemoryBudget:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
+                told = str(error).partition("\n")[0]
                 if self.tokens <= longest and self.graphs == 0:
                     raise UnsupportedError(
-                        f"a datum of {longest} tokens does not fit into memory even alone; use gradient_checkpointing=True, "
-                        "a smaller model or dtype, or shorter sequences"
+                        f"a datum of {longest} tokens does not fit into memory even alone ({told}); "
+                        "use gradient_checkpointing=True, a smaller model or dtype, or shorter sequences"
                     ) from error
             self._shrink(longest, sum(lengths))
 
@@ -220,7 +223,7 @@ class MemoryBudget:
         """Halve the forwards, and the graphs that wait, down to one."""
         self.tokens = max(longest, min(self.tokens, together) // 2)
         half = min(self.settings("single").budget, self.meter.predict(together)) / 2
-        self.graphs = half if half > self.meter.predict(self.tokens) else 0.0
+        self.graphs = self.agreed(half if half > self.meter.predict(self.tokens) else 0.0)
         _logger.warning("out of memory: token_budget is now %d, activation_budget %.0f bytes", self.tokens, self.graphs)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

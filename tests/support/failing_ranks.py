@@ -1,0 +1,371 @@
+"""One rank of a job in which one process fails, and all of them write what they were told, and what they have left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native.distributed.agreement import Agreement
+from pullback.backends.native.dtensors import local_part
+from pullback.backends.types import SamplingParams
+from pullback.datums import Datum, ModelInput
+from pullback.testing import TinyLM, example_datums
+from pullback.testing.models import tiny
+from pullback.testing.models.tiny import causal_mask
+
+__all__ = ["ALONE", "CASES", "SECONDS", "WORKS", "Told"]
+
+Told = dict[str, Any]
+PARAMS: Final = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
+SECONDS: Final = 4.0  # that a process waits
+DATA: Final = example_datums([9, 5, 12, 3, 7, 11, 4, 8])
+NEXT: Final = example_datums([6, 10, 5, 7], seed=1)
+
+
+def make(folder: Path, timeout: float = 30.0, **options: Any) -> TorchBackend:
+    return TorchBackend(TinyLM(tied=True), token_budget=16, timeout=timeout, checkpoint_dir=folder, **options)
+
+
+def summed(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    return -torch.stack([x.sum() for x in logprobs]).exp().sum(), {}
+
+
+def raising_on(rank: int) -> Callable[..., tuple[Tensor, Mapping[str, float]]]:
+    def loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+        if dist.get_rank() == rank:
+            raise ValueError("no such reward")
+        return summed(data, logprobs)
+
+    return loss
+
+
+def random(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    factor = torch.rand((), generator=torch.Generator().manual_seed(dist.get_rank()))
+    return factor * torch.cat(logprobs).sum(), {}
+
+
+@contextmanager
+def out_of_memory(times: int, after: int = 0) -> Iterator[None]:
+    """Let the model's forward on this process run out of memory."""
+    calls = iter(range(10**6))
+
+    def mask(positions: Tensor) -> Tensor:
+        if after <= next(calls) < after + times:
+            raise torch.OutOfMemoryError("CUDA out of memory: planted")
+        return causal_mask(positions)
+
+    with mock.patch.object(tiny, "causal_mask", mask):
+        yield
+
+
+@contextmanager
+def only_on(rank: int, what: Callable[[], Any]) -> Iterator[None]:
+    if dist.get_rank() != rank:
+        yield
+        return
+    with what():
+        yield
+
+
+def on_one(there: Any, here: Any) -> Any:
+    """Return one thing on rank 1, another on rank 0."""
+    return there if dist.get_rank() == 1 else here
+
+
+def with_token(data: Sequence[Datum], at: int, token: int | None = None) -> list[Datum]:
+    """Change the last token of a datum."""
+    changed = list(data)
+    before = data[at].model_input.to_ints()
+    tokens = [*before[:-1], (before[-1] + 1) % 17 if token is None else token]
+    changed[at] = Datum(ModelInput.from_ints(tokens), data[at].loss_fn_inputs)
+    return changed
+
+
+def asked_inside(backend: TorchBackend) -> Any:
+    """A loss that asks for a forward, which fails on rank 1."""
+
+    def loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+        backend.forward(on_one(with_token(DATA, 0, 99), DATA)).result()
+        return summed(data, logprobs)
+
+    return backend.forward_backward_custom(DATA, loss)
+
+
+def unwritable(backend: TorchBackend) -> Any:
+    """A checkpoint below what is a file."""
+    root = backend._native.directory / "file"
+    root.write_text("")
+    return backend.save_weights("x", folder=root / "below")
+
+
+def prompts(*tokens: int) -> list[ModelInput]:
+    return [ModelInput.from_ints(tokens)]
+
+
+FEW: Final = SamplingParams(max_tokens=3)
+BAD: Final = with_token(DATA, 2, 99)
+
+# What is asked of each rank; it must fail on both.
+CASES: Final[dict[str, Callable[[TorchBackend], Any]]] = {
+    "loss raises": lambda b: b.forward_backward_custom(DATA, raising_on(1)),
+    "loss raises on rank 0": lambda b: b.forward_backward_custom(DATA, raising_on(0)),
+    "invalid data": lambda b: b.forward_backward(on_one(BAD, DATA), "ppo"),
+    "no data": lambda b: b.forward_backward(on_one([], DATA), "ppo"),
+    "other tokens": lambda b: b.forward_backward(on_one(with_token(DATA, 5), DATA), "ppo"),
+    "fewer datums": lambda b: b.forward_backward(on_one(DATA[:4], DATA), "ppo"),
+    "other order": lambda b: b.forward(on_one(DATA[::-1], DATA)),
+    "other loss": lambda b: b.forward_backward(DATA, on_one("ppo", "cross_entropy")),
+    "other hyperparameters": lambda b: b.forward_backward(DATA, "ppo", {"clip_low_threshold": on_one(0.7, 0.8)}),
+    "other counts": lambda b: b.forward_backward(DATA, "grpo", counts={"tokens": on_one(9, 10)}),
+    "other AdamParams": lambda b: b.optim_step(AdamParams(learning_rate=on_one(2e-2, 1e-2))),
+    "other normalization": lambda b: b.optim_step(PARAMS, on_one(None, "num_sequences")),
+    "other operation": lambda b: on_one(b.forward_backward, b.forward)(DATA, "ppo"),
+    "step against forward": lambda b: b.optim_step(PARAMS) if dist.get_rank() else b.forward(DATA),
+    "sample against forward": lambda b: b.sample(prompts(1, 2), 1, FEW) if dist.get_rank() else b.forward(DATA),
+    "other prompts": lambda b: b.sample(prompts(1, on_one(2, 3)), 1, FEW),
+    "other checkpoint": lambda b: b.save_state(on_one("a", "b")),
+    "unwritable folder": unwritable,
+    "random loss": lambda b: b.forward_backward_custom(DATA, random),
+    "forward inside a loss": asked_inside,
+    "forward_retain": lambda b: b.forward_retain(on_one(BAD, DATA)),
+}
+
+
+def tried(work: Callable[[], Any]) -> Told:
+    """Return the error of an operation, and how long it took."""
+    began = time.monotonic()
+    try:
+        done = work()
+        error = done.exception() if hasattr(done, "exception") else None
+    except Exception as raised:
+        error = raised
+    return {"type": type(error).__name__, "words": str(error), "seconds": time.monotonic() - began}
+
+
+def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(float((found[name] - value).abs().max()) for name, value in expected.items())
+
+
+def weights(backend: TorchBackend) -> dict[str, Tensor]:
+    held = {name: p.detach() for name, p in backend._native.parameters.items()}
+    return {name: p.full_tensor().clone() if hasattr(p, "full_tensor") else p.clone() for name, p in held.items()}
+
+
+def failing(name: str, many: TorchBackend, one: TorchBackend) -> Told:
+    """Let one case fail, and look at what is left, and whether what comes next is what one process does."""
+    for backend in (many, one):
+        backend.forward_backward(DATA, "ppo").result()
+    before = {key: g.clone() for key, g in many.gradients().items()}
+    told = tried(lambda: CASES[name](many))
+    told["moved"] = difference(many.gradients(), before)
+    return told | goes_on(many, one)
+
+
+def goes_on(many: TorchBackend, one: TorchBackend) -> Told:
+    for backend in (many, one):
+        backend.forward_backward_custom(NEXT, summed).result()
+        backend.optim_step(PARAMS).result()
+    return {"next": difference(weights(many), weights(one))}
+
+
+WORKS: Final[dict[str, Callable[[TorchBackend], Any]]] = {
+    "forward": lambda b: b.forward(DATA).result(),
+    "streamed": lambda b: b.forward_backward(DATA, "ppo").result(),
+    "function": lambda b: b.forward_backward_custom(DATA, summed).result(),
+    "retained": lambda b: b.backward({b.forward_retain(DATA).result(): range(len(DATA))}, DATA, "ppo").result(),
+}
+
+
+def memory(name: str, folder: Path, many: TorchBackend, one: TorchBackend) -> Iterator[tuple[str, Told]]:
+    """Run out of memory on rank 1: once, so that all try again, and always."""
+    for after in (0, 1):
+        budget = many._native.memory
+        budget.tokens, budget.graphs = 16, None  # as at the beginning
+        with only_on(1, partial(out_of_memory, 1, after)):
+            told = tried(lambda: WORKS[name](many))
+        WORKS[name](one)
+        yield f"{name}, memory short once after {after}", told | goes_on(many, one)
+    starved = make(folder)
+    WORKS["streamed"](starved)
+    before = {key: g.clone() for key, g in starved.gradients().items()}
+    with only_on(1, partial(out_of_memory, 10**6)):
+        told = tried(lambda: WORKS[name](starved))
+    yield f"{name}, no memory", told | {"moved": difference(starved.gradients(), before)}
+
+
+def half_stepped(folder: Path) -> Told:
+    """Rank 1 fails in the optimizer, when rank 0 has changed its weights: no rank goes on without loading."""
+    many, one = make(folder), make(folder, mesh=None)
+    for backend in (many, one):
+        backend.forward_backward(DATA, "ppo").result()
+        backend.optim_step(PARAMS).result()
+    path = many.save_state("before", overwrite=True).result().path
+    many.forward_backward(NEXT, "ppo").result()
+    failing = mock.patch.object(torch.optim.AdamW, "step", side_effect=torch.OutOfMemoryError("planted"))
+    with only_on(1, lambda: failing):
+        told = tried(lambda: many.optim_step(PARAMS))
+    told["again"] = tried(lambda: many.optim_step(PARAMS))
+    many.discard_gradients()
+    many.load_state_with_optimizer(path).result()
+    for backend in (many, one):
+        backend.forward_backward(NEXT, "ppo").result()
+        backend.optim_step(PARAMS).result()
+    return told | {"next": difference(weights(many), weights(one))}
+
+
+def constructed(folder: Path) -> Iterator[tuple[str, Told]]:
+    """Give ranks different models, and different settings."""
+    rank = dist.get_rank()
+    yield "other weights", tried(lambda: TorchBackend(TinyLM(seed=rank), timeout=30))
+    yield "other budget", tried(lambda: TorchBackend(TinyLM(), token_budget=64 + rank, timeout=30))
+    yield "other seed", tried(lambda: TorchBackend(TinyLM(), seed=rank, timeout=30))
+    frozen = TinyLM(seed=rank).requires_grad_(False)
+    backend = make(folder)
+    (folder / "empty").mkdir(exist_ok=True)
+    yield "missing checkpoint", tried(lambda: backend.load_state(folder / "empty"))
+    yield "nothing trained on rank 1", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
+
+
+def silent(folder: Path) -> Told:
+    """Without agreements, other data on one rank finishes, with another gradient."""
+
+    def nothing(self: Agreement, stage: str, *digests: bytes, **options: Any) -> None:
+        return
+
+    many, one = make(folder), make(folder, mesh=None)
+    with mock.patch.object(Agreement, "meet", nothing):
+        told = tried(lambda: many.forward_backward(on_one(with_token(DATA, 5), DATA), "ppo"))
+    one.forward_backward(DATA, "ppo").result()
+    return told | {"moved": difference(many.gradients(), one.gradients())}
+
+
+def together(folder: Path) -> Told:
+    """All cases that leave the group whole, one after the other on the same backends."""
+    found: Told = {}
+    for reshard in (False, True):
+        kind = "resharded" if reshard else "whole"
+        many, one = make(folder, reshard=reshard), make(folder, mesh=None)
+        found |= {f"{name}, {kind}": failing(name, many, one) for name in CASES}
+        for name in () if reshard else WORKS:
+            found |= memory(name, folder, many, one)
+    return found | {"optimizer": half_stepped(folder), "silent": silent(folder), **dict(constructed(folder))}
+
+
+def stalled(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    if dist.get_rank() == 1:
+        time.sleep(2 * SECONDS)
+    return summed(data, logprobs)
+
+
+def killed(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return summed(data, logprobs)
+
+
+def in_a_layer(backend: TorchBackend, error: Exception) -> Any:
+    """Rank 1 fails between two layers."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    block = backend.model.get_submodule("blocks.1")
+    handle = block.register_forward_pre_hook(fail) if dist.get_rank() == 1 else None
+    try:
+        return backend.forward_backward(DATA, "ppo")
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A failure after which the group is lost.
+
+    Attributes:
+        fail: the operation.
+        options: of the backend.
+    """
+
+    fail: Callable[[TorchBackend], Any]
+    options: Mapping[str, Any]
+
+
+ALONE: Final[dict[str, Alone]] = {
+    "stall": Alone(lambda b: b.forward_backward_custom(DATA, stalled), {"reshard": False}),
+    "kill": Alone(lambda b: b.forward_backward_custom(DATA, killed), {"reshard": False}),
+    "layer": Alone(lambda b: in_a_layer(b, ValueError("in the second layer")), {"reshard": True}),
+    "layer, no memory": Alone(lambda b: in_a_layer(b, torch.OutOfMemoryError("planted")), {"reshard": True}),
+}
+
+
+def train(backend: TorchBackend, steps: range) -> None:
+    for step in steps:
+        backend.forward_backward(DATA if step % 2 else NEXT, "ppo").result()
+        backend.optim_step(PARAMS).result()
+
+
+def alone(name: str, folder: Path) -> Told:
+    """Train two steps, save, and fail in the third."""
+    backend = make(folder, timeout=SECONDS, **ALONE[name].options)
+    train(backend, range(2))
+    backend.forward_backward(DATA, "ppo").result()
+    backend.save_state("last").result()
+    held = {name: local_part(g).clone() for name, g in backend._native.gradients().items()}
+    told = tried(lambda: ALONE[name].fail(backend))
+    left = {name: local_part(g) for name, g in backend._native.gradients().items()}
+    told["moved"] = difference(left, held)
+    again: list[Callable[[], Any]] = [
+        lambda: backend.forward(DATA),
+        lambda: backend.save_state("more"),
+        lambda: backend.optim_step(PARAMS),
+        backend.gradients,
+    ]
+    return told | {"later": [tried(work) for work in again]}
+
+
+def resumed(folder: Path) -> Told:
+    """Load what was saved before the failure, go on, and compare with a run that nothing has interrupted."""
+    ends = []
+    for again in (True, False):
+        backend = make(folder)
+        if again:
+            backend.load_state_with_optimizer(folder / "last").result()
+        else:
+            train(backend, range(2))
+            backend.forward_backward(DATA, "ppo").result()
+        backend.forward_backward_custom(DATA, summed).result()
+        backend.optim_step(PARAMS).result()
+        train(backend, range(2, 4))
+        ends.append(weights(backend))
+    return {"apart": difference(*ends)}
+
+
+def main(what: str, target: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    folder = Path(target)
+    works = {"resume": resumed, "together": together}
+    found = works[what](folder) if what in works else alone(what, folder)
+    (folder / f"{what}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
