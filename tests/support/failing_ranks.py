@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from pullback.testing import TinyLM, example_datums
 from pullback.testing.models import tiny
 from pullback.testing.models.tiny import causal_mask
 
-__all__ = ["ALONE", "CASES", "SECONDS", "WORKS", "Told"]
+__all__ = ["ALONE", "CASES", "FEW_CASES", "FEW_WORKS", "SECONDS", "WORKS", "Told"]
 
 Told = dict[str, Any]
 PARAMS: Final = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
@@ -210,6 +210,10 @@ def memory(name: str, folder: Path, many: TorchBackend, one: TorchBackend) -> It
     yield f"{name}, no memory", told | {"moved": difference(starved.gradients(), before)}
 
 
+FEW_CASES: Final = ("loss raises", "invalid data", "other tokens", "other operation", "random loss")
+FEW_WORKS: Final = ("streamed",)
+
+
 def half_stepped(folder: Path) -> Told:
     """Rank 1 fails in the optimizer, when rank 0 has changed its weights: no rank goes on without loading."""
     many, one = make(folder), make(folder, mesh=None)
@@ -240,7 +244,7 @@ def constructed(folder: Path) -> Iterator[tuple[str, Told]]:
     backend = make(folder)
     (folder / "empty").mkdir(exist_ok=True)
     yield "missing checkpoint", tried(lambda: backend.load_state(folder / "empty"))
-    yield "nothing trained on rank 1", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
+    yield "nothing trained", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
 
 
 def silent(folder: Path) -> Told:
@@ -256,14 +260,14 @@ def silent(folder: Path) -> Told:
     return told | {"moved": difference(many.gradients(), one.gradients())}
 
 
-def together(folder: Path) -> Told:
-    """All cases that leave the group whole, one after the other on the same backends."""
+def together(folder: Path, names: Collection[str] = tuple(CASES), works: Collection[str] = tuple(WORKS)) -> Told:
+    """Cases that leave the group whole, one after the other on the same backends."""
     found: Told = {}
     for reshard in (False, True):
         kind = "resharded" if reshard else "whole"
         many, one = make(folder, reshard=reshard), make(folder, mesh=None)
-        found |= {f"{name}, {kind}": failing(name, many, one) for name in CASES}
-        for name in () if reshard else WORKS:
+        found |= {f"{name}, {kind}": failing(name, many, one) for name in names}
+        for name in () if reshard else works:
             found |= memory(name, folder, many, one)
     return found | {"optimizer": half_stepped(folder), "silent": silent(folder), **dict(constructed(folder))}
 
@@ -362,7 +366,7 @@ def main(what: str, target: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     folder = Path(target)
-    works = {"resume": resumed, "together": together}
+    works = {"resume": resumed, "together": together, "few": partial(together, names=FEW_CASES, works=FEW_WORKS)}
     found = works[what](folder) if what in works else alone(what, folder)
     (folder / f"{what}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
