@@ -255,8 +255,8 @@ def silent(folder: Path) -> Told:
 
     many, one = make(folder), make(folder, mesh=None)
     with mock.patch.object(Agreement, "meet", nothing):
-        told = tried(lambda: many.forward_backward(on_one(with_token(DATA, 5), DATA), "ppo"))
-    one.forward_backward(DATA, "ppo").result()
+        told = tried(lambda: many.forward_backward(on_one(with_token(DATA, 5), DATA), "cross_entropy"))
+    one.forward_backward(DATA, "cross_entropy").result()
     return told | {"moved": difference(many.gradients(), one.gradients())}
 
 
@@ -366,7 +366,11 @@ def main(what: str, target: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     folder = Path(target)
-    works = {"resume": resumed, "together": together, "few": partial(together, names=FEW_CASES, works=FEW_WORKS)}
+    works: dict[str, Callable[[Path], Told]] = {
+        "resume": resumed,
+        "together": together,
+        "few": partial(together, names=FEW_CASES, works=FEW_WORKS),
+    }
     found = works[what](folder) if what in works else alone(what, folder)
     (folder / f"{what}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
