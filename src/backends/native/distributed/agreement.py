@@ -231,7 +231,7 @@ class Agreement:
         rows = every.reshape(len(every), len(digests), -1)
         differing = (rows[rank] != rows[0]).any(-1).nonzero().flatten().tolist()
         first = names[differing[0]] if names else f"datum {differing[0]}"
-        return f"{first} differs" + (f", and {len(differing) - 1} more" if len(differing) > 1 else "")
+        return f"{first} differs" + (f" ({len(differing)} in all)" if len(differing) > 1 else "")
 
     def _report(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this rank has failed."""

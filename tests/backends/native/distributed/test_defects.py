@@ -44,7 +44,9 @@ def test_divided_by_world_twice(two: list[Found]) -> None:
 def test_local_counts(two: list[Found]) -> None:
     """Ranks that would divide by other counts do not step."""
     for found in two:
-        assert found["local counts"].startswith("RanksDifferError: optim_step: rank 1 was given another settings")
+        assert found["local counts"].startswith(
+            "RanksDifferError: optim_step: rank 1 was given another choice of settings"
+        )
 
 
 def test_local_clip(two: list[Found]) -> None:
