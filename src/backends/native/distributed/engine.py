@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ....datums.types import ModelInput
-from ....errors import NonFiniteError, UnsupportedError
-from ...cotangents import Cotangents, evaluate
+from ....errors import UnsupportedError
+from ...cotangents import evaluate
 from ...engine import Call, Engine, Gradient, Scorer
 from ...normalization import Divisor, Ledger
 from ...prepared import PreparedCall
 from ...types import AdamParams, Plan, Rollout, SamplingParams
 from ..accumulator import Accumulator
 from ..causal_lm import CausalLM
-from ..dtensors import full, local_part
+from ..dtensors import full
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward
 from ..execution.forward import score_forwards, trainable
@@ -28,7 +28,6 @@ from ..execution.gradient import (
     RetainedForward,
     Streamed,
     backward_retained,
-    require_finite_cotangents,
     require_finite_logprobs,
     reuse,
     streamed,
@@ -38,7 +37,7 @@ from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
 from .digest import datum_digest, tensor_digest
-from .exchange import gather_metrics, of_rank_zero, require_equal
+from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients
 from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule, Share
@@ -209,7 +208,9 @@ class DistributedEngine(Engine):
         def add() -> Gradient:
             places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
             scored = {i: x for forward, at in places.items() for i, x in zip(at, forward.logprobs, strict=True)}
-            cotangents = self._agreed_cotangents(call, [scored[i] for i in range(len(call.data))])
+            cotangents = agreed_cotangents(
+                self._agreement, self._ranks, call, [scored[i] for i in range(len(call.data))]
+            )
             scale = GradientScale(self.local.parameters.values(), needed=False)
             self._act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
             graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
@@ -279,7 +280,7 @@ class DistributedEngine(Engine):
         graphs = DeferredBackward(self.local.model, self._settings(share))
 
         scored = share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
-        cotangents = self._agreed_cotangents(call, scored)
+        cotangents = agreed_cotangents(self._agreement, self._ranks, call, scored)
         self._gather(self._shards)  # where the function has asked for a forward that failed, they are no longer whole
         self._act(
             "backward", lambda: graphs.backward(cotangents.by_datum), lambda _: self._require_finite_here(call, share)
@@ -298,33 +299,14 @@ class DistributedEngine(Engine):
         with torch.enable_grad():
             return self._act("forward", work, lambda scored: require_finite_logprobs(scored, call.requests))
 
-    def _agreed_cotangents(self, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
-        def work() -> Cotangents:
-            found = evaluate(call, dict(enumerate(logprobs)))
-            require_finite_cotangents(found.by_datum, call)
-            return found
-
-        found = self._agreement.attempt("loss", work)
-        everywhere = of_rank_zero(self._ranks, found.by_datum)
-        self._agreement.attempt("cotangents", lambda: require_equal(call.name, found.by_datum, everywhere))
-        return replace(found, by_datum=everywhere)
-
     def _require_finite_here(self, call: PreparedCall, share: Share) -> None:
         """Check this rank's own gradients before they are added up, while it can still be said which datum is to blame."""
         if not self._shards.reshard:
             Accumulator(trainable(self.local.module)).require_finite(lambda: self.local.blame(call.requests, share.own))
 
     def _require_finite(self, cause: str) -> None:
-        """Check the gradients of all ranks; a maximum over them would lose a NaN, a count does not."""
-        gradients = self.local.gradients()
-        if not gradients:
-            return
-        parts = [local_part(gradient) for gradient in gradients.values()]
-        largest = torch.stack([part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts])
-        counted = self._ranks.gather((~torch.isfinite(largest)).long()).sum(0)
-        if int(counted.sum()):
-            name = [*gradients][int(counted.argmax())]
-            raise NonFiniteError(f"the gradient of {name} is not finite; first caused by {cause}; nothing has changed")
+        """Check the gradients of all ranks."""
+        require_finite_gradients(self._ranks, self.local.gradients(), cause)
 
     def _gather(self, shards: Shards) -> None:
         with self._agreement.together("gathering of weights"):

@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ....errors import RanksDifferError
+from ....errors import NonFiniteError, RanksDifferError
 from ....losses.evaluation.metrics import Metric, combine_metrics
+from ...cotangents import Cotangents, evaluate
+from ...prepared import PreparedCall
+from ..dtensors import local_part
+from ..execution.gradient import require_finite_cotangents
+from .agreement import Agreement
 from .ranks import Ranks
 
-__all__ = ["gather_metrics", "of_rank_zero", "require_equal"]
+__all__ = ["agreed_cotangents", "gather_metrics", "of_rank_zero", "require_equal", "require_finite_gradients"]
 
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; two machines may sum in another order
+
+
+def agreed_cotangents(agreement: Agreement, ranks: Ranks, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
+    """Evaluate the loss of a call on all log-probs on each rank, and return rank 0's cotangents.
+
+    Raises:
+        RanksDifferError: a rank has found others.
+        NonFiniteError: one is NaN or inf.
+    """
+
+    def work() -> Cotangents:
+        found = evaluate(call, dict(enumerate(logprobs)))
+        require_finite_cotangents(found.by_datum, call)
+        return found
+
+    found = agreement.attempt("loss", work)
+    everywhere = of_rank_zero(ranks, found.by_datum)
+    agreement.attempt("cotangents", lambda: require_equal(call.name, found.by_datum, everywhere))
+    return replace(found, by_datum=everywhere)
+
+
+def require_finite_gradients(ranks: Ranks, gradients: Mapping[str, Tensor], cause: str) -> None:
+    """Check the gradients of all ranks; a maximum over them would lose a NaN, a count does not.
+
+    Args:
+        ranks: the processes.
+        gradients: this one's, by parameter name.
+        cause: what is to blame, in words.
+
+    Raises:
+        NonFiniteError: names the first parameter.
+    """
+    if not gradients:
+        return
+    parts = [local_part(gradient) for gradient in gradients.values()]
+    largest = torch.stack([part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts])
+    counted = ranks.gather((~torch.isfinite(largest)).long()).sum(0)
+    if int(counted.sum()):
+        name = [*gradients][int((counted > 0).long().argmax())]
+        raise NonFiniteError(f"the gradient of {name} is not finite; first caused by {cause}; nothing has changed")
 
 
 def gather_metrics(ranks: Ranks, own: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
