@@ -58,7 +58,7 @@ def require_finite_gradients(ranks: Ranks, gradients: Mapping[str, Tensor], caus
     largest = torch.stack([part.abs().amax() if part.numel() else part.new_zeros(()) for part in parts])
     counted = ranks.gather((~torch.isfinite(largest)).long()).sum(0)
     if int(counted.sum()):
-        name = [*gradients][int((counted > 0).long().argmax())]
+        name = [*gradients][int(counted.nonzero()[0])]
         raise NonFiniteError(f"the gradient of {name} is not finite; first caused by {cause}; nothing has changed")
 
 
