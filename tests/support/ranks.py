@@ -17,8 +17,9 @@ SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "tr
 
 def run_ranks(
     script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0, ends: Sequence[int] | None = None
-) -> None:
-    """Run a script in ``ranks`` processes at once, and fail with what they wrote if one ends otherwise than by ``ends``."""
+) -> str:
+    """Run a script in ``ranks`` processes at once, and return what they wrote; fail with it if one ends otherwise than by
+    ``ends`` (default: 0)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -47,4 +48,6 @@ def run_ranks(
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)
+    everything = "\n".join(written)
+    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], everything
+    return everything

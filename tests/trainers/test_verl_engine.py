@@ -76,6 +76,22 @@ def test_two_processes(tmp_path: Path) -> None:
     run_ranks(WORKER, str(tmp_path), ranks=2)
 
 
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its script runs as it is, with the platform as a plugin of verl's."""
+    folder, script = (
+        tiny.write_model(tmp_path / "model"),
+        WORKER.parents[3] / "examples" / "trainers" / "verl_engine.py",
+    )
+    plugin = {"VERL_USE_EXTERNAL_MODULES": "verl_cpu", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
+    for name, value in plugin.items():
+        monkeypatch.setenv(name, value)
+    written = run_ranks(script, str(folder), "--attention", "sdpa", "--steps", "8")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in written.splitlines() if line.startswith("step ")]
+    assert len(losses) == 8
+    assert abs(losses[0] - 0.6931) < 1e-3  # log 2: nothing has been learned
+    assert losses[-1] < losses[0] - 0.01
+
+
 def test_temperatures(folder: Path) -> None:
     """Each sequence is scored at that of its sampler; fused kernels take one, so that another is refused."""
     hot, cold = tiny.next_token_datums(temperature=0.7)[:4], tiny.next_token_datums()[4:]

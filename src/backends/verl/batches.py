@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedError, require_extra
-from ..prepared import PreparedCall
+from ..prepared import PreparedCall, ScoreRequest
 
 __all__ = ["batch_settings", "require_expressible", "to_batch"]
 
@@ -42,12 +42,16 @@ def require_expressible(call: PreparedCall) -> None:
 
 
 def to_batch(
-    call: PreparedCall, own: Sequence[int], rows: int, settings: Mapping[str, Any], pulled: Mapping[int, Tensor]
+    requests: Sequence[ScoreRequest],
+    own: Sequence[int],
+    rows: int,
+    settings: Mapping[str, Any],
+    pulled: Mapping[int, Tensor],
 ) -> Any:
     """Return some datums as a TensorDict: inputs with their last targets, so that the last entry of each row is nobody's.
 
     Args:
-        call, own: the call, and which datums of it.
+        requests, own: of a call, and which of them.
         rows: of the batch; what is missing are dummies, so that all processes run as many micro-batches.
         settings: those of `batch_settings`.
         pulled: cotangents by datum; 0 where there is none.
@@ -55,7 +59,7 @@ def to_batch(
     tensordict, tools = (
         require_extra(name, "verl", "verl's batch") for name in ("tensordict", "verl.utils.tensordict_utils")
     )
-    asked = [call.requests[i] for i in own]
+    asked = [requests[i] for i in own]
     dummies = [torch.zeros(2, dtype=torch.int64)] * (rows - len(own))
     tokens = [torch.cat([request.tokens, request.targets[-1:]]) for request in asked] + dummies
     cotangents = [torch.zeros(len(row)) for row in tokens]
@@ -69,7 +73,7 @@ def to_batch(
     }
     nested = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
     batch = tensordict.TensorDict(nested, batch_size=[rows])
-    plain = all(request.temperature == 1.0 for request in call.requests)  # spares a copy of the logits
+    plain = all(request.temperature == 1.0 for request in requests)  # spares a copy of the logits
     if not plain:
         batch["temperature"] = torch.tensor([request.temperature for request in asked] + [1.0] * len(dummies))
     tools.assign_non_tensor(batch, **settings, **({"temperature": 1.0} if plain else {}))

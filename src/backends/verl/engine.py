@@ -64,6 +64,8 @@ class VerlEngine(Engine):
         place = [verl.get_data_parallel_rank(), int(verl.is_mp_src_rank_with_outputs())]
         self._places: list[list[int]] = self._ranks.gather(torch.tensor(place)).tolist()
         self._half_stepped = False
+        with self._running(verl.eval_mode()):  # FSDP notes here what is trained, before an adapter is ever switched off
+            verl.infer_batch(to_batch([], [], self.settings.get("micro_batch_size_per_gpu", 1), self.settings, {}))
 
     @contextmanager
     def operation(self, call: Call) -> Iterator[None]:
@@ -206,7 +208,7 @@ class VerlEngine(Engine):
         rows, step = max(map(len, dealt)), self.settings.get("micro_batch_size_per_gpu", 1)
         members = [dealt[at] if returns else [] for at, returns in self._places]
         own = dealt[self._places[self._ranks.rank][0]]
-        batch = to_batch(call, own, -(-rows // step) * step, self.settings, cotangents)
+        batch = to_batch(call.requests, own, -(-rows // step) * step, self.settings, cotangents)
         return Share([], "packed", members, self._ranks, in_step=True), own, batch
 
     @contextmanager

@@ -46,6 +46,7 @@ def main(folder: Path) -> None:
     by_tokens: dict[str, Any] = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 13, "micro_batch_size_per_gpu": None}
     tiny.compare(make(folder, "full", **by_tokens), tiny.same_model(folder / "model", "full"), data, "orpo")
     empty_rank(make(folder, "full"), folder)
+    reference_first(make(folder, "lora", mixed_precision=None))
     disagreements(make(folder, "full"), rank)
     not_finite(make(folder, "full"), rank)
     checkpoints(make(folder, "lora"), folder)
@@ -63,6 +64,13 @@ def empty_rank(backend: VerlEngineBackend, folder: Path) -> None:
     for each in (backend, theirs):
         each.forward_backward(one, "cross_entropy").result()
     assert tiny.gap(backend.gradients(), theirs.gradients()) < 1e-5
+
+
+def reference_first(backend: VerlEngineBackend) -> None:
+    """In bfloat16, verl's default: an adapter that is off in the first forward has gradients in fp32 all the same."""
+    backend.reference().forward(tiny.next_token_datums()).result()
+    backend.forward_backward(tiny.next_token_datums(), "dpo").result()
+    assert {gradient.dtype for gradient in backend.gradients().values()} == {torch.float32}
 
 
 def disagreements(backend: VerlEngineBackend, rank: int) -> None:
