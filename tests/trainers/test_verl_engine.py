@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pullback.errors import (
     NonFiniteError,
     UnsupportedError,
 )
+from pullback.testing import PROMISES, BackendUnderTest, backend_report
 
 REASON = "needs verl: make trainers TRAINERS=verl"
 pytest.importorskip("verl", reason=REASON)
@@ -98,6 +100,7 @@ def test_temperatures(folder: Path) -> None:
     tiny.compare(make(folder), tiny.same_model(folder, "full"), hot + cold, "cross_entropy")
     engine = tiny.tiny_engine(folder, "full")
     object.__setattr__(engine.model_config, "use_fused_kernels", True)
+    engine.infer_batch = lambda batch: None  # they need a GPU
     with pytest.raises(UnsupportedError, match=r"datums \[0, 1, 2, 3\]"):
         VerlEngineBackend(engine).forward(hot + cold).result()
 
@@ -244,6 +247,34 @@ def test_checkpoints_that_are_refused(folder: Path) -> None:
     backend.forward_backward(data, "cross_entropy").result()
     with pytest.raises(UnsupportedError, match="no accumulated gradients"):
         backend.save_state("two").result()
+
+
+# Other targets than the next tokens, K of them, and samples.
+NOT_SUPPORTED = {
+    "candidates_are_scored",
+    "candidates_train_like_single_targets",
+    "masked_inputs_are_ignored",
+    "negative_weights_are_kept",
+    "samples_carry_the_policys_log_probs",
+    "sampling_seeds_repeat",
+    "scoring_adds_no_gradient",
+}
+
+
+def test_conformance(folder: Path, tmp_path: Path) -> None:
+    """The whole suite, with a TorchBackend as the reference: nothing fails, and what is refused is what verl cannot compute."""
+    numbers = itertools.count()
+
+    def fresh() -> VerlEngineBackend:
+        engine = tiny.tiny_engine(folder, "full")
+        return VerlEngineBackend(engine, checkpoint_dir=tmp_path / str(next(numbers)))
+
+    under_test = BackendUnderTest(fresh, reference=lambda: tiny.same_model(folder, "full"), reference_trains=True)
+    report = backend_report(under_test, PROMISES.values())
+    assert [str(result.sentence) for result in report.failed] == []
+    refused = {result.check for result in report.results if result.verdict == "not supported"}
+    assert refused == NOT_SUPPORTED
+    assert sum(result.verdict == "passed" for result in report.results) >= 34
 
 
 def test_the_reference_of_an_adapter(folder: Path) -> None:
