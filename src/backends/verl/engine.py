@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
@@ -20,11 +20,10 @@ from ...errors import BackendError, CheckpointError, MissingReferenceError, NonF
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..native.accumulator import Accumulator
 from ..native.distributed.agreement import Agreement
-from ..native.distributed.digest import call_digests
-from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients
+from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.ranks import Ranks
 from ..native.distributed.schedule import Share, share_out
-from ..native.distributed.sharding import full
+from ..native.dtensors import full
 from ..native.execution.forward import trainable
 from ..native.execution.gradient import require_finite_logprobs, summary
 from ..native.models.facts.model_facts import read_facts, text_config
@@ -76,8 +75,7 @@ class VerlEngine(Engine):
 
     def score(self, call: PreparedCall) -> list[Tensor]:
         require_expressible(call)
-        self._agreement.meet("batch", *call_digests(call))
-        self._agreement.meet(f"weights of step {self.weights_version}")
+        require_same_call(self._agreement, call, self.weights_version)
         share, own, batch = self._dealt(call, {})
         with self._running(self.verl.eval_mode()):
             rows = self.verl.infer_batch(batch)["model_output"]["log_probs"].unbind()
@@ -215,11 +213,9 @@ class VerlEngine(Engine):
     def _running(self, mode: AbstractContextManager[None]) -> Iterator[None]:
         """Run a pass of verl's, in which processes wait for each other: where one has failed, they are at different places."""
         try:
-            with mode:
+            with self._agreement.together("pass of verl's") if self._ranks.size > 1 else nullcontext(), mode:
                 yield
-        except BaseException as error:
-            if self._ranks.size > 1:
-                self._agreement.give_up(error)
+        except BaseException:
             getattr(self.verl.module, "reset_iter_state", lambda: None)()  # since torch 2.13
             raise
         finally:

@@ -36,8 +36,8 @@ from ..execution.gradient import (
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
-from .digest import datum_digest, tensor_digest
-from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients
+from .digest import tensor_digest
+from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
 from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule, Share
@@ -88,7 +88,7 @@ class DistributedEngine(Engine):
         return self._score(self.local.model, self._shards, call)
 
     def accumulate(self, call: PreparedCall) -> Gradient:
-        self._open(call)
+        require_same_call(self._agreement, call, self.weights_version)
         add = self._function if call.registered is None or call.gradient_kind == "batch" else self._stream
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
@@ -180,7 +180,7 @@ class DistributedEngine(Engine):
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
-        self._open(call)
+        require_same_call(self._agreement, call, self.weights_version)
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
             share = self._schedule.datums(call)
@@ -203,7 +203,7 @@ class DistributedEngine(Engine):
     ) -> Gradient:
         """Add the gradient of a loss on forwards that were retained; see `NativeEngine.accumulate_retained`."""
         rest = self.local.not_retained(call, retained)
-        self._open(call)
+        require_same_call(self._agreement, call, self.weights_version)
 
         def add() -> Gradient:
             places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
@@ -224,16 +224,11 @@ class DistributedEngine(Engine):
         self._shards.release()
         return save_sharded(self.local, self._files, root, name, overwrite, ledger, everything=everything)
 
-    def _open(self, call: PreparedCall) -> None:
-        """Check that every rank has been given the same call, for the same weights."""
-        loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {self.weights_version}"
-        self._agreement.meet("batch", *map(datum_digest, call.data), text=loss, text_is="loss")
-
     def _retried(self, call: PreparedCall, attempt: Callable[[], T]) -> T:
         return self.local.memory.retry(attempt, call.lengths)
 
     def _score(self, model: CausalLM, shards: Shards, call: PreparedCall) -> list[Tensor]:
-        self._open(call)
+        require_same_call(self._agreement, call, self.weights_version)
 
         def attempt() -> list[Tensor]:
             share = self._schedule.datums(call)

@@ -15,11 +15,29 @@ from ...prepared import PreparedCall
 from ..dtensors import local_part
 from ..execution.gradient import require_finite_cotangents
 from .agreement import Agreement
+from .digest import datum_digest
 from .ranks import Ranks
 
-__all__ = ["agreed_cotangents", "gather_metrics", "of_rank_zero", "require_equal", "require_finite_gradients"]
+__all__ = [
+    "agreed_cotangents",
+    "gather_metrics",
+    "of_rank_zero",
+    "require_equal",
+    "require_finite_gradients",
+    "require_same_call",
+]
 
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; two machines may sum in another order
+
+
+def require_same_call(agreement: Agreement, call: PreparedCall, weights_version: int) -> None:
+    """Check that every rank has been given the same loss and the same data, for the same weights.
+
+    Raises:
+        RanksDifferError: names the loss, or the datum, that differs.
+    """
+    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {weights_version}"
+    agreement.meet("batch", *map(datum_digest, call.data), text=loss, text_is="loss")
 
 
 def agreed_cotangents(agreement: Agreement, ranks: Ranks, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:

@@ -36,6 +36,8 @@ def find_mesh(
     if isinstance(asked, DeviceMesh):
         if asked.ndim > 2:
             raise ConfigError(f"mesh must have one dimension (shards) or two (replicas, shards), got {asked.ndim}")
+        if asked.ndim == 2 and asked.mesh_dim_names is None:
+            raise ConfigError("a mesh of two dimensions needs names: mesh_dim_names=('replicas', 'shards')")
         return asked if asked.size() > 1 else None
     if asked != "auto":
         raise ConfigError(f"mesh must be auto, None or a torch DeviceMesh, got {asked!r}")

@@ -86,9 +86,9 @@ def _units(module: nn.Module) -> Iterator[FSDPModule]:
 
 
 def whole_bytes(module: nn.Module) -> int:
-    """Return the bytes of a model's weights, and of their gradients where they are trained."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in module.parameters()]
-    return sum(size * (2 if trained else 1) for size, trained in sizes)
+    """Return the bytes of a model's weights, and of their gradients (at least fp32) where they are trained."""
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    return weights + sum(p.numel() * max(p.element_size(), 4) for p in module.parameters() if p.requires_grad)
 
 
 @final
