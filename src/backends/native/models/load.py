@@ -21,7 +21,7 @@ from .layers import coverage
 from .lora import add_lora, quiet_peft
 from .tokenizers import load_tokenizer
 
-__all__ = ["load_pretrained", "torch_dtype"]
+__all__ = ["default_device", "load_pretrained", "torch_dtype"]
 
 _logger = logging.getLogger(__name__)
 _NO_CAUSAL_CLASS: Final = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>")
@@ -29,7 +29,7 @@ _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _RAISED: Final = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
-def _default_device() -> str:
+def default_device() -> str:
     """Return where a model goes unless another device is named: this process's GPU where there is one."""
     if not torch.cuda.is_available():
         return "cpu"
@@ -51,7 +51,7 @@ def load_pretrained(
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
     if gguf_file is not None:
         path = convert_gguf(Path(path), gguf_file)
-    device = torch.device(_default_device() if device is None else device)
+    device = torch.device(default_device() if device is None else device)
     folders, dtype = [path], torch_dtype(dtype)
     if _is_adapter(path):
         config = _adapter_config(path, lora)
