@@ -132,7 +132,7 @@ class DistributedEngine(Engine):
         base_only = self.local.base_only()
 
         def score_base(call: PreparedCall) -> list[Tensor]:
-            with base_only():
+            with self._shards.keeping_trained(), base_only():
                 return self._score(self.local.model, self._shards, call)
 
         return score_base

@@ -143,6 +143,17 @@ class Shards:
             unit.reshard()
         self._gathered = False
 
+    @contextmanager
+    def keeping_trained(self) -> Iterator[None]:
+        """Keep which weights are trained, of each of which FSDP has two; PEFT switches the one of the moment off and on."""
+        held = [p for group in _groups(self.module) for each in group.fsdp_params for p in _both(each)]
+        flags = [p.requires_grad for p in held]
+        try:
+            yield
+        finally:
+            for p, flag in zip(held, flags, strict=True):
+                p.requires_grad_(flag)
+
     def reduce(self) -> None:
         """Add the gradients of all ranks up, each rank keeping its shards; they are there already with resharding."""
         if self.reshard:
@@ -184,6 +195,12 @@ class Shards:
             return self.model.hidden_states(
                 torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
             )
+
+
+def _both(parameter: Any) -> list[nn.Parameter]:
+    """The sharded and the gathered form of a parameter, where there is one."""
+    gathered = getattr(parameter, "_unsharded_param", None)
+    return [parameter.sharded_param] if gathered is None else [parameter.sharded_param, gathered]
 
 
 def _groups(module: nn.Module) -> Iterator[Any]:
