@@ -17,9 +17,8 @@ SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "tr
 
 def run_ranks(
     script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0, ends: Sequence[int] | None = None
-) -> str:
-    """Run a script in ``ranks`` processes at once, and return what they wrote; fail with it if one ends otherwise than by
-    ``ends`` (default: 0)."""
+) -> list[str]:
+    """Run a script in ``ranks`` processes at once, and fail if one ends otherwise than by ``ends``; return what each wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -48,6 +47,5 @@ def run_ranks(
     finally:
         for process in started:
             process.kill()
-    everything = "\n".join(written)
-    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], everything
-    return everything
+    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)
+    return written
