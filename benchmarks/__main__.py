@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses``.
+"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses | distributed``.
 
 A table for people; the last line is one JSON document. Works are interleaved in random order and ratios are medians of paired
 rounds: only these mean anything on a shared machine.
@@ -12,7 +12,7 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, head, layouts, losses, step
+from . import backends, custom, distributed, head, layouts, losses, step
 
 
 def main() -> None:
@@ -55,7 +55,12 @@ def main() -> None:
     seven.add_argument("--no-compiled", dest="compiled", action="store_false", help="without torch.compile")
     seven.add_argument("--peers", action="store_true", help="torchrl's, TRL's and verl's own functions too")
     seven.set_defaults(run=losses.run, threads=1)
-    for command in (one, two, three, five, six, seven):
+    eight = commands.add_parser("distributed", help="processes that train one model, against as many that train alone")
+    eight.add_argument("--ranks", type=int, default=2, help="processes")
+    eight.add_argument("--tokens", default="512,2048,4096", help="of each process, a step")
+    eight.add_argument("--reshard", action="store_true", help="free each layer after use")
+    eight.set_defaults(run=distributed.run, threads=1)
+    for command in (one, two, three, five, six, seven, eight):
         command.add_argument("--rounds", type=int, default=9)
     for command in (one, two, three, five):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())

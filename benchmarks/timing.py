@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Clock", "Report", "Times", "environment", "interleave", "peak_bytes"]
+__all__ = ["Clock", "Report", "Times", "environment", "interleave", "peak_bytes", "taken"]
 
 Work = Callable[[], object]
 Clock = Literal["wall", "cpu", "thread"]
@@ -67,14 +67,14 @@ def interleave(works: Mapping[str, Work], rounds: int, clock: Clock = "wall") ->
     )  # a work finds the caches as the one before it left them: it must not always be the same one
     for round_ in range(rounds + 1):
         for name in order.sample(list(works), len(works)):
-            seconds, others = _taken(works[name], clock)
+            seconds, others = taken(works[name], clock)
             if round_:
                 times.seconds[name].append(seconds)
                 times.others[name].append(others)
     return times
 
 
-def _taken(work: Work, clock: Clock) -> tuple[float, float]:
+def taken(work: Work, clock: Clock) -> tuple[float, float]:
     """Return the seconds, and the share of all cores that others took."""
     if clock == "thread":
         began = time.thread_time()
