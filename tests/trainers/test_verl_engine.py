@@ -67,9 +67,18 @@ def test_equals_torch(folder: Path, trained: tiny.Trained, loss: str) -> None:
 )
 def test_however_the_engine_is_set(folder: Path, options: dict[str, Any]) -> None:
     """Batches by tokens, with dummies, weights that stay gathered, and a model that has a dropout."""
-    ours, theirs = make(folder, **options), tiny.same_model(folder, "full")
+    ours, theirs, data = make(folder, **options), tiny.same_model(folder, "full"), tiny.next_token_datums()
     for _ in range(2):
-        tiny.compare(ours, theirs, tiny.next_token_datums(), "dpo")
+        tiny.compare(ours, theirs, data, "dpo")
+    tiny.add(ours, data, "dpo")
+    before = ours.forward(data).result().loss_fn_outputs[0]["logprobs"].to_torch()  # may leave weights gathered
+    ours.optim_step(STEP).result()
+    after = ours.forward(data).result().loss_fn_outputs[0]["logprobs"].to_torch()
+    assert float((after - before).abs().max()) > 1e-3
+    tiny.add(theirs, data, "dpo")
+    theirs.optim_step(STEP).result()
+    known = theirs.forward(data).result().loss_fn_outputs[0]["logprobs"].to_torch()
+    assert torch.allclose(after, known, atol=1e-4)
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -87,7 +96,7 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = {"VERL_USE_EXTERNAL_MODULES": "verl_cpu", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
     for name, value in plugin.items():
         monkeypatch.setenv(name, value)
-    written = run_ranks(script, str(folder), "--attention", "sdpa", "--steps", "8")
+    written = "\n".join(run_ranks(script, str(folder), "--attention", "sdpa", "--steps", "8"))
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in written.splitlines() if line.startswith("step ")]
     assert len(losses) == 8
     assert abs(losses[0] - 0.6931) < 1e-3  # log 2: nothing has been learned
@@ -168,26 +177,39 @@ def test_not_finite(folder: Path) -> None:
     assert backend.optim_step(STEP).result().stepped
 
 
-def test_a_failed_pass_leaves_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class _FailingBackward(torch.autograd.Function):
+    """The identity, which fails on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_failed_pass_leaves_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """verl clears the gradients when a pass fails; those of earlier calls are there all the same, and it goes on."""
     backend, data = make(folder), tiny.next_token_datums()
     backend.forward_backward(data, "cross_entropy").result()
     kept = backend.gradients()
-    layer = backend._engine.verl.module.model.layers[1]  # type: ignore[attr-defined]
-    original, ran = layer.mlp.forward, []
+    mlp = backend._engine.verl.module.model.layers[0].mlp  # type: ignore[attr-defined]
+    original = mlp.forward
 
     def fail(x: Any) -> Any:
-        ran.append(x)
-        if torch.is_grad_enabled():
+        if where == "forward" and torch.is_grad_enabled():
             raise RuntimeError("no memory")
-        return original(x)
+        return _FailingBackward.apply(original(x))  # type: ignore[no-untyped-call]
 
-    monkeypatch.setattr(layer.mlp, "forward", fail)
+    monkeypatch.setattr(mlp, "forward", fail)
+    backend.forward(data).result()  # the pass that scores still runs
     with pytest.raises(RuntimeError, match="no memory"):
         backend.forward_backward(data, "cross_entropy").result()
     monkeypatch.undo()
-    assert len(ran) > 1
     assert all(torch.equal(x, kept[n]) for n, x in backend.gradients().items())
+    assert set(backend.gradients()) == set(kept)
     backend.forward_backward(data, "cross_entropy").result()
     assert all(torch.allclose(x, 2 * kept[n], rtol=1e-5, atol=1e-5) for n, x in backend.gradients().items())
 
@@ -218,7 +240,8 @@ def test_resumes(folder: Path, trained: tiny.Trained) -> None:
         backend.optim_step(STEP).result()
         return tiny.weights(backend)
 
-    train()
+    first = backend.save_state("first", overwrite=True).result().path
+    cold = train()
     path, before = backend.save_state("resume", overwrite=True).result().path, tiny.weights(backend)
     exact = train()
     backend.load_state_with_optimizer(path).result()
@@ -228,6 +251,8 @@ def test_resumes(folder: Path, trained: tiny.Trained) -> None:
     backend.load_state(path).result()
     assert all(torch.equal(x, before[n]) for n, x in tiny.weights(backend).items())
     assert not all(torch.allclose(x, exact[n], atol=1e-4) for n, x in train().items())
+    backend.load_state(first).result()
+    assert all(torch.equal(x, cold[n]) for n, x in train().items())  # as with an optimizer that has seen nothing
 
 
 def test_checkpoints_that_are_refused(folder: Path) -> None:

@@ -23,6 +23,7 @@ from ..native.distributed.agreement import Agreement
 from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.ranks import Ranks
 from ..native.distributed.schedule import Share, share_out
+from ..native.distributed.sharding import forget_pass
 from ..native.dtensors import full
 from ..native.execution.forward import trainable
 from ..native.execution.gradient import require_finite_logprobs, summary
@@ -216,7 +217,7 @@ class VerlEngine(Engine):
             with self._agreement.together("pass of verl's") if self._ranks.size > 1 else nullcontext(), mode:
                 yield
         except BaseException:
-            getattr(self.verl.module, "reset_iter_state", lambda: None)()  # since torch 2.13
+            forget_pass(self.verl.module)
             raise
         finally:
             for unit in self.verl.module.modules():

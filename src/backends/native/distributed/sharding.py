@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from ....errors import UnsupportedError
 from ..causal_lm import CausalLM
@@ -18,7 +17,7 @@ from ..dtensors import local_part
 from ..execution.memory import GraphMeter
 from ..models.hf import HFModel
 
-__all__ = ["Reshard", "Shards", "shard_model", "sharded_units", "whole_bytes"]
+__all__ = ["Reshard", "Shards", "forget_pass", "shard_model", "sharded_units", "whole_bytes"]
 
 Reshard = Literal["auto"] | bool
 _HALVES = (torch.bfloat16, torch.float16)
@@ -179,13 +178,7 @@ class Shards:
 
     def reset(self) -> None:
         """Forget an operation that failed half-way, with its gradients; those of earlier operations stay."""
-        held = [p for p in self.module.parameters() if not isinstance(p, DTensor)]
-        for p in held:
-            p.grad = None
-        for group in _groups(self.module):
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-        _reset_iteration(self._root)
+        forget_pass(self.module)
         self.release()
 
     def _dummy(self) -> Tensor:
@@ -209,6 +202,16 @@ def _groups(module: nn.Module) -> Iterator[Any]:
         state: Any = unit._get_fsdp_state()
         groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         yield from (group for group in groups if group is not None)
+
+
+def forget_pass(module: nn.Module) -> None:
+    """Bring a sharded module back to where it was before a pass that failed half-way, gradients that it holds included."""
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # may hold a gradient that was not reduced, gathered or not
+                parameter._unsharded_param.grad = None
+    _reset_iteration(cast(FSDPModule, module))
 
 
 def _reset_iteration(root: FSDPModule) -> None:
