@@ -46,7 +46,7 @@ TARGETS: Final = {
                 "cispo",
                 "dro",
             ),
-            "losses/functional/preference.py": ("dpo", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"),
+            "losses/functional/preference.py": ("dpo", "kto", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"),
         },
     ),
     "losses": Target(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import backends, datums, errors, losses
-from .backends import AdamParams, SamplingParams, TorchBackend, connect, with_reference
+from .backends import AdamParams, SamplingParams, TorchBackend, connect, with_reference, with_reference_point
 from .datums import Datum, ModelInput, TensorData
 from .losses import TokenBatch, group_advantages, loss_names, preset, recipe, register
 
@@ -28,4 +28,5 @@ __all__ = [
     "recipe",
     "register",
     "with_reference",
+    "with_reference_point",
 ]

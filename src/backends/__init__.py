@@ -11,7 +11,7 @@ from .futures import FinishedFuture, Future
 from .native import CausalLM, HFModel, TorchBackend
 from .prepared import PreparedCall, ScoreRequest
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
-from .reference import with_reference
+from .reference import with_reference, with_reference_point
 from .remote import RemoteBackend, connect
 from .types import (
     AdamParams,
@@ -57,6 +57,7 @@ __all__ = [
     "logprob_surrogate",
     "selected_logprobs",
     "with_reference",
+    "with_reference_point",
 ]
 
 __getattr__ = moved(__name__, {"ModelAdapter": ("backends", "CausalLM")})

@@ -11,6 +11,7 @@ from .builders import (
 from .chat import datum_from_messages
 from .convert import from_tinker, to_fireworks, to_tinker
 from .explain import explain
+from .mismatched import mismatched
 from .rollouts import Turn, datum_from_rollout, datum_from_turns, turn_from_sglang, turns_from_vllm
 from .rows import RowNote, RowsReport, from_rows
 from .types import Datum, ModelInput, TensorData
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "from_rows",
     "from_tinker",
+    "mismatched",
     "preference_pair",
     "to_fireworks",
     "to_tinker",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ def _problems(
                 yield f"unknown field {key!r}{suggestion(key, INPUT_KEYS)}; registered losses would ignore it"
     yield from _shape_problems(datum, length)
     yield from _value_problems(datum, vocab_size)
+    yield from _label_problems(datum, required)
 
 
 def _token_problems(name: str, tokens: Tensor, vocab_size: int | None) -> Iterator[str]:
@@ -142,6 +144,16 @@ def _value_problems(datum: Datum, vocab_size: int | None) -> Iterator[str]:
             yield from _number_problems(key, inputs[key].to_torch(), trained)
     if "role" in inputs and inputs["role"].data not in ([ROLE_REJECTED], [ROLE_CHOSEN], [ROLE_GOLD]):
         yield f"'role' is {inputs['role'].data}; it is 0 (rejected), 1 (chosen) or 2 (gold)"
+
+
+def _label_problems(datum: Datum, required: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the inputs of a loss of labelled answers; a function may mean something else by ``label``."""
+    given = {key: datum.loss_fn_inputs[key].data for key in required if key in datum.loss_fn_inputs}
+    if "label" in given and given["label"] not in ([0], [1]):
+        yield f"'label' is {given['label']}; it is 1 (desirable) or 0 (undesirable)"
+    for point in given.get("reference_point", ()):
+        if not 0 <= point < math.inf:
+            yield f"'reference_point' is {point:g}; it is a KL, a finite number of at least 0"
 
 
 def _number_problems(key: str, values: Tensor, trained: Tensor | None) -> Iterator[str]:

@@ -13,6 +13,7 @@ from .counting import Counted
 from .evaluation.metrics import DeferredMetric, Metric, combine_metrics, wire_metrics
 from .evaluation.output import LossOutput, Part
 from .evaluation.pair_terms import PairTerm, Responses
+from .evaluation.sequence_terms import SequenceTerm
 from .evaluation.streaming import TokenStream
 from .evaluation.terms import Summand, Term, TokenTerm
 from .functional import (
@@ -28,7 +29,7 @@ from .parts.clip import ClipRange
 from .parts.correction import Correction, Rejection
 from .parts.kl import KL
 from .policy import CISPO, DRO, GRPO, GSPO, PPO, ImportanceSampling
-from .preference import DPO, ORPO, SimPO
+from .preference import DPO, KTO, ORPO, SimPO
 from .presets import preset, preset_names
 from .recipes import Recipe, recipe
 from .registry import Registry, get_loss, loss_names, register, registry
@@ -42,6 +43,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "KL",
+    "KTO",
     "ORPO",
     "PPO",
     "Aggregation",
@@ -64,6 +66,7 @@ __all__ = [
     "Registry",
     "Rejection",
     "Responses",
+    "SequenceTerm",
     "SimPO",
     "Summand",
     "Term",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, final
 from torch import Tensor
 
 from ..errors import ConfigError, DatumError, MissingFieldError
-from .aggregation import Aggregation
+from .aggregation import Aggregation, Unit
 from .batch.adapt import batch_field, batch_from_datums, logprobs_in_place
 from .batch.keys import INPUT_KEYS
 from .batch.problems import Problem
@@ -56,6 +56,11 @@ class Loss(abc.ABC):
         """Datum keys without which the loss cannot be computed."""
 
     @property
+    def unit(self) -> Unit:
+        """What there is one value of; a raw sum is divided by the number of these."""
+        return "pair" if self.gradient_kind == "pair" else "token"
+
+    @property
     def optional_inputs(self) -> tuple[str, ...]:
         """Datum keys that the loss uses where they are given."""
         return ()
@@ -77,7 +82,7 @@ class Loss(abc.ABC):
         """The normalisation of ``optim_step`` that fits: None for a mean, a count for a raw sum."""
         if self.main_aggregation.is_mean:
             return None
-        return "num_sequences" if self.gradient_kind == "pair" else "num_loss_tokens"
+        return "num_loss_tokens" if self.unit == "token" else "num_sequences"
 
     @classmethod
     def from_config(cls, *args: Any, **config: Any) -> Self:

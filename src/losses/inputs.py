@@ -28,7 +28,7 @@ TOKEN_INPUTS: Final = (
     "ref_logprobs",
     "sequence_ratio_mask",
 )
-SEQUENCE_INPUTS: Final = ("pair_id", "role", "group_id", "label", "ref_logprob_sums")
+SEQUENCE_INPUTS: Final = ("pair_id", "role", "group_id", "label", "reference_point", "ref_logprob_sums")
 INPUTS: Final = (*TOKEN_INPUTS, *SEQUENCE_INPUTS)
 
 

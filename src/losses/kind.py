@@ -151,7 +151,8 @@ def _inputs(draw: Callable[[float, float], Tensor]) -> dict[str, Tensor]:
         "sequence_ratio_mask": torch.ones(sum(_LENGTHS), dtype=torch.float64),
     }
     units = {"pair_id": [0, 0, 1, 1], "role": [1, 0, 1, 0], "group_id": [0, 0, 1, 1], "label": [1, 0, 1, 0]}
-    return {**numbers, **{name: torch.tensor(ids) for name, ids in units.items()}}
+    given = {name: torch.tensor(ids) for name, ids in units.items()}
+    return {**numbers, **given, "reference_point": torch.full((4,), 0.25, dtype=torch.float64)}
 
 
 def _gradient(loss: Loss, logprobs: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from .base import Loss, Normalization
 from .policy import GRPO
-from .preference import DPO, ORPO
+from .preference import DPO, KTO, ORPO
 from .presets import looked_up
 from .supervised import CrossEntropy
 
@@ -25,6 +25,7 @@ _RECIPES: Final[dict[str, Callable[..., Recipe]]] = {
     "sft": lambda: Recipe(CrossEntropy("token_mean"), None),
     "grpo": lambda: Recipe(GRPO(aggregation="sum"), "num_loss_tokens"),
     "dpo": lambda: Recipe(DPO(), None),
+    "kto": lambda: Recipe(KTO(), None),
     "orpo": lambda: Recipe(ORPO(), None),
 }
 
@@ -32,14 +33,15 @@ _RECIPES: Final[dict[str, Callable[..., Recipe]]] = {
 def recipe(name: str) -> Recipe:
     """Return the loss and the normalisation mode of a training recipe.
 
-    ====  =======================  ===================
-    name  loss                     normalisation
-    ====  =======================  ===================
-    sft   token-mean NLL           None
-    grpo  GRPO, raw token sum      ``num_loss_tokens``
-    dpo   DPO, mean over pairs     None
-    orpo  ORPO, mean over pairs    None
-    ====  =======================  ===================
+    ====  ===========================  ===================
+    name  loss                         normalisation
+    ====  ===========================  ===================
+    sft   token-mean NLL               None
+    grpo  GRPO, raw token sum          ``num_loss_tokens``
+    dpo   DPO, mean over pairs         None
+    kto   KTO, mean over the answers   None
+    orpo  ORPO, mean over pairs        None
+    ====  ===========================  ===================
 
     Raises:
         ConfigError: no recipe has that name.

@@ -42,6 +42,11 @@ class CaseSequence:
         """1 where its first trained token has a positive advantage, for losses that label sequences good or bad; else 0."""
         return int(self.advantages[(self.trained() or [0])[0]] > 0)
 
+    @property
+    def reference_point(self) -> float:
+        """KTO's z0, nats; one for each group."""
+        return 0.25 + 0.125 * self.group
+
 
 @final
 @dataclass(frozen=True)
@@ -62,9 +67,8 @@ class Case:
         """Return the packed fp64 batch and its leaf tensor of log-probs."""
         leaf = _flat(self.sequences, "logprobs").requires_grad_()
         inputs: dict[str, Any] = {name: _flat(self.sequences, name) for name in self._fields()}
-        groups = torch.tensor([s.group for s in self.sequences])
         lengths = [len(s.logprobs) for s in self.sequences]
-        return TokenBatch.from_packed(leaf, lengths, group_id=groups, **inputs), leaf
+        return TokenBatch.from_packed(leaf, lengths, **self._per_sequence(), **inputs), leaf
 
     def padded(self, left: bool = False) -> tuple[TokenBatch, list[Tensor]]:
         """Return the padded batch, with NaN in the padding, and one leaf per sequence."""
@@ -81,8 +85,7 @@ class Case:
 
         inputs = {name: column(name) for name in self._fields()}
         logprobs = torch.stack([pad(leaf, torch.nan) for leaf in leaves])
-        groups = torch.tensor([s.group for s in self.sequences])
-        return TokenBatch.from_padded(logprobs, inputs.pop("weights"), group_id=groups, **inputs), leaves
+        return TokenBatch.from_padded(logprobs, inputs.pop("weights"), **self._per_sequence(), **inputs), leaves
 
     def datums(self) -> tuple[list[Datum], list[Tensor]]:
         """Return datums and one leaf per datum, for calls ``loss(data, logprobs)``."""
@@ -91,6 +94,7 @@ class Case:
             inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in self._fields()}
             inputs["logprobs"] = inputs.pop("rollout_logprobs")
             inputs |= {"target_tokens": [0] * len(s.logprobs), "group_id": [s.group]}
+            inputs |= {"label": [s.label], "reference_point": [s.reference_point]}
             data.append(Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs))
         return data, [_double(s.logprobs).requires_grad_() for s in self.sequences]
 
@@ -120,6 +124,14 @@ class Case:
     def subset(self, indices: Sequence[int]) -> Case:
         """Return some of the sequences, in that order."""
         return replace(self, sequences=tuple(self.sequences[i] for i in indices))
+
+    def labels(self) -> dict[str, Tensor]:
+        """Return what a loss of labelled sequences reads: ``label``, int64 [B], and ``reference_point``, float64 [B]."""
+        points = _double([s.reference_point for s in self.sequences])
+        return {"label": torch.tensor([s.label for s in self.sequences]), "reference_point": points}
+
+    def _per_sequence(self) -> dict[str, Tensor]:
+        return {"group_id": torch.tensor([s.group for s in self.sequences]), **self.labels()}
 
     def _fields(self) -> list[str]:
         return [name for name in _FIELDS if name != "old_logprobs" or self.with_old]

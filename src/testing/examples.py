@@ -38,6 +38,8 @@ def example_datums(lengths: Sequence[int], seed: int = 0, vocab_size: int = 17, 
             "logprobs": near(base, 0.3),
             "ref_logprobs": near(base, 0.3),
             "group_id": [i // 2],
+            "label": [1 - i % 2],
+            "reference_point": [0.25],
             **extra,
         }
         data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))

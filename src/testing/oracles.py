@@ -7,7 +7,19 @@ from collections.abc import Callable
 
 from .cases import Case, CaseSequence
 
-__all__ = ["cispo", "correction", "cross_entropy", "dpo", "dro", "finite_differences", "grpo", "gspo", "orpo", "simpo"]
+__all__ = [
+    "cispo",
+    "correction",
+    "cross_entropy",
+    "dpo",
+    "dro",
+    "finite_differences",
+    "grpo",
+    "gspo",
+    "kto",
+    "orpo",
+    "simpo",
+]
 
 Cotangent = list[list[float]]
 
@@ -156,6 +168,21 @@ def dpo(case: Case, beta: float = 0.1, smoothing: float = 0.0) -> Cotangent:
         slope = -(1 - smoothing) * _sigmoid(-z) + smoothing * _sigmoid(z)
         cotangents.append([beta * slope * w / pairs if w else 0.0 for w in chosen.weights])
         cotangents.append([-beta * slope * w / pairs if w else 0.0 for w in rejected.weights])
+    return cotangents
+
+
+def kto(
+    case: Case, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0, zero: bool = False
+) -> Cotangent:
+    """``-+ v beta w s (1 - s) / B``, s the sigmoid of ``beta (h - z0)``; B sequences have a trained token."""
+    factor = scale(case, "sequence_mean")
+    cotangents: Cotangent = []
+    for s in case.sequences:
+        z = beta * (_shift(s) - (0.0 if zero else s.reference_point))
+        reached = _sigmoid(z)
+        weight = -desirable if s.label else undesirable
+        slope = weight * beta * reached * _sigmoid(-z)
+        cotangents.append([slope * w * factor(s) if w else 0.0 for w in s.weights])
     return cotangents
 
 

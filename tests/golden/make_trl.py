@@ -27,6 +27,7 @@ from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl_labels import label_entries
 
 INPUTS = golden_inputs()
 GRPO = "trl.trainer.grpo_trainer.GRPOTrainer"
@@ -293,4 +294,6 @@ def preference_entries() -> list[dict[str, Any]]:
     ]
 
 
-write("trl", trl.__version__, INPUTS, grpo_entries() + ratio_entries() + weight_entries() + preference_entries())
+policies = grpo_entries() + ratio_entries() + weight_entries()
+labelled = label_entries(INPUTS["full_rows"], stand_in)
+write("trl", trl.__version__, INPUTS, policies + preference_entries() + labelled)

@@ -18,6 +18,7 @@ from pullback.losses import (
     GRPO,
     GSPO,
     KL,
+    KTO,
     ORPO,
     PPO,
     ClipRange,
@@ -109,6 +110,13 @@ def test_simpo(case: Case, beta: float, gamma: float) -> None:
     assert agrees(SimPO(beta, gamma), case, oracles.simpo(case, beta, gamma))
 
 
+@given(case=cases(empty=True), beta=st.floats(0.01, 2), weights=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)))
+def test_kto(case: Case, beta: float, weights: tuple[float, float]) -> None:
+    """KTO's gradient is largest at the reference point, with a weight and a sign by the label."""
+    assert agrees(KTO(beta, *weights), case, oracles.kto(case, beta, *weights))
+    assert agrees(KTO(beta, *weights, "zero"), case, oracles.kto(case, beta, *weights, zero=True))
+
+
 @pytest.mark.parametrize("aggregation", TOKEN_AGGREGATIONS)
 @given(case=cases(), beta=st.floats(0.01, 2))
 def test_cispo_and_dro(aggregation: str, case: Case, beta: float) -> None:
@@ -148,6 +156,9 @@ def test_orpo(case: Case, lam: float) -> None:
         (GRPO(kl=KL(beta=0.3)), lambda case: oracles.grpo(case)),
         (ORPO(0.2), lambda case: oracles.orpo(case, 0.1)),
         (SimPO(), lambda case: oracles.simpo(case, gamma=0.5)),
+        (KTO(), lambda case: oracles.kto(case, beta=0.11)),
+        (KTO(), lambda case: oracles.kto(case, zero=True)),
+        (KTO(), lambda case: oracles.kto(case, desirable=1.1)),
         (CISPO(ClipRange(0.0, 1.05)), lambda case: oracles.cispo(case, high=5.0)),
         (DRO(), lambda case: oracles.dro(case, beta=0.5)),
         (GSPO(0.2), lambda case: oracles.gspo(case, form="sequence", low=0.8, high=1.2)),

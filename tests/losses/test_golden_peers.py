@@ -13,6 +13,7 @@ from golden_table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, documented_tabl
 from torch import Tensor
 
 from pullback.losses import GRPO, Loss, TokenBatch
+from pullback.losses.functional import reference_point
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"peer", "version", "name", "function", "config", "inputs", "loss", "gradient"}
@@ -28,6 +29,10 @@ def batch_inputs(entry: dict[str, Any], case: Case) -> tuple[Tensor, Tensor, dic
         given["advantages"] = torch.zeros_like(mask)
     if case.groups is not None:
         given["group_id"] = torch.tensor(case.groups)
+    if "label" in entry["config"]:
+        policy, reference = (torch.tensor(sums, dtype=torch.float64) for sums in entry["config"]["mismatched"])
+        given["label"] = torch.tensor(entry["config"]["label"])
+        given["reference_point"] = reference_point(policy - reference).expand(4)
     if entry["inputs"] == "pairs":
         rows = torch.arange(mask.shape[0])
         given |= {"pair_id": rows % (len(rows) // 2), "role": (rows < len(rows) // 2).long()}

@@ -255,6 +255,11 @@ def test_nothing_is_read_from_a_device(loss: Loss, packed: bool) -> None:
 
     inputs = {name: empty() for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")}
     leaf = empty().requires_grad_()
+    rows = 2
+    inputs |= {
+        "label": torch.empty(rows, device="meta", dtype=torch.int64),
+        "reference_point": torch.empty(rows, device="meta"),
+    }
     if packed:
         batch = TokenBatch.from_packed(leaf, [4, 4], weights=empty(), **inputs)
     else:

@@ -242,8 +242,8 @@ def test_registry() -> None:
 
 def test_recipes() -> None:
     """The recipe table: only GRPO's raw sum is normalised by the optimizer step."""
-    found = {name: recipe(name).normalization for name in ("sft", "grpo", "dpo", "orpo")}
-    assert found == {"sft": None, "grpo": "num_loss_tokens", "dpo": None, "orpo": None}
+    found = {name: recipe(name).normalization for name in ("sft", "grpo", "dpo", "kto", "orpo")}
+    assert found == {"sft": None, "grpo": "num_loss_tokens", "dpo": None, "kto": None, "orpo": None}
     assert all(recipe(name).loss.normalization == mode for name, mode in found.items())
 
 

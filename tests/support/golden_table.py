@@ -19,6 +19,7 @@ from pullback.losses import (
     DPO,
     GRPO,
     KL,
+    KTO,
     PPO,
     Aggregation,
     ClipRange,
@@ -125,7 +126,19 @@ def _trl() -> dict[str, Case]:
     for beta in (0.1, 0.5):
         wrong = preset("trl:orpo", beta=3 * beta)
         cases[f"orpo-{beta:g}"] = Case(preset("trl:orpo", beta=beta), "ORPO", wrong, tolerance=FP32)
-    return cases | trl_policies()
+    return cases | _trl_labels() | trl_policies()
+
+
+def _trl_labels() -> dict[str, Case]:
+    weighted = preset("trl:kto", beta=0.5, desirable_weight=1.3, undesirable_weight=0.7)
+    zero = preset("trl:apo_zero_unpaired", beta=0.3)
+    return {
+        "kto": Case(preset("trl:kto"), "KTO", KTO(0.2)),
+        "kto-weights": Case(weighted, "KTO", KTO(0.5)),
+        "kto-negative": Case(preset("trl:kto", beta=0.3), "KTO", KTO(0.3, 0.5)),
+        "kto-desirable": Case(preset("trl:kto"), "KTO", preset("trl:apo_zero_unpaired", beta=0.2)),
+        "apo_zero_unpaired": Case(zero, "APO-zero, unpaired", KTO(0.3)),
+    }
 
 
 def _trl_grpo(entry: Mapping[str, Any]) -> Case:

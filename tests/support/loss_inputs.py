@@ -127,6 +127,8 @@ def make(
         fields["group_id"] = torch.arange(count) * 7 % 3
     if "label" in wanted:
         fields["label"] = torch.arange(count) % 2
+    if "reference_point" in wanted:
+        fields["reference_point"] = torch.arange(count) % 3 * torch.tensor(0.25, dtype=inner)
     if pair_ids and "pair_id" in wanted:
         order = torch.randperm(count, generator=rng)
         fields |= {"pair_id": 11 - order // 2, "role": order % 2}

@@ -45,6 +45,12 @@ _KEYS = (
     InputKey("role", "int64", False, "0 rejected, 1 chosen, 2 gold"),
     InputKey("group_id", "int64", False, "which prompt group the sequence belongs to"),
     InputKey("label", "int64", False, "1 desirable, 0 undesirable"),
+    InputKey(
+        "reference_point",
+        "float32",
+        False,
+        "KTO's z0, nats: the KL of policy and reference, measured on answers to other prompts; at least 0",
+    ),
     InputKey("weights_version", "int64", False, "optimizer steps that the sampler's weights had seen"),
     InputKey("temperature", "float32", False, "temperature the completion was sampled at, and is scored at"),
     InputKey("top_p", "float32", False, "nucleus mass the completion was sampled from"),

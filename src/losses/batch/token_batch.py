@@ -49,7 +49,7 @@ class TokenBatch:
         old_logprobs: the proximal anchor, where it differs from the sampler.
         ref_logprobs: the frozen reference's log-probs.
         sequence_ratio_mask: the tokens over which a sequence's ratio is taken, where not the trained ones.
-        pair_id, role, group_id, label: int64 [B]; see `pullback.losses.batch.keys`.
+        pair_id, role, group_id, label, reference_point: int64 [B], the last one float; see `pullback.losses.batch.keys`.
         ref_logprob_sums: float [B], weighted sums of ``ref_logprobs``, in place of them for a loss that needs no more.
 
     Raises:
@@ -68,6 +68,7 @@ class TokenBatch:
     role: Tensor | None = None
     group_id: Tensor | None = None
     label: Tensor | None = None
+    reference_point: Tensor | None = None
     ref_logprob_sums: Tensor | None = None
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -109,7 +110,7 @@ class TokenBatch:
             pairs: how preference pairs lie: ``interleaved`` (2i chosen, 2i + 1 rejected) or ``stacked`` (all chosen ones,
                 then all rejected ones, as in TRL), in place of ``pair_id`` and ``role``.
             inputs: the other fields of `TokenBatch`, [B, T]; ``advantages`` may be [B] (one per sequence);
-                ``pair_id``, ``role``, ``group_id``, ``label`` and ``ref_logprob_sums`` are [B].
+                what is one number per sequence, e.g. ``pair_id`` or ``ref_logprob_sums``, is [B].
 
         Raises:
             LengthError, IncompleteUnitError: a shape is wrong, or ``pairs`` are of an odd number of sequences.

@@ -15,7 +15,7 @@ from .old_names import clipped_surrogate as clipped_surrogate
 from .old_names import dpo_sigmoid as dpo_sigmoid
 from .old_names import kl_value as kl_value
 from .policy import cispo, dro, gspo_token, importance_sampling, policy_gradient, ppo_clip
-from .preference import chosen_nll, dpo, log_odds, log_odds_ratio, odds_ratio, simpo
+from .preference import chosen_nll, dpo, kto, log_odds, log_odds_ratio, odds_ratio, reference_point, simpo
 
 __all__ = [
     "KLEstimator",
@@ -32,6 +32,7 @@ __all__ = [
     "importance_sampling",
     "kl",
     "kl_penalty",
+    "kto",
     "log1mexp",
     "log_odds",
     "log_odds_ratio",
@@ -40,6 +41,7 @@ __all__ = [
     "odds_ratio",
     "policy_gradient",
     "ppo_clip",
+    "reference_point",
     "simpo",
     "truncated_weight",
 ]

@@ -1,4 +1,4 @@
-"""Preference losses: one value per pair of a chosen and a rejected response."""
+"""Preference losses: one value per pair of a chosen and a rejected response, or per labelled response."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .closed_form import pair_form
+from .closed_form import closed_form, pair_form
 from .likelihood import nll
 
-__all__ = ["chosen_nll", "dpo", "log_odds", "log_odds_ratio", "odds_ratio", "simpo"]
+__all__ = ["chosen_nll", "dpo", "kto", "log_odds", "log_odds_ratio", "odds_ratio", "reference_point", "simpo"]
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
@@ -158,3 +158,68 @@ def _simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1
     value = logsigmoid(margin).neg_()
     slope = margin.neg_().sigmoid_().mul_(-beta)
     return value, slope, -slope
+
+
+def kto(
+    log_ratio: Tensor,
+    label: Tensor,
+    reference_point: Tensor | float = 0.0,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    r"""Return the KTO loss of each labelled response, ``v (1 - sigmoid(z))``, ``z = +- beta (log_ratio - reference_point)``.
+
+    The sign is + and v the ``desirable_weight`` where the response is desirable; - and ``undesirable_weight`` where it is not.
+    The derivative with respect to ``log_ratio`` is ``-+ v beta sigmoid(z) sigmoid(-z)``: largest at the reference point, and 0
+    for a response that is far from it on either side.
+
+    Args:
+        log_ratio: of policy to reference, summed over the response's tokens, nats, [B].
+        label: 1 desirable, 0 undesirable, [B].
+        reference_point: z0, see `reference_point`; one number, or [B].
+        beta: how soon the value of a response saturates, > 0.
+        desirable_weight, undesirable_weight: weight of a response by its label, lambda_D and lambda_U.
+
+    Returns:
+        One value per response, [B].
+
+    Source: KTO, arXiv:2402.01306, equation 7.
+    """
+    good = label > 0
+    gain = beta * (log_ratio - reference_point)
+    # The slope of sigmoid itself, s (1 - s), is 0 where s rounds to 1.
+    return torch.where(good, desirable_weight * logsigmoid(-gain).exp(), undesirable_weight * logsigmoid(gain).exp())
+
+
+@closed_form(kto)
+def _kto(
+    log_ratio: Tensor,
+    label: Tensor,
+    reference_point: Tensor | float = 0.0,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    good = label > 0
+    gain = (log_ratio - reference_point).mul_(beta)
+    rest = gain.neg().sigmoid_()
+    reached = gain.sigmoid_()
+    value = torch.where(good, desirable_weight * rest, undesirable_weight * reached)
+    slope = rest.mul_(reached).mul_(beta)
+    return value, torch.where(good, -desirable_weight * slope, undesirable_weight * slope)
+
+
+def reference_point(log_ratios: Tensor) -> Tensor:
+    """Return KTO's z0, ``max(0, mean(log_ratios))``: an estimate of the KL of policy and reference from mismatched answers.
+
+    Args:
+        log_ratios: of policy to reference, summed over the tokens of answers that belong to other prompts, nats, [B]; of all
+            ranks. No gradient flows into it.
+
+    Returns:
+        One number, 0-d.
+
+    Source: KTO, arXiv:2402.01306, below equation 7.
+    """
+    return log_ratios.detach().mean().clamp(min=0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Final, Literal
 
 from ...errors import ConfigError
 from ..aggregation import Aggregation, fixed_length
@@ -13,7 +13,7 @@ from ..parts.clip import ClipRange
 from ..parts.correction import Correction
 from ..parts.kl import KL
 from ..policy import CISPO, GRPO, GSPO
-from ..preference import DPO, ORPO, SimPO
+from ..preference import DPO, KTO, ORPO, SimPO
 
 __all__ = ["PRESETS"]
 
@@ -97,6 +97,13 @@ def _luspo(epsilon: float = 0.2, epsilon_high: float | None = None) -> Loss:
     return GSPO(ClipRange.from_epsilon(epsilon, epsilon_high), "sequence_mean_token_sum")
 
 
+def _kto(baseline: Literal["given", "zero"]) -> Callable[..., Loss]:
+    def build(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Loss:
+        return KTO(beta, desirable_weight, undesirable_weight, baseline)
+
+    return build
+
+
 PRESETS: Final[dict[str, Callable[..., Loss]]] = {
     "trl:dpo": lambda beta=0.1: DPO(beta),
     "trl:grpo": _of(_ALL_ROWS),
@@ -106,6 +113,9 @@ PRESETS: Final[dict[str, Callable[..., Loss]]] = {
     "trl:cispo": _cispo,
     "trl:gspo": _gspo,
     "trl:luspo": _luspo,
+    # TRL takes z0 of each micro-batch, over all ranks; here it is an input
+    "trl:kto": _kto("given"),
+    "trl:apo_zero_unpaired": _kto("zero"),
     "trl:orpo": lambda beta=0.1: ORPO(beta, nll="token_mean"),
     # of CPOTrainer with cpo_alpha=0; by default that trainer adds an NLL
     "trl:simpo": lambda beta=0.1, simpo_gamma=0.5: SimPO(beta, simpo_gamma),

@@ -68,7 +68,7 @@ class DatumsUnderTest(LossUnderTest):
         s = case.sequences[index]
         inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in ("weights", *FIELDS)}
         inputs["logprobs"] = inputs.pop("rollout_logprobs")
-        inputs |= {"target_tokens": [0] * len(s.logprobs), "label": [s.label]}
+        inputs |= {"target_tokens": [0] * len(s.logprobs), "label": [s.label], "reference_point": [s.reference_point]}
         inputs |= {name: [int(ids[index])] for name, ids in case.units().items()}
         datum = Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs)
         object.__setattr__(datum, "loss_fn_inputs", _Recording(datum.loss_fn_inputs, self.read))

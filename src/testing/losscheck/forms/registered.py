@@ -107,8 +107,7 @@ class RegisteredUnderTest(LossUnderTest):
         return TokenBatch.from_packed(torch.cat(list(leaves)), lengths, **watched, **units)
 
     def _units(self, case: Case) -> dict[str, Tensor]:
-        label = torch.tensor([s.label for s in case.sequences])
-        return {"label": label, **case.units()}
+        return {**case.labels(), **case.units()}
 
     def _datums(self, case: Case, fields: Sequence[str], units: Mapping[str, Tensor]) -> list[Datum]:
         data = []
@@ -116,7 +115,7 @@ class RegisteredUnderTest(LossUnderTest):
             inputs: dict[str, Any] = {name: list(getattr(s, name)) for name in fields}
             if "rollout_logprobs" in inputs:
                 inputs["logprobs"] = inputs.pop("rollout_logprobs")
-            inputs |= {"target_tokens": [0] * len(s.logprobs), **{name: [int(ids[i])] for name, ids in units.items()}}
+            inputs |= {"target_tokens": [0] * len(s.logprobs), **{name: [ids[i].item()] for name, ids in units.items()}}
             data.append(Datum(ModelInput.from_ints([0] * len(s.logprobs)), inputs))
         return data
 
