@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses | distributed``.
+"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses | distributed | rows | splits``
 
 A table for people; the last line is one JSON document. Works are interleaved in random order and ratios are medians of paired
 rounds: only these mean anything on a shared machine.
@@ -12,7 +12,7 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, distributed, head, layouts, losses, step
+from . import backends, custom, distributed, head, layouts, losses, rows, splits, step
 
 
 def main() -> None:
@@ -60,9 +60,21 @@ def main() -> None:
     eight.add_argument("--tokens", default="512,2048,4096", help="of each process, a step")
     eight.add_argument("--reshard", action="store_true", help="free each layer after use")
     eight.set_defaults(run=distributed.run, threads=1)
-    for command in (one, two, three, five, six, seven, eight):
+    nine = commands.add_parser("rows", help="from_rows, against rendering and tokenizing each row once")
+    nine.add_argument("--rows", type=int, default=10_000)
+    nine.add_argument("--messages", type=int, default=16)
+    nine.add_argument("--words", type=int, default=40, help="of each message")
+    nine.set_defaults(run=rows.run)
+    ten = commands.add_parser(
+        "splits", help="a step's gradient in several calls, against one call; the README's figure"
+    )
+    ten.add_argument("--model", choices=("smollm2", "exact"), default="smollm2")
+    ten.add_argument("--token-budget", type=int, default=2048)
+    ten.add_argument("--out", default="splits.svg", help="the figure")
+    ten.set_defaults(run=splits.run)
+    for command in (one, two, three, five, six, seven, eight, nine):
         command.add_argument("--rounds", type=int, default=9)
-    for command in (one, two, three, five):
+    for command in (one, two, three, five, nine):
         command.add_argument("--threads", type=int, default=torch.get_num_threads())
         command.add_argument(
             "--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the machine"

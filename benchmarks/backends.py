@@ -16,8 +16,8 @@ import torch
 import pullback
 from pullback import AdamParams, Datum, TorchBackend
 from pullback.backends.native.models.lora import LoraChoice
-from pullback.cli.models import smollm2_file
 from pullback.service import Base
+from pullback.testing import smollm2_folder
 
 from .custom import nll
 from .models import batch, load
@@ -103,11 +103,9 @@ def _base(model: str) -> Iterator[Base]:
     """The base, in a folder that a service can load."""
     import transformers
 
-    from pullback.backends.native.models.gguf import convert_gguf
-
     transformers.utils.logging.disable_progress_bar()
     if model == "smollm2":
-        folder = convert_gguf(*smollm2_file())
+        folder = smollm2_folder()
         yield Base(model, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(folder))
         return
     tiny: Any = load(model, lora=None).model

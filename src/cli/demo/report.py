@@ -59,7 +59,7 @@ def print_table(console: Any, curves: Sequence[Curve]) -> None:
         for i, key in enumerate(curve.points[0]):
             head = (curve.title, str(curve.steps[-1]), f"{curve.seconds:.0f}") if i == 0 else ("", "", "")
             verdict = ("yes" if curve.improved else "NO") if key == curve.measure else ""
-            table.add_row(*head, key, f"{curve.points[0][key]:.3f}", f"{curve.points[-1][key]:.3f}", verdict)
+            table.add_row(*head, key, f"{curve.points[0][key]:z.3f}", f"{curve.points[-1][key]:z.3f}", verdict)
     console.print(table)
 
 

@@ -83,4 +83,4 @@ def datum_from_messages(
     chat = read_chat(messages, train_on, tools, chat_template_kwargs)
     read = ChatReader(tokenizer).read(chat, turns)
     encoded = read if isinstance(read, Encoded) else encode(tokenizer, *read)
-    return datum_from_tokens_weights(encoded.ids, encoded.weights, max_length)
+    return datum_from_tokens_weights(*encoded.tensors(), max_length)

@@ -198,7 +198,7 @@ def _trained_from(side: Encoded, first: int) -> Encoded:
 
 def _datums(source: RowSource, sides: Sequence[Encoded]) -> Iterator[Datum]:
     for side, role in zip(sides, (ROLE_CHOSEN, ROLE_REJECTED), strict=False):
-        datum = datum_from_tokens_weights(side.ids, side.weights)
+        datum = datum_from_tokens_weights(*side.tensors())
         if len(sides) == 2:
             datum = datum.with_inputs(pair_id=[source.row], role=[role])
         yield datum if source.label is None else datum.with_inputs(label=[source.label])
