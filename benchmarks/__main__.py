@@ -1,4 +1,4 @@
-"""Benchmarks: ``python -m benchmarks head | step | custom | layouts | numerics | backends | losses | distributed | rows | splits``
+"""Benchmarks: ``python -m benchmarks`` and one of the commands that ``--help`` lists.
 
 A table for people; the last line is one JSON document. Works are interleaved in random order and ratios are medians of paired
 rounds: only these mean anything on a shared machine.
