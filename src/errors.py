@@ -26,6 +26,10 @@ PullbackError
 |   |-- MissingReferenceError           there is no reference model to ask
 |   |-- CheckpointError (OSError)       a checkpoint is missing, damaged or of another model
 |   |-- UnsupportedError                the backend lacks this ability
+|   |-- RankError                       an operation of several processes has failed in all of them
+|   |   |-- RankFailedError             another process failed
+|   |   |-- RanksDifferError            they were asked for, or given, different things
+|   |   `-- LostRankError               another process has died or stalled
 |   |-- RemoteError                     a service failed an operation, or could not be reached
 |   `-- ClosedError                     used after close()
 |-- ServiceError (RuntimeError)         the service was asked for what it does not have

@@ -21,9 +21,8 @@ from pullback.testing import example_datums
 
 def build(path: str, attention: str, rank: int) -> Any:
     """Return verl's engine: a LoRA adapter on the model in a folder, micro-batches of at most 4096 tokens."""
-    model = HFModelConfig(
-        path=path, load_tokenizer=False, lora_rank=rank, override_config={"attn_implementation": attention}
-    )
+    config = {"attn_implementation": attention}
+    model = HFModelConfig(path=path, load_tokenizer=False, lora_rank=rank, override_config=config)
     sizes = FSDPEngineConfig(strategy="fsdp2", use_dynamic_bsz=True, max_token_len_per_gpu=4096)
     parts = (model, sizes, FSDPOptimizerConfig(lr=1e-4, total_training_steps=1), CheckpointConfig())
     engine = EngineRegistry.new("language_model", "fsdp2", *parts)

@@ -28,6 +28,7 @@ def checked(*names: str) -> list[str]:
     return first.splitlines()
 
 
+@pytest.mark.slow
 def test_a_single_datum_and_checkpoints_on_two_processes() -> None:
     """A call that is too small for two shares, and one folder for both."""
     lines = checked(*FEW)
@@ -41,7 +42,7 @@ def test_every_promise_of_a_backend_on_two_processes() -> None:
     assert verdicts == dict.fromkeys(PROMISES, "passed") | {"retries_apply_once": "not"}  # applicable: no network
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_demo_on_two_processes_is_that_of_one(tmp_path: Path) -> None:
     """Every figure of SFT, DPO and ORPO to 1e-3 in fp32; GRPO learns from samples, which a rounding can change."""
     pytest.importorskip("rich", reason="the demo shows its progress with rich (extra cli)")

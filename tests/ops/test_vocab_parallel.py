@@ -13,7 +13,9 @@ WORKER = Path(__file__).parent / "vocab_parallel_worker.py"
 COUNT, WIDTH = 40, 6
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=["2", "4"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4)], ids=["2", "4"]
+)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every process found; one launch."""
     folder = tmp_path_factory.mktemp("vocab")

@@ -63,7 +63,7 @@ def test_every_case_on_two_ranks(case: str, two_whole: list[Found]) -> None:
     require_one_process(two_whole, case)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "case", [*(many_exact.name_of(*case) for case in many_exact.cases(True)), "full-hybrid", "lora-hybrid"]
 )
