@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
+import torch.distributed as dist
 import transformers
 import verl_cpu  # noqa: F401  # registers the platform
 
 from pullback.backends import AdamParams, HFModel, TorchBackend
+from pullback.backends.verl import VerlEngineBackend
 from pullback.datums import Datum
 from pullback.testing import example_datums
 
@@ -63,6 +66,19 @@ def tiny_engine(folder: Path, trained: Trained, *, hf: dict[str, Any] | None = N
     engine = FSDPEngineWithLMHead(model, FSDPEngineConfig(**given), optimizer, CheckpointConfig())
     engine.initialize()
     return engine
+
+
+def make(folder: Path, trained: Trained = "full", **options: Any) -> VerlEngineBackend:
+    """Return a backend on `tiny_engine`."""
+    return VerlEngineBackend(tiny_engine(folder, trained, **options), checkpoint_dir=folder / "checkpoints")
+
+
+@contextmanager
+def lone_process(path: Path) -> Iterator[Path]:
+    """Give the folder of a model, in a process group of this process alone: verl needs one."""
+    dist.init_process_group("gloo", init_method=f"file://{path / 'store'}", rank=0, world_size=1)
+    yield write_model(path / "model")
+    dist.destroy_process_group()
 
 
 def same_model(folder: Path, trained: Trained, **options: Any) -> TorchBackend:
