@@ -60,6 +60,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Make one step; return numbers by name."""
     dtype = getattr(torch, case["dtype"])
     model = random_llama(dtype=dtype, vocab_size=512, num_hidden_layers=4, num_key_value_heads=2)
+    torch.manual_seed(0)  # of the adapter, which must be the same on every process
     module = HFModel(add_lora(model, 4) if case["lora"] else model)
     names = ("replicas", "shards")[-len(case["mesh"]) :]
     mesh = init_device_mesh("cpu", tuple(case["mesh"]), mesh_dim_names=names)
