@@ -7,6 +7,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -63,7 +64,7 @@ def _case(ranks: Ranks, tokens: int, arguments: Any, report: Report | None) -> N
         "together": TorchBackend(_model(), reshard=arguments.reshard, token_budget=tokens),
     }
     works = {name: _step(backend, own if name == "alone" else data) for name, backend in backends.items()}
-    times = _interleaved(ranks, works, arguments.rounds)
+    times, cpu = _interleaved(ranks, works, arguments.rounds)
     with counting() as sent:
         works["together"]()
     weights = sum(p.numel() * p.element_size() for p in backends["alone"].model.parameters())
@@ -75,6 +76,7 @@ def _case(ranks: Ranks, tokens: int, arguments: Any, report: Report | None) -> N
         "tokens a process": tokens,
         "parameters": weights // 4,
         "steps/s of independent processes": round(statistics.median(shares), 3),
+        "CPU time of independent processes": round(cpu.ratio("together", "alone"), 3),
         "bytes sent a process": sum(sent.values()),
         "least, 2P(n-1)/n": 2 * weights * (ranks.size - 1) // ranks.size,
         "by operation": dict(sent),
@@ -94,24 +96,27 @@ def _step(backend: TorchBackend, data: list[Datum]) -> Callable[[], object]:
     return work
 
 
-def _interleaved(ranks: Ranks, works: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+def _interleaved(ranks: Ranks, works: Mapping[str, Callable[[], object]], rounds: int) -> tuple[Times, Times]:
     """Time the works on all processes at once, in random order; one round before does not count.
 
     Independent processes together make as many steps a second as the harmonic mean of their times says; joint ones end when
-    the last one does.
+    the last one does. The CPU time of all processes is returned too: what others do to this machine, it does not show.
     """
-    times = Times({name: [] for name in works}, {name: [] for name in works})
+    times, cpu = (Times({name: [] for name in works}, {name: [] for name in works}) for _ in range(2))
     order = random.Random(0)  # the same on every process
     for round_ in range(rounds + 1):
         for name in order.sample(list(works), len(works)):
             ranks.gather(torch.zeros(1))  # all begin at once
+            began = time.process_time()
             seconds, others = taken(works[name], "wall")
-            every = ranks.gather(torch.tensor([seconds, others], dtype=torch.float64))
+            own = [seconds, others, time.process_time() - began]
+            every = ranks.gather(torch.tensor(own, dtype=torch.float64))
             if round_:
                 mean = statistics.harmonic_mean(every[:, 0].tolist())
                 times.seconds[name].append(mean if name == "alone" else float(every[:, 0].max()))
                 times.others[name].append(float(every[:, 1].mean()))
-    return times
+                cpu.seconds[name].append(float(every[:, 2].sum()))
+    return times, cpu
 
 
 @contextmanager
