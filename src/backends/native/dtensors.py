@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["full", "local_part"]
+from ...errors import BackendError
+
+__all__ = ["full", "local_part", "require_whole"]
+
+
+def require_whole(module: nn.Module) -> None:
+    """Check that no parameter of a model is sharded.
+
+    Raises:
+        BackendError: one is.
+    """
+    if any(hasattr(p, "full_tensor") for p in module.parameters()):
+        raise BackendError(
+            "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards "
+            "both: an adapter that is added to a sharded model is not reduced over ranks: its gradient is silently wrong"
+        )
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import Accumulator
 from .causal_lm import CausalLM
 from .checkpoint import load_checkpoint, save_checkpoint
+from .dtensors import require_whole
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
@@ -68,11 +69,7 @@ class NativeEngine(Engine):
         self.model, self.module = as_causal_lm(model), model
         if reference is model:
             raise ConfigError("reference is the model itself, which changes as it is trained; give a frozen copy of it")
-        if any(hasattr(p, "full_tensor") for p in model.parameters()):
-            raise BackendError(
-                "the model is sharded already; give TorchBackend the whole model, with its adapters, and it shards "
-                "both: an adapter that is added to a sharded model is not reduced over ranks: its gradient is silently wrong"
-            )
+        require_whole(model)
         self.parameters = trainable(model)
         if not self.parameters:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ....datums.types import Datum
-from ..dtensors import local_part
 from ..models.facts.quantized import plain_tensors
 
 __all__ = ["datum_digest", "parameter_fingerprints", "tensor_digest"]
@@ -28,7 +27,7 @@ def parameter_fingerprints(module: nn.Module) -> dict[str, bytes]:
     found = {}
     for name, p in module.named_parameters():
         digest = hashlib.sha256(f"{tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
-        for plain in plain_tensors(local_part(p.detach())):
+        for plain in plain_tensors(p.detach()):
             digest.update(tensor_digest([plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64]]))
         found[name] = digest.digest()
     return found

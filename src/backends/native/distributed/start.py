@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ....errors import ConfigError
+from ..dtensors import require_whole
 from ..engine import NativeEngine, as_causal_lm
 from ..execution.memory import available_bytes
 from .agreement import Agreement
@@ -46,6 +47,7 @@ def distributed_engine(
         agreement.meet("choice of settings", text=f"reshard={reshard}, {_choices(build)}")
         models = [each for each in (model, reference) if each is not None]
         for each in models:
+            require_whole(each)
             prints = parameter_fingerprints(each)
             agreement.meet("model", *prints.values(), names=[f"its parameter {name}" for name in prints])
         room = ranks.least(available_bytes(next(model.parameters()).device) / 2)
