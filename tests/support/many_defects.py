@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from pullback.backends import TorchBackend, cotangents
-from pullback.backends.native.distributed import agreement, engine, schedule, sharding
+from pullback.backends.native.distributed import agreement, passes, schedule, sharding
 from pullback.backends.native.dtensors import local_part
 from pullback.backends.native.models.lora import add_lora
 from pullback.errors import PullbackError
@@ -46,7 +46,7 @@ def local_counts(backend: TorchBackend) -> Any:
         whole = cotangents.evaluate
         return replace(whole(call, logprobs), count=whole(call, {i: logprobs[i] for i in share.own}).count)
 
-    return mock.patch.object(engine, "evaluate", own)
+    return mock.patch.object(passes, "evaluate", own)
 
 
 def missing_reduction(name: str) -> Callable[[TorchBackend], Any]:

@@ -13,34 +13,29 @@ from torch import Tensor
 
 from ....datums.types import ModelInput
 from ....errors import UnsupportedError
-from ...cotangents import evaluate
 from ...engine import Call, Engine, Gradient, Scorer
 from ...normalization import Divisor, Ledger
 from ...prepared import PreparedCall
 from ...types import AdamParams, Plan, Rollout, SamplingParams
-from ..accumulator import Accumulator
 from ..causal_lm import CausalLM
 from ..dtensors import full
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward
-from ..execution.forward import score_forwards, trainable
+from ..execution.forward import score_forwards
 from ..execution.gradient import (
     RetainedForward,
-    Streamed,
     backward_retained,
-    require_finite_logprobs,
     reuse,
-    streamed,
     summary,
 )
-from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
 from .digest import tensor_digest
 from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
+from .passes import Passes
 from .plan import plan_rank
 from .ranks import Ranks
-from .schedule import Schedule, Share
+from .schedule import Schedule
 from .sharding import Shards
 from .state import ShardedFiles, load_sharded, save_sharded
 
@@ -72,6 +67,7 @@ class DistributedEngine(Engine):
         self._files = ShardedFiles(ranks, agreement, shards.masters)
         local.memory.agreed = ranks.least
         self._schedule = Schedule(local.scheduler, ranks, in_step=shards.reshard)
+        self._passes = Passes(local, shards, ranks, agreement, self._schedule)
 
     @property
     def weights_version(self) -> int:  # type: ignore[override]  # the local engine counts
@@ -89,7 +85,7 @@ class DistributedEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         require_same_call(self._agreement, call, self.weights_version)
-        add = self._function if call.registered is None or call.gradient_kind == "batch" else self._stream
+        add = self._passes.function if call.registered is None or call.gradient_kind == "batch" else self._passes.stream
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
@@ -141,7 +137,7 @@ class DistributedEngine(Engine):
         """Every rank draws all of them, from generators in the same state."""
         given = [*(prompt.tokens for prompt in prompts), self.local.generator.get_state()]
         self._agreement.meet("list of prompts", tensor_digest(given), text=f"{n} each, {params}")
-        self._gather(self._shards)
+        self._passes.gather(self._shards)
         return self.local.sample(prompts, n, params)
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
@@ -184,12 +180,12 @@ class DistributedEngine(Engine):
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
             share = self._schedule.datums(call)
-            settings = self._settings(share)
+            settings = self._passes.settings(share)
             given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
             graphs = DeferredBackward(self.local.model, given)
             with self._shards.resetting():
-                self._gather(self._shards)
-                scored = self._forward(graphs, share, call)
+                self._passes.gather(self._shards)
+                scored = self._passes.forward(graphs, share, call)
             return graphs, share.gather(scored, call, self._shards.dtype)
 
         graphs, logprobs = self._retried(call, attempt)
@@ -212,7 +208,7 @@ class DistributedEngine(Engine):
                 self._agreement, self._ranks, call, [scored[i] for i in range(len(call.data))]
             )
             scale = GradientScale(self.local.parameters.values(), needed=False)
-            self._act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
+            self._passes.act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
             graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
             counted = reuse(places, sum(forward.tokens for forward in retained))
             return summary(call, [cotangents], scored, [graphs, counted])
@@ -233,8 +229,8 @@ class DistributedEngine(Engine):
         def attempt() -> list[Tensor]:
             share = self._schedule.datums(call)
             with shards.resetting(), torch.no_grad():
-                self._gather(shards)
-                own = self._act("forward", lambda: score_forwards(model, share.forwards))
+                self._passes.gather(shards)
+                own = self._passes.act("forward", lambda: score_forwards(model, share.forwards))
             return share.gather(own, call, shards.dtype)
 
         return self._retried(call, attempt)
@@ -242,7 +238,7 @@ class DistributedEngine(Engine):
     def _added(self, add: Callable[[], Gradient]) -> Gradient:
         """Run a gradient operation into fresh gradients; after a failure those of earlier ones are as they were."""
         with self.local.accumulator.adding(), self._shards.resetting():
-            self._gather(self._shards)
+            self._passes.gather(self._shards)
             with torch.enable_grad():
                 gradient = add()
             with self._agreement.together("sum of the gradients"):
@@ -250,79 +246,6 @@ class DistributedEngine(Engine):
             self._require_finite("the sum over all processes of what is finite on each")
         return gradient
 
-    def _stream(self, call: PreparedCall) -> Gradient:
-        """Let each rank stream its own units, forward, loss and backward."""
-        share = self._schedule.units(call)
-        scale = GradientScale(self.local.parameters.values(), needed=False)
-        settings = self._settings(share)
-
-        def work() -> Streamed:
-            return streamed(self.local.model, call, share.batches, settings, scale, self._guard)
-
-        done = self._act("gradient", work, lambda _: self._require_finite_here(call, share))
-        logprobs = share.gather(done.logprobs, call, self._shards.dtype)
-        own = {i: c for part in done.parts for i, c in part.by_datum.items()}
-        cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
-        everything = self._agreement.attempt("loss", lambda: evaluate(call, dict(enumerate(logprobs))))
-        merged = replace(everything, by_datum=cotangents)
-        none = DeferredBackward(self.local.model, settings).metrics()  # a rank without a datum has these
-        graphs = gather_metrics(self._ranks, [none, *done.graph_metrics])
-        return summary(call, [merged], dict(enumerate(logprobs)), [graphs])
-
-    def _function(self, call: PreparedCall) -> Gradient:
-        """Score everything, evaluate the function on all log-probs on each rank, and go back with rank 0's cotangents."""
-        share = self._schedule.datums(call)
-        graphs = DeferredBackward(self.local.model, self._settings(share))
-
-        scored = share.gather(self._forward(graphs, share, call), call, self._shards.dtype)
-        cotangents = agreed_cotangents(self._agreement, self._ranks, call, scored)
-        self._gather(self._shards)  # where the function has asked for a forward that failed, they are no longer whole
-        self._act(
-            "backward", lambda: graphs.backward(cotangents.by_datum), lambda _: self._require_finite_here(call, share)
-        )
-        metrics = gather_metrics(self._ranks, [graphs.metrics()])
-        return summary(call, [cotangents], dict(enumerate(scored)), [metrics])
-
-    def _forward(self, graphs: DeferredBackward, share: Share, call: PreparedCall) -> dict[int, Tensor]:
-        """Score this rank's datums and retain their graphs."""
-
-        def work() -> dict[int, Tensor]:
-            for batch in share.forwards:
-                graphs.add(batch)
-            return {i: x.cpu() for i, x in graphs.logprobs().items()}
-
-        with torch.enable_grad():
-            return self._act("forward", work, lambda scored: require_finite_logprobs(scored, call.requests))
-
-    def _require_finite_here(self, call: PreparedCall, share: Share) -> None:
-        """Check this rank's own gradients before they are added up, while it can still be said which datum is to blame."""
-        if not self._shards.reshard:
-            Accumulator(trainable(self.local.module)).require_finite(lambda: self.local.blame(call.requests, share.own))
-
     def _require_finite(self, cause: str) -> None:
         """Check the gradients of all ranks."""
         require_finite_gradients(self._ranks, self.local.gradients(), cause)
-
-    def _gather(self, shards: Shards) -> None:
-        with self._agreement.together("gathering of weights"):
-            shards.gather()
-
-    def _act(self, stage: str, work: Callable[[], T], check: Callable[[T], None] = lambda done: None) -> T:
-        """Run forwards or backwards, in whose layers ranks wait for each other if these are resharded; then check."""
-
-        def checked(done: T) -> T:
-            check(done)
-            return done
-
-        if not self._shards.reshard:
-            return self._agreement.attempt(stage, lambda: checked(work()))
-        with self._agreement.together(stage):
-            done = work()
-        return self._agreement.attempt(stage, lambda: checked(done))
-
-    def _guard(self, work: Callable[[], T]) -> T:
-        """Evaluate a loss between a forward and a backward of layers that are resharded: ranks meet after it."""
-        return self._agreement.attempt("loss", work) if self._shards.reshard else work()
-
-    def _settings(self, share: Share) -> GraphSettings:
-        return share.settings(self.local.memory)

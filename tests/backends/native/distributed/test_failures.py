@@ -16,7 +16,8 @@ from typing import Any
 import failing_ranks
 import pytest
 import torch
-from failing_ranks import ALONE, CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS, Told
+from failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
+from failing_ranks import ALONE, Told
 from ranks import run_ranks
 from tiers import TIER
 
