@@ -96,11 +96,7 @@ def test_nan_in_a_shard(rank: int, two: list[Found]) -> None:
 
 def test_adapter_after_sharding(two: list[Found]) -> None:
     for found in two:
-        refused = (
-            "BackendError: the model is sharded already",
-            "RanksDifferError: TorchBackend: rank 1 was given another",
-        )
-        assert found["adapter after sharding"].startswith(refused)
+        assert found["adapter after sharding"].startswith("BackendError: the model is sharded already")
 
 
 def test_without_all_reduce(tmp_path: Path) -> None:
