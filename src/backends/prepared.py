@@ -105,6 +105,11 @@ class PreparedCall:
         return self.loss if isinstance(self.loss, Loss) else None
 
     @property
+    def needs_all_datums(self) -> bool:
+        """Whether the loss can be evaluated only on the log-probs of the whole call."""
+        return self.registered is None or self.gradient_kind == "batch"
+
+    @property
     def name(self) -> str:
         """Of the loss or function."""
         return loss_name(self.loss)

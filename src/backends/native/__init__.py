@@ -6,7 +6,7 @@ from ...deprecation import moved
 from ...ops import Head, logprob_surrogate, selected_logprobs
 from .backend import TorchBackend
 from .causal_lm import CausalLM
-from .execution.gradient import RetainedForward
+from .execution.retained import RetainedForward
 from .models.hf import HFModel
 
 __all__ = [

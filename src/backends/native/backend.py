@@ -22,12 +22,13 @@ from ..operations import sized
 from ..prepared import loss_name
 from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
+from .causal_lm import as_causal_lm
 from .distributed.ranks import find_mesh
-from .engine import NativeEngine, as_causal_lm
+from .engine import NativeEngine
 from .execution.batching import Layout
 from .execution.forward import model_device
-from .execution.gradient import RetainedForward
 from .execution.memory import Overflow
+from .execution.retained import RetainedForward
 from .export import export_model
 
 if TYPE_CHECKING:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...errors import BackendError
 from ...ops.head import Head
 
-__all__ = ["CausalLM", "Head"]
+__all__ = ["CausalLM", "Head", "as_causal_lm"]
 
 
 @runtime_checkable
@@ -30,3 +31,17 @@ class CausalLM(Protocol):
     def head(self) -> Head:
         """Return the output projection, its parameters live (not copies)."""
         ...
+
+
+def as_causal_lm(model: Any) -> CausalLM:
+    """Return the model, if it is one.
+
+    Raises:
+        BackendError: it lacks the two methods.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(model, CausalLM):
+        raise BackendError(
+            f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
+            "a transformers model is wrapped by pullback.backends.HFModel(model), or loaded by TorchBackend.from_pretrained"
+        )
+    return model

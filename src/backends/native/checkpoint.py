@@ -26,7 +26,7 @@ from .checkpoint_files import (
     write_tensors,
 )
 from .dtensors import full
-from .models.facts.quantized import plain_tensors
+from .models.facts.quantized import sampled_numbers
 from .models.hf import HFModel
 from .models.lora import checkpoint_alpha, set_alpha
 from .optimizer import Optimizer, forget_casts
@@ -111,9 +111,8 @@ def frozen_fingerprint(module: nn.Module) -> str:
     for name, p in sorted(module.named_parameters()):
         if not p.requires_grad:
             digest.update(f"{name}{tuple(p.shape)}".encode())
-            for plain in plain_tensors(full(p.detach())):
-                sample = plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64].double().cpu()
-                digest.update(sample.numpy().tobytes())
+            for sample in sampled_numbers(full(p.detach())):
+                digest.update(sample.double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -27,6 +27,8 @@ __all__ = [
     "new_folder",
     "read_manifest",
     "read_tensors",
+    "require_there",
+    "require_undamaged",
     "saved_ledger",
     "unfinished",
     "write_tensors",
@@ -121,9 +123,16 @@ def saved_ledger(folder: Path, manifest: Mapping[str, Any]) -> Ledger:
 
 
 def read_tensors(folder: Path, file: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    expected = manifest["files"].get(file)
-    if expected is None or not (folder / file).exists():
-        raise CheckpointError(f"{folder} lacks {file}: it belongs to another kind of model, or is incomplete")
-    if file_digest(folder / file) != expected:
-        raise CheckpointError(f"{folder / file} is damaged: its digest is not the one in {MANIFEST}")
+    require_there(folder, file, manifest)
+    require_undamaged(folder, file, manifest)
     return dict(load_file(folder / file))
+
+
+def require_there(folder: Path, file: str, manifest: Mapping[str, Any]) -> None:
+    if file not in manifest["files"] or not (folder / file).exists():
+        raise CheckpointError(f"{folder} lacks {file}: it belongs to another kind of model, or is incomplete")
+
+
+def require_undamaged(folder: Path, file: str, manifest: Mapping[str, Any]) -> None:
+    if file_digest(folder / file) != manifest["files"][file]:
+        raise CheckpointError(f"{folder / file} is damaged: its digest is not the one in {MANIFEST}")

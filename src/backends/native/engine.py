@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Literal, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,16 @@ from ..normalization import Divisor, Ledger
 from ..prepared import PreparedCall, ScoreRequest
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import Accumulator
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, as_causal_lm
 from .checkpoint import load_checkpoint, save_checkpoint
 from .dtensors import require_whole
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
 from .execution.forward import model_device, score, score_forwards, trainable
-from .execution.gradient import RetainedForward, gradient_of, retained_gradient
+from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
+from .execution.retained import RetainedForward, retained_gradient
 from .execution.scaling import GradientScale
 from .execution.scheduler import Scheduler
 from .models.facts.model_facts import ModelFacts
@@ -36,7 +37,7 @@ from .plan import plan_call
 from .sampling import draw
 from .snapshot import Snapshot
 
-__all__ = ["NativeEngine", "as_causal_lm"]
+__all__ = ["NativeEngine"]
 
 
 @final
@@ -279,20 +280,6 @@ class NativeEngine(Engine):
             if any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):
                 return f"datum {i}"
         return "no single datum (their sum overflows)"
-
-
-def as_causal_lm(model: Any) -> CausalLM:
-    """Return the model, if it is one.
-
-    Raises:
-        BackendError: it lacks the two methods.
-    """
-    if not isinstance(model, nn.Module) or not isinstance(model, CausalLM):
-        raise BackendError(
-            f"model must be an nn.Module with hidden_states(tokens, positions) and head(), got {type(model).__name__}; "
-            "a transformers model is wrapped by pullback.backends.HFModel(model), or loaded by TorchBackend.from_pretrained"
-        )
-    return model
 
 
 def _allowed(asked: Layout | Literal["auto"], limits: LayoutLimits) -> LayoutLimits:

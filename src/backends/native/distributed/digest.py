@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ....datums.types import Datum
-from ..models.facts.quantized import plain_tensors
+from ..models.facts.quantized import sampled_numbers
 
 __all__ = ["datum_digest", "parameter_fingerprints", "tensor_digest"]
 
@@ -27,8 +27,7 @@ def parameter_fingerprints(module: nn.Module) -> dict[str, bytes]:
     found = {}
     for name, p in module.named_parameters():
         digest = hashlib.sha256(f"{tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
-        for plain in plain_tensors(p.detach()):
-            digest.update(tensor_digest([plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64]]))
+        digest.update(tensor_digest([*sampled_numbers(p.detach())]))
         found[name] = digest.digest()
     return found
 

@@ -22,12 +22,8 @@ from ..dtensors import full
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward
 from ..execution.forward import score_forwards
-from ..execution.gradient import (
-    RetainedForward,
-    backward_retained,
-    reuse,
-    summary,
-)
+from ..execution.gradient import summary
+from ..execution.retained import RetainedForward, backward_retained, reuse
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
 from .digest import tensor_digest
@@ -85,7 +81,7 @@ class DistributedEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         require_same_call(self._agreement, call, self.weights_version)
-        add = self._passes.function if call.registered is None or call.gradient_kind == "batch" else self._passes.stream
+        add = self._passes.function if call.needs_all_datums else self._passes.stream
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
@@ -117,8 +113,7 @@ class DistributedEngine(Engine):
             return {name: full(gradient) for name, gradient in held.items()}
 
     def plan(self, call: PreparedCall) -> Plan:
-        keeps = call.registered is None or call.gradient_kind == "batch"
-        share = self._schedule.datums(call) if keeps else self._schedule.units(call)
+        share = self._schedule.datums(call) if call.needs_all_datums else self._schedule.units(call)
         return plan_rank(self.local.plan(call), call, share, self.local, self._shards.reshard)
 
     def reference(self) -> Scorer:

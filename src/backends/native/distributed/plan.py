@@ -20,7 +20,7 @@ from ..plan import recomputed
 from .budget import Placement, RankMemory, Step, Traffic, Weight, rank_memory, traffic
 from .outline import graph_shape, model_outline
 from .schedule import Share
-from .sharding import sharded_units
+from .sharding import gathered_dtype, sharded_units
 
 __all__ = ["TrainingBudget", "plan_rank", "plan_training", "weights_of"]
 
@@ -147,7 +147,7 @@ def weights_of(module: nn.Module) -> list[Weight]:
     """Return each parameter of a model once, with the layer in which it is sharded, or will be."""
     units = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]
     layers = {p: i for i, layer in enumerate(units or sharded_units(module)) for p in layer.parameters()}
-    computes = _computes_in(module)
+    computes = gathered_dtype(module)
     return [
         Weight(
             rows=p.shape[0] if p.dim() else 1,
@@ -160,14 +160,6 @@ def weights_of(module: nn.Module) -> list[Weight]:
     ]
 
 
-def _computes_in(module: nn.Module) -> torch.dtype | None:
-    """Return FSDP's dtype of gathered weights, which has no public name; None: that of the shards, or there are none."""
-    if not isinstance(module, FSDPModule):
-        return None
-    state: Any = module._get_fsdp_state()
-    return cast("torch.dtype | None", state._mp_policy.param_dtype)
-
-
 def _placement(local: NativeEngine, reshard: bool) -> Placement:
     mesh = cast(DeviceMesh, cast(Any, next(iter(local.parameters.values()))).device_mesh)
     return Placement(mesh.size(), mesh.size(0) if mesh.ndim == 2 else 1, reshard)
@@ -176,7 +168,7 @@ def _placement(local: NativeEngine, reshard: bool) -> Placement:
 def _step(call: PreparedCall, share: Share, local: NativeEngine, weights: list[Weight]) -> Step:
     """Return what this process does, if its step is this call."""
     settings, sizes = local.memory.settings(share.layout), local.scheduler.sizes
-    keeps = call.registered is None or call.gradient_kind == "batch"
+    keeps = call.needs_all_datums
     graphs = [[settings.meter.predict(max(f.tokens, f.most_tokens)) for f in batch] for batch in share.batches]
     if keeps:
         graphs = [[size for batch in graphs for size in batch]]

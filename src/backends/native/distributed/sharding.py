@@ -17,7 +17,7 @@ from ..dtensors import local_part
 from ..execution.memory import GraphMeter
 from ..models.hf import HFModel
 
-__all__ = ["Reshard", "Shards", "forget_pass", "shard_model", "sharded_units", "whole_bytes"]
+__all__ = ["Reshard", "Shards", "forget_pass", "gathered_dtype", "shard_model", "sharded_units", "whole_bytes"]
 
 Reshard = Literal["auto"] | bool
 _HALVES = (torch.bfloat16, torch.float16)
@@ -38,9 +38,8 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
         UnsupportedError: float16, or weights of several dtypes that are trained.
     """
     if isinstance(module, HFModel) and module.is_lora:
-        module.outside = frozenset(
-            module.trained_outside()
-        )  # found by where they lie in memory, which is no longer known then
+        # Found by where they lie in memory, which is no longer known once they are sharded.
+        module.outside = frozenset(module.trained_outside())
     policy = _as_masters(module)
     for layer in sharded_units(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -90,6 +89,14 @@ def whole_bytes(module: nn.Module) -> int:
     return weights + sum(p.numel() * max(p.element_size(), 4) for p in module.parameters() if p.requires_grad)
 
 
+def gathered_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return FSDP's dtype of gathered weights, which has no public name; None: that of the shards, or there are none."""
+    if not isinstance(module, FSDPModule):
+        return None
+    state: Any = module._get_fsdp_state()
+    return cast("torch.dtype | None", state._mp_policy.param_dtype)
+
+
 @final
 class Shards:
     """A sharded model: when its weights are gathered, and when its gradients are reduced.
@@ -110,9 +117,7 @@ class Shards:
         self.reshard, self.module, self.model, self._meter = reshard, module, model, meter
         self._root = cast(FSDPModule, module)
         self._gathered = False
-        self.masters = any(
-            group.mp_policy.param_dtype is not None for group in _groups(module)
-        )  # fp32 shards that compute in half precision
+        self.masters = gathered_dtype(module) is not None  # fp32 shards that compute in half precision
         self._root.set_reshard_after_forward(reshard)
         self._root.set_reshard_after_backward(reshard)
         # The head is used outside of the root's forward.

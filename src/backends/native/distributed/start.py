@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ....errors import ConfigError
+from ..causal_lm import as_causal_lm
 from ..dtensors import require_whole
-from ..engine import NativeEngine, as_causal_lm
+from ..engine import NativeEngine
 from ..execution.memory import available_bytes
 from .agreement import Agreement
 from .digest import parameter_fingerprints

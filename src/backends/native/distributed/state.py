@@ -32,10 +32,11 @@ from ..checkpoint import (
     write_manifest,
 )
 from ..checkpoint_files import (
-    file_digest,
     new_folder,
     read_manifest,
     read_tensors,
+    require_there,
+    require_undamaged,
     saved_ledger,
     unfinished,
     write_tensors,
@@ -68,6 +69,10 @@ class ShardedFiles:
     def first(self) -> bool:
         """Whether this is rank 0, which writes what is no tensor."""
         return self.ranks.rank == 0
+
+    def as_saved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights in the dtype in which one process has them, which is that of their file."""
+        return {name: w.to(torch.bfloat16) if self.masters else w for name, w in weights.items()}
 
     def write(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Write tensors, each rank its shards, as one file."""
@@ -170,9 +175,7 @@ def _write_weights(state: TrainingState, files: ShardedFiles, folder: Path) -> l
             whole = {name: full(tensor) for name, tensor in tensors.items()}
             files.agreement.attempt(f"writing {file}", partial(_write_if_first, files, whole, folder / file))
         else:
-            files.write(
-                {name: t.to(torch.bfloat16) if files.masters else t for name, t in tensors.items()}, folder / file
-            )
+            files.write(files.as_saved(tensors), folder / file)
     return [*named]
 
 
@@ -203,17 +206,14 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
         if manifest["frozen"] != fingerprint:
             raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
         for file, tensors in weights.items():
+            require_there(folder, file, manifest)
             _require_same(folder, file, tensors)
 
     files.agreement.attempt("weights", check)
-    halves = torch.bfloat16 if files.masters else None
-    loaded = {
-        file: files.read({n: t.to(halves) if halves else t for n, t in tensors.items()}, folder / file)
-        for file, tensors in weights.items()
-    }
+    loaded = {file: files.read(files.as_saved(tensors), folder / file) for file, tensors in weights.items()}
     moments = _read_moments(state, files, folder) if everything else {}
     gradients = _read_like(state, files, folder / _WINDOW) if everything else {}
-    files.agreement.meet("all files are read")
+    random = files.agreement.attempt("random state", lambda: _read_random(folder, manifest, everything))
     _apply(state, folder, weights, loaded)
     state.accumulator.clear()
     state.optimizer.reset()
@@ -226,8 +226,12 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
                     p.copy_(master)
         state.optimizer.restore(moments)
         state.accumulator.restore(gradients)
-        restore_random(state, read_tensors(folder, _RANDOM, manifest))
+        restore_random(state, random)
     return ledger
+
+
+def _read_random(folder: Path, manifest: Mapping[str, Any], everything: bool) -> Mapping[str, Tensor]:
+    return read_tensors(folder, _RANDOM, manifest) if everything else {}
 
 
 def _sound(files: ShardedFiles, folder: Path, everything: bool) -> dict[str, Any]:
@@ -235,16 +239,13 @@ def _sound(files: ShardedFiles, folder: Path, everything: bool) -> dict[str, Any
     manifest = read_manifest(folder)
     needed = [_OPTIMIZER, _WINDOW, _RANDOM] if everything else []
     for file in {*needed, *manifest["files"]} if everything else manifest["files"]:
-        if file not in manifest["files"] or not (folder / file).exists():
-            raise CheckpointError(f"{folder} lacks {file}: it belongs to another kind of model, or is incomplete")
-        if files.first and file_digest(folder / file) != manifest["files"][file]:
-            raise CheckpointError(f"{folder / file} is damaged: its digest is not the one in manifest.json")
+        require_there(folder, file, manifest)
+        if files.first:
+            require_undamaged(folder, file, manifest)
     return manifest
 
 
 def _require_same(folder: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
-    if not (folder / file).exists():
-        raise CheckpointError(f"{folder} lacks {file}: it belongs to another kind of model, or is incomplete")
     with safe_open(folder / file, "pt") as saved:
         names = set(saved.keys())
         differing = sorted(names ^ set(tensors)) or [

@@ -94,6 +94,12 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield from plain_tensors(getattr(tensor, name))
 
 
+def sampled_numbers(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield at most 64 numbers, evenly spread, of each of the tensors that a tensor is made of: to tell models apart."""
+    for plain in plain_tensors(tensor):
+        yield plain.reshape(-1)[:: max(1, plain.numel() // 64)][:64]
+
+
 def _holds_codes(weight: Tensor) -> bool:
     """Whether a weight is one of codes: of whole numbers, as bitsandbytes has them, or made of some, as torchao has them."""
     return any(not one.is_floating_point() or one.element_size() == 1 for one in plain_tensors(weight))
