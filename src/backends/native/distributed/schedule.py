@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -17,10 +17,11 @@ from .ranks import Ranks
 
 __all__ = ["Schedule", "Share", "share_out"]
 
+_Units = Sequence[Sequence[int]]  # of datums
 _Batches = list[list[list[int]]]  # of forwards, each of datums
 
 
-def share_out(units: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[list[Sequence[int]]]:
+def share_out(units: _Units, lengths: Sequence[int], ranks: int) -> list[list[Sequence[int]]]:
     """Return the units of each rank.
 
     Long ones go first, each to the rank that has the fewest tokens by then; so no rank has more than the longest unit above
@@ -108,25 +109,25 @@ class Schedule:
         """Deal out datums that need not stay together."""
         singles = share_out([[i] for i in range(len(call.data))], call.lengths, self.ranks.size)
 
-        def batches(own: Sequence[Sequence[int]]) -> tuple[Layout, _Batches]:
+        def cut(own: _Units) -> tuple[Layout, _Batches]:
             layout, found = self.scheduler.datums(call, [i for unit in own for i in unit])
             return layout, [found]
 
-        return self._share(call, singles, [batches(own) for own in singles])
+        return self._share(call, singles, cut)
 
     def units(self, call: PreparedCall) -> Share:
         """Deal out whole units, which a rank evaluates the loss on."""
         units = share_out(call.units, call.lengths, self.ranks.size)
-        return self._share(call, units, [self.scheduler.unit_batches(call, own) for own in units])
+        return self._share(call, units, lambda own: self.scheduler.unit_batches(call, own))
 
     def _share(
-        self, call: PreparedCall, units: list[list[Sequence[int]]], dealt: list[tuple[Layout, _Batches]]
+        self, call: PreparedCall, units: Sequence[_Units], cut: Callable[[_Units], tuple[Layout, _Batches]]
     ) -> Share:
-        layout, every = dealt[0][0], [batches for _, batches in dealt]
-        own = every[self.ranks.rank]
+        """Lay out what this rank is dealt; what the others are matters only where all keep step."""
+        layout, own = cut(units[self.ranks.rank])
         tokens: list[list[int]] = []
         if self.in_step:
-            own, tokens = _in_step(every, self.ranks.rank, call.lengths)
+            own, tokens = _in_step([cut(each)[1] for each in units], self.ranks.rank, call.lengths)
         laid_out = [
             [
                 self.scheduler.micro_batch(call, members, layout, tokens[k][f] if tokens else 0)
