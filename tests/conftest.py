@@ -38,12 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_left_open: set[Path] = set()  # modules of which a test ignored what the SDK leaves open
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Collect what a module's SDK has left open while its warnings are ignored, not in the middle of another's test."""
     yield
-    ignored = any("ResourceWarning" in str(mark.args) for mark in item.iter_markers("filterwarnings"))
-    if ignored and (nextitem is None or nextitem.path != item.path):
+    if any("ResourceWarning" in str(mark.args) for mark in item.iter_markers("filterwarnings")):
+        _left_open.add(item.path)
+    if item.path in _left_open and (nextitem is None or nextitem.path != item.path):
+        _left_open.discard(item.path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
