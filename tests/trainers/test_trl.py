@@ -10,6 +10,7 @@ import torch
 from toy_rows import VOCABULARY, preferences, toy_model
 from trainer_checks import TOLERANCE, Recording, dpo, error, gradient
 
+from pullback.backends import AdamParams, HFModel, TorchBackend
 from pullback.losses import DPO
 
 REASON = "needs TRL, in an environment of its own: make trainers TRAINERS=trl"
@@ -17,6 +18,7 @@ trl = pytest.importorskip("trl", reason=REASON)
 datasets = pytest.importorskip("datasets", reason=REASON)
 import transformers  # noqa: E402
 import trl_dpo  # noqa: E402
+import trl_foreign_model  # noqa: E402
 import trl_grpo  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
@@ -177,3 +179,45 @@ def test_grpo_by_own_counts(steps: int, tmp_path: Path) -> None:
     naive = grpo_gradients(OwnCount, tmp_path, steps, **LOSSES["dapo"])[0]
     theirs = grpo_gradients(trl.GRPOTrainer, tmp_path, steps, **LOSSES["dapo"])[0]
     assert error(naive, theirs) < LIMIT if steps == 1 else error(naive, theirs) > 1.0
+
+
+ADAM = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+
+
+def foreign_weights(folder: Path, steps: int, scale: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights after two steps of TRL's trainer, on its own model and on a backend's; ``scale`` is of the cotangents."""
+    models_ = [toy_model(), toy_model()]
+    backend = TorchBackend(HFModel(models_[1]))
+    backward = backend.backward
+    backend.backward = lambda kept, data, *, cotangents: backward(  # type: ignore[method-assign, misc, assignment]
+        kept, data, cotangents=[scale * c for c in cotangents]
+    )
+    own = torch.optim.AdamW(models_[0].parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    foreign = trl_foreign_model.BackendOptimizer(backend, AdamParams(**ADAM))
+    data = datasets.Dataset.from_list([{"prompt": words([5 + i, 9, 20 + i])} for i in range(8)])
+    args = trl.GRPOConfig(**common(folder, steps), num_generations=2, num_iterations=2, max_completion_length=12)
+    kinds = (trl.GRPOTrainer, trl_foreign_model.ForeignModelGRPOTrainer)
+    for kind, model, optimizer in zip(kinds, models_, (own, foreign), strict=True):
+        trainer = kind(
+            model, reward, args, train_dataset=data, processing_class=TOKENIZER, optimizers=(optimizer, None)
+        )
+        trainer.backend = backend
+        trainer.train()
+    first, second = ([p.detach() for p in model.parameters()] for model in models_)
+    return first, second
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_backends_model_in_trls_trainer(steps: int, tmp_path: Path) -> None:
+    """TRL's loss, pulled back through our graphs by its cotangents: two steps give the weights of its own model."""
+    theirs, ours = foreign_weights(tmp_path, steps)
+    start = list(toy_model().parameters())
+    moved = max(float((a - b).norm() / b.norm()) for a, b in zip(theirs, start, strict=True))
+    assert moved > 1e-2
+    assert all(error(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_cotangent_of_the_wrong_sign(tmp_path: Path) -> None:
+    """The control: cotangents that are not TRL's give other weights."""
+    theirs, ours = foreign_weights(tmp_path, 1, scale=-1.0)
+    assert max(float(error(a, b)) for a, b in zip(ours, theirs, strict=True)) > 1e-2
