@@ -8,43 +8,45 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-from ...errors import BusyError, PullbackError, ServiceError
+from ...errors import BusyError, ServiceError
 from .journal import Answer, Failure, Journal
+from .requirements import failure_of, number_of, require_number
+from .turns import Task, Turns, Work
 
 __all__ = ["Sequencer", "failure_of", "number_of", "require_number"]
 
 _logger = logging.getLogger(__name__)
 _KEPT_SECONDS: Final = 24 * 3600.0
 _PRUNE_EVERY: Final = 1000  # operations
-Work = Callable[[], Answer]
 Observer = Callable[[str, Answer, float], None]
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Say whose fault an error is: what was refused is the user's."""
-    if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)):
-        message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
-        return Failure(message, "user")
-    return Failure(f"{type(error).__name__}: {error}", "server")
 
 
 @dataclass
 class _Queue:
-    """One model's operations: the next number whose turn it is, and those that came early."""
+    """One model's operations: the next number whose turn it is, those that came early, and those that can run.
+
+    Attributes:
+        ready: the first of them is in its owner's line, or runs.
+    """
 
     turn: int
-    waiting: dict[int, tuple[str, str, Work]] = field(default_factory=dict)
+    waiting: dict[int, Task] = field(default_factory=dict)
+    ready: deque[Task] = field(default_factory=deque)
     timer: threading.Timer | None = None
 
 
 @final
 class Sequencer:
-    """Accepts numbered operations at once and runs them one after another in one worker thread.
+    """Accepts numbered operations at once and runs them in one worker thread.
+
+    The operations of a queue run one after another, in the order of their numbers. Owners take turns, each with one operation,
+    or one slice of an operation whose work is a generator: one that has had its turn goes behind all others who wait.
 
     A number that comes again with the same payload gets the first answer; with another payload it is refused. A failed
     operation has had its turn: those after it run. A number that never comes is given up after a while, as a failure.
@@ -67,6 +69,7 @@ class Sequencer:
         self._journal, self._max_queue, self._gap = journal, max_queue, gap_seconds
         self._observer = observer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pullback-worker")
+        self._turns, self._background = Turns(), deque[Callable[[], Any]]()
         self._queues: dict[str, _Queue] = {}
         self._gone: dict[str, str] = {}
         self._pending: dict[str, tuple[str, Future[Answer]]] = {}
@@ -84,12 +87,21 @@ class Sequencer:
             self._queues.setdefault(queue, _Queue(first))
 
     def end(self, queue: str, why: str) -> None:
-        """Let every further operation of a queue fail with this message."""
+        """Let every further operation of a queue fail with this message; one in slices stops at its next pause."""
         with self._lock:
             self._gone[queue] = why
             state = self._queues.pop(queue, None)
-            for request, _, _ in () if state is None else state.waiting.values():
-                self._finish(request, Failure(why, "user"))
+            dropped = [] if state is None else [*state.waiting.values(), *itertools.islice(state.ready, 1, None)]
+            if state is not None and state.timer is not None:
+                state.timer.cancel()
+            for task in [task for task in self._turns if task.queue == queue]:
+                if task.begun:
+                    task.ended = why
+                else:
+                    self._turns.remove(task)
+                    dropped.append(task)
+            for task in dropped:
+                self._finish(task.request, Failure(why, "user"))
 
     def knows(self, queue: str) -> bool:
         """Whether a queue is open or has ended."""
@@ -106,8 +118,8 @@ class Sequencer:
             number: makes it the same operation when it comes again; None: it is new each time.
             payload: what must be the same then.
             kind: for logs and counters.
-            work: runs in the worker.
-            ordered: it waits for all smaller numbers of its queue.
+            work: runs in the worker, at once or (a generator) in slices.
+            ordered: it waits for all smaller numbers of its queue; without a number, for all whose turn has come.
 
         Raises:
             ServiceError: no such queue, or the number was used for another payload.
@@ -125,12 +137,15 @@ class Sequencer:
             if len(self._pending) >= self._max_queue:
                 raise BusyError(f"{len(self._pending)} operations wait already; try again later")
             request = self._accept(owner, queue, number, digest, kind)
+            task = Task(owner, queue, request, kind, work, ordered)
             if queue in self._gone:
                 self._finish(request, Failure(self._gone[queue], "user"))
-            elif ordered and number is not None:
-                self._enqueue(queue, number, request, kind, work)
+            elif not ordered:
+                self._start(task)
+            elif number is None:
+                self._make_ready(task)
             else:
-                self._start(queue, request, kind, work)
+                self._enqueue(number, task)
             return request
 
     def result(self, owner: str, request: str) -> Future[Answer]:
@@ -154,8 +169,9 @@ class Sequencer:
         return future
 
     def run(self, work: Callable[[], Any]) -> None:
-        """Run something in the worker that no client waits for."""
-        self._worker.submit(_logged, work)
+        """Run something short in the worker that no client waits for, before all operations that have not begun."""
+        self._background.append(work)
+        self._worker.submit(self._turn)
 
     def close(self) -> None:
         """Finish what runs and drop what waits."""
@@ -164,6 +180,8 @@ class Sequencer:
                 if state.timer is not None:
                     state.timer.cancel()
         self._worker.shutdown(cancel_futures=True)
+        for task in self._turns:
+            _logged(task.stop)
 
     def _accept(self, owner: str, queue: str, number: int | None, digest: str, kind: str) -> str:
         count = next(self._count)
@@ -174,26 +192,30 @@ class Sequencer:
             self._journal.forget_answers(time.time() - _KEPT_SECONDS)
         return request
 
-    def _enqueue(self, queue: str, number: int, request: str, kind: str, work: Work) -> None:
-        state = self._queues[queue]
+    def _enqueue(self, number: int, task: Task) -> None:
+        state = self._queues[task.queue]
         if number < state.turn:
-            self._finish(request, Failure(f"seq_id {number} was given up: it came after {self._gap:g} s", "user"))
+            failure = Failure(f"seq_id {number} was given up: it came after {self._gap:g} s", "user")
+            self._finish(task.request, failure)
             return
-        state.waiting[number] = (request, kind, work)
-        self._advance(queue)
-
-    def _advance(self, queue: str) -> None:
-        state = self._queues[queue]
+        state.waiting[number] = task
+        before = state.turn
         while state.turn in state.waiting:
-            self._start(queue, *state.waiting.pop(state.turn))
+            self._make_ready(state.waiting.pop(state.turn))
             state.turn += 1
-        if state.timer is not None:
+        if state.timer is not None and state.turn != before:
             state.timer.cancel()
             state.timer = None
-        if state.waiting:
-            state.timer = threading.Timer(self._gap, self._give_up, (queue, state.turn))
+        if state.waiting and state.timer is None:
+            state.timer = threading.Timer(self._gap, self._give_up, (task.queue, state.turn))
             state.timer.daemon = True
             state.timer.start()
+
+    def _make_ready(self, task: Task) -> None:
+        ready = self._queues[task.queue].ready
+        ready.append(task)
+        if len(ready) == 1:
+            self._start(task)
 
     def _give_up(self, queue: str, turn: int) -> None:
         """Fail what waits behind a number that did not come: what it was is not known, so nothing may build on it."""
@@ -203,24 +225,59 @@ class Sequencer:
                 return
             why = f"seq_id {turn} of {queue} did not arrive within {self._gap:g} s, so nothing sent after it was run"
             last = max(state.waiting)
-            for request, _, _ in state.waiting.values():
-                self._finish(request, Failure(why, "user"))
+            for task in state.waiting.values():
+                self._finish(task.request, Failure(why, "user"))
             state.waiting.clear()
             state.turn, state.timer = last + 1, None
 
-    def _start(self, queue: str, request: str, kind: str, work: Work) -> None:
-        self._worker.submit(self._work, queue, request, kind, work)
+    def _start(self, task: Task) -> None:
+        self._turns.add(task)
+        self._worker.submit(self._turn)
 
-    def _work(self, queue: str, request: str, kind: str, work: Work) -> None:
-        began, ended = time.perf_counter(), self._gone.get(queue)
+    def _turn(self) -> None:
+        """Run what no client waits for; if there is nothing, a slice of the operation whose turn it is."""
+        with self._lock:
+            if self._background:
+                task, work = None, self._background.popleft()
+            elif (task := self._turns.take()) is None:
+                return  # it was dropped
+            else:
+                task.begun = True
+        if task is None:
+            _logged(work)
+        else:
+            self._advance(task)
+
+    def _advance(self, task: Task) -> None:
+        answer = self._slice(task)
+        with self._lock:
+            if answer is None:
+                self._turns.give_back(again=True)
+                self._worker.submit(self._turn)
+                return
+            state = self._queues.get(task.queue)
+            if state is not None and state.ready and state.ready[0] is task:
+                state.ready.popleft()
+                if state.ready:
+                    self._start(state.ready[0])
+            self._turns.give_back(again=False)
+        self._finish(task.request, answer)
+        _logged(lambda: self._observer(task.kind, answer, task.seconds))
+
+    def _slice(self, task: Task) -> Answer | None:
+        began = time.perf_counter()
         try:
-            answer = work() if ended is None else Failure(ended, "user")
+            if task.ended is None:
+                return task.advance()
+            task.stop()
+            return Failure(task.ended, "user")
         except Exception as error:
             answer = failure_of(error)
             if answer.category == "server":
-                _logger.exception("%s failed", kind)
-        self._finish(request, answer)
-        _logged(lambda: self._observer(kind, answer, time.perf_counter() - began))
+                _logger.exception("%s failed", task.kind)
+            return answer
+        finally:
+            task.seconds += time.perf_counter() - began
 
     def _finish(self, request: str, answer: Answer) -> None:
         try:
@@ -241,19 +298,3 @@ def _logged(work: Callable[[], Any]) -> None:
         work()
     except Exception:
         _logger.exception("work in the background failed")
-
-
-def require_number(name: str, number: object) -> int:
-    """Return a sequence number.
-
-    Raises:
-        ServiceError: it is none.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**62:
-        raise ServiceError(f"{name} must be a whole number, got {number!r}")
-    return number
-
-
-def number_of(body: Mapping[str, Any], key: str) -> int:
-    """Return the sequence number that a request has under a key."""
-    return require_number(key, body[key])

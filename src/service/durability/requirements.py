@@ -1,0 +1,35 @@
+"""What every operation needs: a sequence number that is one, and whose fault an error is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import PullbackError, ServiceError
+from .journal import Failure
+
+__all__ = ["failure_of", "number_of", "require_number"]
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Say whose fault an error is: what was refused is the user's."""
+    if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)):
+        message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
+        return Failure(message, "user")
+    return Failure(f"{type(error).__name__}: {error}", "server")
+
+
+def require_number(name: str, number: object) -> int:
+    """Return a sequence number.
+
+    Raises:
+        ServiceError: it is none.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**62:
+        raise ServiceError(f"{name} must be a whole number, got {number!r}")
+    return number
+
+
+def number_of(body: Mapping[str, Any], key: str) -> int:
+    """Return the sequence number that a request has under a key."""
+    return require_number(key, body[key])

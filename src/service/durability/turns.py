@@ -1,0 +1,121 @@
+"""Whose turn it is: owners one after another, each with a line of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+from .journal import Answer
+
+__all__ = ["Slices", "Task", "Turns", "Work"]
+
+Slices: TypeAlias = Generator[None, None, Answer]
+Work: TypeAlias = Callable[[], Answer | Slices]
+
+
+@dataclass(eq=False)
+class Task:
+    """An accepted operation that has not ended.
+
+    Attributes:
+        owner, queue, request, kind: whose it is, and what.
+        work: computes the answer, or returns a generator that does so in slices.
+        ordered: the next operation of its queue starts when it has ended.
+        begun: it has had a turn.
+        ended: why its queue has ended, if it has.
+        seconds: that its slices have taken.
+    """
+
+    owner: str
+    queue: str
+    request: str
+    kind: str
+    work: Work
+    ordered: bool
+    begun: bool = False
+    ended: str | None = None
+    seconds: float = 0.0
+    slices: Slices | None = None
+
+    def advance(self) -> Answer | None:
+        """Run to the next pause, or to the end; return the answer, or None where it pauses.
+
+        Raises:
+            Exception: whatever the work raises.
+        """
+        if self.slices is None:
+            result = self.work()
+            if not isinstance(result, Generator):
+                return result
+            self.slices = result
+        try:
+            next(self.slices)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+        return None
+
+    def stop(self) -> None:
+        """Let a work that pauses clean up; it does not go on."""
+        if self.slices is not None:
+            self.slices.close()
+
+
+@final
+class Turns:
+    """Tasks that can run, for one worker that takes one, runs a slice of it, and gives it back.
+
+    An owner who has had a turn goes behind all others who wait, also behind those who came in the meantime. Not safe to use
+    from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[Task]] = {}  # in the order of their turns
+        self._current: tuple[Task, deque[Task]] | None = None  # whose turn it is, and what else its owner has
+
+    def __iter__(self) -> Iterator[Task]:
+        """All tasks, among them the one whose turn it is."""
+        if self._current is not None:
+            yield from (self._current[0], *self._current[1])
+        for line in self._lines.values():
+            yield from line
+
+    def add(self, task: Task) -> None:
+        """Put a task at the end of its owner's line."""
+        if self._current is not None and self._current[0].owner == task.owner:
+            self._current[1].append(task)
+        else:
+            self._lines.setdefault(task.owner, deque()).append(task)
+
+    def take(self) -> Task | None:
+        """Return the first task of the owner whose turn it is; None: nobody waits."""
+        if not self._lines:
+            return None
+        owner = next(iter(self._lines))
+        line = self._lines.pop(owner)
+        task = line.popleft()
+        self._current = (task, line)
+        return task
+
+    def give_back(self, again: bool) -> None:
+        """End the turn.
+
+        Args:
+            again: the task goes to the end of its owner's line.
+        """
+        assert self._current is not None
+        (task, line), self._current = self._current, None
+        if again:
+            line.append(task)
+        if line:
+            self._lines[task.owner] = line
+
+    def remove(self, task: Task) -> None:
+        """Take out a task whose turn it is not."""
+        current = self._current[1] if self._current is not None and self._current[0].owner == task.owner else None
+        line = self._lines[task.owner] if current is None else current
+        line.remove(task)
+        if current is None and not line:
+            del self._lines[task.owner]
