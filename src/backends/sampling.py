@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..datums.types import ModelInput
 from ..errors import DatumError, InvalidDatumsError
 from .types import SamplingParams
 
-__all__ = ["check_prompts", "choose_tokens"]
+__all__ = ["RowParams", "check_prompts", "choose_tokens"]
 
 
 def check_prompts(
@@ -56,25 +57,93 @@ def check_prompts(
         raise InvalidDatumsError(problems)
 
 
-def choose_tokens(logits: Tensor, params: SamplingParams, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token per row from the tempered, cut distribution, [R]; neighbours share a generator or do not."""
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    tempered = logits / params.temperature
-    if params.top_k != -1:
-        smallest = tempered.topk(min(params.top_k, tempered.shape[-1]), -1).values[:, -1:]
-        tempered = tempered.masked_fill(tempered < smallest, -torch.inf)
-    if params.top_p < 1.0:
-        tempered = _nucleus(tempered, params.top_p)
-    shared = [(generator, len(list(rows))) for generator, rows in groupby(generators)]
-    parts = tempered.softmax(-1).split([count for _, count in shared])
-    drawn = [torch.multinomial(part, 1, generator=one) for part, (one, _) in zip(parts, shared, strict=True)]
-    return torch.cat(drawn)[:, 0]
+@final
+@dataclass(frozen=True, eq=False)
+class RowParams:
+    """How each of R rows is drawn.
+
+    Attributes:
+        temperature: [R], in the logits' dtype, at least its smallest normal number.
+        greedy: bool [R]; rows that take the most probable token.
+        top_k: (rows, how many tokens they keep) of the rows that keep only some, int64.
+        top_p: (rows, the mass they keep) of the rows that keep less than all.
+        untempered: no row's distribution is other than the model's, but for its cuts.
+    """
+
+    temperature: Tensor
+    greedy: Tensor
+    top_k: tuple[Tensor, Tensor]
+    top_p: tuple[Tensor, Tensor]
+    untempered: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], like: Tensor) -> Self:
+        """Lay out the parameters of rows whose logits are in dtype and on the device of ``like``."""
+        temperatures = torch.tensor([p.temperature or 1.0 for p in params], dtype=torch.float64)
+        kept = [(i, p.top_k) for i, p in enumerate(params) if p.top_k != -1 and p.temperature > 0]
+        masses = [(i, p.top_p) for i, p in enumerate(params) if p.top_p < 1.0 and p.temperature > 0]
+        device = like.device
+        return cls(
+            temperature=temperatures.clamp(min=torch.finfo(like.dtype).tiny).to(like.dtype).to(device),
+            greedy=torch.tensor([p.temperature == 0 for p in params], device=device),
+            top_k=(_column(kept, 0, torch.int64, device), _column(kept, 1, torch.int64, device)),
+            top_p=(_column(masses, 0, torch.int64, device), _column(masses, 1, like.dtype, device)),
+            untempered=all(p.temperature in (0.0, 1.0) for p in params),
+        )
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """Return logits [R, V] of the tempered distributions; where a temperature is all but zero they do not overflow."""
+        if self.untempered:
+            return logits
+        return (logits - logits.amax(-1, keepdim=True)) / self.temperature[:, None]
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of tokens whose probability reaches ``top_p``; at least one."""
-    ordered, order = logits.sort(-1, descending=True)
+def _column(pairs: Sequence[tuple[int, float]], place: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([pair[place] for pair in pairs], dtype=dtype, device=device)
+
+
+def choose_tokens(logits: Tensor, params: RowParams, uniforms: Sequence[float]) -> Tensor:
+    """Choose one token per row from its tempered, cut distribution, by inverting its distribution function.
+
+    Args:
+        logits: [R, V].
+        params: of the rows.
+        uniforms: a number in [0, 1) for each row; what a row chooses depends on its own logits, parameters and number only.
+
+    Returns:
+        Tokens, int64 [R].
+    """
+    best = logits.argmax(-1)
+    if bool(params.greedy.all()):
+        return best
+    cut = _nucleus(_top(params.tempered(logits), *params.top_k), *params.top_p)
+    mass = _wide(cut.softmax(-1)).cumsum(-1)
+    points = torch.tensor(list(uniforms), dtype=mass.dtype).to(mass.device)[:, None] * mass[:, -1:]
+    drawn = torch.searchsorted(mass, points, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.where(params.greedy, best, drawn)
+
+
+def _wide(probabilities: Tensor) -> Tensor:
+    """In fp64, where the device has it: the sum over a vocabulary must not lose the rare tokens."""
+    return probabilities if probabilities.device.type == "mps" else probabilities.double()
+
+
+def _top(logits: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Keep each of these rows' most probable tokens, as many as it says, and what is equal to the last of them."""
+    if not rows.numel():
+        return logits
+    most = min(int(counts.max()), logits.shape[-1])
+    found = logits[rows]
+    smallest = found.topk(most, -1).values.gather(-1, counts.clamp(max=most)[:, None] - 1)
+    return logits.index_copy(0, rows, found.masked_fill(found < smallest, -torch.inf))
+
+
+def _nucleus(logits: Tensor, rows: Tensor, masses: Tensor) -> Tensor:
+    """Keep each of these rows' smallest set of tokens whose probability reaches its mass; at least one."""
+    if not rows.numel():
+        return logits
+    found = logits[rows]
+    ordered, order = found.sort(-1, descending=True)
     mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= top_p)
-    return logits.masked_fill(cut, -torch.inf)
+    cut = torch.zeros_like(found, dtype=torch.bool).scatter(-1, order, mass_before >= masses[:, None])
+    return logits.index_copy(0, rows, found.masked_fill(cut, -torch.inf))

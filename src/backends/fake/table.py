@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..prepared import ScoreRequest
-from ..sampling import choose_tokens
+from ..sampling import RowParams, choose_tokens
 from ..types import AdamParams, SamplingParams
 
 __all__ = ["TableModel"]
@@ -65,9 +65,11 @@ class TableModel:
     ) -> tuple[list[int], list[float], list[float]]:
         """Draw tokens after ``last``; return them and their log-probs under the untempered and the tempered table."""
         tokens, logprobs, tempered = list[int](), list[float](), list[float]()
+        how = RowParams.of([params], self.logits)
         while len(tokens) < params.max_tokens and not (tokens and last in stop):
             row = self.logits[last]
-            last = int(choose_tokens(row[None], params, [generator]))
+            uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+            last = int(choose_tokens(row[None], how, [uniform]))
             tokens.append(last)
             logprobs.append(float(row.log_softmax(-1)[last]))
             tempered.append(float((row / (params.temperature or 1.0)).log_softmax(-1)[last]))

@@ -1,0 +1,119 @@
+"""Continuous batching: requests of any number of callers on the same weights are decoded together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final, final
+
+import torch
+
+from ....datums.types import ModelInput
+from ...sampling import check_prompts
+from ...types import SamplingParams
+from ..causal_lm import CausalLM
+from ..models.facts.model_facts import ModelFacts
+from ..models.hf import HFModel
+from . import agreement
+from .cached import CachedDecoder
+from .decoders import PlainDecoder
+from .lane import Lane, LaneLimits
+from .requests import Ends, GenerationRequest
+
+__all__ = ["ContinuousBatch", "facts_of"]
+
+_PLAIN_ROWS: Final = 8  # each is run alone: more at once would make a step longer, and nothing faster
+
+
+def facts_of(model: CausalLM) -> ModelFacts:
+    """Return what is known of a model's lengths."""
+    facts = getattr(model, "facts", None)
+    return facts if isinstance(facts, ModelFacts) else ModelFacts()
+
+
+@final
+class ContinuousBatch:
+    """Decodes requests together, one token of each completion a step; completions enter and leave at any step.
+
+    What a completion draws depends on its prompt, parameters and seed only, up to the rounding of the model's forward.
+
+    Args:
+        model: the weights, which must not change while a request is unfinished.
+        limits: what is decoded at once.
+    """
+
+    def __init__(self, model: CausalLM, limits: LaneLimits | None = None) -> None:
+        self._model, self._limits = model, limits or LaneLimits()
+        self._cached: Lane | None = None
+        self._plain: Lane | None = None
+        self.steps = 0
+
+    @property
+    def alive(self) -> int:
+        """Completions that are being decoded."""
+        return sum(lane.alive for lane in self._lanes())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return any(lane.busy for lane in self._lanes())
+
+    def add(
+        self,
+        prompt: ModelInput,
+        n: int,
+        params: SamplingParams,
+        seed: int,
+        *,
+        ends: Ends | None = None,
+        owner: str = "",
+    ) -> GenerationRequest:
+        """Accept a request; its completions begin at the next steps.
+
+        Args:
+            prompt: what is completed.
+            n: how many completions.
+            params: how they are drawn; its seed is not read.
+            seed: what their random numbers follow from.
+            ends: says of a completion's tokens whether they end it, beside the stop tokens.
+            owner: owners share the batch fairly.
+
+        Raises:
+            InvalidDatumsError: the prompt is empty, has tokens outside the vocabulary, or leaves the model's context.
+        """
+        vocab, facts = self._model.head().weight.shape[0], facts_of(self._model)
+        check_prompts([prompt], n, vocab, facts.max_length, params.max_tokens)
+        stop = params.stop if params.stop is not None else getattr(self._model, "eos_token_ids", ())
+        request = GenerationRequest(prompt.tokens, n, params, seed, frozenset(stop), ends, owner)
+        self._lane(len(prompt) + params.max_tokens).add(request)
+        return request
+
+    def advance(self) -> None:
+        """Give every completion for which there is a place one more token.
+
+        Raises:
+            Exception: what the model raised; the requests whose completions were in the step have failed with it.
+        """
+        self.steps += 1
+        for lane in self._lanes():
+            try:
+                with torch.no_grad():
+                    lane.step()
+            except Exception as error:
+                lane.fail(error)
+                raise
+
+    def _lanes(self) -> list[Lane]:
+        return [lane for lane in (self._cached, self._plain) if lane is not None]
+
+    def _lane(self, longest: int) -> Lane:
+        """Return the rows with a cache, where one gives what the model's own forward gives up to this length."""
+        model = self._model
+        if isinstance(model, HFModel):
+            # A text that grows beyond them has other keys from its first token on.
+            changes = [n for n in (model.facts.longrope, model.facts.dynamic_rope) if n is not None]
+            if all(longest <= n for n in changes) and agreement.cache_agrees(model):
+                self._cached = self._cached or Lane(CachedDecoder(model), self._limits)
+                return self._cached
+        limits = replace(self._limits, rows=min(_PLAIN_ROWS, self._limits.rows))
+        self._plain = self._plain or Lane(PlainDecoder(model), limits)
+        return self._plain

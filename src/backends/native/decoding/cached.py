@@ -1,0 +1,157 @@
+"""Decoding with the cache of transformers: rows end at the same column, and may enter and leave at any step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ....errors import UnsupportedError, require_extra
+from ....ops.logprobs import head_logits
+from ..execution.forward import model_device
+from ..models.hf import HFModel
+
+__all__ = ["CachedDecoder"]
+
+_LAYERS: Final = ("DynamicLayer", "DynamicSlidingWindowLayer")  # keys and values, one for each token
+_KEPT_TOKENS: Final = 8192  # of texts whose caches are kept for rows that come later
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _ReadText:
+    """The cache of one text: keys and values of each layer, [1, heads, L, D], and the logits of the next token, [1, V]."""
+
+    length: int
+    layers: Sequence[tuple[Tensor, Tensor]]
+    logits: Tensor
+
+
+@final
+class CachedDecoder:
+    """transformers models: each text is read once, and its cache is copied for its rows, also for those that come later.
+
+    The cache of all rows is as wide as the longest one; shorter rows begin with columns that the mask hides. The model's
+    weights must not change meanwhile.
+    """
+
+    def __init__(self, model: HFModel) -> None:
+        self._model, self._device = model, model_device(model)
+        self._cache: Any = None
+        self._lengths: list[int] = []
+        self._texts: OrderedDict[bytes, _ReadText] = OrderedDict()
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 0 if self._cache is None else sum(map(_token_bytes, _layers(self._cache)))
+
+    def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
+        read = self._read(texts)
+        width = max([*self._lengths, *(one.length for one in read)])
+        for i, layer in enumerate(_layers(self._cache)):
+            depth = _depth(layer, width)
+            for place, name in enumerate(("keys", "values")):
+                parts = [_widened(getattr(layer, name), depth)]
+                for one, count in zip(read, copies, strict=True):
+                    parts.append(_widened(one.layers[i][place], depth).expand(count, -1, -1, -1))
+                setattr(layer, name, torch.cat(parts))
+            _declare(layer, width)
+        self._lengths += [one.length for one, count in zip(read, copies, strict=True) for _ in range(count)]
+        return torch.cat([one.logits.expand(count, -1) for one, count in zip(read, copies, strict=True)])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        self._lengths = [length + 1 for length in self._lengths]
+        return self._logits(torch.tensor(tokens, device=self._device)[:, None], self._lengths, self._cache)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        if len(rows) == len(self._lengths):
+            return
+        self._lengths = [self._lengths[i] for i in rows]
+        width, index = max(self._lengths, default=0), torch.tensor(rows, dtype=torch.int64, device=self._device)
+        for layer in _layers(self._cache):
+            _select(layer, index, width)
+
+    def _read(self, texts: Sequence[Tensor]) -> list[_ReadText]:
+        """Return the caches of texts, after reading those that are not kept."""
+        keys = [text.numpy().tobytes() for text in texts]
+        new = [i for i, key in enumerate(keys) if key not in self._texts]
+        if new:
+            for i, one in zip(new, self._run([texts[i] for i in new]), strict=True):
+                self._texts[keys[i]] = one
+        for key in keys:
+            self._texts.move_to_end(key)
+        found = [self._texts[key] for key in keys]
+        while self._texts and sum(one.length for one in self._texts.values()) > _KEPT_TOKENS:
+            self._texts.popitem(last=False)
+        return found
+
+    def _run(self, texts: Sequence[Tensor]) -> list[_ReadText]:
+        """Read texts by one forward, each ending at the last column."""
+        transformers = require_extra("transformers", "hf", "sampling")
+        lengths = [len(text) for text in texts]
+        tokens = torch.stack([pad(text, (max(lengths) - len(text), 0)) for text in texts]).to(self._device)
+        cache = transformers.DynamicCache(config=self._model.config)
+        logits = self._logits(tokens, lengths, cache)
+        unknown = {type(layer).__name__ for layer in _layers(cache)} - set(_LAYERS)
+        if unknown:
+            raise UnsupportedError(f"rows cannot enter a cache with layers of the kind {', '.join(sorted(unknown))}")
+        found = [
+            _ReadText(n, [_row(x, i, n) for x in _layers(cache)], logits[i : i + 1]) for i, n in enumerate(lengths)
+        ]
+        if self._cache is None:
+            self._cache = cache
+            for layer in _layers(cache):
+                _select(layer, torch.empty(0, dtype=torch.int64, device=self._device), 0)
+        return found
+
+    def _logits(self, tokens: Tensor, lengths: Sequence[int], cache: Any) -> Tensor:
+        """Return the logits after the last of ``tokens`` [R, L], of rows that are ``lengths`` tokens long by then."""
+        width, ends = max(lengths), torch.tensor(lengths, device=self._device)[:, None]
+        places = torch.arange(width, device=self._device) - width + ends  # negative before the row begins
+        positions = places.clamp(min=0)[:, -tokens.shape[1] :]
+        hidden = self._model.cached_states(tokens, (places >= 0).long(), positions, cache)
+        return head_logits(hidden[:, -1], self._model.head())
+
+
+def _layers(cache: Any) -> list[Any]:
+    """Return the layers that hold anything: those that share another's keys hold none."""
+    return [layer for layer in cache.layers if getattr(layer, "is_initialized", True)]
+
+
+def _token_bytes(layer: Any) -> int:
+    return sum(x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values))
+
+
+def _row(layer: Any, row: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return copies of one row's keys and values, without the columns before it begins."""
+    first = layer.keys.shape[2] - _depth(layer, length)
+    keys, values = (x[row : row + 1, :, max(first, 0) :].clone() for x in (layer.keys, layer.values))
+    return keys, values
+
+
+def _depth(layer: Any, width: int) -> int:
+    """Columns that a layer keeps of so many: all, or those that its window reaches from the next token."""
+    return min(width, layer.sliding_window - 1) if layer.is_sliding else width
+
+
+def _widened(values: Tensor, depth: int) -> Tensor:
+    """Return keys or values with zeros before them, so that they have ``depth`` columns."""
+    return pad(values, (0, 0, depth - values.shape[2], 0))
+
+
+def _declare(layer: Any, width: int) -> None:
+    """Tell a layer with a window how many columns there have been."""
+    if layer.is_sliding:
+        layer.cumulative_length = width
+
+
+def _select(layer: Any, rows: Tensor, width: int) -> None:
+    """Keep these rows, and of their columns those of the longest one."""
+    first = layer.keys.shape[2] - _depth(layer, width)
+    layer.keys, layer.values = (x[:, :, max(first, 0) :][rows] for x in (layer.keys, layer.values))
+    _declare(layer, width)

@@ -1,0 +1,181 @@
+"""Rows that are decoded by one decoder: which of them are in it, and one step of all of them."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from ...sampling import RowParams, choose_tokens
+from .decoders import Decoder
+from .requests import GenerationRequest, Row
+
+__all__ = ["Lane", "LaneLimits"]
+
+_MARGIN: Final = 32  # tokens that every row can grow by after one has entered
+_SHORT: Final = 6  # bits of a length; shorter texts than 64 tokens are read together, whatever their lengths
+
+
+@final
+@dataclass(frozen=True)
+class LaneLimits:
+    """What a lane holds at once, whatever it is asked for; one row is always let in.
+
+    Args:
+        rows: that are decoded together.
+        cells: rows times the longest row's tokens.
+        prefill_tokens: of the texts that are read before one step; one text is always read.
+        share: rows that each owner gets at once, if need be by another's rows that wait again; more as rows end.
+    """
+
+    rows: int = 128
+    cells: int = 1 << 18
+    prefill_tokens: int = 4096
+    share: int = 16
+
+
+@final
+class Lane:
+    """Rows in a decoder, and the requests that wait for a place in it: each owner's in their order.
+
+    Args:
+        decoder: that keeps the rows.
+        limits: what it holds at once.
+    """
+
+    def __init__(self, decoder: Decoder, limits: LaneLimits) -> None:
+        self._decoder, self._limits = decoder, limits
+        self._rows: list[Row] = []
+        self._waiting: dict[str, deque[GenerationRequest]] = {}
+        self._params: RowParams | None = None
+
+    @property
+    def alive(self) -> int:
+        """Rows that are being decoded."""
+        return len(self._rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._rows or self._lines())
+
+    def add(self, request: GenerationRequest) -> None:
+        """Let a request wait for its places."""
+        self._waiting.setdefault(request.owner, deque()).append(request)
+
+    def step(self) -> None:
+        """Give every row one more token: those that are there, and those for which there is a place by now."""
+        self._drop([row for row in self._rows if not row.alive])
+        self._make_room()
+        newcomers = self._enter()
+        logits = [self._decoder.step([row.tokens[-1] for row in self._rows])] if self._rows else []
+        for texts, rows in _together(newcomers):
+            logits.append(self._decoder.join(texts, [len(same) for same in rows]))
+            self._rows += [row for same in rows for row in same]
+        if not self._rows:
+            return
+        if newcomers or self._params is None:
+            self._params = RowParams.of([row.request.params for row in self._rows], logits[0])
+        _take(self._rows, torch.cat(logits), self._params)
+        self._drop([row for row in self._rows if not row.alive])
+
+    def fail(self, error: Exception) -> None:
+        """End every request that has rows here, and begin anew with those that wait."""
+        for row in self._rows:
+            row.request.fail(error)
+        self._drop(self._rows)
+
+    def _drop(self, rows: Sequence[Row]) -> None:
+        if rows:
+            gone = {id(row) for row in rows}
+            kept = [i for i, row in enumerate(self._rows) if id(row) not in gone]
+            self._rows, self._params = [self._rows[i] for i in kept], None
+            self._decoder.keep(kept)
+
+    def _lines(self) -> dict[str, deque[GenerationRequest]]:
+        """Each owner's requests that wait, after those that no longer do were forgotten."""
+        for owner, line in list(self._waiting.items()):
+            while line and not line[0].waits:
+                line.popleft()
+            if not line:
+                del self._waiting[owner]
+        return self._waiting
+
+    def _fits(self, rows: int, longest: int) -> bool:
+        return rows <= 1 or (rows <= self._limits.rows and rows * longest <= self._limits.cells)
+
+    def _make_room(self) -> None:
+        """Let the newest rows of whoever has most wait again: what does not fit, and what others have a share of."""
+        lengths = [row.length + 1 for row in self._rows]
+        rows = list(self._rows)
+        while rows and not self._fits(len(rows), max(lengths)):
+            rows.pop(), lengths.pop()
+        counts = Counter(row.request.owner for row in rows)
+        for owner in self._lines():
+            while len(rows) >= self._limits.rows and counts[owner] < self._limits.share:
+                heaviest, most = counts.most_common(1)[0]
+                if most <= counts[owner] + 1:
+                    break
+                rows.remove(next(row for row in reversed(rows) if row.request.owner == heaviest))
+                counts[heaviest] -= 1
+                counts[owner] += 1
+        self._suspend(rows)
+
+    def _suspend(self, kept: Sequence[Row]) -> None:
+        stay = {id(row) for row in kept}
+        leaving = [row for row in self._rows if id(row) not in stay]
+        for row in reversed(leaving):  # the oldest enters first again
+            line = self._waiting.setdefault(row.request.owner, deque())
+            if row.request not in line:
+                line.appendleft(row.request)
+            row.request.give_back(row)
+        self._drop(leaving)
+
+    def _enter(self) -> list[Row]:
+        """Return rows for which there is a place, one after another of whoever has fewest."""
+        counts = Counter(row.request.owner for row in self._rows)
+        longest = max((row.length + 1 for row in self._rows), default=0)
+        entering: list[Row] = []
+        texts, tokens = set[bytes](), 0
+        while lines := self._lines():
+            owner = min(lines, key=lambda name: counts[name])
+            text = lines[owner][0].next_text
+            longest = max(longest, len(text) + _MARGIN)
+            key = text.numpy().tobytes()
+            tokens += 0 if key in texts else len(text)
+            if not self._fits(len(self._rows) + len(entering) + 1, longest):
+                break
+            if entering and tokens > self._limits.prefill_tokens:
+                break
+            texts.add(key)
+            entering.append(lines[owner][0].enter())
+            counts[owner] += 1
+        return entering
+
+
+def _together(rows: Sequence[Row]) -> list[tuple[list[Tensor], list[list[Row]]]]:
+    """Group rows by text, and texts by length: each group's texts are read by one forward, each text once."""
+    same: dict[bytes, tuple[Tensor, list[Row]]] = {}
+    for row in rows:
+        text = row.text
+        same.setdefault(text.numpy().tobytes(), (text, []))[1].append(row)
+
+    def size(pair: tuple[Tensor, list[Row]]) -> int:
+        return max(_SHORT, len(pair[0]).bit_length())
+
+    groups = [list(pairs) for _, pairs in groupby(sorted(same.values(), key=size), size)]
+    return [([text for text, _ in pairs], [rows for _, rows in pairs]) for pairs in groups]
+
+
+def _take(rows: Sequence[Row], logits: Tensor, params: RowParams) -> None:
+    """Choose a token for each row, and give it to the row with its log-probs."""
+    chosen = choose_tokens(logits, params, [row.uniforms.random() for row in rows])
+    policies = [logits] if params.untempered else [logits, params.tempered(logits)]
+    scores = [torch.log_softmax(z, -1).gather(-1, chosen[:, None])[:, 0].tolist() for z in policies]
+    for row, token, logprob, tempered in zip(rows, chosen.tolist(), scores[0], scores[-1], strict=True):
+        row.take(token, logprob, tempered)
