@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...backends import SamplingParams, TorchBackend
+from ...backends import TorchBackend
 from ...backends.native.checkpoint import load_weights
-from ...backends.native.execution.forward import score
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.layers import LLAMA, LayerNames, layer_names
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
-from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.optimizer import forget_casts
-from ...backends.native.sampling import Ends, draw
-from ...backends.prepared import ScoreRequest
-from ...backends.types import Rollout
-from ...datums.types import ModelInput
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
+from .sampler import Sampler
 
-__all__ = ["Base", "Sampler", "ServedModels"]
+__all__ = ["Base", "ServedModels"]
 
 
 @final
@@ -97,51 +92,6 @@ class Base:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         copied: nn.Module = copy.deepcopy(self.model, {id(t): t for t in tensors})
         return copied
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Sampler:
-    """Weights to sample from, frozen at the moment they were saved."""
-
-    model: HFModel
-    version: int
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head."""
-        return self.model.head().weight.shape[0]
-
-    def sample(self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None) -> list[Rollout]:
-        """Draw n completions; one for which ``ends`` says so stops too."""
-        return draw(self.model, [prompt], n, params, self._generator(), self.version, ends)
-
-    def top_k(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `top_k_tokens`."""
-        return top_k_tokens(self.model, tokens, k)
-
-    def sampled(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """See `sampled_tokens`."""
-        return sampled_tokens(self.model, tokens, k, temperature, self._generator())
-
-    def given(self, tokens: Tensor, given: Tensor) -> Tensor:
-        """See `given_tokens`."""
-        return given_tokens(self.model, tokens, given)
-
-    @torch.no_grad()
-    def prompt_logprobs(self, prompt: ModelInput) -> list[float]:
-        """Return the log-prob of each prompt token given those before it; NaN for the first."""
-        tokens = prompt.tokens
-        if len(tokens) < 2:
-            return [float("nan")] * len(tokens)
-        needed = torch.ones(len(tokens) - 1, dtype=torch.bool)
-        logprobs: Tensor = score(self.model, [ScoreRequest(tokens[:-1], tokens[1:], needed)], "single")
-        return [float("nan"), *logprobs.tolist()]
-
-    def _generator(self) -> torch.Generator:
-        generator = torch.Generator(next(self.model.parameters()).device)
-        generator.seed()
-        return generator
 
 
 @final

@@ -8,6 +8,7 @@ from typing import Final, final
 import torch
 
 from ....datums.types import ModelInput
+from ....errors import BackendError
 from ...sampling import check_prompts
 from ...types import SamplingParams
 from ..causal_lm import CausalLM
@@ -37,8 +38,11 @@ class ContinuousBatch:
     What a completion draws depends on its prompt, parameters and seed only, up to the rounding of the model's forward.
 
     Args:
-        model: the weights, which must not change while a request is unfinished.
+        model: the weights, which must not change.
         limits: what is decoded at once.
+
+    Attributes:
+        steps: that were done.
     """
 
     def __init__(self, model: CausalLM, limits: LaneLimits | None = None) -> None:
@@ -90,17 +94,18 @@ class ContinuousBatch:
     def advance(self) -> None:
         """Give every completion for which there is a place one more token.
 
-        Raises:
-            Exception: what the model raised; the requests whose completions were in the step have failed with it.
+        What the model raises is the error of the requests that it concerns.
         """
         self.steps += 1
+        with torch.no_grad():
+            for lane in self._lanes():
+                lane.step()
+
+    def cancel(self, request: GenerationRequest) -> None:
+        """Let go of a request; nothing happens if it is done."""
+        request.fail(BackendError("it was cancelled"))
         for lane in self._lanes():
-            try:
-                with torch.no_grad():
-                    lane.step()
-            except Exception as error:
-                lane.fail(error)
-                raise
+            lane.tidy()
 
     def _lanes(self) -> list[Lane]:
         return [lane for lane in (self._cached, self._plain) if lane is not None]

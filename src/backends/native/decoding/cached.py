@@ -69,7 +69,7 @@ class CachedDecoder:
         return self._logits(torch.tensor(tokens, device=self._device)[:, None], self._lengths, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if len(rows) == len(self._lengths):
+        if self._cache is None or (rows and len(rows) == len(self._lengths)):
             return
         self._lengths = [self._lengths[i] for i in rows]
         width, index = max(self._lengths, default=0), torch.tensor(rows, dtype=torch.int64, device=self._device)

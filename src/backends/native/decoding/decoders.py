@@ -20,7 +20,7 @@ class Decoder(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory that a row takes for each of its tokens; 0 = not known, or none to speak of."""
+        """Memory that a row takes for each of its tokens; 0 = not known before the first."""
         ...
 
     def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
@@ -48,7 +48,7 @@ class Decoder(Protocol):
 class PlainDecoder:
     """Runs each whole row again at every step: for any model, at quadratic cost."""
 
-    bytes_per_token = 0
+    bytes_per_token = torch.int64.itemsize
 
     def __init__(self, model: CausalLM) -> None:
         self._model, self._device = model, model_device(model)

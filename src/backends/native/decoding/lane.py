@@ -29,12 +29,14 @@ class LaneLimits:
     Args:
         rows: that are decoded together.
         cells: rows times the longest row's tokens.
+        memory: bytes that they may take; None = whatever the cells take.
         prefill_tokens: of the texts that are read before one step; one text is always read.
         share: rows that each owner gets at once, if need be by another's rows that wait again; more as rows end.
     """
 
     rows: int = 128
     cells: int = 1 << 18
+    memory: float | None = None
     prefill_tokens: int = 4096
     share: int = 16
 
@@ -69,10 +71,28 @@ class Lane:
         self._waiting.setdefault(request.owner, deque()).append(request)
 
     def step(self) -> None:
-        """Give every row one more token: those that are there, and those for which there is a place by now."""
-        self._drop([row for row in self._rows if not row.alive])
+        """Give every row one more token: those that are there, and those for which there is a place by now.
+
+        An error of the model ends the requests that have just come, or all if none has; the others are read anew.
+        """
+        self.tidy()
         self._make_room()
         newcomers = self._enter()
+        try:
+            self._forward(newcomers)
+        except Exception as error:  # whatever a model raises
+            for row in newcomers or self._rows:
+                row.request.fail(error)
+            self._suspend([])
+            self._decoder.keep([])
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Drop the rows of requests that have ended."""
+        self._drop([row for row in self._rows if not row.alive])
+
+    def _forward(self, newcomers: Sequence[Row]) -> None:
+        """Run the model on every row's last token and on the newcomers' texts, and let each row take a token."""
         logits = [self._decoder.step([row.tokens[-1] for row in self._rows])] if self._rows else []
         for texts, rows in _together(newcomers):
             logits.append(self._decoder.join(texts, [len(same) for same in rows]))
@@ -82,13 +102,6 @@ class Lane:
         if newcomers or self._params is None:
             self._params = RowParams.of([row.request.params for row in self._rows], logits[0])
         _take(self._rows, torch.cat(logits), self._params)
-        self._drop([row for row in self._rows if not row.alive])
-
-    def fail(self, error: Exception) -> None:
-        """End every request that has rows here, and begin anew with those that wait."""
-        for row in self._rows:
-            row.request.fail(error)
-        self._drop(self._rows)
 
     def _drop(self, rows: Sequence[Row]) -> None:
         if rows:
@@ -107,23 +120,25 @@ class Lane:
         return self._waiting
 
     def _fits(self, rows: int, longest: int) -> bool:
-        return rows <= 1 or (rows <= self._limits.rows and rows * longest <= self._limits.cells)
+        limits, each = self._limits, self._decoder.bytes_per_token
+        if rows <= 1:
+            return True
+        if limits.memory is not None and (not each or rows * longest * each > limits.memory):
+            return False  # what a token takes is known after the first row
+        return rows <= limits.rows and rows * longest <= limits.cells
 
     def _make_room(self) -> None:
-        """Let the newest rows of whoever has most wait again: what does not fit, and what others have a share of."""
+        """Let the newest rows wait again that do not fit any more, and one of whoever has most where another has no share."""
         lengths = [row.length + 1 for row in self._rows]
         rows = list(self._rows)
         while rows and not self._fits(len(rows), max(lengths)):
             rows.pop(), lengths.pop()
         counts = Counter(row.request.owner for row in rows)
-        for owner in self._lines():
-            while len(rows) >= self._limits.rows and counts[owner] < self._limits.share:
-                heaviest, most = counts.most_common(1)[0]
-                if most <= counts[owner] + 1:
-                    break
-                rows.remove(next(row for row in reversed(rows) if row.request.owner == heaviest))
-                counts[heaviest] -= 1
-                counts[owner] += 1
+        poorest = min(self._lines(), key=lambda name: counts[name], default=None)
+        if poorest is not None and len(rows) >= self._limits.rows and counts[poorest] < self._limits.share:
+            richest, most = counts.most_common(1)[0]
+            if most > counts[poorest] + 1:
+                rows.remove(next(row for row in reversed(rows) if row.request.owner == richest))
         self._suspend(rows)
 
     def _suspend(self, kept: Sequence[Row]) -> None:
