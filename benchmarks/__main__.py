@@ -14,14 +14,26 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, distributed, head, layouts, losses, rows, splits, step
+from . import backends, custom, distributed, head, layouts, losses, rows, sampling, splits, step
 
 
 def main() -> None:
     """Run the benchmark that was asked for."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="benchmark")
-    for add in (_heads, _steps, _custom, _layouts, _numerics, _backends, _losses, _distributed, _rows, _splits):
+    for add in (
+        _heads,
+        _steps,
+        _custom,
+        _layouts,
+        _numerics,
+        _backends,
+        _losses,
+        _distributed,
+        _rows,
+        _sampling,
+        _splits,
+    ):
         add(commands)
     arguments = parser.parse_args()
     if "threads" in arguments:
@@ -112,6 +124,17 @@ def _rows(commands: Any) -> None:
     parser.add_argument("--messages", type=int, default=16)
     parser.add_argument("--words", type=int, default=40, help="of each message")
     _timed(parser, rows.run)
+
+
+def _sampling(commands: Any) -> None:
+    words = "calls for one completion each at our service: all at once, one after another, and one call for all"
+    parser = commands.add_parser("sampling", help=words)
+    parser.add_argument("--model", default="tiny", help="as of `pullback serve`")
+    parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=8, help="different ones among the calls")
+    parser.add_argument("--tokens", type=int, default=64, help="of each completion")
+    parser.set_defaults(run=sampling.run)
+    _in_rounds(parser)
 
 
 def _splits(commands: Any) -> None:

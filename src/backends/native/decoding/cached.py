@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -18,17 +19,23 @@ from ..models.hf import HFModel
 
 __all__ = ["CachedDecoder"]
 
-_LAYERS: Final = ("DynamicLayer", "DynamicSlidingWindowLayer")  # keys and values, one for each token
+_LAYERS: Final = ("DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer")
+_PARTS: Final = {  # what a layer holds for each token, with the dimensions of rows and of columns
+    "keys": (0, 2),
+    "values": (0, 2),
+    "indexer_keys": (0, 1),
+    "indexer_position_ids": (1, 2),
+}
 _KEPT_TOKENS: Final = 8192  # of texts whose caches are kept for rows that come later
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _ReadText:
-    """The cache of one text: keys and values of each layer, [1, heads, L, D], and the logits of the next token, [1, V]."""
+    """The cache of one text: what each layer holds, of one row, and the logits of the next token, [1, V]."""
 
     length: int
-    layers: Sequence[tuple[Tensor, Tensor]]
+    layers: Sequence[Mapping[str, Tensor]]
     logits: Tensor
 
 
@@ -54,13 +61,7 @@ class CachedDecoder:
         read = self._read(texts)
         width = max([*self._lengths, *(one.length for one in read)])
         for i, layer in enumerate(_layers(self._cache)):
-            depth = _depth(layer, width)
-            for place, name in enumerate(("keys", "values")):
-                parts = [_widened(getattr(layer, name), depth)]
-                for one, count in zip(read, copies, strict=True):
-                    parts.append(_widened(one.layers[i][place], depth).expand(count, -1, -1, -1))
-                setattr(layer, name, torch.cat(parts))
-            _declare(layer, width)
+            _append(layer, [(one.layers[i], count) for one, count in zip(read, copies, strict=True)], width)
         self._lengths += [one.length for one, count in zip(read, copies, strict=True) for _ in range(count)]
         return torch.cat([one.logits.expand(count, -1) for one, count in zip(read, copies, strict=True)])
 
@@ -123,15 +124,17 @@ def _layers(cache: Any) -> list[Any]:
     return [layer for layer in cache.layers if getattr(layer, "is_initialized", True)]
 
 
+def _parts(layer: Any) -> dict[str, tuple[int, int]]:
+    """Return the names of what a layer holds, with the dimensions of rows and of columns."""
+    return {name: dims for name, dims in _PARTS.items() if isinstance(getattr(layer, name, None), Tensor)}
+
+
 def _token_bytes(layer: Any) -> int:
-    return sum(x.shape[1] * x.shape[3] * x.element_size() for x in (layer.keys, layer.values))
-
-
-def _row(layer: Any, row: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return copies of one row's keys and values, without the columns before it begins."""
-    first = layer.keys.shape[2] - _depth(layer, length)
-    keys, values = (x[row : row + 1, :, max(first, 0) :].clone() for x in (layer.keys, layer.values))
-    return keys, values
+    total = 0
+    for name, dims in _parts(layer).items():
+        part: Tensor = getattr(layer, name)
+        total += part.element_size() * math.prod(n for dim, n in enumerate(part.shape) if dim not in dims)
+    return total
 
 
 def _depth(layer: Any, width: int) -> int:
@@ -139,19 +142,44 @@ def _depth(layer: Any, width: int) -> int:
     return min(width, layer.sliding_window - 1) if layer.is_sliding else width
 
 
-def _widened(values: Tensor, depth: int) -> Tensor:
-    """Return keys or values with zeros before them, so that they have ``depth`` columns."""
-    return pad(values, (0, 0, depth - values.shape[2], 0))
+def _last(values: Tensor, depth: int, dim: int) -> Tensor:
+    """Return the last ``depth`` entries along a dimension, with zeros before them where there are fewer."""
+    short = depth - values.shape[dim]
+    if short > 0:
+        return pad(values, (0, 0) * (values.dim() - 1 - dim) + (short, 0))
+    return values.narrow(dim, -short, depth)
+
+
+def _row(layer: Any, row: int, length: int) -> dict[str, Tensor]:
+    """Return copies of what a layer holds of one row, without the columns before it begins."""
+    depth, found = _depth(layer, length), {}
+    for name, (rows, columns) in _parts(layer).items():
+        part = getattr(layer, name).narrow(rows, row, 1)
+        found[name] = part.narrow(columns, part.shape[columns] - depth, depth).clone()
+    return found
+
+
+def _append(layer: Any, added: Sequence[tuple[Mapping[str, Tensor], int]], width: int) -> None:
+    """Add copies of single rows after a layer's rows, all as wide as the widest."""
+    depth = _depth(layer, width)
+    for name, (rows, columns) in _parts(layer).items():
+        parts = [_last(getattr(layer, name), depth, columns)]
+        for row, count in added:
+            one = _last(row[name], depth, columns)
+            parts.append(one.expand([count if dim == rows else -1 for dim in range(one.dim())]))
+        setattr(layer, name, torch.cat(parts, rows))
+    _declare(layer, width)
+
+
+def _select(layer: Any, rows: Tensor, width: int) -> None:
+    """Keep these rows, and of their columns those of the longest one."""
+    depth = _depth(layer, width)
+    for name, (along, columns) in _parts(layer).items():
+        setattr(layer, name, _last(getattr(layer, name), depth, columns).index_select(along, rows))
+    _declare(layer, width)
 
 
 def _declare(layer: Any, width: int) -> None:
     """Tell a layer with a window how many columns there have been."""
     if layer.is_sliding:
         layer.cumulative_length = width
-
-
-def _select(layer: Any, rows: Tensor, width: int) -> None:
-    """Keep these rows, and of their columns those of the longest one."""
-    first = layer.keys.shape[2] - _depth(layer, width)
-    layer.keys, layer.values = (x[:, :, max(first, 0) :][rows] for x in (layer.keys, layer.values))
-    _declare(layer, width)
