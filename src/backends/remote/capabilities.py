@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import RemoteError, UnsupportedError, require_extra
+from ...errors import UnsupportedError
 from ...losses.base import Loss
 from ...losses.config import config_keys
 from ...losses.registry import config_of
+from .probe import ask_capabilities
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_config", "named_data"]
 
 _logger = logging.getLogger(__name__)
-_PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds
 PROTOCOL_LOSSES: Final = frozenset({"cross_entropy", "importance_sampling", "ppo"})
 _PROTOCOL_KEYS: Final = frozenset({"clip_low_threshold", "clip_high_threshold"})  # others would be ignored, or refused
 
@@ -79,48 +78,20 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
     that nobody waits for the minutes that the SDK goes on calling where there is no service.
 
     Raises:
-        RemoteError: nobody answers at this address, or only the network's failures do.
+        RemoteError: nobody answers at this address, only the network's failures do, or what answers is something else.
     """
     plain = plain or Capabilities()
-    answer = _ask(url, key)
-    try:
-        if answer.status_code >= 400:
-            raise ValueError(f"HTTP {answer.status_code}")
-        said = answer.json()
-    except ValueError as error:
-        _logger.info("%s does not say what it can do (%s): taken to speak the plain protocol", url, error)
+    said = ask_capabilities(url, key)
+    if said is None:
+        _logger.info("%s does not say what it can do: taken to speak the plain protocol", url)
         return plain
     lengths = [m.get("max_context_length") for m in said["supported_models"] if m.get("model_name") == base_model]
-    capabilities = replace(plain, max_length=next(iter(lengths), None))
+    capabilities = replace(plain, max_length=next((n for n in lengths if isinstance(n, int)), None))
     ours = said.get("pullback")
-    if ours is None:
+    if not isinstance(ours, dict) or not isinstance(ours.get("losses"), list):
         return capabilities
     flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs", "starts_at_base")}
     return replace(capabilities, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
-
-
-def _ask(url: str, key: str) -> Any:
-    """Return the answer; one that got lost is no answer: a service that can do more must not be taken for a plain one."""
-    httpx = require_extra("httpx", "remote", "pullback.connect")
-    for pause in (*_PAUSES, None):
-        try:
-            answer = httpx.get(f"{url.rstrip('/')}/api/v1/get_server_capabilities", headers={"X-API-Key": key})
-        except httpx.ConnectError as error:
-            message = f"no service answers at {url} ({error}); is it running, and is this its address?"
-            raise RemoteError(message, "server") from error
-        except httpx.TransportError as error:
-            failure = f"{type(error).__name__}: {error}"
-        else:
-            if answer.status_code < 500 and answer.status_code not in (408, 429):
-                return answer
-            failure = f"HTTP {answer.status_code}"
-        if pause is not None:
-            time.sleep(pause)
-    raise RemoteError(
-        f"{url} was asked {len(_PAUSES) + 1} times what it can do and did not answer ({failure}); try again later, or give "
-        "capabilities= to say it yourself",
-        "server",
-    )
 
 
 def named_config(loss: Loss, capabilities: Capabilities) -> dict[str, Any]:

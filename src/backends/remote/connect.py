@@ -11,6 +11,7 @@ from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready
 from .error_mapping import at_service
+from .probe import ask_capabilities
 from .sdks import sdk_named
 
 __all__ = ["connect"]
@@ -44,7 +45,8 @@ def connect(
 
     Raises:
         MissingExtraError: the SDK is not installed.
-        RemoteError: the service cannot be reached, does not know the key, or refuses the model.
+        ConfigError: the address is none.
+        RemoteError: the service cannot be reached, is something else, does not know the key, or refuses the model.
     """
 
     def create(client: Any) -> Any:
@@ -60,6 +62,8 @@ def connect(
     if options.get("capabilities") is None:
         capabilities = detect(service, key, base_model, chosen.plain)
         options["capabilities"] = replace(capabilities, normalizes=capabilities.normalizes and chosen.normalizes)
+    else:
+        ask_capabilities(service, key, must_answer=False)  # what is no service is said now; the SDK would take minutes
     with at_service(f"connect to {service}"):
         client = chosen.connect(service, key or None)
         try:

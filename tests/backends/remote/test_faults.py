@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pullback
 from pullback.backends import AdamParams, RemoteBackend, SamplingParams, with_reference
-from pullback.backends.remote import Capabilities, capabilities
+from pullback.backends.remote import Capabilities, probe
 from pullback.datums import Datum, ModelInput, datum_from_rollout
 from pullback.errors import RemoteError
 from pullback.losses import GRPO, KL
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serve
     models = tiny_models(tmp_path_factory.mktemp("remote-faults"))
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
-        patch.setattr(capabilities, "_PAUSES", (0.01,) * 3)
+        patch.setattr(probe, "_PAUSES", (0.01,) * 3)
         with serving(models, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
             yield url, models
     gc.collect()  # the SDK's sockets
