@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from torch import nn
 
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 ATTENTION: Final = LLAMA.attention
 MLP: Final = LLAMA.mlp
 UNEMBED: Final = LLAMA.unembed
+_ALPHAS: Final = (1e-6, 1e6)  # beyond them, an fp32 output would be the base's alone, or the adapter's
 _CONFIG: Final = "adapter_config.json"
 _OPEN_ALPHA: Final = "alpha_is_default"  # on a model whose adapter's alpha nobody asked for
 
@@ -51,7 +53,31 @@ class LoraChoice:
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"the rank of an adapter must be a whole number of at least 1, got {self.rank!r}")
+            raise ConfigError(
+                f"the rank of an adapter must be a whole number of at least 1, got {reprlib.repr(self.rank)}"
+            )
+
+    def checked(self) -> Self:
+        """Return the choice if a user may make it; what a checkpoint or a journal says is taken as it is.
+
+        Raises:
+            ConfigError: a field is of another type, or out of range.
+        """
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(
+                f"the seed of an adapter must be a whole number of 64 bits, got {reprlib.repr(self.seed)}"
+            )
+        low, high = _ALPHAS
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not low <= self.alpha <= high:
+            raise ConfigError(
+                f"the alpha of an adapter must be a number from {low:g} to {high:g}, got {reprlib.repr(self.alpha)}"
+            )
+        for name in ("train_attn", "train_mlp", "train_unembed", "base_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    f"{name} of an adapter must be true or false, got {reprlib.repr(getattr(self, name))}"
+                )
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of a journal."""
@@ -156,12 +182,15 @@ def saved_config(folder: Path) -> Any:
     """Return the settings of a checkpoint's adapter, as a ``peft.LoraConfig``.
 
     Raises:
-        CheckpointError: the folder has none.
+        CheckpointError: the folder has none, or a damaged one.
     """
     peft = require_extra("peft", "hf", "the adapter of a checkpoint")
     if not (folder / _CONFIG).is_file():
         raise CheckpointError(f"{folder} lacks {_CONFIG}: it is no checkpoint of an adapter")
-    config = peft.PeftConfig.from_pretrained(str(folder))
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / _CONFIG} is damaged: {error}") from error
     config.inference_mode, config.base_model_name_or_path = False, None  # the base may have moved since
     return config
 
