@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Self, final
+from numbers import Real
+from typing import Any, Final, Self, cast, final
 
+import torch
 from torch import Tensor
 
 from ..datums.types import TensorData
@@ -22,6 +24,8 @@ __all__ = [
     "SaveStateOutput",
 ]
 
+_LARGEST: Final = 1e20  # of an optimizer's parameters: a step of it, bias correction included, is a number in fp32
+_SMALLEST_EPS: Final = float(torch.finfo(torch.float32).tiny)
 _SEED_STRIDE: Final = 0x9E3779B1  # far from any difference that a user's seeds have
 
 
@@ -38,7 +42,7 @@ class AdamParams:
         grad_clip_norm: largest gradient norm, after normalisation; 0 = no clipping.
 
     Raises:
-        ConfigError: a field is out of range.
+        ConfigError: a field is no number, or out of range: it must be finite and small enough for a step in fp32.
     """
 
     learning_rate: float = 1e-4
@@ -50,11 +54,27 @@ class AdamParams:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)!r}")
+            value = _number(name, getattr(self, name))
+            if not 0.0 <= value <= _LARGEST:
+                raise ConfigError(f"{name} must be finite and at least 0, {_LARGEST:g} at most, got {value!r}")
         for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+            if not 0.0 <= _number(name, getattr(self, name)) < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if self.learning_rate * self.weight_decay > _LARGEST:
+            raise ConfigError(
+                f"learning_rate times weight_decay must be {_LARGEST:g} at most: the weights are multiplied by it"
+            )
+        if self.eps < _SMALLEST_EPS:
+            raise ConfigError(
+                f"eps must be at least {_SMALLEST_EPS:.2g}, got {self.eps!r}: in fp32 it is 0, and the step of a weight "
+                "whose gradient is 0 would be 0 / 0"
+            )
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    return cast(float, value)
 
 
 @final
