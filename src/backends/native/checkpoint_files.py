@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ __all__ = [
     "new_folder",
     "read_manifest",
     "read_tensors",
+    "require_name",
     "require_there",
     "require_undamaged",
     "saved_ledger",
@@ -36,17 +38,33 @@ __all__ = [
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+_LONGEST: Final = 255 - len("..") - 8  # characters: a file system's limit, less what `unfinished` adds
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def require_name(name: object) -> None:
+    """Check the name of a checkpoint.
+
+    Raises:
+        CheckpointError: it is none, leaves the folder, or is longer than a file system takes.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"checkpoint name {reprlib.repr(name)} must be letters (a-z, A-Z), digits, '.', '_' and '-' (no folders)"
+        )
+    if len(name) > _LONGEST:
+        raise CheckpointError(
+            f"checkpoint name {reprlib.repr(name)} has {len(name)} characters; {_LONGEST} at most are taken"
+        )
 
 
 def new_folder(root: Path, name: str, overwrite: bool) -> Path:
     """Return where a checkpoint is to lie.
 
     Raises:
-        CheckpointError: the name leaves the folder, or is taken.
+        CheckpointError: the name is none, or is taken.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise CheckpointError(f"checkpoint name {name!r} must be letters, digits, '.', '_' and '-' (no folders)")
+    require_name(name)
     final = root / name
     if final.exists() and not overwrite:
         raise CheckpointError(f"checkpoint {final} exists; choose another name or pass overwrite=True")

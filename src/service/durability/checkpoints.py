@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Final, final
 
+from ...backends.native.checkpoint_files import require_name
 from ...errors import CheckpointError
 
 __all__ = ["Checkpoints"]
 
 _SCHEME: Final = "tinker://"
-_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,244}")  # longer ones could not be saved, nor looked for
 _KINDS: Final = ("weights", "sampler_weights")
 _ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
 
@@ -31,7 +32,12 @@ class Checkpoints:
         self.root = root
 
     def uri(self, model: str, kind: str, name: str) -> str:
-        """Return the URI of a checkpoint."""
+        """Return the URI of a checkpoint.
+
+        Raises:
+            CheckpointError: the name is none, or longer than a file system takes.
+        """
+        require_name(name)
         return f"{_SCHEME}{model}/{kind}/{name}"
 
     def folder(self, model: str, kind: str) -> Path:

@@ -117,7 +117,6 @@ class Samplers:
 
     def _require_checkpoint(self, owner: str, path: str) -> None:
         model, _, _ = self._models.checkpoints.parts(path)
-        self._models.checkpoints.locate(path)
         row = self._journal.model(model)
-        if row is None or row["owner"] != owner:
+        if row is None or row["owner"] != owner or not self._models.checkpoints.fingerprint(path):
             raise NotFoundError(f"there is no checkpoint {path!r} on this server")
