@@ -20,6 +20,7 @@ from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, 
 from ...backends.native.optimizer import forget_casts
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
+from .naming import naming
 from .sampler import Sampler
 
 __all__ = ["Base", "ServedModels"]
@@ -68,8 +69,13 @@ class Base:
         return layer_names(self.model) if given == LLAMA else given
 
     def saved_choice(self, lora: LoraChoice, folder: Path) -> LoraChoice:
-        """Return a choice with all that a checkpoint's adapter says otherwise."""
-        return lora.as_saved(saved_config(folder), self.names)
+        """Return a choice with all that a checkpoint's adapter says otherwise.
+
+        Raises:
+            CheckpointError: it has no adapter.
+        """
+        with naming(f"checkpoint {folder.parent.name}/{folder.name}", folder):
+            return lora.as_saved(saved_config(folder), self.names)
 
     @property
     def context(self) -> int | None:
@@ -146,15 +152,16 @@ class ServedModels:
         """Write a checkpoint: everything, or (for a sampler) the weights; return the URI.
 
         Raises:
-            CheckpointError: the name leaves the folder, or is taken.
+            CheckpointError: the name leaves the folder, is too long, or is taken.
         """
-        backend = self.backend(model_id)
-        if kind == "weights":
-            backend.save_state(name, overwrite=overwrite).result()
-        else:
-            folder = self.checkpoints.folder(model_id, kind)
-            backend.save_weights(name, overwrite=overwrite, folder=folder).result()
-        return self.checkpoints.uri(model_id, kind, name)
+        backend, uri = self.backend(model_id), self.checkpoints.uri(model_id, kind, name)
+        folder = self.checkpoints.folder(model_id, kind)
+        with naming(uri, folder / name):
+            if kind == "weights":
+                backend.save_state(name, overwrite=overwrite).result()
+            else:
+                backend.save_weights(name, overwrite=overwrite, folder=folder).result()
+        return uri
 
     def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
         """Load a checkpoint into a model: weights, or everything; return what its adapter is made by now.
@@ -164,7 +171,12 @@ class ServedModels:
         Raises:
             CheckpointError: there is none, or the client chose another adapter than it has.
         """
-        backend, path, choice = self.backend(model_id), self.checkpoints.locate(uri), self.choices[model_id]
+        path = self.checkpoints.locate(uri)
+        with naming(uri, path):
+            return self._load(model_id, uri, path, optimizer)
+
+    def _load(self, model_id: str, uri: str, path: Path, optimizer: bool) -> LoraChoice:
+        backend, choice = self.backend(model_id), self.choices[model_id]
         saved = self.base.saved_choice(choice, path)
         theirs, ours = saved.to_json(), choice.to_json()
         differing = sorted(name for name in self._explicit[model_id] & theirs.keys() if theirs[name] != ours[name])
@@ -188,10 +200,15 @@ class ServedModels:
         return Sampler(frozen, backend.weights_version)
 
     def saved_sampler(self, uri: str) -> Sampler:
-        """Sample from a checkpoint."""
+        """Sample from a checkpoint.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it was trained on another base.
+        """
         folder = self.checkpoints.locate(uri)
-        model = self.base.adapted(folder)
-        load_weights(model, folder)
+        with naming(uri, folder):
+            model = self.base.adapted(folder)
+            load_weights(model, folder)
         return Sampler(model, 0)
 
     def base_sampler(self) -> Sampler:
