@@ -15,8 +15,9 @@ from ...backends.types import Rollout
 from ...datums.types import ModelInput
 from ...errors import ConfigError
 from ..durability.sequencer import require_number
-from ..wire.json_form import decode_json_tensor
+from ..wire.json_form import decode_json_sparse, decode_json_tensor
 from ..wire.sampling import NOT_SCORED, SampleScores, TopK
+from ..wire.sparse import SparseRows
 from .registry import Base
 from .sampler import Sampler
 
@@ -39,6 +40,7 @@ class RequestedScores:
         sampled: how many tokens are sampled at each position of the prompt.
         temperature: they are sampled at.
         given: int64 [T - 1, K]; tokens of the prompt's positions, -1 = none.
+        cells: which cells of a matrix these are, where it was given as a sparse one.
     """
 
     prompt: bool
@@ -48,6 +50,7 @@ class RequestedScores:
     sampled: int
     temperature: float
     given: Tensor | None
+    cells: SparseRows | None
 
     @classmethod
     def of(cls, body: Mapping[str, Any], prompt: ModelInput, temperature: float) -> Self:
@@ -59,7 +62,7 @@ class RequestedScores:
         last, given = body.get("prompt_logprobs_last_n"), body.get("target_prompt_logprobs")
         if last is not None and not 1 <= require_number("prompt_logprobs_last_n", last) < len(prompt):
             raise ConfigError(f"prompt_logprobs_last_n is {last}; the prompt has {len(prompt) - 1} tokens to score")
-        tensor = None if given is None else decode_json_tensor(given).long()
+        tensor, cells = _given(given)
         if tensor is not None and (tensor.dim() != 2 or len(tensor) != len(prompt) - 1):
             raise ConfigError(
                 f"target_prompt_logprobs has the shape {tuple(tensor.shape)}; a prompt of {len(prompt)} tokens takes "
@@ -73,6 +76,7 @@ class RequestedScores:
             sampled=_count(body, "prompt_alt_tokens_k"),
             temperature=temperature,
             given=tensor,
+            cells=cells,
         )
 
     def check(self, vocab: int, tokens: int) -> None:
@@ -110,7 +114,8 @@ class RequestedScores:
             found = replace(found, sampled=sampler.sampled(tokens, self.sampled, self.temperature))
         if self.given is not None:
             yield
-            found = replace(found, given=sampler.given(tokens, self.given))
+            scores = sampler.given(tokens, self.given)
+            found = replace(found, given=scores if self.cells is None else self.cells.unpacked(scores))
         return found
 
     def _prompt_top(self, sampler: Sampler, tokens: Tensor) -> TopK:
@@ -128,6 +133,19 @@ class RequestedScores:
         if self.last:
             logprobs[: -self.last] = torch.nan
         return logprobs
+
+
+def _given(value: Any) -> tuple[Tensor | None, SparseRows | None]:
+    """Read the tokens that a client gives: in a sparse matrix every cell that is not listed names none."""
+    if value is None:
+        return None, None
+    try:
+        if value.get("sparse_crow_indices") is None:
+            return decode_json_tensor(value).long(), None
+        cells = decode_json_sparse(value)
+        return cells.packed(-1).long(), cells
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"target_prompt_logprobs cannot be read: {error}") from error
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:

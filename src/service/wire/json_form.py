@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
 from ...errors import DatumError
-from .protobuf import GradientRequest, decode_tensor, message, tokens_of
+from .protobuf import DTYPE_NUMBERS, GradientRequest, decode_tensor, message, tokens_of
 from .sampling import NOT_SCORED
+from .sparse import SparseRows
 
-__all__ = ["decode_json_request", "decode_json_tensor", "json_result"]
+__all__ = ["decode_json_request", "decode_json_sparse", "decode_json_tensor", "json_result"]
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
@@ -61,12 +62,25 @@ def _datum(datum: Mapping[str, Any], index: int) -> Datum:
 
 
 def decode_json_tensor(value: Any) -> Tensor:
-    """Read a tensor; raises what torch or a lookup raises."""
+    """Read a tensor, a sparse one filled up with 0; raises what torch or a lookup raises."""
     if value.get("sparse_crow_indices") is not None:
-        raise ValueError("sparse tensors travel by protobuf")
+        return decode_json_sparse(value).dense()
     tensor = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
     shape = value.get("shape")
     return tensor if shape is None else tensor.reshape(shape)
+
+
+def decode_json_sparse(value: Any) -> SparseRows:
+    """Read a sparse matrix; raises what torch or a lookup raises."""
+    offsets, columns = (_indices(value[f"sparse_{part}_indices"]) for part in ("crow", "col"))
+    return SparseRows.of(torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]]), offsets, columns, value["shape"])
+
+
+def _indices(numbers: Any) -> Tensor:
+    tensor = torch.tensor(numbers) if numbers else torch.empty(0, dtype=torch.int64)
+    if tensor.dtype != torch.int64 or tensor.dim() != 1:
+        raise ValueError("the indices of a sparse tensor must be lists of whole numbers")
+    return tensor
 
 
 def _split(field: Any) -> list[Tensor]:
@@ -96,10 +110,10 @@ def _sample(response: Any) -> dict[str, Any]:
     if response.HasField("topk_prompt_logprobs"):
         written["topk_prompt_logprobs"] = _rows(response.topk_prompt_logprobs)
     if response.HasField("target_prompt_logprobs"):
-        written["target_prompt_logprobs"] = _dense(response.target_prompt_logprobs)
+        written["target_prompt_logprobs"] = _matrix(response.target_prompt_logprobs)
     if response.HasField("prompt_alt_tokens"):
         sampled = response.prompt_alt_tokens
-        written["prompt_alt_tokens"] = {"tokens": _dense(sampled.tokens), "logprobs": _dense(sampled.logprobs)}
+        written["prompt_alt_tokens"] = {"tokens": _matrix(sampled.tokens), "logprobs": _matrix(sampled.logprobs)}
     return written
 
 
@@ -112,5 +126,13 @@ def _rows(top: Any) -> list[list[tuple[int, float]] | None]:
     return [None if row[0] == (0, NOT_SCORED) else row for row in pairs]
 
 
-def _dense(tensor: Any) -> dict[str, Any]:
-    return _json_tensor(decode_tensor(tensor.dense, tensor.dtype).reshape(list(tensor.shape)))
+def _matrix(tensor: Any) -> dict[str, Any]:
+    if tensor.WhichOneof("encoding") != "sparse_csr":
+        return _json_tensor(decode_tensor(tensor.dense, tensor.dtype).reshape(list(tensor.shape)))
+    sparse, int64 = tensor.sparse_csr, DTYPE_NUMBERS[torch.int64]
+    return {
+        **_json_tensor(decode_tensor(sparse.values, tensor.dtype)),
+        "shape": list(tensor.shape),
+        "sparse_crow_indices": decode_tensor(sparse.crow_indices, int64).tolist(),
+        "sparse_col_indices": decode_tensor(sparse.col_indices, int64).tolist(),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
 from ...errors import DatumError, require_extra
+from .sparse import SparseRows
 
 __all__ = [
     "DTYPE_NUMBERS",
@@ -58,7 +58,6 @@ _SCALARS = {
 }  # an enum is an int32
 _DTYPES = {1: torch.float32, 2: torch.int64, 3: torch.int32, 4: torch.bfloat16}
 DTYPE_NUMBERS = {torch.float32: 1, torch.int64: 2}
-_MAX_DENSE = 1 << 27  # numbers of a sparse tensor when it is filled up
 
 
 def message(name: str) -> Any:
@@ -174,16 +173,9 @@ def _tensor(value: Any) -> Tensor:
     if value.WhichOneof("encoding") != "sparse_csr":
         found = _array(value.dense, dtype)
         return _widened(found.reshape(shape) if shape else found)
-    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > _MAX_DENSE:
-        raise ValueError(f"a sparse tensor of shape {shape}")
     sparse = value.sparse_csr
-    crow, columns = (_array(part, torch.int64) for part in (sparse.crow_indices, sparse.col_indices))
-    dense = torch.zeros(shape, dtype=dtype)
-    if len(crow) != shape[0] + 1 or len(columns) != int(crow[-1]) or bool((crow.diff() < 0).any()):
-        raise ValueError("row offsets and columns of a sparse tensor that do not fit its shape")
-    rows = torch.repeat_interleave(torch.arange(shape[0]), crow.diff())
-    dense[rows, columns] = _array(sparse.values, dtype)
-    return _widened(dense)
+    offsets, columns = (_array(part, torch.int64) for part in (sparse.crow_indices, sparse.col_indices))
+    return _widened(SparseRows.of(_array(sparse.values, dtype), offsets, columns, shape).dense())
 
 
 def _widened(values: Tensor) -> Tensor:

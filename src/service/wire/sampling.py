@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .protobuf import DTYPE_NUMBERS, message, packed
+from .sparse import SparseRows
 
 __all__ = ["NOT_SCORED", "SampleScores", "TopK", "encode_sample"]
 
@@ -28,14 +29,14 @@ class SampleScores:
         prompt_top: ids and log-probs [T, k] of the top-k tokens at the prompt's positions.
         completion_top: the same at each completion's positions.
         sampled: ids and log-probs [T - 1, k] of tokens sampled at the prompt's positions.
-        given: fp32 [T - 1, K]; log-probs of the tokens that the client gave.
+        given: fp32 [T - 1, K]; log-probs of the tokens that the client gave, in the layout in which they were given.
     """
 
     prompt: Tensor | None = None
     prompt_top: TopK | None = None
     completion_top: Sequence[TopK] = ()
     sampled: TopK | None = None
-    given: Tensor | None = None
+    given: Tensor | SparseRows | None = None
 
 
 def encode_sample(sequences: Sequence[tuple[str, Sequence[int], Sequence[float]]], scores: SampleScores) -> bytes:
@@ -67,6 +68,11 @@ def _write_top(field: Any, top: TopK) -> None:
     field.length, field.k = ids.shape
 
 
-def _write_tensor(field: Any, values: Tensor) -> None:
-    field.dense, field.dtype = packed(values), DTYPE_NUMBERS[values.dtype]
+def _write_tensor(field: Any, values: Tensor | SparseRows) -> None:
+    if isinstance(values, SparseRows):
+        sparse, numbers = field.sparse_csr, values.values
+        sparse.values, sparse.crow_indices, sparse.col_indices = map(packed, (numbers, values.offsets, values.columns))
+    else:
+        field.dense, numbers = packed(values), values
+    field.dtype = DTYPE_NUMBERS[numbers.dtype]
     field.shape.extend(values.shape)
