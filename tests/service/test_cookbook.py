@@ -106,6 +106,28 @@ def test_reinforcement(cook: Any, renderer: str) -> None:
         assert step["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])
+def test_arithmetic(cook: Any, loss: str) -> None:
+    """math_rl trains by either loss: the policy that sampled is the one that is trained, so its ratio is 1."""
+    found = cook(
+        "math_rl.train",
+        renderer_name="role_colon",
+        loss_fn=loss,
+        group_size=4,
+        groups_per_batch=2,
+        max_tokens=4,
+        learning_rate=0.01,
+        lora_rank=4,
+        max_steps=2,
+        eval_every=0,
+    )
+    steps = [one for one in found if "optim/kl_sample_train_v2" in one]
+    assert len(steps) == 2
+    for step in steps:
+        assert abs(step["optim/kl_sample_train_v1"]) < 1e-5
+        assert step["optim/entropy"] == pytest.approx(math.log(259), abs=0.3)
+
+
 def test_preference(cook: Any, tmp_path: Path) -> None:
     """dpo begins at log 2, as policy and reference are one, and falls; every loss costs one forward."""
     pairs = [
