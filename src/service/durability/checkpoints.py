@@ -16,7 +16,8 @@ __all__ = ["Checkpoints"]
 
 _SCHEME: Final = "tinker://"
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,244}")  # longer ones could not be saved, nor looked for
-_KINDS: Final = ("weights", "sampler_weights")
+_EXPORTED: Final = "external_weights"
+_KINDS: Final = ("weights", "sampler_weights", _EXPORTED)
 _ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
 
 
@@ -69,6 +70,17 @@ class Checkpoints:
         path = self.folder(model, kind) / name
         if not path.is_dir():
             raise CheckpointError(f"there is no checkpoint {uri}")
+        return path
+
+    def loadable(self, uri: str) -> Path:
+        """Return the folder of a checkpoint that weights can be loaded from.
+
+        Raises:
+            CheckpointError: there is none, or it was exported, which is for download.
+        """
+        path = self.locate(uri)
+        if self.parts(uri)[1] == _EXPORTED:
+            raise CheckpointError(f"{uri} was exported for download; load a checkpoint that save_state has written")
         return path
 
     def size(self, uri: str) -> int:

@@ -13,11 +13,14 @@ from ...losses import loss_names
 from ..durability.journal import Failure, Journal, lock_folder
 from ..durability.sequencer import Sequencer
 from ..limits import Keys, Limits, read_body
+from ..served.copies import Copies
 from ..served.handlers import Operations
 from ..served.listings import Listings
 from ..served.registry import ServedModels
 from ..wire.json_form import decode_json_request, json_result
 from ..wire.protobuf import decode_request
+from .downloads import Downloads
+from .not_offered import NOT_OFFERED, refused
 from .requests import Call, json_response, refusal
 from .telemetry import Telemetry
 
@@ -65,6 +68,8 @@ class _App:
         )
         self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
         self.listings = Listings(models, self.journal)
+        self.downloads = Downloads(models.checkpoints, self.listings)
+        self.copies = Copies(models.checkpoints, self.journal, self.sequencer, self.operations.sessions, self.listings)
         self.models = models
         gauge = self.telemetry.gauge
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
@@ -94,6 +99,8 @@ class _App:
 
     def routes(self) -> list[Any]:
         """All routes."""
+        from starlette.routing import Route
+
         post, get = self._post, self._get
         do, lists = self.operations, self.listings
         return [
@@ -113,6 +120,8 @@ class _App:
             post("forward_backward", self._gradient(forward_only=False)),
             post("optim_step", self._accepted(do.training.optim_step)),
             post("save_weights", self._accepted(do.save_weights)),
+            post("save_weights_external", self._accepted(do.save_external)),
+            post("copy_weights", self._copy),
             post("load_weights", self._accepted(do.load_weights)),
             post("load_adapter", self._accepted(do.load_adapter)),
             get("list_checkpoints", self._now(lambda call: {"checkpoints": do.names.listing(call.owner)})),
@@ -128,6 +137,12 @@ class _App:
                 "training_runs/{id}/checkpoints",
                 self._now(lambda call: lists.checkpoints(call.owner, call.query, call.path["id"])),
             ),
+            get("training_runs/{id}/checkpoints/{checkpoint:path}/external_weights_urls", self.downloads.urls),
+            get("training_runs/{id}/checkpoints/{checkpoint:path}/archive", self.downloads.archive),
+            Route(
+                "/api/v1/downloads/{expires:int}/{signature}/{model}/{kind}/{checkpoint}/{file}", self.downloads.file
+            ),
+            *(self._route(path, refused(words), method) for method, path, words in NOT_OFFERED),
             self._route("training_runs/{id}/checkpoints/{checkpoint:path}", self._delete, "DELETE"),
             get("checkpoints", self._now(lambda call: lists.checkpoints(call.owner, call.query))),
             get("sessions", self._now(lambda call: lists.sessions(call.owner, call.query))),
@@ -254,6 +269,10 @@ class _App:
 
         self.listings.delete(call.owner, call.path["id"], call.path["checkpoint"])
         return Response(status_code=204)
+
+    async def _copy(self, call: Call) -> Any:
+        key = call.request.headers.get("x-idempotency-key", "")
+        return json_response(await asyncio.to_thread(self.copies.copy, call.owner, call.body, key))
 
     async def _metrics(self, _: Call) -> Any:
         from starlette.responses import Response

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from ...backends.native.models.lora import LoraChoice
@@ -14,6 +14,7 @@ from ..durability.sequencer import Sequencer, number_of
 from ..limits import Limits
 from ..wire.fireworks_paths import LogicalNames
 from .create import given_settings, lora_choice
+from .encryption import recipients_of
 from .registry import ServedModels
 from .samplers import Samplers
 from .sessions import Sessions
@@ -81,7 +82,7 @@ class Operations:
                 return {"model_id": model_id, "type": "create_model"}
             source, _, _ = self.models.checkpoints.parts(body["path"])
             lora = self.sessions.lora_of(owner, source)
-            lora = self.models.base.saved_choice(lora, self.models.checkpoints.locate(body["path"]))
+            lora = self.models.base.saved_choice(lora, self.models.checkpoints.loadable(body["path"]))
             self._create(model_id, session, owner, lora, body)
             try:
                 self.models.load(model_id, body["path"], bool(body.get("optimizer", False)))
@@ -133,6 +134,18 @@ class Operations:
 
         return self.sequencer.submit(owner, model_id, number, raw, "save_weights", work)
 
+    def save_external(self, owner: str, raw: bytes, body: Json) -> str:
+        """An adapter alone, in PEFT's format, for download."""
+        model_id, number = body["model_id"], number_of(body, "seq_id")
+        self.sessions.require_model(owner, model_id)
+
+        def work() -> Json:
+            readers = recipients_of(body.get("age_encryption_recipients"))
+            uri = self._save(owner, model_id, "external_weights", number, body, readers)
+            return {"path": uri, "size_bytes": self.models.checkpoints.size(uri), "type": "save_weights_external"}
+
+        return self.sequencer.submit(owner, model_id, number, raw, "save_weights_external", work)
+
     def load_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """Load into a model that exists, or make one from a checkpoint."""
         if "model_id" not in body:
@@ -181,11 +194,11 @@ class Operations:
         self.models.create(model_id, lora, given_settings(body))
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
-    def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json) -> str:
+    def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json, readers: Sequence[Any] = ()) -> str:
         """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
         checkpoints, metadata = self.models.checkpoints, body.get("user_metadata")
         uri = checkpoints.uri(model_id, kind, body["path"])
         self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
-        self.models.save(model_id, kind, body["path"], bool(body.get("overwrite", False)))
+        self.models.save(model_id, kind, body["path"], bool(body.get("overwrite", False)), readers)
         self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
         return uri

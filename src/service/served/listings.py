@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, final
+from typing import Any, Final, final
 
 from ...backends.native.models.lora import LoraChoice
 from ...errors import NotFoundError
@@ -16,6 +16,7 @@ from .registry import ServedModels
 __all__ = ["Listings"]
 
 Json = dict[str, Any]
+_TYPES: Final = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
 @final
@@ -43,11 +44,20 @@ class Listings:
 
     def delete(self, owner: str, model_id: str, checkpoint_id: str) -> None:
         """Remove a checkpoint from the disk."""
+        uri = self.own(owner, model_id, checkpoint_id)
+        self._models.checkpoints.delete(uri)
+        self._journal.drop_checkpoint(uri)
+
+    def own(self, owner: str, model_id: str, checkpoint_id: str) -> str:
+        """Return the URI of a checkpoint of this owner.
+
+        Raises:
+            NotFoundError: there is none, or it is another's.
+        """
         uri = f"tinker://{model_id}/{checkpoint_id}"
         if uri not in [row["uri"] for row in self._journal.checkpoints(owner, model_id)]:
             raise NotFoundError(f"there is no checkpoint {uri}")
-        self._models.checkpoints.delete(uri)
-        self._journal.drop_checkpoint(uri)
+        return uri
 
     def weights_info(self, owner: str, uri: str) -> Json:
         """What a checkpoint was made with."""
@@ -125,7 +135,7 @@ def _checkpoint(row: Json) -> Json:
     _, kind, name = Checkpoints.parts(row["uri"])
     return {
         "checkpoint_id": f"{kind}/{name}",
-        "checkpoint_type": "training" if kind == "weights" else "sampler",
+        "checkpoint_type": _TYPES[kind],
         "time": _time(row["created"]),
         "tinker_path": row["uri"],
         "size_bytes": row["bytes"],

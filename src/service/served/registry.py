@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +16,14 @@ from torch import nn
 
 from ...backends import TorchBackend
 from ...backends.native.checkpoint import load_weights
+from ...backends.native.checkpoint_files import MANIFEST
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.layers import LLAMA, LayerNames, layer_names
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
 from ...backends.native.optimizer import forget_casts
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
+from .encryption import encrypt_files
 from .naming import naming
 from .sampler import Sampler
 
@@ -148,8 +152,15 @@ class ServedModels:
             raise ServiceError(f"{model_id!r} was created with base_only: it is the frozen base, and only scores")
         return self.backends[model_id]
 
-    def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> str:
-        """Write a checkpoint: everything, or (for a sampler) the weights; return the URI.
+    def save(self, model_id: str, kind: str, name: str, overwrite: bool, readers: Sequence[Any] = ()) -> str:
+        """Write a checkpoint: everything, or (for a sampler, or for download) the weights; return the URI.
+
+        Args:
+            model_id: of the model.
+            kind: of the checkpoint.
+            name: of the checkpoint.
+            overwrite: replace one of this name.
+            readers: the only ones that can read it, where there are any.
 
         Raises:
             CheckpointError: the name leaves the folder, is too long, or is taken.
@@ -159,9 +170,21 @@ class ServedModels:
         with naming(uri, folder / name):
             if kind == "weights":
                 backend.save_state(name, overwrite=overwrite).result()
+            elif readers:
+                self._save_encrypted(backend, folder, name, readers)
             else:
                 backend.save_weights(name, overwrite=overwrite, folder=folder).result()
         return uri
+
+    @staticmethod
+    def _save_encrypted(backend: TorchBackend, root: Path, name: str, readers: Sequence[Any]) -> None:
+        if (root / name).exists():
+            raise CheckpointError(f"an export named {name!r} exists; choose another name")
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=root) as scratch:
+            saved = Path(backend.save_weights(name, folder=scratch).result().path)
+            encrypt_files([file for file in saved.iterdir() if file.name != MANIFEST], readers)
+            os.rename(saved, root / name)
 
     def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
         """Load a checkpoint into a model: weights, or everything; return what its adapter is made by now.
@@ -171,7 +194,7 @@ class ServedModels:
         Raises:
             CheckpointError: there is none, or the client chose another adapter than it has.
         """
-        path = self.checkpoints.locate(uri)
+        path = self.checkpoints.loadable(uri)
         with naming(uri, path):
             return self._load(model_id, uri, path, optimizer)
 
@@ -205,7 +228,7 @@ class ServedModels:
         Raises:
             CheckpointError: there is none, it is damaged, or it was trained on another base.
         """
-        folder = self.checkpoints.locate(uri)
+        folder = self.checkpoints.loadable(uri)
         with naming(uri, folder):
             model = self.base.adapted(folder)
             load_weights(model, folder)

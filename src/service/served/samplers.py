@@ -120,3 +120,4 @@ class Samplers:
         row = self._journal.model(model)
         if row is None or row["owner"] != owner or not self._models.checkpoints.fingerprint(path):
             raise NotFoundError(f"there is no checkpoint {path!r} on this server")
+        self._models.checkpoints.loadable(path)

@@ -1,0 +1,124 @@
+"""Copies of checkpoints: another run's name for the same files, which stay when the first one is deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, final
+
+from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedError
+from ..durability.checkpoints import Checkpoints
+from ..durability.journal import Journal
+from ..durability.sequencer import Sequencer, number_of
+from .listings import Listings
+from .sessions import Sessions
+
+__all__ = ["Copies"]
+
+Json = dict[str, Any]
+
+
+@final
+class Copies:
+    """Copies checkpoints within one key's own.
+
+    Args:
+        checkpoints: where they lie.
+        journal: knows every checkpoint and model.
+        sequencer: is told that the run of a copy is not trained on.
+        sessions: whose is what.
+        listings: likewise.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, journal: Journal, sequencer: Sequencer, sessions: Sessions, listings: Listings
+    ) -> None:
+        self._checkpoints, self._journal, self._sequencer = checkpoints, journal, sequencer
+        self._sessions, self._listings = sessions, listings
+
+    def copy(self, owner: str, body: Json, key: str) -> Json:
+        """Copy a checkpoint into a run of its own; return its path.
+
+        Args:
+            owner: who asks.
+            body: of the request.
+            key: the same request has the same one, and is then answered as before; empty: it is new each time.
+
+        Raises:
+            NotFoundError: there is no such checkpoint, or it is another key's.
+            ServiceError: the run that it should get is another one's.
+            UnsupportedError: something else was asked for that is not offered.
+        """
+        source = body["source_path"]
+        model, kind, name = self._checkpoints.parts(source)
+        self._listings.own(owner, model, f"{kind}/{name}")
+        if body.get("weights_access_token") is not None:
+            raise UnsupportedError("weights_access_token: a key of this server copies its own checkpoints only")
+        session, copied = self._place(owner, body, key)
+        uri, known = self._checkpoints.uri(copied, kind, name), self._journal.model(copied)
+        if known is not None and (known["owner"], known["origin"]) != (owner, source):
+            raise ServiceError(f"{copied!r} is another model already; give another model_seq_id")
+        if known is None or not self._checkpoints.fingerprint(uri):
+            self._link(source, uri)
+            self._note(owner, session, copied, source, uri, body)
+        return {"tinker_path": uri}
+
+    def _place(self, owner: str, body: Json, key: str) -> tuple[str, str]:
+        """Return the session and the run that a copy belongs to."""
+        if body.get("session_id") is not None:
+            session = self._sessions.require(owner, body["session_id"])
+            return session, f"{session}:train:{number_of(body, 'model_seq_id')}"
+        if not isinstance(body.get("destination_project_id"), str):
+            raise ConfigError("copy_weights needs destination_project_id, or session_id and model_seq_id")
+        digest = hashlib.sha256(f"{owner} {key}".encode()).hexdigest()[:16] if key else secrets.token_hex(8)
+        return f"sess-{digest}", f"sess-{digest}:train:0"
+
+    def _note(self, owner: str, session: str, model: str, source: str, uri: str, body: Json) -> None:
+        if self._journal.session_owner(session) is None:
+            self._journal.add_session(session, owner, None)
+        made_by = self._journal.model(self._checkpoints.parts(source)[0])
+        project = body.get("destination_project_id")
+        metadata = {} if project is None else {"destination_project_id": project}
+        lora = json.loads(made_by["lora"]) if made_by else {}
+        self._journal.add_model(model, session, owner, lora, {"copy_of": source, **metadata}, source)
+        self._journal.add_checkpoint(uri, model, owner, 0, self._checkpoints.size(uri), metadata or None)
+        self._sequencer.end(
+            model, f"{model} holds a copy of {source} and is not trained on: create a client from {uri}"
+        )
+
+    def _link(self, source: str, uri: str) -> None:
+        """Give the same files another folder, which takes its place at once."""
+        folder, (model, kind, name) = self._checkpoints.locate(source), self._checkpoints.parts(uri)
+        root = self._checkpoints.folder(model, kind)
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
+        try:
+            _link_files(folder, scratch)
+            os.rename(scratch, root / name)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise CheckpointError(f"{source} changed, or could not be copied ({error.strerror}): ask again") from error
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Link every file, or copy it where the disk has no links; all are of one folder, even if another takes its name."""
+    handle = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in os.listdir(handle):
+            try:
+                os.link(name, target / name, src_dir_fd=handle)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                with (
+                    open(os.open(name, os.O_RDONLY, dir_fd=handle), "rb") as read,
+                    (target / name).open("wb") as written,
+                ):
+                    shutil.copyfileobj(read, written)
+    finally:
+        os.close(handle)
