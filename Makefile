@@ -50,7 +50,7 @@ check: $(STAMP)  ## lint, format, types
 
 bench: $(STAMP)  ## a custom function against the built-in loss, on a real model (BENCH="step" and others)
 	@echo "python -m benchmarks $(BENCH)"
-	@echo 'others: make bench BENCH="head", "step", "layouts", "numerics" or "backends"; with "--help" for their options'
+	@echo 'others: make bench BENCH="head", "step", "layouts", "numerics", "backends" or "service"; with "--help" for their options'
 	$(BIN)/python -m benchmarks $(BENCH)
 
 build: $(STAMP)  ## sdist and wheel

@@ -14,7 +14,7 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, distributed, head, layouts, losses, rows, sampling, splits, step
+from . import backends, custom, distributed, head, layouts, losses, rows, sampling, service, splits, step
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
         _distributed,
         _rows,
         _sampling,
+        _service,
         _splits,
     ):
         add(commands)
@@ -96,6 +97,19 @@ def _backends(commands: Any) -> None:
     parser.set_defaults(run=backends.run)
     _in_rounds(parser)
     _on_a_model(parser)
+
+
+def _service(commands: Any) -> None:
+    words = "many clients of one service, turns between keys, an RL loop, bytes and memory"
+    parser, usual = commands.add_parser("service", help=words), service.Sizes()
+    parser.add_argument("--cases", default=",".join(service.CASES))
+    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--clients", default=",".join(map(str, usual.clients)), help="numbers of clients at once")
+    for name in ("steps", "sequences", "length", "heavy", "heavy_length", "behind", "completions", "operations"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
+    parser.add_argument("--rounds", type=int, default=usual.rounds)
+    parser.add_argument("--token-budget", type=int, default=4096)
+    parser.set_defaults(run=service.run)
 
 
 def _losses(commands: Any) -> None:

@@ -73,8 +73,8 @@ def run(arguments: Any) -> None:
         lora = LoraChoice(arguments.rank, _SEED, train_unembed=arguments.unembed)
         native = TorchBackend(base.adapted(lora), token_budget=arguments.token_budget)
         data = batch([arguments.length] * arguments.sequences, native.vocab_size, prompt_share=0.0)
-        url = stack.enter_context(own_service(base.tokenizer_id or "", base.name, arguments.token_budget))
-        services = {"our service": (url, base.name)}
+        own = stack.enter_context(own_service(base.tokenizer_id or "", base.name, arguments.token_budget))
+        services = {"our service": (own.url, base.name)}
         services |= {url: (url, arguments.base_model or base.name) for url in arguments.url}
         sides = [Side("native", native, data)]
         sides += [stack.enter_context(_side(name, *place, lora, data)) for name, place in services.items()]

@@ -10,30 +10,46 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import final
 from urllib.parse import urlsplit
 
-__all__ = ["Wire", "own_service", "relay"]
+__all__ = ["OwnService", "Wire", "own_service", "relay"]
 
 _START_SECONDS = 120.0
 _CHUNK = 1 << 16
 
 
+@final
+@dataclass(frozen=True)
+class OwnService:
+    """A service that runs here.
+
+    Attributes:
+        url: base URL.
+        pid: its process.
+    """
+
+    url: str
+    pid: int
+
+
 @contextmanager
-def own_service(model: str, name: str, token_budget: int) -> Iterator[str]:
-    """Run ``pullback serve`` on a free port of 127.0.0.1; yield its URL."""
+def own_service(model: str, name: str, token_budget: int, keys: Sequence[str] = ()) -> Iterator[OwnService]:
+    """Run ``pullback serve`` on a free port of 127.0.0.1, for these API keys or for everybody."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pullback.cli", "serve", "--model", model, "--name", name, "--port", str(port)]
         command += ["--token-budget", str(token_budget), "--checkpoints", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
+        environment = {**os.environ, **({"PULLBACK_API_KEYS": ",".join(keys)} if keys else {})}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
         try:
             _wait(process, port)
-            yield f"http://127.0.0.1:{port}"
+            yield OwnService(f"http://127.0.0.1:{port}", process.pid)
         finally:
             process.terminate()
             process.wait()
