@@ -15,6 +15,8 @@ from many_cases import LOSSES, MODELS, Given, apart, batch, steps
 from torch.distributed.device_mesh import init_device_mesh
 
 from pullback.backends import TorchBackend
+from pullback.backends.native.models.lora import LoraChoice
+from pullback.service import Base
 
 BATCHES = {"even": [batch()], "odd": [batch((6, 4)), batch((5, 7, 3, 9, 2, 8), seed=5)], "one": [batch((5, 4), seed=6)]}
 
@@ -63,11 +65,33 @@ def hybrid(model: str) -> dict[str, float]:
     return apart(steps(many, "grpo", [batch()]), steps(one, "grpo", [batch()]))
 
 
+def shared(loss: str, reshard: bool) -> dict[str, float]:
+    """Two adapters on one base whose weights every process keeps, trained in turn; and what of the base was copied."""
+    base, choices = Base("base", MODELS["tied"]().model), (LoraChoice(rank=4), LoraChoice(rank=2, train_unembed=True))
+    options: dict[str, Any] = {"reshard": reshard, "timeout": 60, "token_budget": 16, "shard_frozen": False}
+    many = [TorchBackend(base.adapted(lora), **options) for lora in choices]
+    one = [TorchBackend(base.adapted(lora), mesh=None, token_budget=16) for lora in choices]
+    found = [
+        apart(steps(m, LOSSES[loss], BATCHES["odd"]), steps(o, LOSSES[loss], BATCHES["odd"]))
+        for m, o in zip(many, one, strict=True)
+    ]
+    own = {p.data_ptr() for p in base.model.parameters()}
+    copied = sum(p.data_ptr() not in own for m in many for p in m.model.parameters() if not p.requires_grad)
+    return {
+        "copied": float(copied),
+        **{f"{i}: {name}": off for i, each in enumerate(found) for name, off in each.items()},
+    }
+
+
+SHARED = [("ppo", False)]
+
+
 def main(target: str, whole: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.set_num_threads(1)
     found = {name_of(*case): tried(*case) for case in cases(whole == "whole")}
+    found |= {f"shared-{loss}-{reshard}": shared(loss, reshard) for loss, reshard in SHARED}
     if dist.get_world_size() == 4:
         found |= {f"{model}-hybrid": hybrid(model) for model in ("full", "lora")}
     Path(f"{target}-{dist.get_rank()}.json").write_text(json.dumps(found))

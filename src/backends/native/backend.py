@@ -60,6 +60,8 @@ class TorchBackend(Backend):
             ``auto`` (all that ``torchrun`` started), None (this one alone), or a ``DeviceMesh`` of one dimension (shards) or
             two (replicas, shards). See docs/distributed.md.
         reshard: whether each layer's weights are freed after use and gathered again; ``auto``: only where memory asks for it.
+        shard_frozen: whether weights that are not trained are spread over the processes too; False: each process keeps them
+            whole, as they were given, so that the adapters of several backends can share them.
         timeout: seconds that a process waits for the others before it gives up; None: PyTorch's default.
 
     Raises:
@@ -82,6 +84,7 @@ class TorchBackend(Backend):
         seed: int = 0,
         mesh: DeviceMesh | Literal["auto"] | None = "auto",
         reshard: bool | Literal["auto"] = "auto",
+        shard_frozen: bool = True,
         timeout: float | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -104,7 +107,8 @@ class TorchBackend(Backend):
         else:
             from .distributed.start import distributed_engine
 
-            engine = distributed_engine(model, reference, found, reshard=reshard, timeout=timeout, build=build)
+            options = {"reshard": reshard, "shard_frozen": shard_frozen, "timeout": timeout}
+            engine = distributed_engine(model, reference, found, build=build, **options)
             self._everywhere, self._native = engine, engine.local  # of all processes, and this one's part of it
         super().__init__(self._everywhere)
 

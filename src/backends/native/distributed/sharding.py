@@ -24,7 +24,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _FORWARDS = ("hidden_states", "cached_states")
 
 
-def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
+def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True) -> None:
     """Shard each layer, and one root over the base model and the head; gradients are summed over ranks, not averaged.
 
     Trained weights in bfloat16 become fp32 shards, which compute in bfloat16: the shard is what an optimizer on one process
@@ -33,6 +33,7 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
     Args:
         module: a `CausalLM`; its adapters must be there already.
         mesh: one dimension (shards) or two (replicas, shards).
+        frozen: frozen weights are sharded too; False: each rank keeps them as they are.
 
     Raises:
         UnsupportedError: float16, or weights of several dtypes that are trained.
@@ -41,9 +42,10 @@ def shard_model(module: nn.Module, mesh: DeviceMesh) -> None:
         # Found by where they lie in memory, which is no longer known once they are sharded.
         module.outside = frozenset(module.trained_outside())
     policy = _as_masters(module)
+    kept = set() if frozen else {p for p in module.parameters() if not p.requires_grad}
     for layer in sharded_units(module):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=kept)
+    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
     for name in _FORWARDS:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +28,7 @@ def distributed_engine(
     mesh: DeviceMesh,
     *,
     reshard: Reshard,
+    shard_frozen: bool,
     timeout: float | None,
     build: Callable[..., NativeEngine],
 ) -> DistributedEngine:
@@ -37,6 +39,7 @@ def distributed_engine(
         mesh: of the processes.
         reshard: whether layers are freed after use; ``auto``: where whole weights and gradients would take more than half
             of the memory that is free.
+        shard_frozen: whether frozen weights are sharded too.
         timeout: seconds that a process waits for the others.
         build: makes the engine of one process; it is told how to shard its model.
     """
@@ -45,7 +48,7 @@ def distributed_engine(
     ranks = Ranks.of(mesh, timeout)
     agreement = Agreement(ranks)
     with agreement.operation("TorchBackend"):
-        agreement.meet("choice of settings", text=f"reshard={reshard}, {_choices(build)}")
+        agreement.meet("choice of settings", text=f"reshard={reshard}, shard_frozen={shard_frozen}, {_choices(build)}")
         models = [each for each in (model, reference) if each is not None]
         for each in models:
             require_whole(each)
@@ -53,7 +56,8 @@ def distributed_engine(
             agreement.meet("model", *prints.values(), names=[f"its parameter {name}" for name in prints])
         room = ranks.least(available_bytes(next(model.parameters()).device) / 2)
         frees = sum(map(whole_bytes, models)) > room if reshard == "auto" else bool(reshard)
-        local = agreement.attempt("probes of the model", lambda: build(shard=lambda each: shard_model(each, mesh)))
+        shard = partial(shard_model, mesh=mesh, frozen=shard_frozen)
+        local = agreement.attempt("probes of the model", lambda: build(shard=shard))
         agreement.meet("table of layouts", text=repr(dict(local.scheduler.layouts.longest)))
         with agreement.together("sharding"):
             shards = Shards(model, local.model, frees, local.memory.meter)

@@ -57,6 +57,13 @@ def test_two_ranks(case: str, two: list[Found]) -> None:
     require_one_process(two, case)
 
 
+@pytest.mark.parametrize("case", [f"shared-{loss}-{reshard}" for loss, reshard in many_exact.SHARED])
+def test_adapters_on_a_base_that_is_not_spread(case: str, two: list[Found]) -> None:
+    """Two adapters in turn are those of one process, and share the frozen weights of their base."""
+    require_one_process(two, case)
+    assert all(each[case]["copied"] == 0 for each in two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*map(named, many_exact.cases(True))])
 def test_every_case_on_two_ranks(case: str, two_whole: list[Found]) -> None:
