@@ -9,11 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..backends.native.distributed.ranks import find_mesh
 from ..errors import ConfigError
+from ..service.distributed.follow import follow
+from ..service.distributed.lead import leading
+from ..service.distributed.member import Member, spread
 from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, ServedModels
-from .models import MODEL_HELP, load_named
+from .models import MODEL_HELP, default_device, load_named
 
 __all__ = ["add_parser", "load_base"]
 
@@ -34,6 +40,9 @@ def add_parser(commands: Any) -> None:
     serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
     serve.add_argument("--max-models", type=int, default=Limits().models)
     serve.add_argument("--token-budget", type=int, default=4096)
+    serve.add_argument(
+        "--timeout", type=float, default=600.0, help="under torchrun: seconds that a process waits for the others"
+    )
     serve.set_defaults(run=_run)
 
 
@@ -43,11 +52,26 @@ def _run(arguments: argparse.Namespace) -> int:
     plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
     saved = arguments.keys.read_text().splitlines() if arguments.keys else []
     keys = Keys([*map(digest_of, plain), *saved])
-    base = load_base(arguments)
-    print(f"{base.name} on http://{arguments.host}:{arguments.port}", "" if keys else "(no keys: everybody is let in)")
-    limits = replace(Limits(), models=arguments.max_models)
-    serve_forever(ServedModels(base, Path(arguments.checkpoints)), arguments.host, arguments.port, keys, limits)
+    base, root = load_base(arguments), Path(arguments.checkpoints)
+    mesh = find_mesh("auto", torch.device(arguments.device or default_device()), arguments.timeout)
+    if mesh is None:
+        _serve(ServedModels(base, root), keys, arguments)
+        return 0
+    member = Member(ServedModels(spread(base, mesh, arguments.timeout), root), mesh, arguments.timeout)
+    if member.first:
+        with leading(member) as models:
+            _serve(models, keys, arguments)
+    else:
+        follow(member)
+    torch.distributed.destroy_process_group()
     return 0
+
+
+def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace) -> None:
+    place = f"http://{arguments.host}:{arguments.port}"
+    print(f"{models.base.name} on {place}", "" if keys else "(no keys: everybody is let in)")
+    limits = replace(Limits(), models=arguments.max_models)
+    serve_forever(models, arguments.host, arguments.port, keys, limits)
 
 
 def _new_key(file: Path | None) -> int:

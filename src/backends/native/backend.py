@@ -107,7 +107,7 @@ class TorchBackend(Backend):
         else:
             from .distributed.start import distributed_engine
 
-            options = {"reshard": reshard, "shard_frozen": shard_frozen, "timeout": timeout}
+            options: dict[str, Any] = {"reshard": reshard, "shard_frozen": shard_frozen, "timeout": timeout}
             engine = distributed_engine(model, reference, found, build=build, **options)
             self._everywhere, self._native = engine, engine.local  # of all processes, and this one's part of it
         super().__init__(self._everywhere)
@@ -225,6 +225,10 @@ class TorchBackend(Backend):
 
         named = "cotangents" if loss_fn is None else loss_name(loss_fn)
         return self._run(Call("backward", named, sized(data)), work, gradient=True)
+
+    def gather_weights(self) -> Future[None]:
+        """Hold the weights whole on every process until they change, so that each can read them without the others."""
+        return self._run(Call("gather_weights"), self._everywhere.gather)
 
     def save_weights(
         self, name: str, *, overwrite: bool = False, folder: str | Path | None = None

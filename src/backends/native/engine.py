@@ -117,6 +117,10 @@ class NativeEngine(Engine):
 
         return self.memory.retry(attempt, call.lengths)
 
+    def gather(self) -> None:
+        """Hold the weights whole, as they always are on one process."""
+        return
+
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs; one beyond ``budget`` bytes will run again."""
 

@@ -169,6 +169,10 @@ class DistributedEngine(Engine):
         self._shards.release()
         self.local.close()
 
+    def gather(self) -> None:
+        """Hold the weights whole on every rank until they change."""
+        self._passes.gather(self._shards)
+
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
         require_same_call(self._agreement, call, self.weights_version)

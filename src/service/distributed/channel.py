@@ -1,0 +1,106 @@
+"""What the first process tells the others to do."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, Self, final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["STOP", "Channel", "Command", "HandlesOf"]
+
+_IDLE: Final = timedelta(
+    days=3650
+)  # a service may have nothing to do; a process that dies is noticed at once all the same
+
+
+@final
+@dataclass(frozen=True)
+class HandlesOf:
+    """Retained forwards in the arguments of a command, by their numbers, which every process keeps its own part of."""
+
+    places: Mapping[int, Sequence[int]]
+
+
+@final
+@dataclass(frozen=True)
+class Command:
+    """One call that every process makes.
+
+    Attributes:
+        name: of the method.
+        model: whose.
+        args, kwargs: of the call.
+        handle: the number under which a forward that the call retains is kept.
+        dropped: numbers of forwards that are of no more use.
+    """
+
+    name: str
+    model: str = ""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    handle: int = 0
+    dropped: Sequence[int] = ()
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return f"{self.name} of {self.model}"
+
+    def to_bytes(self) -> bytes:
+        """Return it as the channel carries it, between processes of one job."""
+        return pickle.dumps(self)
+
+    @classmethod
+    def of(cls, raw: bytes) -> Self:
+        """Read what `to_bytes` wrote."""
+        command: Self = pickle.loads(raw)
+        return command
+
+
+STOP: Final = Command("stop")
+
+
+@final
+class Channel:
+    """Carries commands from the first process to all others, in one order.
+
+    It has a process group of its own, in which waiting for the next command never times out.
+
+    Args:
+        mesh: of the processes; every one must make its channel.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        made = dist.new_group(sorted(mesh.mesh.flatten().tolist()), timeout=_IDLE, backend="gloo")
+        assert made is not None
+        self._group = made
+
+    def send(self, raw: bytes) -> None:
+        """Send a command; the first process does.
+
+        Raises:
+            RuntimeError: a process is not there any more.
+        """
+        self._broadcast(torch.tensor([len(raw)]))
+        self._broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+
+    def receive(self) -> bytes:
+        """Wait for the next command, as long as it takes; all other processes do.
+
+        Raises:
+            RuntimeError: the first process is not there any more.
+        """
+        size = torch.zeros(1, dtype=torch.int64)
+        self._broadcast(size)
+        raw = torch.empty(int(size), dtype=torch.uint8)
+        self._broadcast(raw)
+        return raw.numpy().tobytes()
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        dist.broadcast(tensor, group_src=0, group=self._group)

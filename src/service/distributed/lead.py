@@ -1,0 +1,175 @@
+"""The first process: what the service asks of its models is done on every process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final, cast, final
+
+from ...backends import TorchBackend
+from ...backends.native.execution.retained import RetainedForward
+from ...backends.native.models.lora import LoraChoice
+from ...errors import LostRankError
+from ..served.registry import Sampler, ServedModels
+from .channel import STOP, Command, HandlesOf
+from .member import Member
+
+__all__ = ["LOCAL", "TOGETHER", "Leader", "leading"]
+
+_logger = logging.getLogger(__name__)
+# Methods of a backend that every process calls, and those that concern one process alone.
+TOGETHER: Final = frozenset(
+    {
+        "forward",
+        "forward_backward",
+        "forward_backward_custom",
+        "forward_retain",
+        "backward",
+        "optim_step",
+        "gather_weights",
+    }
+    | {"discard_gradients", "gradients", "sample", "plan", "close"}
+    | {"save_state", "save_weights", "load_state", "load_state_with_optimizer", "export"}
+)
+LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "hold", "pull"})
+
+
+@final
+class Leader:
+    """Sends each call to the other processes and makes it here.
+
+    Args:
+        member: this process.
+    """
+
+    def __init__(self, member: Member) -> None:
+        self._member, self._lock = member, threading.Lock()
+        self._numbers = itertools.count(1)
+        self._handles: weakref.WeakKeyDictionary[RetainedForward, int] = weakref.WeakKeyDictionary()
+        self._dropped: deque[int] = deque()
+
+    def call(self, name: str, model: str, *args: Any, **kwargs: Any) -> Any:
+        """Make a call on every process; return this one's result.
+
+        Raises:
+            RankError: see `Member.make`.
+        """
+        with self._lock:
+            command = self._command(name, model, args, kwargs)
+            raw = self._packed(command)
+
+            def begin() -> tuple[Sequence[Any], Mapping[str, Any]]:
+                self._member.channel.send(raw)
+                return args, kwargs
+
+            try:
+                result = self._member.make(command, begin)
+            except LostRankError as error:
+                _logger.error("%s", error)
+                raise LostRankError(
+                    f"{name}: this server has lost one of its processes, or it did not answer in time, so the server must be "
+                    "started again. The operation is not part of any checkpoint: go on from the last one"
+                ) from error
+            if name == "forward_retain" and result.exception() is None:
+                self._keep(result.result(), command.handle)
+            return result
+
+    def stop(self) -> None:
+        """Let the other processes end."""
+        with self._lock, contextlib.suppress(RuntimeError):  # those that are gone have ended
+            self._member.channel.send(STOP.to_bytes())
+
+    def _command(self, name: str, model: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Command:
+        dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        return Command(name, model, [self._sent(value) for value in args], kwargs, next(self._numbers), dropped)
+
+    def _packed(self, command: Command) -> bytes:
+        """Return what is sent; a call that cannot be sent fails here, before the other processes hear of it."""
+        try:
+            return command.to_bytes()
+        except Exception:
+            self._dropped.extend(command.dropped)  # they go with the next one
+            raise
+
+    def _sent(self, value: Any) -> Any:
+        """Return an argument as the others read it: a retained forward by its number."""
+        if isinstance(value, Mapping) and any(isinstance(key, RetainedForward) for key in value):
+            return HandlesOf({self._handles[key]: list(at) for key, at in value.items()})
+        return value
+
+    def _keep(self, retained: RetainedForward, number: int) -> None:
+        """Let the others keep their part of a forward for as long as this one is in use."""
+        self._handles[retained] = number
+        weakref.finalize(retained, self._dropped.append, number)
+
+
+@final
+class _LeadingBackend:
+    """A `TorchBackend` of the first process, whose operations run on every one."""
+
+    def __init__(self, backend: TorchBackend, model: str, leader: Leader) -> None:
+        self._backend, self._model, self._leader = backend, model, leader
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self._leader.call, name, self._model) if name in TOGETHER else getattr(self._backend, name)
+
+
+@final
+class _LeadingModels:
+    """`ServedModels` of the first process: what is not here concerns this process alone."""
+
+    def __init__(self, models: ServedModels, leader: Leader) -> None:
+        self._models, self._leader = models, leader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._models, name)
+
+    def create(self, model_id: str, lora: LoraChoice, explicit: Iterable[str] = ()) -> None:
+        """See `ServedModels.create`."""
+        self._leader.call("create", model_id, lora, tuple(explicit))
+
+    def release(self, model_id: str) -> None:
+        """See `ServedModels.release`."""
+        self._models.release(model_id)
+        with contextlib.suppress(LostRankError):  # there is nothing left to release
+            self._leader.call("release", model_id)
+
+    def backend(self, model_id: str, *, scores_only: bool = False) -> Any:
+        """See `ServedModels.backend`."""
+        return _LeadingBackend(self._models.backend(model_id, scores_only=scores_only), model_id, self._leader)
+
+    def save(self, model_id: str, kind: str, name: str, overwrite: bool) -> Any:
+        """See `ServedModels.save`."""
+        self._models.backend(model_id)
+        return self._leader.call("save", model_id, kind, name, overwrite)
+
+    def load(self, model_id: str, uri: str, optimizer: bool) -> Any:
+        """See `ServedModels.load`."""
+        self._models.backend(model_id)
+        return self._leader.call("load", model_id, uri, optimizer)
+
+    def sampler(self, model_id: str) -> Sampler:
+        """See `ServedModels.sampler`; this process alone samples."""
+        self.backend(model_id).gather_weights().result()
+        return self._models.sampler(model_id)
+
+
+@contextmanager
+def leading(member: Member) -> Iterator[ServedModels]:
+    """Yield models whose changes are made on every process; at the end the other processes end too.
+
+    Args:
+        member: the first process.
+    """
+    leader = Leader(member)
+    try:
+        yield cast(ServedModels, _LeadingModels(member.models, leader))
+    finally:
+        leader.stop()
