@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import PullbackError, ServiceError
+from ...errors import PullbackError, RankError, ServiceError
 from .journal import Failure
 
 __all__ = ["failure_of", "number_of", "require_number"]
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Say whose fault an error is: what was refused is the user's."""
-    if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)):
+    """Say whose fault an error is: what was refused is the user's, what one process of several met alone is not."""
+    if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)) and not isinstance(error, RankError):
         message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
         return Failure(message, "user")
     return Failure(f"{type(error).__name__}: {error}", "server")
