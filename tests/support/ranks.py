@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["run_ranks"]
+__all__ = ["run_ranks", "start_ranks"]
 
 ROOT = Path(__file__).parents[2]
 SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "trainers")
@@ -19,6 +19,18 @@ def run_ranks(
     script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0, ends: Sequence[int] | None = None
 ) -> list[str]:
     """Run a script in ``ranks`` processes at once, and fail if one ends otherwise than by ``ends``; return what each wrote."""
+    started = start_ranks(script, *arguments, ranks=ranks)
+    try:
+        written = [process.communicate(timeout=seconds)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)
+    return written
+
+
+def start_ranks(script: Path, *arguments: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """Start a script in ``ranks`` processes at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -32,7 +44,7 @@ def run_ranks(
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
     }
-    started = [
+    return [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -42,10 +54,3 @@ def run_ranks(
         )
         for rank in range(ranks)
     ]
-    try:
-        written = [process.communicate(timeout=seconds)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)
-    return written

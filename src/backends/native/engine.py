@@ -92,9 +92,8 @@ class NativeEngine(Engine):
         self.accumulator.clear()  # what a model's earlier life has left there is not ours
         self.optimizer = Optimizer(self.parameters)
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.weights_version = 0
         self.weights = object()  # another one whenever they change
-        self.directory = checkpoint_dir
+        self.weights_version, self.directory = 0, checkpoint_dir
         self._fp16 = any(p.dtype == torch.float16 for p in model.parameters())
         self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
 
@@ -118,8 +117,7 @@ class NativeEngine(Engine):
         return self.memory.retry(attempt, call.lengths)
 
     def gather(self) -> None:
-        """Hold the weights whole, as they always are on one process."""
-        return
+        """Do nothing: on one process the weights are whole."""
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs; one beyond ``budget`` bytes will run again."""

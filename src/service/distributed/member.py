@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, final
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...backends.futures import FinishedFuture
 from ...backends.native.distributed.agreement import Agreement
 from ...backends.native.distributed.ranks import Ranks
+from ...errors import LostRankError
 from ..served.registry import Base, ServedModels
 from .channel import Channel, Command
 
@@ -65,11 +67,12 @@ class Member:
             RanksDifferError: another process has made another call, or has other models.
             LostRankError: another process does not answer.
         """
+        outcome = ["failed"]
         try:
-            with self._agreement.operation(command.title):
+            with self._agreement.concluding(command.title, lambda: f"{outcome[0]}, {self._state(command.model)}"):
                 args, kwargs = begin()
                 result = self._call(command, args, kwargs)
-                self._agreement.meet("list of models", text=self._state(command.model))
+                outcome[0] = _outcome(result)
         except BaseException:
             if command.name == "create":
                 self.models.release(command.model)
@@ -79,12 +82,22 @@ class Member:
     def _call(self, command: Command, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if command.name in MODELS:
             return getattr(self.models, command.name)(command.model, *args, **kwargs)
-        result = getattr(self.models.backends[command.model], command.name)(*args, **kwargs)
-        if isinstance(result, FinishedFuture):
-            result.exception()  # the service looks at every error; so must each process, or its later steps would be refused
-        return result
+        return getattr(self.models.backends[command.model], command.name)(*args, **kwargs)
 
     def _state(self, model: str) -> str:
         backend = self.models.backends.get(model)
         version = "" if backend is None else f" at step {backend.weights_version}"
-        return f"{model}{version} among {sorted(self.models.backends)}"
+        others = hashlib.sha256("".join(sorted(self.models.backends)).encode()).hexdigest()[:8]  # not named to a client
+        return f"{model}{version}, one of {len(self.models.backends)} models ({others})"
+
+
+def _outcome(result: Any) -> str:
+    """Say whether an operation has succeeded; what the service does with every error, each process must do: look at it.
+
+    Raises:
+        LostRankError: another process does not answer.
+    """
+    error = result.exception() if isinstance(result, FinishedFuture) else None
+    if isinstance(error, LostRankError):
+        raise error
+    return "done" if error is None else "failed"

@@ -6,58 +6,20 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final, TypeVar, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ....errors import LostRankError, RankError, RankFailedError, RanksDifferError
 from ..execution.memory import ran_out
+from .message import FAILED, FINE, OUT_OF_MEMORY, Message
 from .ranks import Ranks
 
 __all__ = ["Agreement"]
 
 T = TypeVar("T")
-_TEXT: Final = 1024  # bytes of each text of a message
-_DIGEST: Final = 32  # bytes
-_FINE, _OUT_OF_MEMORY, _FAILED = range(3)
 _START_AGAIN: Final = "Start all processes again and load the last checkpoint"
-
-
-@final
-@dataclass(frozen=True)
-class _Message:
-    """What one rank says when all of them meet.
-
-    Attributes:
-        outcome: of the work since they last met.
-        stage: where this rank is.
-        digest, text: of what must be the same everywhere.
-        error: why the work has failed.
-    """
-
-    outcome: int
-    stage: str
-    digest: bytes = b""
-    text: str = ""
-    error: str = ""
-
-    def to_tensor(self) -> Tensor:
-        """Return uint8 [1 + 32 + 3 x _TEXT]."""
-        texts = [_padded(text) for text in (self.stage, self.text, self.error)]
-        raw = bytes([self.outcome]) + self.digest.ljust(_DIGEST, b"\0") + b"".join(texts)
-        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Message:
-        """Read what `to_tensor` wrote."""
-        raw, start = tensor.numpy().tobytes(), 1 + _DIGEST
-        stage, text, error = (
-            raw[start + i * _TEXT : start + (i + 1) * _TEXT].rstrip(b"\0").decode(errors="ignore") for i in range(3)
-        )
-        return cls(raw[0], stage, raw[1:start], text, error)
 
 
 class _OutOfMemoryEverywhere(torch.OutOfMemoryError):
@@ -101,6 +63,48 @@ class Agreement:
             raise
         finally:
             self._running, self._over = outer
+
+    @contextmanager
+    def concluding(self, name: str, state: Callable[[], str]) -> Iterator[None]:
+        """Run work that has operations of these ranks in it; at its end all meet, however far each of them has come.
+
+        A rank that has failed before, between or without operations is waited for in one of them, or here: both are met.
+
+        Args:
+            name: of the work.
+            state: says what the work has left, which must be the same everywhere.
+
+        Raises:
+            RankFailedError: it failed elsewhere.
+            RanksDifferError: it has left something else there.
+            LostRankError: another rank does not answer.
+        """
+        self._running, own = name, None
+        self.require_whole()
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, LostRankError) or _comes_from_the_group(error):
+                raise self._losing(error) from error
+            own = error
+        words = "" if own is None else f"{type(own).__name__}: {own}"
+        message = Message(FINE if own is None else FAILED, f"{name}: conclusion", text=state(), error=words)
+        said = self._exchange(message)
+        while any(each.stage != said[self._ranks.rank].stage for each in said):
+            said = self._exchange(message)  # those who were in an operation have ended it now
+        if own is not None:
+            raise own
+        self._require_concluded(said)
+
+    def _require_concluded(self, said: list[Message]) -> None:
+        for rank, message in enumerate(said):
+            if message.outcome == FAILED:
+                raise RankFailedError(f"{self._running} failed on rank {rank}: {message.error}")
+            if message.text != said[0].text:
+                raise RanksDifferError(
+                    f"{self._running} has ended otherwise on rank {rank} than on rank 0: {message.text!r} instead of "
+                    f"{said[0].text!r}"
+                )
 
     def require_whole(self) -> None:
         """Check that no rank has been lost.
@@ -148,7 +152,7 @@ class Agreement:
         except BaseException as error:
             if self._lost is None and not _comes_from_the_group(error):
                 if isinstance(error, RuntimeError) and ran_out(error):
-                    self.meet(stage, outcome=_OUT_OF_MEMORY)
+                    self.meet(stage, outcome=OUT_OF_MEMORY)
                 self._report(error)
             raise
         self.meet(stage)
@@ -161,7 +165,7 @@ class Agreement:
         text: str = "",
         text_is: str = "",
         names: Sequence[str] = (),
-        outcome: int = _FINE,
+        outcome: int = FINE,
         undone: bool = True,
     ) -> None:
         """Wait for every rank, and compare.
@@ -181,9 +185,9 @@ class Agreement:
         """
         where = f"{self._running}: {stage}"
         together = hashlib.sha256(b"".join(digests)).digest() if digests else b""
-        said = self._exchange(_Message(outcome, where, together, text))
+        said = self._exchange(Message(outcome, where, together, text))
         for rank, message in enumerate(said):
-            if message.outcome == _FAILED:
+            if message.outcome == FAILED:
                 self._over = True
                 after = (
                     "nothing has changed on any rank" if undone else "other ranks have changed their weights already"
@@ -196,13 +200,13 @@ class Agreement:
                 f"rank 0 is at {said[0].stage!r}, rank {others[0]} at {said[others[0]].stage!r}; every rank must run the same "
                 "script, with the same operations in the same order"
             )
-        if any(message.outcome == _OUT_OF_MEMORY for message in said):
-            rank = next(r for r, message in enumerate(said) if message.outcome == _OUT_OF_MEMORY)
+        if any(message.outcome == OUT_OF_MEMORY for message in said):
+            rank = next(r for r, message in enumerate(said) if message.outcome == OUT_OF_MEMORY)
             raise _OutOfMemoryEverywhere(f"rank {rank} ran out of memory in {where}")
         self._require_equal(stage, text_is, said, digests, names)
 
     def _require_equal(
-        self, stage: str, text_is: str, said: list[_Message], digests: tuple[bytes, ...], names: Sequence[str]
+        self, stage: str, text_is: str, said: list[Message], digests: tuple[bytes, ...], names: Sequence[str]
     ) -> None:
         first = said[0]
         others = [r for r, each in enumerate(said) if (each.digest, each.text) != (first.digest, first.text)]
@@ -237,11 +241,11 @@ class Agreement:
         """Tell the others, wherever they wait, that this rank has failed."""
         self._over = True
         words = f"{type(error).__name__}: {error}"
-        self._exchange(_Message(_FAILED, self._running, error=words))
+        self._exchange(Message(FAILED, self._running, error=words))
 
-    def _exchange(self, message: _Message) -> list[_Message]:
+    def _exchange(self, message: Message) -> list[Message]:
         try:
-            return [_Message.of(row) for row in self._ranks.gather(message.to_tensor())]
+            return [Message.of(row) for row in self._ranks.gather(message.to_tensor())]
         except RuntimeError as error:
             raise self._losing(error) from error
 
@@ -251,14 +255,6 @@ class Agreement:
         return LostRankError(
             f"{self._running}: another process has stopped, or did not answer in time ({_first_line(error)}). {_START_AGAIN}"
         )
-
-
-def _padded(text: str) -> bytes:
-    """Return the bytes of a text; one that is too long ends with its digest."""
-    raw = text.encode()
-    if len(raw) > _TEXT:
-        raw = raw[: _TEXT - 20] + b"... " + hashlib.sha256(raw).hexdigest()[:16].encode()
-    return raw.ljust(_TEXT, b"\0")
 
 
 def _first_line(error: BaseException) -> str:
