@@ -26,7 +26,11 @@ class Limits:
         body_bytes: of a request, after decompression.
         datums, tokens: of one operation.
         queue: operations that may wait or run.
-        models, samplers: that are kept in memory.
+        waiting: of these, one key's that wait for a missing number; never more than half of what it may queue.
+        models, samplers, losses: that are kept in memory; losses are those made by ``create_custom_loss``.
+        queue_per_key, models_per_key, samplers_per_key, losses_per_key: of these, one key's; None = see ``shared``.
+        disk_per_key: bytes of one key's checkpoints; None = see ``shared``.
+        shared: several keys use the server: one may have more only while it holds less than is left free.
         rank: of an adapter.
         samples: completions of one request.
         graph_bytes: graphs kept for custom losses; None = half of what is free when they are made.
@@ -41,8 +45,16 @@ class Limits:
     datums: int = 8192
     tokens: int = 4_000_000
     queue: int = 1024
+    waiting: int = 256
     models: int = 32
     samplers: int = 256
+    losses: int = 1024
+    queue_per_key: int | None = None
+    models_per_key: int | None = None
+    samplers_per_key: int | None = None
+    losses_per_key: int | None = None
+    disk_per_key: int | None = None
+    shared: bool = False
     rank: int = 512
     samples: int = 1024
     graph_bytes: float | None = None
@@ -86,8 +98,8 @@ class Keys:
         """Take keys as they are."""
         return cls(digest_of(key) for key in keys)
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def __len__(self) -> int:
+        return len(self._digests)
 
     def owner(self, key: str) -> str | None:
         """Return whom a key belongs to, in time that does not depend on it; None if nobody."""

@@ -255,7 +255,7 @@ def test_too_much_at_once_is_429(web: Any, tmp_path: Path) -> None:
         waiting = http.post("optim_step", json={**step, "seq_id": 2}).json()["request_id"]  # 1 has not come
         refused = http.post("optim_step", json={**step, "seq_id": 3})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-        assert "wait already" in refused.json()["detail"]
+        assert "holds 1 operations that wait" in refused.json()["detail"]
         assert "did not arrive" in finished(http, waiting)["error"]
         assert http.post("optim_step", json={**step, "seq_id": 3}).status_code == 200
 

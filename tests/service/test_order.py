@@ -19,6 +19,7 @@ from pullback.errors import BusyError, ServiceError
 from pullback.service.durability.acknowledgements import Acknowledgements
 from pullback.service.durability.journal import Failure, Journal
 from pullback.service.durability.sequencer import Sequencer
+from pullback.service.limits import Limits
 
 
 def test_a_step_sent_before_a_failure_is_known_is_refused(direct: Direct) -> None:
@@ -82,7 +83,7 @@ def test_a_number_that_never_comes_wedges_nothing(direct: Direct) -> None:
 
 def test_a_full_queue_says_so(journal: Journal) -> None:
     """Beyond the limit nothing is accepted, and the same request is accepted later."""
-    sequencer, gate = Sequencer(journal, max_queue=2), threading.Event()
+    sequencer, gate = Sequencer(journal, Limits(queue=2)), threading.Event()
     sequencer.open("full")
 
     def wait() -> dict[str, Any]:
@@ -90,7 +91,7 @@ def test_a_full_queue_says_so(journal: Journal) -> None:
         return {}
 
     accepted = [sequencer.submit("me", "full", n, b"", "kind", wait) for n in (1, 2)]
-    with pytest.raises(BusyError, match="2 operations wait"):
+    with pytest.raises(BusyError, match="holds 2 operations that wait"):
         sequencer.submit("me", "full", 3, b"", "kind", wait)
     gate.set()
     for request in accepted:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pullback.service.durability.journal import Answer, Failure, Journal
 from pullback.service.durability.sequencer import Sequencer
+from pullback.service.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ class Held:
     """A sequencer whose worker waits until it is let go; works note their turns."""
 
     def __init__(self, journal: Journal) -> None:
-        self.sequencer, self.prefix = Sequencer(journal, max_queue=4096), uuid.uuid4().hex
+        self.sequencer, self.prefix = Sequencer(journal, Limits(queue=4096)), uuid.uuid4().hex
         self.turns: list[tuple[str, str, int]] = []  # owner, operation, slice
         self.requests: dict[str, tuple[str, str]] = {}
         self._gate = threading.Event()

@@ -124,11 +124,11 @@ def add_datum(request: Any, datum: Datum, without: tuple[str, ...] = ()) -> None
 class Direct:
     """A service without its HTTP routes; `restart` returns what a killed one leaves behind."""
 
-    def __init__(self, folder: Path, models: Any = None) -> None:
-        self.models = models or tiny_models(folder)
+    def __init__(self, folder: Path, models: Any = None, limits: Limits | None = None) -> None:
+        self.models, limits = models or tiny_models(folder), limits or Limits(gap_seconds=0.2)
         self.journal = Journal(folder / "journal.sqlite")
-        self.sequencer = Sequencer(self.journal, gap_seconds=0.2)
-        self.operations = Operations(self.models, self.journal, self.sequencer, Limits(), lambda what, amount: None)
+        self.sequencer = Sequencer(self.journal, limits)
+        self.operations = Operations(self.models, self.journal, self.sequencer, limits, lambda what, amount: None)
 
     def restart(self) -> Direct:
         return Direct(self.models.checkpoints.root)

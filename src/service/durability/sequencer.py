@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -11,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-from ...errors import BusyError, ServiceError
+from ...errors import ServiceError
+from ..limits import Limits
+from .backlog import Backlog
 from .journal import Answer, Failure, Journal
+from .queues import Ended, Queue
 from .requirements import failure_of, number_of, require_number
 from .turns import Task, Turns, Work
 
@@ -25,20 +28,7 @@ _logger = logging.getLogger(__name__)
 _KEPT_SECONDS: Final = 24 * 3600.0
 _PRUNE_EVERY: Final = 1000  # operations
 Observer = Callable[[str, Answer, float], None]
-
-
-@dataclass
-class _Queue:
-    """One model's operations: the next number whose turn it is, those that came early, and those that can run.
-
-    Attributes:
-        ready: the first of them is in its owner's line, or runs.
-    """
-
-    turn: int
-    waiting: dict[int, Task] = field(default_factory=dict)
-    ready: deque[Task] = field(default_factory=deque)
-    timer: threading.Timer | None = None
+Answered = Callable[[str, Answer], None]
 
 
 @final
@@ -53,73 +43,95 @@ class Sequencer:
 
     Args:
         journal: where every operation and its answer is written.
-        max_queue: operations that may wait or run together.
-        gap_seconds: how long operations wait for a number that is missing.
+        limits: how many operations may wait or run, and how long they wait for a number that is missing.
         observer: is told kind, answer and seconds of every operation that ran.
     """
 
     def __init__(
         self,
         journal: Journal,
-        *,
-        max_queue: int = 1024,
-        gap_seconds: float = 60.0,
+        limits: Limits | None = None,
         observer: Observer = lambda kind, answer, seconds: None,
     ) -> None:
-        self._journal, self._max_queue, self._gap = journal, max_queue, gap_seconds
-        self._observer = observer
+        limits = limits or Limits()
+        self._journal, self._gap, self._observer = journal, limits.gap_seconds, observer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pullback-worker")
         self._turns, self._background = Turns(), deque[Callable[[], Any]]()
-        self._queues: dict[str, _Queue] = {}
-        self._gone: dict[str, str] = {}
-        self._pending: dict[str, tuple[str, Future[Answer]]] = {}
+        self._queues: dict[str, Queue] = {}
+        self._ended = Ended()
+        self._backlog = Backlog(limits)
         self._lock = threading.RLock()
         self._count = itertools.count(1)
 
     @property
     def queued(self) -> int:
         """Operations that wait or run."""
-        return len(self._pending)
+        return len(self._backlog)
 
     def open(self, queue: str, first: int = 1) -> None:
-        """Begin a queue of operations; nothing happens if it has begun."""
+        """Begin a queue of ordered operations; nothing happens if it has begun.
+
+        Args:
+            queue: its name, which begins with the session that it belongs to and a colon.
+            first: the number of its first operation.
+        """
         with self._lock:
-            self._queues.setdefault(queue, _Queue(first))
+            if queue not in self._queues:
+                self._queues[queue] = Queue(first, self._gap, functools.partial(self._give_up, queue))
 
     def end(self, queue: str, why: str) -> None:
         """Let every further operation of a queue fail with this message; one in slices stops at its next pause."""
         with self._lock:
-            self._gone[queue] = why
+            self._ended.add(queue, why)
             state = self._queues.pop(queue, None)
-            dropped = [] if state is None else [*state.waiting.values(), *itertools.islice(state.ready, 1, None)]
-            if state is not None and state.timer is not None:
-                state.timer.cancel()
+            early = 0 if state is None else len(state.waiting)
+            dropped = [] if state is None else state.close()
             for task in [task for task in self._turns if task.queue == queue]:
                 if task.begun:
                     task.ended = why
                 else:
                     self._turns.remove(task)
                     dropped.append(task)
+            if dropped:
+                self._backlog.waits(dropped[0].owner, -early)
             for task in dropped:
-                self._finish(task.request, Failure(why, "user"))
+                self._finish(task, Failure(why, "user"))
+
+    def end_session(self, session: str, why: str) -> None:
+        """Let every further operation of all queues of a session fail with this message."""
+        with self._lock:
+            self._ended.add(session, why)
+            queues = {*self._queues, *(task.queue for task in self._turns)}
+            for queue in sorted(queue for queue in queues if queue.startswith(f"{session}:")):
+                self.end(queue, why)
 
     def knows(self, queue: str) -> bool:
-        """Whether a queue is open or has ended."""
-        return queue in self._queues or queue in self._gone
+        """Whether a queue is open or is remembered to have ended."""
+        return queue in self._queues or self._ended.why(queue) is not None
 
     def submit(
-        self, owner: str, queue: str, number: int | None, payload: bytes, kind: str, work: Work, *, ordered: bool = True
+        self,
+        owner: str,
+        queue: str,
+        number: int | None,
+        payload: bytes,
+        kind: str,
+        work: Work,
+        *,
+        ordered: bool = True,
+        answered: Answered = lambda request, answer: None,
     ) -> str:
         """Accept an operation; return its request id.
 
         Args:
             owner: who may read the answer.
-            queue: the model or session that it belongs to.
+            queue: the model or session that it belongs to; it must be open for ordered operations.
             number: makes it the same operation when it comes again; None: it is new each time.
             payload: what must be the same then.
             kind: for logs and counters.
             work: runs in the worker, at once or (a generator) in slices.
             ordered: it waits for all smaller numbers of its queue; without a number, for all whose turn has come.
+            answered: is told the request and its answer before anybody can read it, whether or not the work was run.
 
         Raises:
             ServiceError: no such queue, or the number was used for another payload.
@@ -132,20 +144,20 @@ class Sequencer:
                 if before.digest != digest:
                     raise ServiceError(f"seq_id {number} of {queue} was used for another request; numbers go up by one")
                 return before.request
-            if queue not in self._queues and queue not in self._gone:
+            why, state = self._ended.why(queue), self._queues.get(queue)
+            if ordered and state is None and why is None:
                 raise ServiceError(f"{queue!r} was never created on this server")
-            if len(self._pending) >= self._max_queue:
-                raise BusyError(f"{len(self._pending)} operations wait already; try again later")
+            early = ordered and state is not None and state.is_early(number)
+            missed = ordered and state is not None and state.is_missed(number)
+            self._backlog.require_room(owner, early=early, fills=missed)
             request = self._accept(owner, queue, number, digest, kind)
-            task = Task(owner, queue, request, kind, work, ordered)
-            if queue in self._gone:
-                self._finish(request, Failure(self._gone[queue], "user"))
-            elif not ordered:
+            task = Task(owner, queue, number, request, kind, work, answered)
+            if why is not None:
+                self._finish(task, Failure(why, "user"))
+            elif state is None or not ordered:
                 self._start(task)
-            elif number is None:
-                self._make_ready(task)
             else:
-                self._enqueue(number, task)
+                self._enqueue(state, task)
             return request
 
     def result(self, owner: str, request: str) -> Future[Answer]:
@@ -155,12 +167,13 @@ class Sequencer:
             ServiceError: no such request of this owner.
         """
         with self._lock:
-            if request in self._pending and self._pending[request][0] == owner:
-                return self._pending[request][1]
+            pending = self._backlog.future(owner, request)
+        if pending is not None:
+            return pending
         operation = self._journal.operation(request)
         if operation is None or operation.owner != owner:
             raise ServiceError(f"unknown request {request!r}")
-        future: Future[Answer] = Future()
+        future = Future[Answer]()
         if operation.answer is None:
             hours = _KEPT_SECONDS / 3600
             future.set_result(Failure(f"the answer to {request} was thrown away after {hours:g} hours", "user"))
@@ -177,8 +190,7 @@ class Sequencer:
         """Finish what runs and drop what waits."""
         with self._lock:
             for state in self._queues.values():
-                if state.timer is not None:
-                    state.timer.cancel()
+                state.close()
         self._worker.shutdown(cancel_futures=True)
         for task in self._turns:
             _logged(task.stop)
@@ -187,48 +199,31 @@ class Sequencer:
         count = next(self._count)
         request = f"req-{count}-{secrets.token_hex(8)}"
         self._journal.accept(request, owner, queue, number, digest, kind)
-        self._pending[request] = (owner, Future())
+        self._backlog.add(owner, request)
         if count % _PRUNE_EVERY == 0:
             self._journal.forget_answers(time.time() - _KEPT_SECONDS)
         return request
 
-    def _enqueue(self, number: int, task: Task) -> None:
-        state = self._queues[task.queue]
-        if number < state.turn:
-            failure = Failure(f"seq_id {number} was given up: it came after {self._gap:g} s", "user")
-            self._finish(task.request, failure)
+    def _enqueue(self, state: Queue, task: Task) -> None:
+        if task.number is not None and task.number < state.turn:
+            failure = Failure(f"seq_id {task.number} was given up: it came after {self._gap:g} s", "user")
+            self._finish(task, failure)
             return
-        state.waiting[number] = task
-        before = state.turn
-        while state.turn in state.waiting:
-            self._make_ready(state.waiting.pop(state.turn))
-            state.turn += 1
-        if state.timer is not None and state.turn != before:
-            state.timer.cancel()
-            state.timer = None
-        if state.waiting and state.timer is None:
-            state.timer = threading.Timer(self._gap, self._give_up, (task.queue, state.turn))
-            state.timer.daemon = True
-            state.timer.start()
-
-    def _make_ready(self, task: Task) -> None:
-        ready = self._queues[task.queue].ready
-        ready.append(task)
-        if len(ready) == 1:
-            self._start(task)
+        early = len(state.waiting)
+        first = state.add(task)
+        self._backlog.waits(task.owner, len(state.waiting) - early)
+        if first is not None:
+            self._start(first)
 
     def _give_up(self, queue: str, turn: int) -> None:
         """Fail what waits behind a number that did not come: what it was is not known, so nothing may build on it."""
         with self._lock:
             state = self._queues.get(queue)
-            if state is None or state.turn != turn or not state.waiting:
-                return
+            given_up = [] if state is None else state.give_up(turn)
             why = f"seq_id {turn} of {queue} did not arrive within {self._gap:g} s, so nothing sent after it was run"
-            last = max(state.waiting)
-            for task in state.waiting.values():
-                self._finish(task.request, Failure(why, "user"))
-            state.waiting.clear()
-            state.turn, state.timer = last + 1, None
+            for task in given_up:
+                self._backlog.waits(task.owner, -1)
+                self._finish(task, Failure(why, "user"))
 
     def _start(self, task: Task) -> None:
         self._turns.add(task)
@@ -256,12 +251,11 @@ class Sequencer:
                 self._worker.submit(self._turn)
                 return
             state = self._queues.get(task.queue)
-            if state is not None and state.ready and state.ready[0] is task:
-                state.ready.popleft()
-                if state.ready:
-                    self._start(state.ready[0])
+            following = None if state is None else state.ended(task)
+            if following is not None:
+                self._start(following)
             self._turns.give_back(again=False)
-        self._finish(task.request, answer)
+        self._finish(task, answer)
         _logged(lambda: self._observer(task.kind, answer, task.seconds))
 
     def _slice(self, task: Task) -> Answer | None:
@@ -279,17 +273,18 @@ class Sequencer:
         finally:
             task.seconds += time.perf_counter() - began
 
-    def _finish(self, request: str, answer: Answer) -> None:
+    def _finish(self, task: Task, answer: Answer) -> None:
+        kept = True
         try:
-            self._journal.finish(request, answer)
+            self._journal.finish(task.request, answer)
         except Exception as error:
             # It stays pending, so that it is answered from memory, and a disk that stays full stops new work.
             _logger.exception("the journal cannot be written")
             message = f"it ran, but its answer could not be kept ({error}): go on from the last checkpoint"
-            self._pending[request][1].set_result(Failure(message, "server"))
-            return
+            answer, kept = Failure(message, "server"), False
+        _logged(lambda: task.answered(task.request, answer))
         with self._lock:
-            _, future = self._pending.pop(request)
+            future = self._backlog.end(task.request, keep=not kept)
         future.set_result(answer)
 
 

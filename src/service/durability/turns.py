@@ -20,9 +20,9 @@ class Task:
     """An accepted operation that has not ended.
 
     Attributes:
-        owner, queue, request, kind: whose it is, and what.
+        owner, queue, number, request, kind: whose it is, and what.
         work: computes the answer, or returns a generator that does so in slices.
-        ordered: the next operation of its queue starts when it has ended.
+        answered: is told the request and its answer before anybody can read it.
         begun: it has had a turn.
         ended: why its queue has ended, if it has.
         seconds: that its slices have taken.
@@ -30,10 +30,11 @@ class Task:
 
     owner: str
     queue: str
+    number: int | None
     request: str
     kind: str
     work: Work
-    ordered: bool
+    answered: Callable[[str, Answer], None] = lambda request, answer: None
     begun: bool = False
     ended: str | None = None
     seconds: float = 0.0

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, final
 
 from ...errors import require_extra
@@ -57,14 +58,14 @@ class _App:
     """Routes over `Operations`: reading requests, naming owners, writing answers."""
 
     def __init__(self, models: ServedModels, keys: Keys, limits: Limits) -> None:
+        limits = replace(limits, shared=len(keys) > 1)
         self.keys, self.limits, self.telemetry = keys, limits, Telemetry()
         self.folder_lock = lock_folder(models.checkpoints.root)
         self.journal = Journal(models.checkpoints.root / "journal.sqlite")
         self.sequencer = Sequencer(
             self.journal,
-            max_queue=limits.queue,
-            gap_seconds=limits.gap_seconds,
-            observer=self.telemetry.operation,
+            limits,
+            self.telemetry.operation,
         )
         self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
         self.listings = Listings(models, self.journal)
