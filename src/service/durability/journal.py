@@ -174,6 +174,11 @@ class Journal:
         where, values = ("", (owner,)) if model is None else (" AND model = ?", (owner, model))
         return self._read(f"SELECT * FROM checkpoints WHERE owner = ?{where} ORDER BY created DESC, uri", *values)
 
+    def stored_bytes(self, owner: str | None = None) -> int:
+        """Return the bytes of an owner's checkpoints, or of all owners'."""
+        where, values = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
+        return int(self._read(f"SELECT coalesce(sum(bytes), 0) AS total FROM checkpoints{where}", *values)[0]["total"])
+
     def last_checkpoint(self, model: str) -> str | None:
         """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
         for row in self._read("SELECT uri, number FROM checkpoints WHERE model = ? ORDER BY rowid DESC", model):
