@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, final
+from typing import Any, final
+from weakref import WeakValueDictionary
 
 from ...datums.types import ModelInput
 from ...errors import NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
-from ..durability.sequencer import Sequencer, require_number
+from ..durability.requirements import require_number
+from ..durability.sequencer import Sequencer
 from ..durability.turns import Slices
 from ..limits import Limits
 from ..wire.protobuf import tokens_of
 from ..wire.sampling import encode_sample
-from .loaded_samplers import LoadedSamplers
 from .registry import ServedModels
 from .sample_requests import RequestedScores, sampling_of
 from .sampler import Sampler
+from .shares import Shares
 
 __all__ = ["Samplers"]
 
 Json = dict[str, Any]
 _USED = "the number of {} was used for another request; numbers go up by one"
-_BASE: Final = "base"  # the one key of weights that is no URI and no session
 
 
 @final
@@ -37,17 +38,22 @@ class Samplers:
 
     def __init__(self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits) -> None:
         self._models, self._journal, self._sequencer, self._limits = models, journal, sequencer, limits
-        self._loaded = LoadedSamplers(limits.samplers)
+        self._loaded = Shares[Sampler](limits.samplers, limits.samplers_per_key)
+        self._shared: WeakValueDictionary[str, Sampler] = WeakValueDictionary()  # by what names their weights
 
     def __len__(self) -> int:
         return len(self._loaded)
 
     def add(self, session: str, owner: str, sampler: Sampler) -> None:
-        """Open a session on weights in memory; those used longest ago go if there are too many."""
+        """Open a session on weights in memory; of those who have too many, the one used longest ago goes."""
         if self._journal.sampler(session) is not None:
             raise ServiceError(_USED.format(session))
         self._journal.add_sampler(session, owner, None, durable=False)
-        self._loaded.share(session, session, owner, lambda: sampler)
+        self._loaded.add(session, owner, sampler)
+
+    def forget(self, session: str) -> None:
+        """Let go of all weights that a session samples from."""
+        self._loaded.forget(f"{session}:")
 
     def create(self, session: str, owner: str, body: Json) -> Json:
         """Open a session on a checkpoint, or on the base."""
@@ -73,13 +79,16 @@ class Samplers:
         number = None if body.get("seq_id") is None else require_number("seq_id", body["seq_id"])
         self._row(owner, session)
         queue = f"{session}:asample"
-        self._sequencer.open(queue)
 
         def work() -> Slices:
             if not 1 <= n <= self._limits.samples:
                 raise TooLargeError(f"num_samples is {n}; this server draws 1 to {self._limits.samples}")
             prompt = ModelInput.from_ints(tokens_of(body["prompt"]))
             params, ends = sampling_of(body.get("sampling_params") or {}, self._models.base, prompt)
+            if len(prompt) + params.max_tokens > self._limits.tokens:
+                raise TooLargeError(
+                    f"max_tokens is {params.max_tokens}; this server takes {self._limits.tokens} tokens a text"
+                )
             requested = RequestedScores.of(body, prompt, params.temperature)
             sampler = self._sampler(owner, session)
             requested.check(sampler.vocab_size, len(prompt))
@@ -99,21 +108,31 @@ class Samplers:
         return row
 
     def _sampler(self, owner: str, session: str) -> Sampler:
-        found = self._loaded.find(session)
-        if found is not None:
-            return found
+        loaded = self._loaded.get(session)
+        if loaded is not None:
+            return loaded
         row = self._row(owner, session)
         if not row["durable"]:
             raise ServiceError(
                 f"the weights of sampling session {session!r} were in memory only and are gone (the server was restarted, or "
                 "holds too many sessions); make a new sampling client"
             )
-        path = row["path"]
-        if path is None:
-            return self._loaded.share(session, _BASE, "", self._models.base_sampler)
-        self._require_checkpoint(owner, path)
-        weights = f"{path} {self._models.checkpoints.fingerprint(path)}"  # a name may be given to other weights later
-        return self._loaded.share(session, weights, owner, lambda: self._models.saved_sampler(path))
+        sampler = self._load(owner, row["path"])
+        self._loaded.add(session, owner, sampler)
+        return sampler
+
+    def _load(self, owner: str, path: str | None) -> Sampler:
+        """Return what samples from a checkpoint or the base: the same for all sessions that are open on it."""
+        if path is not None:
+            self._require_checkpoint(owner, path)
+        weights = (
+            "" if path is None else f"{path} {self._models.checkpoints.fingerprint(path)}"
+        )  # a path may be rewritten
+        sampler = self._shared.get(weights)
+        if sampler is None:
+            sampler = self._models.base_sampler() if path is None else self._models.saved_sampler(path)
+            self._shared[weights] = sampler
+        return sampler
 
     def _require_checkpoint(self, owner: str, path: str) -> None:
         model, _, _ = self._models.checkpoints.parts(path)
