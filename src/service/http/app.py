@@ -93,10 +93,10 @@ class _App:
         return asynccontextmanager(lambda _: self._lifespan())
 
     async def _sweep(self) -> None:
-        """Remove old graphs even where no request comes any more."""
+        """Let go of what is too old even where no request comes any more."""
         while True:
             await asyncio.sleep(self.limits.graph_seconds / 4)
-            self.sequencer.run(self.operations.training.graphs.sweep)
+            self.sequencer.run(self.operations.sweep)
 
     def routes(self) -> list[Any]:
         """All routes."""

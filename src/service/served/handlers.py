@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -10,8 +12,10 @@ from ...backends.native.models.lora import LoraChoice
 from ...errors import ServiceError, UnsupportedError
 from ..durability.journal import Journal
 from ..durability.recovery import recover
-from ..durability.sequencer import Sequencer, number_of
+from ..durability.requirements import number_of
+from ..durability.sequencer import Sequencer
 from ..limits import Limits
+from ..quotas import Quota
 from ..wire.fireworks_paths import LogicalNames
 from .create import given_settings, lora_choice
 from .encryption import recipients_of
@@ -23,7 +27,7 @@ from .training import Training
 __all__ = ["Operations"]
 
 Json = dict[str, Any]
-Counter = Callable[[str, float], None]
+Count = Callable[[str, float], None]
 
 
 @final
@@ -42,40 +46,48 @@ class Operations:
     """
 
     def __init__(
-        self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits, count: Counter
+        self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits, count: Count
     ) -> None:
         self.models, self.journal, self.sequencer, self.limits = models, journal, sequencer, limits
         self.sessions = Sessions(journal, sequencer)
-        self.training = Training(models, journal, sequencer, self.sessions, limits, count)
+        self.training = Training(models, sequencer, self.sessions, limits, count)
         self.samplers = Samplers(models, journal, sequencer, limits)
         self.names = LogicalNames(journal)
+        frees = "unload one, finish its session, or try later"
+        self._models_quota = Quota("models", limits.models, limits.models_per_key, limits.shared, frees)
         recover(models.checkpoints, journal)
 
-    def make_room(self) -> None:
-        """Let go of the models of silent sessions if there is no room for a new one.
+    def make_room(self, owner: str) -> None:
+        """Let go of the models of silent sessions if there is no room for a new one of this owner: first of its own.
 
         Raises:
             ServiceError: all are in use.
         """
-        if len(self.models.backends) < self.limits.models:
-            return
-        for session in {model_id.split(":")[0] for model_id in self.models.backends}:
-            if self.sessions.silent(session, self.limits.idle_seconds):
-                self.finish(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
-        if len(self.models.backends) >= self.limits.models:
-            raise ServiceError(
-                f"this server holds {self.limits.models} models, and all are in use; close one, or try later"
-            )
+        for mine in (True, False):
+            if self._full(owner) is None:
+                return
+            for session, whose in sorted({(row["session"], row["owner"]) for row in self._living()}):
+                if (whose == owner) == mine and self.sessions.silent(session, self.limits.idle_seconds):
+                    self._let_go(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
+        refusal = self._full(owner)
+        if refusal is not None:
+            raise ServiceError(refusal)
+
+    def _living(self) -> list[Json]:
+        rows = (self.journal.model(model_id) for model_id in self.models.backends)
+        return [row for row in rows if row is not None]
+
+    def _full(self, owner: str) -> str | None:
+        held = Counter(row["owner"] for row in self._living())
+        return self._models_quota.refusal(held[owner], held.total())
 
     def create_model(self, owner: str, raw: bytes, body: Json) -> str:
         """Make a model with a fresh adapter, or (with ``path``) from a checkpoint; return the request id."""
         session, number = self.sessions.require(owner, body["session_id"]), number_of(body, "model_seq_id")
         model_id = f"{session}:train:{number}"
-        queue = f"{session}:models"
-        self.sequencer.open(queue)
 
         def work() -> Json:
-            self.make_room()
+            self.make_room(owner)
             if "path" not in body:
                 lora = lora_choice(body, self.models.base.name, self.limits.rank)
                 self._create(model_id, session, owner, lora, body)
@@ -87,27 +99,38 @@ class Operations:
             try:
                 self.models.load(model_id, body["path"], bool(body.get("optimizer", False)))
             except Exception:
-                self.models.release(model_id)
+                self.release(model_id)
+                self.sequencer.end(model_id, f"{model_id} could not be created; read the error of its creation")
                 raise
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
-        request = self.sequencer.submit(owner, queue, number, raw, "create_model", work, ordered=False)
-        self.sequencer.open(model_id)
-        return request
+        return self.sequencer.submit(owner, f"{session}:models", number, raw, "create_model", work, ordered=False)
 
     def release(self, model_id: str) -> None:
         """Let go of a model."""
         self.models.release(model_id)
         self.training.forget_model(model_id)
 
-    def finish(self, session: str, why: str = "was finished by its client") -> None:
-        """Let go of all models of a session that has ended; what is asked of them later fails."""
+    def finish(self, session: str) -> None:
+        """Let go of all that a finished session holds; what waits and what is asked of it later fails."""
+        why = "was finished by its client"
+        self._let_go(session, why)
+        self.sequencer.end_session(session, f"the session {session} {why}; create another one")
+        self.sessions.forget(session)
+
+    def _let_go(self, session: str, why: str) -> None:
         for model_id in [m for m in self.models.backends if m.startswith(f"{session}:")]:
             self.release(model_id)
             last = self.journal.last_checkpoint(model_id)
             self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
-        self.sessions.forget(session)
         self.training.forget_session(session)
+        self.samplers.forget(session)
+
+    def sweep(self) -> None:
+        """Let go of graphs that are too old, and of what silent sessions hold beside models and samplers."""
+        self.training.graphs.sweep()
+        for session in self.sessions.forget_silent(self.limits.idle_seconds):
+            self.training.forget_session(session)
 
     def unload(self, owner: str, raw: bytes, body: Json) -> str:
         """Let go of a model when all before it has run."""
@@ -121,7 +144,7 @@ class Operations:
 
         number = body.get("seq_id")
         if number is None:
-            return self.sequencer.submit(owner, model_id, None, raw, "unload_model", work, ordered=False)
+            return self.sequencer.submit(owner, model_id, None, raw, "unload_model", work)
         return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "unload_model", work)
 
     def save_weights(self, owner: str, raw: bytes, body: Json) -> str:
@@ -192,13 +215,28 @@ class Operations:
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
         self.models.create(model_id, lora, given_settings(body))
+        self.sequencer.open(model_id)
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json, readers: Sequence[Any] = ()) -> str:
         """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
         checkpoints, metadata = self.models.checkpoints, body.get("user_metadata")
         uri = checkpoints.uri(model_id, kind, body["path"])
+        self._require_space(owner, model_id, uri)
         self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
         self.models.save(model_id, kind, body["path"], bool(body.get("overwrite", False)), readers)
         self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
         return uri
+
+    def _require_space(self, owner: str, model_id: str, uri: str) -> None:
+        """Check that an owner may write another checkpoint, which takes at least what its trained weights do."""
+        checkpoints = self.models.checkpoints
+        weights = self.models.backend(model_id).model.parameters()
+        size = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
+        replaced = checkpoints.size(uri) if checkpoints.fingerprint(uri) else 0
+        used, free = self.journal.stored_bytes(), shutil.disk_usage(checkpoints.root).free
+        frees = "delete those that are no longer needed"
+        quota = Quota("bytes of checkpoints", used + free, self.limits.disk_per_key, self.limits.shared, frees)
+        refusal = quota.refusal(self.journal.stored_bytes(owner), used, max(0, size - replaced))
+        if refusal is not None:
+            raise ServiceError(refusal)

@@ -26,6 +26,7 @@ class Sessions:
     def __init__(self, journal: Journal, sequencer: Sequencer) -> None:
         self._journal, self._sequencer = journal, sequencer
         self._seen: dict[str, float] = {}
+        self._started = time.time()
 
     def require_model(self, owner: str, model_id: str) -> None:
         """Check that a model is this owner's, and that it is known whether it lives.
@@ -38,7 +39,8 @@ class Sessions:
             raise NotFoundError(f"there is no model {model_id!r} on this server")
         self._seen[row["session"]] = time.monotonic()
         if not self._sequencer.knows(model_id):
-            self._sequencer.end(model_id, lost(self._journal, model_id))
+            before = row["created"] < self._started
+            self._sequencer.end(model_id, lost(self._journal, model_id) if before else self._ended(model_id))
 
     def require(self, owner: str, session: Any) -> str:
         """Return a session's id.
@@ -69,3 +71,16 @@ class Sessions:
     def forget(self, session: str) -> None:
         """Drop what is known of a session that has ended."""
         self._seen.pop(session, None)
+
+    def forget_silent(self, seconds: float) -> list[str]:
+        """Drop the sessions of which nothing was heard for so long; return them."""
+        gone = [session for session in list(self._seen) if self.silent(session, seconds)]
+        for session in gone:
+            self._seen.pop(session, None)
+        return gone
+
+    def _ended(self, model_id: str) -> str:
+        last = self._journal.last_checkpoint(model_id) or "none"
+        return (
+            f"{model_id} is no longer in memory: it was unloaded, or its session has ended; its last checkpoint: {last}"
+        )

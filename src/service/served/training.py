@@ -12,12 +12,14 @@ from ...backends.futures import Future
 from ...backends.prepared import as_loss
 from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData
-from ...errors import ConfigError, NotFoundError, PrecedingOperationFailed
+from ...errors import ConfigError, NotFoundError, PrecedingOperationFailed, ServiceError
 from ..custom_loss.interpreter import LossGraph
-from ..durability.acknowledgements import Acknowledgements
-from ..durability.journal import Answer, Failure, Journal
-from ..durability.sequencer import Sequencer, failure_of, number_of, require_number
+from ..durability.acknowledgements import Acknowledgements, FailedGradient
+from ..durability.journal import Answer, Failure
+from ..durability.requirements import failure_of, number_of, require_number
+from ..durability.sequencer import Sequencer
 from ..limits import Limits
+from ..quotas import Quota
 from ..wire.protobuf import GradientRequest, encode_output
 from .graph_cache import GraphCache, datum_keys
 from .registry import ServedModels
@@ -36,7 +38,6 @@ class Training:
 
     Args:
         models: the models that are served.
-        journal: tells what was accepted before.
         sequencer: runs operations in order.
         sessions: whose is what.
         limits: sizes and counts.
@@ -46,17 +47,23 @@ class Training:
     def __init__(
         self,
         models: ServedModels,
-        journal: Journal,
         sequencer: Sequencer,
         sessions: Sessions,
         limits: Limits,
         count: Callable[[str, float], None],
     ) -> None:
-        self._models, self._journal, self._sequencer = models, journal, sequencer
+        self._models, self._sequencer = models, sequencer
         self._sessions, self._limits, self._count = sessions, limits, count
         device = next(models.base.model.parameters()).device
         self.graphs = GraphCache(limits.graph_bytes, limits.graph_seconds, device)
-        self._losses: dict[str, LossGraph] = {}
+        self._losses: dict[str, tuple[str, LossGraph]] = {}  # whose they are
+        self._quota = Quota(
+            "custom losses",
+            limits.losses,
+            limits.losses_per_key,
+            limits.shared,
+            "those of a session go when it is finished",
+        )
         self._acknowledgements = Acknowledgements()
 
     def gradient(self, owner: str, request: GradientRequest) -> str:
@@ -78,11 +85,11 @@ class Training:
                 return _settled(backend.forward_backward_custom(data, graph), _output)
             return self._backward(backend, model_id, data, request)
 
-        again = self._journal.numbered(model_id, request.seq_id) is not None
-        accepted = self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work)
-        if not request.forward_only and not again:
-            self._acknowledgements.accepted(model_id, accepted, request.seq_id)
-        return accepted
+        def answered(accepted: str, answer: Answer) -> None:
+            if isinstance(answer, Failure) and not request.forward_only and model_id in self._models.backends:
+                self._acknowledgements.failed(model_id, accepted, request.seq_id, answer.text)
+
+        return self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work, answered=answered)
 
     def delivered(self, request: str) -> None:
         """Note that a client has the result of a request."""
@@ -91,39 +98,44 @@ class Training:
     def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
         """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
         session, number = self._sessions.require(owner, body["session_id"]), number_of(body, "custom_loss_seq_id")
-        queue = f"{session}:losses"
-        self._sequencer.open(queue)
 
         def work() -> Json:
+            own = sum(whose == owner for whose, _ in self._losses.values())
+            refusal = self._quota.refusal(own, len(self._losses))
+            if refusal is not None:
+                raise ServiceError(refusal)
             loss_id = f"{session}:loss:{number}"
-            self._losses[loss_id] = LossGraph.of(body)
+            self._losses[loss_id] = (owner, LossGraph.of(body))
             return {"loss_id": loss_id, "type": "create_custom_loss"}
 
+        queue = f"{session}:losses"
         return self._sequencer.submit(owner, queue, number, raw, "create_custom_loss", work, ordered=False)
 
     def optim_step(self, owner: str, raw: bytes, body: Json) -> str:
         """One AdamW step, normalised if the request says so.
 
-        A step that was sent before the client had the failure of a gradient is refused: it would be a step without it.
+        A step that was sent before its client had read of a failed gradient is refused: it would be a step without it. The
+        refusal tells of the failure; whoever has read it, and steps, does so knowingly.
         """
         model_id = body["model_id"]
         self._sessions.require_model(owner, model_id)
         number, sent = number_of(body, "seq_id"), self._acknowledgements.now
+        failures: list[FailedGradient] = []
 
         def work() -> Answer:
-            for request in self._acknowledgements.unacknowledged(model_id, number, sent):
-                answer = self._sequencer.result(owner, request).result()
-                if isinstance(answer, Failure):
-                    raise PrecedingOperationFailed(
-                        f"an earlier gradient operation failed ({answer.text}) and this step was sent before that was known; "
-                        "the accumulation holds the other gradients: step again, or go on without them"
-                    )
-            self._acknowledgements.stepped(model_id, number)
+            failures.extend(self._acknowledgements.unacknowledged(model_id, number, sent))
+            if failures:
+                raise PrecedingOperationFailed(_refusal(failures))
             future = self._models.backend(model_id).optim_step(*_step_of(body))
             self.graphs.drop(model_id)
+            if future.exception() is None:
+                self._acknowledgements.stepped(model_id, number)
             return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
-        return self._sequencer.submit(owner, model_id, number, raw, "optim_step", work)
+        def answered(request: str, answer: Answer) -> None:
+            self._acknowledgements.refused(request, failures)
+
+        return self._sequencer.submit(owner, model_id, number, raw, "optim_step", work, answered=answered)
 
     def forget_model(self, model_id: str) -> None:
         """Drop what is kept for a model that has gone."""
@@ -138,7 +150,7 @@ class Training:
         loss_id = str(config.get("loss_id"))
         if loss_id not in self._losses or loss_id.split(":")[0] != model_id.split(":")[0]:
             raise NotFoundError(f"there is no custom loss {loss_id!r} in this session; create it again")
-        return self._losses[loss_id]
+        return self._losses[loss_id][1]
 
     def _forward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         budget = self.graphs.budget if self._may_be_custom(model_id, data, request) else 0.0
@@ -165,6 +177,16 @@ class Training:
         if request.custom:
             self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
         return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
+
+
+def _refusal(failures: list[FailedGradient]) -> str:
+    first, more = failures[0], len(failures) - 1
+    others = f", and {more} more" if more else ""
+    return (
+        f"an earlier gradient operation failed (seq_id {first.number}: {first.text}){others}, and this step was sent before "
+        "that was known, so it was not made; the accumulation holds the gradients that succeeded: send the failed ones again, "
+        "or step without them"
+    )
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
