@@ -1,0 +1,209 @@
+"""What ends leaves nothing behind: sessions free all that they hold, and what waits hears of it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import Direct, gradient_body, tiny_models
+
+from pullback.backends import TorchBackend
+from pullback.service.durability import queues
+from pullback.service.durability.journal import Answer, Failure
+from pullback.service.durability.sequencer import Sequencer
+from pullback.service.limits import Limits
+from pullback.service.served.registry import Sampler
+from pullback.service.wire.protobuf import decode_request
+
+NODES: list[dict[str, Any]] = [
+    {"op": "placeholder", "name": "logprobs", "target": "logprobs", "args": []},
+    {"op": "call_method", "name": "total", "target": "sum", "args": [{"ref": "logprobs"}]},
+    {"op": "output", "name": "output", "target": "output", "args": [{"tuple": [{"ref": "total"}, {"dict": {}}]}]},
+]
+LOSS = {"name": "total", "inputs": [{"name": "logprobs", "rank": 1}], "graph": {"format": 1, "nodes": NODES}}
+
+
+class Sessions:
+    """A service whose sessions come and go."""
+
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+        self.direct, self.folder = Direct(folder, tiny_models(folder), limits or Limits()), folder
+        self.opened = 0
+
+    def ask(self, submit: Any, body: dict[str, Any]) -> str:
+        return str(submit("me", json.dumps(body).encode(), body))
+
+    def answer(self, submit: Any, body: dict[str, Any]) -> Any:
+        return self.direct.read(self.ask(submit, body))
+
+    def open(self, *, trains: bool) -> str:
+        """Open a session with a loss and a model; if it trains, use all that a client can hold."""
+        do, session = self.direct.operations, f"s{self.opened}"
+        self.opened += 1
+        self.direct.journal.add_session(session, "me", None)
+        do.sessions.require("me", session)
+        self.answer(do.training.create_loss, {"session_id": session, "custom_loss_seq_id": 0, **LOSS})
+        if trains:
+            lora = {"session_id": session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2}}
+            model = self.answer(do.create_model, lora)["model_id"]
+            body = {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0}
+            sampler = self.answer(do.save_for_sampler, body)["sampling_session_id"]
+            prompt = {"prompt": {"chunks": [{"tokens": [1, 2]}]}, "sampling_params": {"max_tokens": 2, "stop": []}}
+            self.direct.read(do.samplers.sample("me", b"", {"sampling_session_id": sampler, **prompt})["request_id"])
+            bad = do.training.gradient("me", decode_request(gradient_body(model, 2, "dpo", ("ref_logprobs",))))
+            assert isinstance(self.direct.sequencer.result("me", bad).result(timeout=30), Failure)
+            self.ask(do.training.optim_step, {"model_id": model, "seq_id": 9, "adam_params": {"learning_rate": 1e-2}})
+        return session
+
+    def finish(self, session: str) -> None:
+        """Finish a session, and wait until it has been."""
+        done = threading.Event()
+        self.direct.sequencer.run(lambda: self.direct.operations.finish(session))
+        self.direct.sequencer.run(done.set)
+        assert done.wait(30)
+
+    def held(self) -> dict[str, int]:
+        """Count what a service holds for sessions."""
+        do, sequencer = self.direct.operations, self.direct.sequencer
+        timers = sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+        return {
+            "queues": len(sequencer._queues),
+            "operations": sequencer.queued,
+            "turns": sum(1 for _ in sequencer._turns),
+            "timers": timers,
+            "losses": len(do.training._losses),
+            "failures": len(do.training._acknowledgements),
+            "sessions": len(do.sessions._seen),
+            "samplers": len(do.samplers),
+            "models": len(do.models.backends) + len(do.models.choices) + len(do.models._explicit),
+            "graphs": len(do.training.graphs._entries) + len(do.training.graphs._records),
+        }
+
+    def close(self) -> None:
+        self.direct.sequencer.close()
+
+
+def alive(*kinds: type) -> int:
+    """How many objects of these classes there are."""
+    gc.collect()
+    return sum(type(one) in kinds for one in gc.get_objects())
+
+
+def come_and_go(sessions: Sessions, count: int, every: int) -> None:
+    for number in range(count):
+        sessions.finish(sessions.open(trains=number % every == 0))
+
+
+def test_finished_sessions_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After as many sessions as one likes the service holds what it held before the first; reasons are bounded."""
+    monkeypatch.setattr(queues, "_REMEMBERED", 8)
+    sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
+    kept = sessions.open(trains=True)
+    assert all(sessions.held()[what] for what in ("queues", "operations", "timers", "losses", "failures", "samplers"))
+    sessions.finish(kept)
+    come_and_go(sessions, 20, 5)
+    assert set(sessions.held().values()) == {0}
+    assert len(sessions.direct.sequencer._ended) == 8
+    assert alive(TorchBackend, Sampler) == before
+    sessions.close()
+
+
+@pytest.mark.slow
+def test_two_thousand_sessions_leave_nothing(tmp_path: Path) -> None:
+    """The same with 2,000 sessions and the bound as it is."""
+    sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
+    come_and_go(sessions, 2000, 100)
+    assert set(sessions.held().values()) == {0}
+    assert len(sessions.direct.sequencer._ended) == queues._REMEMBERED < 2000
+    assert alive(TorchBackend, Sampler) == before
+    sessions.close()
+
+
+def test_what_is_not_ended_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: sessions that are not ended hold queues and losses, and the counts say so."""
+    monkeypatch.setattr("pullback.service.served.handlers.Operations.finish", lambda self, session: None)
+    sessions = Sessions(tmp_path)
+    come_and_go(sessions, 2, 1)
+    found = sessions.held()
+    assert (found["queues"], found["losses"], found["samplers"], found["timers"]) == (2, 2, 2, 2)
+    sessions.close()
+
+
+def test_silent_sessions_are_forgotten(tmp_path: Path) -> None:
+    """What a session holds beside models and samplers goes when nothing has been heard of it for long, and not before."""
+    sessions = Sessions(tmp_path, Limits(idle_seconds=3600.0))
+    sessions.open(trains=False)
+    sessions.direct.operations.sweep()
+    assert (sessions.held()["losses"], sessions.held()["sessions"]) == (1, 1)
+    sessions.direct.operations.limits = Limits(idle_seconds=0.0)
+    sessions.direct.operations.sweep()
+    assert set(sessions.held().values()) == {0}
+    sessions.close()
+
+
+def test_what_waits_hears_of_the_end(tmp_path: Path) -> None:
+    """Operations that wait for their turn, or for a number, fail by the reason at once, and so does what is asked later."""
+    sessions, gate = Sessions(tmp_path), threading.Event()
+    session = sessions.open(trains=True)
+    model, do = f"{session}:train:0", sessions.direct.operations
+    sessions.direct.sequencer.run(lambda: gate.wait(30))
+    sessions.direct.sequencer.run(lambda: do.finish(session))
+    step = {"adam_params": {"learning_rate": 1e-2}, "model_id": model}
+    sent = [sessions.ask(do.training.optim_step, {**step, "seq_id": number}) for number in (3, 4, 7)]
+    other = {"session_id": session, "model_seq_id": 1, "base_model": "tiny", "lora_config": {"rank": 2}}
+    sent.append(sessions.ask(do.create_model, other))
+    gate.set()
+    sent.append(sessions.ask(do.training.optim_step, {**step, "seq_id": 8}))
+    sent.append(sessions.ask(do.create_model, {**other, "model_seq_id": 2}))
+    answers = [sessions.direct.read(request) for request in sent]
+    assert all(isinstance(answer, Failure) and "was finished by its client" in answer.text for answer in answers)
+    assert {answer.category for answer in answers} == {"user"}
+    sessions.close()
+
+
+def test_a_model_that_ended_long_ago_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the reason is no longer remembered, the answer does not claim a restart; after one, it does."""
+    monkeypatch.setattr(queues, "_REMEMBERED", 1)
+    sessions = Sessions(tmp_path)
+    session = sessions.open(trains=True)
+    sessions.finish(session)
+    sessions.finish("another")
+    step = {"model_id": f"{session}:train:0", "adam_params": {"learning_rate": 1e-2}}
+    late = sessions.answer(sessions.direct.operations.training.optim_step, {**step, "seq_id": 20})
+    assert "it was unloaded, or its session has ended" in late.text
+    again = sessions.direct.restart()
+    body = {**step, "seq_id": 21}
+    lost = again.read(again.operations.training.optim_step("me", json.dumps(body).encode(), body))
+    assert "the server was restarted" in lost.text
+    again.sequencer.close()
+    sessions.close()
+
+
+def test_an_unordered_work_in_slices_ends_with_its_session(tmp_path: Path) -> None:
+    """Sampling in slices stops at its next pause when its session has ended, and nothing new of it is begun."""
+    sessions, begun, events = Sessions(tmp_path), threading.Event(), list[str]()
+    sequencer: Sequencer = sessions.direct.sequencer
+
+    def endless() -> Generator[None, None, Answer]:
+        try:
+            while True:
+                begun.set()
+                yield
+        finally:
+            events.append("stopped")
+
+    request = sequencer.submit("me", "s9:sample:0:asample", None, b"", "sample", endless, ordered=False)
+    assert begun.wait(30)
+    sessions.finish("s9")
+    answer = sessions.direct.read(request)
+    assert isinstance(answer, Failure)
+    assert "the session s9 was finished by its client" in answer.text
+    assert events == ["stopped"]
+    refused = sequencer.submit("me", "s9:sample:1:asample", None, b"", "sample", endless, ordered=False)
+    assert sessions.direct.read(refused) == answer
+    sessions.close()
