@@ -22,6 +22,7 @@ from ..wire.json_form import decode_json_request, json_result
 from ..wire.protobuf import decode_request
 from .downloads import Downloads
 from .not_offered import NOT_OFFERED, refused
+from .polling import Polls
 from .requests import Call, json_response, refusal
 from .telemetry import Telemetry
 
@@ -71,9 +72,10 @@ class _App:
         self.listings = Listings(models, self.journal)
         self.downloads = Downloads(models.checkpoints, self.listings)
         self.copies = Copies(models.checkpoints, self.journal, self.sequencer, self.operations.sessions, self.listings)
-        self.models = models
+        self.models, self.polls = models, Polls()
         gauge = self.telemetry.gauge
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
+        gauge("polls", "requests that wait for a result", lambda: len(self.polls))
         gauge("models", "models in memory", lambda: len(models.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
         gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
@@ -244,9 +246,8 @@ class _App:
         body = call.body
         request_id = body["request_id"]
         future = self.sequencer.result(call.owner, request_id)
-        try:
-            answer = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self.limits.poll_seconds)
-        except TimeoutError:
+        answer = await self.polls.answer(call.request, request_id, future, self.limits.poll_seconds)
+        if answer is None:
             return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
         if (
             body.get("allow_metadata_only") is True
