@@ -41,7 +41,9 @@ def sampled_tokens(
         if temperature == 0:
             sampled = logprobs.argmax(-1, keepdim=True).expand(-1, k)
         else:
-            sampled = torch.multinomial((logprobs / temperature).softmax(-1), k, replacement=True, generator=generator)
+            above = logprobs - logprobs.amax(-1, keepdim=True)  # a temperature next to 0 must not make all of them -inf
+            tempered = (above / max(temperature, torch.finfo(above.dtype).tiny)).softmax(-1)
+            sampled = torch.multinomial(tempered, k, replacement=True, generator=generator)
         ids.append(sampled)
         values.append(logprobs.gather(-1, sampled))
     return torch.cat(ids).cpu(), torch.cat(values).float().cpu()

@@ -24,7 +24,11 @@ from .sampler import Sampler
 __all__ = ["RequestedScores", "sampling_of"]
 
 _MOST: Final = 1 << 24  # numbers of one answer
-_KNOWN: Final = {"max_tokens", "temperature", "top_k", "top_p", "stop", "seed"}
+_WHOLE: Final = frozenset(("max_tokens", "top_k", "seed"))
+_REAL: Final = frozenset(("temperature", "top_p"))
+_LARGEST: Final = 2**63
+_STOPS: Final = 64  # strings that end a completion, each looked for after every token
+_STOP_LENGTH: Final = 512
 _BYTES: Final = 4  # a character's most, and a token is at least one
 
 
@@ -161,18 +165,30 @@ def sampling_of(given: Mapping[str, Any], base: Base, prompt: ModelInput) -> tup
     Raises:
         ConfigError: a key or value that is not known.
     """
-    unknown = sorted(k for k, v in given.items() if k not in _KNOWN and v is not None)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"sampling_params must be an object, got {given!r:.80}")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    unknown = sorted(chosen.keys() - _WHOLE - _REAL - {"stop"})
     if unknown:
-        raise ConfigError(f"sampling_params has keys that this server does not know: {unknown}")
-    chosen = {k: v for k, v in given.items() if v is not None}
+        raise ConfigError(f"sampling_params has keys that this server does not know: {unknown!r:.200}")
+    stop = chosen.pop("stop", None)
+    for name, value in chosen.items():
+        kind, words = (int, "a whole number") if name in _WHOLE else ((int, float), "a number")
+        large = isinstance(value, int) and abs(value) >= _LARGEST
+        if large or isinstance(value, bool) or not isinstance(value, kind):
+            raise ConfigError(f"sampling_params.{name} must be {words} below 2**63, got {value!r:.80}")
     if "max_tokens" not in chosen and base.context is not None:
         chosen["max_tokens"] = max(1, base.context - len(prompt))
-    stop = chosen.pop("stop", None)
     strings = [stop] if isinstance(stop, str) else stop
     if strings is None or (isinstance(strings, list) and all(type(t) is int for t in strings)):
         return SamplingParams(**chosen, stop=strings), None
     if not isinstance(strings, list) or not all(isinstance(t, str) and t for t in strings):
-        raise ConfigError(f"stop must be a string, a list of strings, or a list of token ids, got {stop!r}")
+        raise ConfigError(f"stop must be a string, a list of strings, or a list of token ids, got {stop!r:.80}")
+    if len(strings) > _STOPS or max(map(len, strings)) > _STOP_LENGTH:
+        raise ConfigError(
+            f"stop has {len(strings)} strings, the longest of {max(map(len, strings))} characters; this server looks for at "
+            f"most {_STOPS} strings of {_STOP_LENGTH} characters"
+        )
     return SamplingParams(**chosen), _holds(strings, base)
 
 

@@ -133,7 +133,7 @@ def test_the_first_completions_do_not_depend_on_how_many_there_are() -> None:
     assert len({tuple(row) for row in four}) == 4
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[str, Any]] = {
     "padding at the end": ("_last", lambda x, depth, dim: torch.nn.functional.pad(x, (0, 0, 0, depth - x.shape[2]))),
     "windows that are not told": ("_declare", lambda layer, width: None),
 }
