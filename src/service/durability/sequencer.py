@@ -45,6 +45,7 @@ class Sequencer:
         journal: where every operation and its answer is written.
         limits: how many operations may wait or run, and how long they wait for a number that is missing.
         observer: is told kind, answer and seconds of every operation that ran.
+        turn_seconds: a turn goes on with the same owner's next operations until they have taken so long.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Sequencer:
         journal: Journal,
         limits: Limits | None = None,
         observer: Observer = lambda kind, answer, seconds: None,
+        turn_seconds: float = 0.0,
     ) -> None:
         limits = limits or Limits()
         self._journal, self._gap, self._observer = journal, limits.gap_seconds, observer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pullback-worker")
-        self._turns, self._background = Turns(), deque[Callable[[], Any]]()
+        self._turns, self._background = Turns(turn_seconds), deque[Callable[[], Any]]()
         self._queues: dict[str, Queue] = {}
         self._ended = Ended()
         self._backlog = Backlog(limits)
@@ -244,17 +246,19 @@ class Sequencer:
             self._advance(task)
 
     def _advance(self, task: Task) -> None:
+        before = task.seconds
         answer = self._slice(task)
+        seconds = task.seconds - before
         with self._lock:
             if answer is None:
-                self._turns.give_back(again=True)
+                self._turns.give_back(True, seconds)
                 self._worker.submit(self._turn)
                 return
             state = self._queues.get(task.queue)
             following = None if state is None else state.ended(task)
             if following is not None:
                 self._start(following)
-            self._turns.give_back(again=False)
+            self._turns.give_back(False, seconds)
         self._finish(task, answer)
         _logged(lambda: self._observer(task.kind, answer, task.seconds))
 

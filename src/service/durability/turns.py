@@ -70,9 +70,15 @@ class Turns:
 
     An owner who has had a turn goes behind all others who wait, also behind those who came in the meantime. Not safe to use
     from several threads.
+
+    Args:
+        seconds: a turn goes on with the owner's next slice until its slices have taken so long: short ones, as that in which a
+            request only enters a batch, must not each wait for a long one of another owner.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._seconds = seconds
+        self._owner, self._taken = "", 0.0  # who had the last slice, and what the turn has taken by then
         self._lines: dict[str, deque[Task]] = {}  # in the order of their turns
         self._current: tuple[Task, deque[Task]] | None = None  # whose turn it is, and what else its owner has
 
@@ -95,21 +101,29 @@ class Turns:
         if not self._lines:
             return None
         owner = next(iter(self._lines))
+        if owner != self._owner:
+            self._owner, self._taken = owner, 0.0
         line = self._lines.pop(owner)
         task = line.popleft()
         self._current = (task, line)
         return task
 
-    def give_back(self, again: bool) -> None:
-        """End the turn.
+    def give_back(self, again: bool, seconds: float = 0.0) -> None:
+        """End a slice, and the turn with it unless there is time left.
 
         Args:
             again: the task goes to the end of its owner's line.
+            seconds: that the slice has taken.
         """
         assert self._current is not None
         (task, line), self._current = self._current, None
         if again:
             line.append(task)
+        self._taken += seconds
+        if line and self._taken < self._seconds:
+            self._lines = {task.owner: line, **self._lines}
+            return
+        self._taken = 0.0
         if line:
             self._lines[task.owner] = line
 

@@ -28,6 +28,7 @@ from .telemetry import Telemetry
 
 __all__ = ["build_app"]
 
+_TURN_SECONDS: Final = 0.005  # of an owner whose operations are short, until the next one has its turn
 _PROTOBUF: Final = "application/x-protobuf"
 # A pair is never cut into two requests.
 _CLIENT: Final = {
@@ -67,6 +68,7 @@ class _App:
             self.journal,
             limits,
             self.telemetry.operation,
+            _TURN_SECONDS,
         )
         self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
         self.listings = Listings(models, self.journal)
