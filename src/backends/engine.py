@@ -167,6 +167,6 @@ class Engine(abc.ABC):
         """
         raise UnsupportedError("this backend's state lies elsewhere, so that what is done to it cannot be undone")
 
-    def close(self) -> None:
-        """Give back what is held."""
+    def close(self, timeout: float | None = None) -> None:
+        """Give back what is held, within ``timeout`` seconds if others must help (None = as long as it takes)."""
         self.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast, final
@@ -15,6 +17,7 @@ from .operation_lock import OperationLock
 __all__ = ["Operations", "sized"]
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 @final
@@ -73,29 +76,51 @@ class Operations:
         self._remember(future, gradient)
         return cast(Future[T], future)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Refuse what follows; wait for what is under way, and give back what the engine holds.
+
+        Args:
+            timeout: seconds for all of it; None = as long as each operation may take.
 
         Raises:
             UnretrievedFailureError: an operation failed and nobody retrieved its error.
+            TimeoutError: an operation is still under way; what the engine holds is given back.
         """
+        until = None if timeout is None else time.monotonic() + timeout
         with self.lock.operation("close"):
             if self.closed:
                 return
             self.closed = True
             try:
-                self._require_retrieved()
-            finally:
-                self._engine.close()
+                self._require_retrieved(until)
+            except Exception:
+                self._close_quietly(_left(until))
+                raise
+            self._close_engine(_left(until))
 
-    def abandon(self) -> None:
+    def abandon(self, timeout: float | None = None) -> None:
         """Close without asking for failures: an error that is on its way out matters more."""
         if not self.closed:
             self.closed = True
-            self._engine.close()
+            self._close_quietly(timeout)
 
-    def _require_retrieved(self) -> None:
-        lost = [o for o in self._outcomes if not o.retrieved and o.settle(o.deadline) is not None]
+    def _close_quietly(self, timeout: float | None) -> None:
+        """Give back what the engine holds; an error of that is logged, as another one is on its way out."""
+        try:
+            self._close_engine(timeout)
+        except Exception as error:
+            _logger.warning("what the backend holds could not be given back: %s", error)
+
+    def _close_engine(self, timeout: float | None) -> None:
+        if timeout is None:
+            self._engine.close()  # engines need not know of a time limit
+        else:
+            self._engine.close(timeout)
+
+    def _require_retrieved(self, until: float | None) -> None:
+        lost = [
+            o for o in self._outcomes if not o.retrieved and o.settle(_sooner(o.deadline, _left(until))) is not None
+        ]
         failures = [error for o in lost if (error := o.settle()) is not None]
         for outcome in lost:
             outcome.retrieved = True
@@ -107,6 +132,14 @@ class Operations:
         if gradient:
             failed = [o for o in self.accumulation.outcomes if not (isinstance(o, Failure) and o.retrieved)]
             self.accumulation.outcomes = [*failed, outcome]
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
+
+
+def _sooner(a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else min(a, b)
 
 
 def sized(data: object) -> int:

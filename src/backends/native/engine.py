@@ -260,7 +260,7 @@ class NativeEngine(Engine):
                 "ones; call discard_gradients() and load the last checkpoint"
             )
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         self.clear()
         self.optimizer.reset()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, final
 
+from ...errors import RemoteError
 from ..base import Backend
 from ..protocol import ReferenceModel
 from .capabilities import Capabilities
 from .engine import RemoteEngine
 from .error_mapping import at_service
+from .liveness import Liveness
 from .sdks import sdk_of
 
 __all__ = ["RemoteBackend"]
@@ -33,6 +35,8 @@ class RemoteBackend(Backend):
             costs a second forward.
         timeout: seconds that a result, or a call that must wait for the service, waits; None = for ever.
         owns_service: `close` also closes the service's client, which ends its session.
+        url: address of the service, which is asked whether it is still there when an answer is late; default: what the
+            SDK's client says.
     """
 
     def __init__(
@@ -45,12 +49,21 @@ class RemoteBackend(Backend):
         defer_backward: bool = False,
         timeout: float | None = None,
         owns_service: bool = False,
+        url: str | None = None,
     ) -> None:
         self._service, self._base_model, self._timeout = service, base_model, timeout
         self._sdk = sdk_of(service)
+        self._liveness = Liveness(url or getattr(service, "_base_url", None))
         self.capabilities = capabilities or self._sdk.plain
         self._remote = RemoteEngine(
-            self._sdk, service, trainer, self.capabilities, defer_backward, timeout, owns_service
+            self._sdk,
+            service,
+            trainer,
+            self.capabilities,
+            defer_backward,
+            timeout,
+            owns_service,
+            self._liveness,
         )
         super().__init__(self._remote)
 
@@ -61,5 +74,22 @@ class RemoteBackend(Backend):
 
     def reference(self) -> ReferenceModel:
         """Return a forward-only view of the base model."""
-        with at_service("reference"):
+        with at_service("reference"), self._liveness.explaining("reference", self._timeout):
             return self._sdk.reference(self._service, self._base_model, self.capabilities, self._timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Refuse what follows, wait for what is under way, and end the session; see `Backend.close`.
+
+        Args:
+            timeout: seconds for all of it; None = the backend's, or else as long as the service answers: one that has been
+                silent for 10 seconds is not waited for.
+
+        Raises:
+            UnretrievedFailureError: an operation failed and nobody retrieved its error.
+            RemoteError: the service did not answer in time; nothing here is held any more.
+        """
+        self._liveness.closing = True
+        try:
+            self._operations.close(self._timeout if timeout is None else timeout)
+        except TimeoutError as error:
+            raise RemoteError(f"close: {error}") from error

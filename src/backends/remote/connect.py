@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from .backend import RemoteBackend
 from .capabilities import detect
 from .convert import ready
 from .error_mapping import at_service
+from .liveness import Liveness
 from .probe import ask_capabilities
 from .sdks import sdk_named
 
@@ -64,14 +66,17 @@ def connect(
         options["capabilities"] = replace(capabilities, normalizes=capabilities.normalizes and chosen.normalizes)
     else:
         ask_capabilities(service, key, must_answer=False)  # what is no service is said now; the SDK would take minutes
+    liveness = Liveness(service)
     with at_service(f"connect to {service}"):
         client = chosen.connect(service, key or None)
         try:
-            trainer = create(client)
+            with liveness.explaining("create_model", options.get("timeout")):
+                trainer = create(client)
         except BaseException:
-            chosen.close(client, None)
+            with suppress(Exception):  # the one on its way out matters more
+                liveness.end(lambda: chosen.close(client, None), options.get("timeout"))
             raise
-    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, **options})
+    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, "url": service, **options})
 
 
 def _is_here(url: str) -> bool:

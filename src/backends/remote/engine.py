@@ -21,6 +21,7 @@ from .capabilities import Capabilities, named_config, named_data
 from .convert import bare, logprobs_of, output_of, rollouts_of
 from .dispatch import Dispatch
 from .error_mapping import at_service
+from .liveness import Liveness
 from .local_loss import LocalLoss
 from .reduction_check import SumAudit
 from .sdks import Sdk
@@ -45,6 +46,7 @@ class RemoteEngine(Engine):
         defer_backward: hold cotangents back until the step.
         timeout: seconds that an answer waits; None = for ever.
         owns_service: `close` also closes the service's client.
+        liveness: of the service.
     """
 
     def __init__(
@@ -56,13 +58,15 @@ class RemoteEngine(Engine):
         defer_backward: bool,
         timeout: float | None,
         owns_service: bool,
+        liveness: Liveness,
     ) -> None:
         self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
         self.weights_version = 0
         self.accumulator = RemoteAccumulator(capabilities, defer_backward)
         self._sdk, self._service, self.trainer = sdk, service, trainer
         self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
-        self._dispatch = Dispatch(timeout, self.accumulator.operation_failed)
+        self._liveness = liveness
+        self._dispatch = Dispatch(timeout, self.accumulator.operation_failed, liveness)
         self._audit = SumAudit()
         self._sampler: Any = None
 
@@ -121,7 +125,8 @@ class RemoteEngine(Engine):
     @at_service("sample")
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> Answer[list[Rollout]]:
         if self._sampler is None:
-            self._sampler = self._sdk.sampler(self.trainer, self._timeout)
+            with self._liveness.explaining("sample", self._timeout):
+                self._sampler = self._sdk.sampler(self.trainer, self._timeout)
         version, each = self.weights_version, [(p, params.for_prompt(i)) for i, p in enumerate(prompts)]
         requests = [self._sdk.sample(self._sampler, prompt, n, how) for prompt, how in each]
         return self._dispatch.sent(requests, lambda answers: rollouts_of(answers, params, version))
@@ -133,7 +138,8 @@ class RemoteEngine(Engine):
 
     @at_service("load_state")
     def load(self, path: str, everything: bool) -> Ledger:
-        self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
+        with self._liveness.explaining("load_state", self._timeout):
+            self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
         self._sampler = None
         self.clear()
         self.accumulator.unknown = None
@@ -142,10 +148,13 @@ class RemoteEngine(Engine):
     def operation_failed(self, error: BaseException) -> None:
         self.accumulator.operation_failed(error)
 
-    def close(self) -> None:
+    @at_service("close")
+    def close(self, timeout: float | None = None) -> None:
         self.clear()
-        if self._owns:
-            self._sdk.close(self._service, self.trainer)
+        if not self._owns:
+            return
+        self._owns = False
+        self._liveness.end(lambda: self._sdk.close(self._service, self.trainer), timeout)
 
     def _by_name(self, call: PreparedCall) -> Gradient:
         loss = call.registered

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, final
 
 from ...errors import PullbackError, RemoteError
 from ..futures import Pending
 from .error_mapping import remote_error
+from .liveness import Liveness, arrived
 
-__all__ = ["RemoteFuture", "Sent"]
+__all__ = ["RemoteFuture", "Sent", "all_arrived"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -28,6 +30,7 @@ class Sent(Pending[T]):
         read: makes the result of their answers.
         before: the SDK's futures of earlier operations, which the service runs first.
         deadline: seconds that a result waits; None = for ever.
+        liveness: of the service.
     """
 
     def __init__(
@@ -36,11 +39,16 @@ class Sent(Pending[T]):
         read: Callable[[list[Any]], T],
         before: Sequence[Sequence[Any]] = (),
         deadline: float | None = None,
+        liveness: Liveness | None = None,
     ) -> None:
         self.requests, self.read, self.before, self.deadline = requests, read, before, deadline
+        self.liveness = liveness or Liveness()
 
     def map(self, convert: Callable[[T], U]) -> Sent[U]:
-        return Sent(self.requests, lambda answers: convert(self.read(answers)), self.before, self.deadline)
+        def read(answers: list[Any]) -> U:
+            return convert(self.read(answers))
+
+        return Sent(self.requests, read, self.before, self.deadline, self.liveness)
 
     def future(self, operation: str) -> RemoteFuture[T]:
         return RemoteFuture(self, operation)
@@ -61,7 +69,7 @@ class RemoteFuture(Generic[T]):
 
     def __init__(self, sent: Sent[T], operation: str) -> None:
         self._sent, self._operation = sent, operation
-        self._before = [one for one in sent.before if not arrived(one)]
+        self._before = [one for one in sent.before if not all_arrived(one)]
         self.deadline = sent.deadline
         self._value: T | None = None
         self._error: BaseException | None = None
@@ -72,7 +80,7 @@ class RemoteFuture(Generic[T]):
     @property
     def arrived(self) -> bool:
         """Whether all answers are here, retrieved or not."""
-        return self._ended or arrived(self._sent.requests)
+        return self._ended or all_arrived(self._sent.requests)
 
     @property
     def phase(self) -> str:
@@ -81,7 +89,7 @@ class RemoteFuture(Generic[T]):
             return "done"
         if self.arrived:
             return "reading"
-        self._before = [one for one in self._before if not arrived(one)]
+        self._before = [one for one in self._before if not all_arrived(one)]
         return "queued" if self._before else "running"
 
     def settle(self, timeout: float | None = None) -> BaseException | None:
@@ -125,7 +133,17 @@ class RemoteFuture(Generic[T]):
         return self.arrived
 
     def __await__(self) -> Generator[Any, None, T]:
-        return asyncio.to_thread(self.result).__await__()
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> T:
+        """Wait without a thread, so that a cancelled `await` ends at once and leaves nothing behind that waits on."""
+        try:
+            async with asyncio.timeout(self.deadline):
+                for request in self._sent.requests:
+                    await _arrival(request)
+        except TimeoutError as error:
+            raise await asyncio.to_thread(self._late, self.deadline) from error
+        return await asyncio.to_thread(self.result)
 
     def __del__(self) -> None:
         if self._error is not None and not self.retrieved:
@@ -134,18 +152,30 @@ class RemoteFuture(Generic[T]):
     def _answers(self, timeout: float | None) -> list[Any]:
         until = None if timeout is None else time.monotonic() + timeout
         try:
-            return [
-                one.result(timeout=None if until is None else max(0.0, until - time.monotonic()))
-                for one in self._sent.requests
-            ]
+            return [self._sent.liveness.wait(one, until) for one in self._sent.requests]
         except TimeoutError as error:
-            ahead = f" behind {len(self._before)} operation(s)" if self.phase == "queued" else ""
-            raise TimeoutError(
-                f"{self._operation} was sent {time.monotonic() - self._began:.1f} s ago and is {self.phase}{ahead} at the "
-                f"service (waited {timeout:g} s); it has not failed: ask this future again"
-            ) from error
+            if self.arrived:  # it is the operation that failed so
+                raise remote_error(error, self._operation) from error
+            raise self._late(timeout) from error
         except Exception as error:
             raise remote_error(error, self._operation) from error
+
+    def _late(self, timeout: float | None) -> TimeoutError:
+        """Say that there is no answer yet, and whether the service is still there."""
+        sent, silent = (
+            f"{self._operation} was sent {time.monotonic() - self._began:.1f} s ago",
+            self._sent.liveness.silence(),
+        )
+        if silent:
+            return TimeoutError(
+                f"no answer from {self._sent.liveness.url} for {silent:.1f} s: {sent}, and it is not known whether it took "
+                "effect; ask this future again when the service is back, or go on from the last checkpoint"
+            )
+        ahead = f" behind {len(self._before)} operation(s)" if self.phase == "queued" else ""
+        waited = "" if timeout is None else f" (waited {timeout:g} s)"
+        return TimeoutError(
+            f"{sent} and is {self.phase}{ahead} at the service{waited}; it has not failed: ask this future again"
+        )
 
     def _own(self, error: Exception) -> BaseException:
         """Answers are read by code of ours: what fails there, if it is none of our own errors, is a malformed answer."""
@@ -158,12 +188,22 @@ class RemoteFuture(Generic[T]):
         return unreadable
 
 
-def arrived(requests: Sequence[Any]) -> bool:
+def all_arrived(requests: Sequence[Any]) -> bool:
     """Whether all of an SDK's futures have their answers."""
-    return all(_done(one) for one in requests)
+    return all(arrived(one) for one in requests)
 
 
-def _done(sent: Any) -> bool:
-    """Whether an SDK's future has its answer; one that cannot say has not."""
-    inner = sent.future() if hasattr(sent, "future") else sent
-    return bool(inner.done()) if hasattr(inner, "done") else False
+async def _arrival(request: Any) -> None:
+    """Wait for the answer to one request, and touch nothing of it: what is cancelled is this wait alone."""
+    inner = request.future() if hasattr(request, "future") else request
+    if not hasattr(inner, "add_done_callback"):
+        await asyncio.to_thread(request.result)
+        return
+    loop, here = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_: Any) -> None:
+        with suppress(RuntimeError):  # the loop has been closed since
+            loop.call_soon_threadsafe(here.set)
+
+    inner.add_done_callback(wake)
+    await here.wait()

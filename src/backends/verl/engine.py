@@ -197,7 +197,7 @@ class VerlEngine(Engine):
         self.weights_version, self._half_stepped = int(known["weights_version"]), False
         return Ledger(operations=known["operations"] if everything else 0)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         self.clear()
 
     def _dealt(self, call: PreparedCall, cotangents: Mapping[int, Tensor]) -> tuple[Share, list[int], Any]:

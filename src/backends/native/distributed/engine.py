@@ -165,9 +165,9 @@ class DistributedEngine(Engine):
 
         return back
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         self._shards.release()
-        self.local.close()
+        self.local.close(timeout)
 
     def gather(self) -> None:
         """Hold the weights whole on every rank until they change."""
