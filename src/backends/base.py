@@ -120,8 +120,8 @@ class Backend:
         Args:
             params: hyperparameters of this step.
             grad_accumulation_normalization: None: the losses' own deferred denominator, if any. ``num_loss_tokens``,
-                ``num_sequences``: tokens, or sequences, with a non-zero cotangent, for raw sums. ``auto``: what the
-                registered losses declare.
+                ``num_sequences``: tokens, or sequences, with a non-zero cotangent, for raw sums; a number: that. ``auto``:
+                what the registered losses declare.
 
         Raises (by the future):
             PrecedingOperationFailed: a gradient operation failed and its error has not been retrieved.

@@ -130,9 +130,11 @@ class Ledger:
         mode = self.resolve(mode)
         if mode is None:
             return self._deferred()
-        if mode not in ("num_loss_tokens", "num_sequences"):
+        given = isinstance(mode, (int, float)) and not isinstance(mode, bool) and 0 < mode < float("inf")
+        if not given and mode not in ("num_loss_tokens", "num_sequences"):
             raise ConfigError(
-                f"grad_accumulation_normalization must be None, 'auto', 'num_loss_tokens' or 'num_sequences', got {mode!r}"
+                "grad_accumulation_normalization must be None, 'auto', 'num_loss_tokens', 'num_sequences' or a number above 0, "
+                f"got {mode!r}"
             )
         means = [e.loss for e, declared in zip(self.entries, self.declared, strict=True) if declared is None]
         if means:
@@ -140,6 +142,8 @@ class Ledger:
                 f"{means[0]} is already a mean; {mode!r} would divide a second time; leave "
                 "grad_accumulation_normalization unset, or give the loss aggregation='sum'"
             )
+        if given:
+            return Divisor(float(mode), f"{mode:g}, as given")
         count = self.tokens if mode == "num_loss_tokens" else self.sequences
         return Divisor(float(count), f"{mode} over {_calls(self.entries)}")
 

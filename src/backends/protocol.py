@@ -23,7 +23,7 @@ from .types import (
 
 __all__ = ["CustomLoss", "NormalizationMode", "PolicyBackend", "ReferenceModel", "SamplingBackend", "TrainerBackend"]
 
-NormalizationMode: TypeAlias = Literal["num_loss_tokens", "num_sequences", "auto"] | None
+NormalizationMode: TypeAlias = Literal["num_loss_tokens", "num_sequences", "auto"] | float | None
 CustomLoss: TypeAlias = Callable[[Sequence[Any], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
 
