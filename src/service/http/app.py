@@ -159,6 +159,7 @@ class _App:
         base = self.models.base
         model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
         ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True, "starts_at_base": True}
+        ours["takes_divisor"] = True
         return {"supported_models": [model], "pullback": ours}
 
     def _post(self, path: str, handler: Handler) -> Any:

@@ -201,13 +201,13 @@ def _step_of(body: Json) -> tuple[AdamParams, Any]:
     given.pop("emit_grad_norm_metrics", None)
     if given.pop("type", "adamw") != "adamw":
         raise ConfigError(f"this server's optimizer is adamw, got {body['optimizer_params']['type']!r}")
-    mode = body.get("grad_accumulation_normalization") or given.pop("grad_accumulation_normalization", None) or "none"
-    if mode not in _MODES:
-        raise ConfigError(f"grad_accumulation_normalization must be one of {sorted(_MODES)}, got {mode!r}")
+    mode = body.get("grad_accumulation_normalization") or given.pop("grad_accumulation_normalization", "none")
+    if not isinstance(mode, (str, int, float)) or (isinstance(mode, str) and mode not in _MODES):
+        raise ConfigError(f"grad_accumulation_normalization must be a number or one of {sorted(_MODES)}, got {mode!r}")
     unknown = sorted(set(given) - {field.name for field in fields(AdamParams)})
     if unknown:
         raise ConfigError(f"the optimizer's parameters have keys that this server does not know: {unknown}")
-    return AdamParams(**given), _MODES[mode]
+    return AdamParams(**given), _MODES[mode] if isinstance(mode, str) else mode
 
 
 def _settled(future: Future[T], encode: Callable[[T], Answer]) -> Answer:
