@@ -33,6 +33,8 @@ class RemoteAccumulator:
     Attributes:
         held_back: datums and cotangents that have not been sent.
         sent: names of the losses whose gradients the service has.
+        named_mean: name of the mean that the service counts, and divides at the step.
+        counted_mean: name of the mean that is counted here, and that the service is told to divide.
         own_count: name of the mean that was divided by its own count and must therefore stay alone.
         unknown: why nobody knows what the service holds.
     """
@@ -41,13 +43,15 @@ class RemoteAccumulator:
     deferred: bool
     held_back: list[tuple[Datum, Tensor]] = field(default_factory=list)
     sent: list[str] = field(default_factory=list)
+    named_mean: str | None = None
+    counted_mean: str | None = None
     own_count: str | None = None
     unknown: str | None = None
 
     def by_name(self, call: PreparedCall) -> bool:
         """Whether the service is to compute this loss: it knows it, and has to know nothing else."""
         loss = call.registered
-        if loss is None or not call.by_name or call.counts is not None or self.deferred:
+        if loss is None or not call.by_name or call.counts is not None or self.deferred or self.counted_mean:
             return False
         return self.capabilities.knows(loss) and config_of(loss) is not None
 
@@ -60,6 +64,13 @@ class RemoteAccumulator:
         if self.deferred:
             return call.denominator
         mean = call.denominator != "none"
+        if mean and self.capabilities.takes_divisor:
+            if self.named_mean and not self.by_name(call):
+                raise UnsupportedError(
+                    f"{call.name}: the service counts what it divides {self.named_mean} by, and this call is counted "
+                    "here; give both to forward_backward, or both to forward_backward_custom"
+                )
+            return call.denominator
         if self.own_count is not None or (mean and self.sent and not self.by_name(call)):
             raise UnsupportedError(
                 f"{call.name}: this service adds gradients up and cannot divide at optim_step, and it already has those of "
@@ -70,8 +81,15 @@ class RemoteAccumulator:
 
     def add(self, call: PreparedCall) -> None:
         """Note a gradient that the service has, or will have."""
+        named = self.by_name(call)
         self.sent.append(call.name)
-        if not self.deferred and call.denominator != "none" and not self.by_name(call):
+        if self.deferred or call.denominator == "none":
+            return
+        if named:
+            self.named_mean = call.name
+        elif self.capabilities.takes_divisor:
+            self.counted_mean = call.name
+        else:
             self.own_count = call.name
 
     def hold_back(self, call: PreparedCall, cotangents: Cotangents) -> None:
@@ -110,6 +128,12 @@ class RemoteAccumulator:
             raise UnsupportedError(
                 f"this service has no normalisation, so {mode!r} must be applied here: connect with defer_backward=True"
             )
+        if isinstance(mode, (int, float)) and not self.capabilities.takes_divisor:
+            raise UnsupportedError(
+                f"this service takes no number to divide by, so {mode!r} must be applied here: connect with defer_backward=True"
+            )
+        if self.counted_mean is not None:
+            return Divisor(1.0 if divisor.value else 0.0, f"{divisor.reason}, at the service", divisor.value)
         if mode is not None or ledger.denominator not in (None, "none"):
             return Divisor(1.0, f"{mode or ledger.denominator}, at the service", mode)
         return Divisor(1.0, f"{self.own_count} by its own count" if self.own_count else divisor.reason)
@@ -129,7 +153,8 @@ class RemoteAccumulator:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.held_back, self.sent, self.own_count = [], [], None
+        self.held_back, self.sent = [], []
+        self.named_mean = self.counted_mean = self.own_count = None
 
 
 def weighted_datums(held_back: Sequence[tuple[Datum, Tensor]], divisor: float) -> list[Datum]:

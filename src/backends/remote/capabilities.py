@@ -24,6 +24,9 @@ PROTOCOL_LOSSES: Final = frozenset({"cross_entropy", "importance_sampling", "ppo
 _PROTOCOL_KEYS: Final = frozenset({"clip_low_threshold", "clip_high_threshold"})  # others would be ignored, or refused
 
 
+_FLAGS: Final = ("normalizes", "takes_divisor", "keeps_graphs", "starts_at_base")  # that a service of ours says
+
+
 @final
 @dataclass(frozen=True)
 class Capabilities:
@@ -33,6 +36,8 @@ class Capabilities:
         losses: names of losses that it computes as this library defines them.
         divides: it knows means: it divides what has accumulated once, by the total count. Otherwise only sums go by name.
         normalizes: its ``optim_step`` takes ``grad_accumulation_normalization``.
+        takes_divisor: its ``optim_step`` divides by a number that it is told, so that means whose counts are known here may be
+            many calls.
         weighs: its policy losses read ``weights``; otherwise these are multiplied into the advantages.
         max_length: longest datum, tokens; None = not known.
         max_weight_sum: largest sum of weights up to which its cross-entropy is a sum (a mean clamped at 1: 1.0); None = any.
@@ -44,6 +49,7 @@ class Capabilities:
     losses: frozenset[str] = PROTOCOL_LOSSES
     divides: bool = False
     normalizes: bool = False
+    takes_divisor: bool = False
     weighs: bool = False
     max_length: int | None = None
     max_weight_sum: float | None = None
@@ -90,7 +96,7 @@ def detect(url: str, key: str, base_model: str, plain: Capabilities | None = Non
     ours = said.get("pullback")
     if not isinstance(ours, dict) or not isinstance(ours.get("losses"), list):
         return capabilities
-    flags = {name: bool(ours.get(name, False)) for name in ("normalizes", "keeps_graphs", "starts_at_base")}
+    flags = {name: bool(ours.get(name, False)) for name in _FLAGS}
     return replace(capabilities, losses=frozenset(ours["losses"]), divides=True, weighs=True, **flags)
 
 

@@ -63,7 +63,11 @@ def connect(
     key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")
     if options.get("capabilities") is None:
         capabilities = detect(service, key, base_model, chosen.plain)
-        options["capabilities"] = replace(capabilities, normalizes=capabilities.normalizes and chosen.normalizes)
+        options["capabilities"] = replace(
+            capabilities,
+            normalizes=capabilities.normalizes and chosen.normalizes,
+            takes_divisor=capabilities.takes_divisor and chosen.sends_divisor,
+        )
     else:
         ask_capabilities(service, key, must_answer=False)  # what is no service is said now; the SDK would take minutes
     liveness = Liveness(service)

@@ -179,7 +179,8 @@ class RemoteEngine(Engine):
         if self._capabilities.max_weight_sum is None:
             self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
         self.accumulator.add(call)
-        return _gradient(call, local.logprobs, local.cotangents, local.sent)
+        sent = None if self._capabilities.takes_divisor else local.sent
+        return _gradient(call, local.logprobs, local.cotangents, sent)
 
     def _held_back(self, call: PreparedCall) -> Gradient:
         request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
@@ -200,7 +201,7 @@ class RemoteEngine(Engine):
 def _gradient(
     call: PreparedCall, logprobs: Sequence[Tensor], cotangents: Cotangents, sent: Sequence[Tensor] | None = None
 ) -> Gradient:
-    """Return what was held back, to be divided at the step, or ``sent`` divided."""
+    """Return what is to be divided at the step, or what was divided when it was ``sent``."""
     output = call.output(logprobs, summarize([cotangents]))
     waits = (cotangents.denominator, cotangents.count) if sent is None else ("none", 1.0)
     own = cotangents.by_datum if sent is None else dict(enumerate(sent))

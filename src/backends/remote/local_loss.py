@@ -21,7 +21,7 @@ class LocalLoss:
     Attributes:
         error: why there is no gradient.
         cotangents: not divided yet.
-        sent: the cotangents as they go back, divided by the call's own count.
+        sent: the cotangents as they go back: divided by the call's own count, unless the service divides at the step.
         logprobs: what the service's forward gave.
     """
 
@@ -37,7 +37,8 @@ class LocalLoss:
         try:
             self.logprobs = [x.detach().clone() for x in logprobs]
             self.cotangents = evaluate_all(self._call, self.logprobs)
-            divided = [c / (self.cotangents.count or 1.0) for c in self.cotangents.by_datum.values()]
+            count = 1.0 if self._capabilities.takes_divisor else self.cotangents.count or 1.0
+            divided = [c / count for c in self.cotangents.by_datum.values()]
             self._capabilities.require_fits(divided)
             self.sent = going_back = divided
         except Exception as error:

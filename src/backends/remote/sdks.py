@@ -29,6 +29,7 @@ class Sdk(Protocol):
         name: of the SDK, and of the extra that installs it.
         plain: what a service can do by itself that says no more than that it speaks this SDK's protocol.
         normalizes: it can ask for a normalisation where the service has one.
+        sends_divisor: it can ask for a division by a number.
     """
 
     name: str
@@ -36,6 +37,9 @@ class Sdk(Protocol):
 
     @property
     def normalizes(self) -> bool: ...
+
+    @property
+    def sends_divisor(self) -> bool: ...
 
     def key(self, api_key: str | None) -> str:
         """Return the key that the SDK would send."""
@@ -53,7 +57,7 @@ class Sdk(Protocol):
         """Return datums as the SDK's."""
         ...
 
-    def step(self, trainer: Any, params: AdamParams, mode: str | None) -> Any:
+    def step(self, trainer: Any, params: AdamParams, mode: str | float | None) -> Any:
         """Begin an optimizer step; with ``mode`` (``none`` included) where the service divides."""
         ...
 
@@ -113,12 +117,16 @@ class TinkerSdk:
         return self._open_params is not None
 
     @property
+    def sends_divisor(self) -> bool:
+        return self.normalizes
+
+    @property
     def _open_params(self) -> Any:
         """The SDK's parameters of any optimizer; None in releases that know one optimizer only."""
         optimizers = getattr(self._types.types, "optimizer", None)
         return getattr(optimizers, "OptimParamsBase", None)
 
-    def step(self, trainer: Any, params: AdamParams, mode: str | None) -> Any:
+    def step(self, trainer: Any, params: AdamParams, mode: str | float | None) -> Any:
         given = {name: getattr(params, name) for name in _ADAM}
         if mode is None:
             return trainer.optim_step(self._types.AdamParams(**given))
@@ -160,6 +168,7 @@ class FireworksSdk:
     name = "fireworks"
     plain = Capabilities(losses=frozenset({"cross_entropy"}), normalizes=True)
     normalizes = True
+    sends_divisor = False  # its field has names only
 
     def __init__(self) -> None:
         self._base: Any = None
@@ -184,7 +193,7 @@ class FireworksSdk:
     def datums(self, data: Sequence[Datum]) -> list[Any]:
         return to_fireworks(data)
 
-    def step(self, trainer: Any, params: AdamParams, mode: str | None) -> Any:
+    def step(self, trainer: Any, params: AdamParams, mode: str | float | None) -> Any:
         asked = {} if mode is None else {"grad_accumulation_normalization": mode}
         return trainer.optim_step(self._types.AdamParams(**{name: getattr(params, name) for name in _ADAM}), **asked)
 
