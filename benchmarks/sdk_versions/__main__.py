@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, Final
@@ -33,8 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--wheels", type=Path, help="a folder that has been filled by pip download --no-deps")
     arguments = parser.parse_args(argv)
+    found = {}
     with own_service(_MODEL, _MODEL, 1024) as url:
-        found = {release: _tried(release, url, arguments.wheels) for release in arguments.releases}
+        for release in arguments.releases:
+            found[release] = _tried(release, url, arguments.wheels)
+            _finish_sessions(url)
     print(_table(found))
     print(json.dumps({"benchmark": "sdk_versions", "releases": found}))
     return sum(any(step != "ok" for step in steps.values()) for steps in found.values())
@@ -73,6 +77,14 @@ def _tried(release: str, url: str, wheels: Path | None) -> dict[str, str]:
     steps: dict[str, str] = json.loads(lines[-1])
     print(release, {name: outcome for name, outcome in steps.items() if outcome != "ok"} or "ok", lacking, flush=True)
     return steps
+
+
+def _finish_sessions(url: str) -> None:
+    """Let go of the models of every session: older releases leave theirs to the server."""
+    with urllib.request.urlopen(f"{url}/api/v1/sessions?limit=1000") as answer:
+        sessions = json.load(answer)["sessions"]
+    for session in sessions:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/api/v1/sessions/{session}/finish", method="POST")).close()
 
 
 def _lacking(folder: str) -> str:
