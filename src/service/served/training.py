@@ -22,6 +22,7 @@ from ..limits import Limits
 from ..quotas import Quota
 from ..wire.protobuf import GradientRequest, encode_output
 from .graph_cache import GraphCache, datum_keys
+from .recorded import with_provenance
 from .registry import ServedModels
 from .sessions import Sessions
 
@@ -77,6 +78,7 @@ class Training:
             backend = self._models.backend(model_id, scores_only=request.forward_only)
             data = request.data()
             self._limits.check_data(data)
+            data = with_provenance(request, data)
             self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
             if request.forward_only:
                 return self._forward(backend, model_id, data, request)

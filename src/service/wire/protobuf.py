@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
 from ...errors import DatumError, require_extra
+from .provenance import Provenance
 from .sparse import SparseRows
 
 __all__ = [
@@ -37,7 +38,9 @@ EncodedText: 1 tokens bytes
 Image: 1 data bytes; 2 format string; 3 expected_tokens int32 ?
 Dmel: 1 dmel bytes
 Chunk: 1 encoded_text EncodedText |chunk; 2 image Image |chunk; 3 dmel Dmel |chunk
-Datum: 1 model_input Chunk *; 2 loss_fn_inputs map<Tensor>
+Run: 1 sequence_id string; 2 offset int64; 3 length int64
+Span: 1 prompt_tokens Run |span; 2 sampled_tokens Run |span
+Datum: 1 model_input Chunk *; 2 loss_fn_inputs map<Tensor>; 3 model_input_spans Span *; 4 loss_fn_input_spans Span *
 ForwardBackwardRequest: 1 model_id string; 2 seq_id int32; 3 data Datum *; 4 loss_fn string; 5 loss_fn_config map<double>; \
 6 forward_only bool; 7 loss_fn_config_v2 map<LossConfigValue>
 TopkLogprobs: 1 token_ids bytes; 2 logprobs bytes; 3 k uint32; 4 length uint32
@@ -81,6 +84,7 @@ class GradientRequest:
         forward_only: no gradient.
         custom: it is, or may be, one half of the SDK's custom loss.
         data: reads the datums; raises `DatumError` if they cannot be read.
+        provenance: reads where the tokens of each datum came from; none at all where the form does not carry it.
     """
 
     model_id: str
@@ -91,6 +95,7 @@ class GradientRequest:
     forward_only: bool
     custom: bool
     data: Callable[[], list[Datum]]
+    provenance: Callable[[], list[Provenance | None]] = list
 
 
 def decode_request(body: bytes, custom: bool = False) -> GradientRequest:
@@ -116,6 +121,7 @@ def decode_request(body: bytes, custom: bool = False) -> GradientRequest:
         forward_only=request.forward_only,
         custom=custom,
         data=lambda: [_datum(datum, i) for i, datum in enumerate(request.data)],
+        provenance=lambda: [Provenance.of(d.model_input_spans, d.loss_fn_input_spans) for d in request.data],
     )
 
 
