@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="a folder that has been filled by pip download --no-deps")
     arguments = parser.parse_args(argv)
     found = {}
-    with own_service(_MODEL, _MODEL, 1024) as url:
+    with own_service(_MODEL, _MODEL, 1024) as service:
         for release in arguments.releases:
-            found[release] = _tried(release, url, arguments.wheels)
-            _finish_sessions(url)
+            found[release] = _tried(release, service.url, arguments.wheels)
+            _finish_sessions(service.url)
     print(_table(found))
     print(json.dumps({"benchmark": "sdk_versions", "releases": found}))
     return sum(any(step != "ok" for step in steps.values()) for steps in found.values())
