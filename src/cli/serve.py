@@ -24,6 +24,7 @@ from .models import MODEL_HELP, default_device, load_named
 __all__ = ["add_parser", "load_base"]
 
 _KEYS = "PULLBACK_API_KEYS"
+_TOKENIZERS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def add_parser(commands: Any) -> None:
@@ -31,6 +32,11 @@ def add_parser(commands: Any) -> None:
     serve = commands.add_parser("serve", help="serve a model to clients of the Tinker training API")
     serve.add_argument("--model", default="smollm2", help=MODEL_HELP)
     serve.add_argument("--name", help="what clients call it (default: the model as given)")
+    serve.add_argument(
+        "--tokenizer",
+        help="what clients are told to load its tokenizer by: the id of a public repository, or a folder that they have "
+        f"(default: {_TOKENIZERS['smollm2']} for smollm2, else nothing, and they try the name)",
+    )
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8765)
     serve.add_argument("--dtype", default="float32")
@@ -91,5 +97,10 @@ def load_base(arguments: argparse.Namespace) -> Base:
         ConfigError: there is no such model.
     """
     loaded = load_named(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    tokenizer = None if loaded.tokenizer is None else str(loaded.folder)
-    return Base(arguments.name or arguments.model, loaded.model, tokenizer, {"token_budget": arguments.token_budget})
+    return Base(
+        arguments.name or arguments.model,
+        loaded.model,
+        getattr(arguments, "tokenizer", None) or _TOKENIZERS.get(arguments.model),
+        {"token_budget": arguments.token_budget},
+        tokenizer_folder=None if loaded.tokenizer is None else str(loaded.folder),
+    )

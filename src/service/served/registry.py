@@ -38,10 +38,12 @@ class Base:
     Args:
         name: what clients call it.
         model: a transformers causal language model.
-        tokenizer_id: a folder that its tokenizer can be loaded from, for clients; None if there is none.
+        tokenizer_id: what clients load its tokenizer by, on whichever machine they are, such as the id of a public repository;
+            None: they are told nothing, and the SDK tries the model's name.
         options: of every `TorchBackend`.
         attention, mlp, unembed: names of the layers that ``train_attn``, ``train_mlp`` and ``train_unembed`` mean; where
             none are given, those of the model, whatever their names.
+        tokenizer_folder: where this server loads the tokenizer from; None: by ``tokenizer_id``.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Base:
     attention: Sequence[str] = ATTENTION
     mlp: Sequence[str] = MLP
     unembed: Sequence[str] = UNEMBED
+    tokenizer_folder: str | None = None
 
     def adapted(self, lora: LoraChoice | Path) -> HFModel:
         """Return a model with an adapter of its own; its frozen weights are the base's, not copies.
@@ -93,9 +96,10 @@ class Base:
         Raises:
             ConfigError: this server has none.
         """
-        if self.tokenizer_id is None:
+        place = self.tokenizer_folder or self.tokenizer_id
+        if place is None:
             raise ConfigError("strings need a tokenizer, and this server has none for its model: give token ids")
-        return _tokenizer(self.tokenizer_id)
+        return _tokenizer(place)
 
     def copy(self) -> nn.Module:
         """Return the modules anew around the same tensors."""
