@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,18 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     member = Member(ServedModels(spread(base, mesh, arguments.timeout), root), mesh, arguments.timeout)
     if member.first:
+        signal.signal(signal.SIGTERM, _end)
         with leading(member) as models:
             _serve(models, keys, arguments)
     else:
         follow(member)
     torch.distributed.destroy_process_group()
     return 0
+
+
+def _end(number: int, _: object) -> None:
+    """End as the signal wants it, but through what lets the other processes end."""
+    raise SystemExit(128 + number)
 
 
 def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace) -> None:

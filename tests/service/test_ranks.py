@@ -1,0 +1,128 @@
+"""A service of two processes trains as one process does, and a failure of the second one is everybody's, in words."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranked_service import RankedService, asked, gradient, one_process, ranked, trained
+from servers import KEY, SDK_WARNINGS, new_model, rest
+from service_rank import KILLED_TOKEN, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
+
+from pullback.service import serving
+
+pytestmark = [
+    *SDK_WARNINGS,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
+GOOD = gradient([3, 4, 5, 6], [2, 4, 5], [7, 2])
+STEP = {"adam_params": {"learning_rate": 1e-2}}
+EXACT = 1e-10  # fp64; log-probs and inputs go over the wire in fp32
+WIRE = 1e-6
+AGAIN = "this server has lost one of its processes, .* so the server must be started again"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankedService]:
+    with pytest.MonkeyPatch.context() as patch, ranked(tmp_path_factory.mktemp("two")) as service:
+        patch.setenv("TINKER_TELEMETRY", "0")
+        yield service
+
+
+def test_the_numbers_of_one_process(two: RankedService, tmp_path: Path) -> None:
+    """Two adapters, built-in and custom losses, a load in between: log-probs, metrics, weights and moments are the same."""
+    models = one_process(tmp_path)
+    with serving(models, keys=[KEY]) as url:
+        numbers, saved = trained(url, models.checkpoints.root)
+    found, theirs = trained(two.url, two.root)
+    assert found == pytest.approx(numbers, rel=WIRE, abs=WIRE)
+    assert theirs.keys() == saved.keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (NO_MEMORY_RANK, "failed on rank 1 .nothing has changed on any rank.: OutOfMemoryError: planted"),
+        (SKIPPED_RANK, "rank 0 is at 'TorchBackend: .*, rank 1 at 'create of .*: conclusion'"),
+    ],
+    ids=["no memory", "skipped"],
+)
+def test_a_model_is_made_on_all_processes_or_on_none(rank: int, words: str, two: RankedService) -> None:
+    """What the second process cannot make, or does not, is refused in words; the next model is made and trained."""
+    with rest(two.url) as http:
+        session, refused = new_model(http, rank=rank)
+        assert refused["category"] == "server"
+        assert re.search(words, refused["error"]), refused
+        missing = http.post("forward_backward", json={"model_id": f"{session}:train:0", "seq_id": 1, **GOOD})
+        assert missing.status_code == 404
+        _, made = new_model(http)
+        assert asked(http, made["model_id"], "forward_backward", 1, **GOOD)["metrics"]["tokens:sum"] == 9
+
+
+def test_a_skipped_step_is_noticed_and_not_half_made(two: RankedService) -> None:
+    """No process has made it: the next step, with the gradient that is still there, is that of a model without it."""
+    with rest(two.url) as http:
+        norms = []
+        for skipped in (True, False):
+            _, made = new_model(http, seed=7)
+            asked(http, made["model_id"], "forward_backward", 1, **GOOD)
+            if skipped:
+                refused = asked(http, made["model_id"], "optim_step", 2, adam_params={"learning_rate": SKIPPED_RATE})
+                assert "has ended otherwise on rank 1 than on rank 0" in refused["error"]
+                assert refused["category"] == "server"
+            first = asked(http, made["model_id"], "optim_step", 2 + skipped, **STEP)
+            asked(http, made["model_id"], "forward_backward", 3 + skipped, **GOOD)
+            second = asked(http, made["model_id"], "optim_step", 4 + skipped, **STEP)
+            norms.append((first["metrics"]["grad_norm"], second["metrics"]["grad_norm"]))
+        assert norms[0] == pytest.approx(norms[1], rel=EXACT)
+
+
+def test_a_mistake_of_the_client_is_not_the_servers(two: RankedService) -> None:
+    """Every process refuses it; the first one's words are the answer, and training goes on."""
+    with rest(two.url) as http:
+        _, made = new_model(http)
+        refused = asked(http, made["model_id"], "forward_backward", 1, **gradient([3, 4], [2, 10**6]))
+        assert refused["category"] == "user"
+        assert "datum 1" in refused["error"]
+        assert "rank" not in refused["error"]
+        assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
+
+
+def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -> None:
+    """The words say that the server must be started again; the checkpoint from before is whole, and loads on one process."""
+    with ranked(tmp_path) as service, rest(service.url) as http:
+        session, made = new_model(http, seed=7)
+        model = made["model_id"]
+        asked(http, model, "forward_backward", 1, **GOOD)
+        asked(http, model, "optim_step", 2, **STEP)
+        path = asked(http, model, "save_weights", 3, path="whole")["path"]
+        lost = asked(http, model, "forward_backward", 4, **gradient([KILLED_TOKEN, 4, 5], [2, 4]))
+        after = [
+            asked(http, model, "optim_step", 5, **STEP),
+            asked(http, model, "save_weights", 6, path="none"),
+            new_model(http)[1],
+        ]
+        for refused in (lost, *after):
+            assert re.search(AGAIN, refused["error"])
+            assert refused["category"] == "server"
+        assert [one["tinker_path"] for one in http.get("checkpoints").json()["checkpoints"]] == [path]
+        assert http.post(f"sessions/{session}/finish").status_code == 204, "what is left of the server still answers"
+        assert service.end()[1] == -signal.SIGKILL
+    models = one_process(tmp_path)
+    models.checkpoints.root = service.root
+    with serving(models) as url, rest(url) as http:
+        _, made = new_model(http)
+        assert asked(http, made["model_id"], "load_weights", 1, path=path, optimizer=True)["path"] == path
+        assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
+
+
+def test_both_processes_end_when_the_first_one_does(two: RankedService) -> None:
+    """Asked to end, rank 0 ends, and rank 1 without an error (this is the last test of these processes)."""
+    assert two.end()[1] == 0
