@@ -35,6 +35,7 @@ PullbackError
 |-- ServiceError (RuntimeError)         the service was asked for what it does not have
 |   |-- NotFoundError                   there is no such model, session, sampler or checkpoint of this key
 |   |-- BusyError                       the service has too much to do; ask again later
+|   |-- StorageError                    the service's disk is full, cannot be written, or holds what is damaged
 |   `-- TooLargeError                   a request is over a limit of the service
 `-- MissingExtraError (ImportError)     an optional dependency is not installed
 """
@@ -211,6 +212,10 @@ class NotFoundError(ServiceError):
 
 class BusyError(ServiceError):
     """The service has too much to do; the same request may be sent again later."""
+
+
+class StorageError(ServiceError):
+    """The disk of the service refuses: it is full or cannot be written, another server uses it, or its journal is damaged."""
 
 
 class TooLargeError(ServiceError):

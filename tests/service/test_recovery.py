@@ -14,7 +14,8 @@ from servers import MODEL, Direct, tiny_models
 
 from pullback.errors import ServiceError
 from pullback.service import serving
-from pullback.service.durability.journal import Failure, Journal, lock_folder
+from pullback.service.durability.journal import Failure, Journal
+from pullback.service.durability.storage import lock_folder
 
 
 def train(direct: Direct, number: int) -> int:

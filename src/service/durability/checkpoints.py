@@ -6,11 +6,15 @@ import hashlib
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, final
 
 from ...backends.native.checkpoint_files import require_name
 from ...errors import CheckpointError
+from .descriptions import Description
 
 __all__ = ["Checkpoints"]
 
@@ -18,6 +22,8 @@ _SCHEME: Final = "tinker://"
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,244}")  # longer ones could not be saved, nor looked for
 _EXPORTED: Final = "external_weights"
 _KINDS: Final = ("weights", "sampler_weights", _EXPORTED)
+_MANIFEST: Final = "manifest.json"
+_MODEL: Final = re.compile(r"_train_(\d+)$")  # the end of a model's folder
 _ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
 
 
@@ -27,10 +33,11 @@ class Checkpoints:
 
     Args:
         root: ``root / model id / kind / name``.
+        clock: seconds of the epoch.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
+        self.root, self.clock = root, clock
 
     def uri(self, model: str, kind: str, name: str) -> str:
         """Return the URI of a checkpoint.
@@ -60,8 +67,8 @@ class Checkpoints:
             )
         return parts[0], parts[1], parts[2]
 
-    def locate(self, uri: str) -> Path:
-        """Return the folder of a checkpoint.
+    def place(self, uri: str) -> Path:
+        """Return the folder of a checkpoint, whether its time to live has passed or not.
 
         Raises:
             CheckpointError: there is none.
@@ -69,7 +76,9 @@ class Checkpoints:
         model, kind, name = self.parts(uri)
         path = self.folder(model, kind) / name
         if not path.is_dir():
-            raise CheckpointError(f"there is no checkpoint {uri}")
+            raise CheckpointError(
+                f"there is no checkpoint {uri}; it may have been deleted, or its time to live has passed"
+            )
         return path
 
     def loadable(self, uri: str) -> Path:
@@ -83,21 +92,43 @@ class Checkpoints:
             raise CheckpointError(f"{uri} was exported for download; load a checkpoint that save_state has written")
         return path
 
+    def locate(self, uri: str) -> Path:
+        """Return the folder of a checkpoint that may be loaded.
+
+        Raises:
+            CheckpointError: there is none, or its time to live has passed.
+        """
+        path = self.place(uri)
+        said = Description.read(path)
+        if said is not None and said.expires is not None and said.expires <= self.clock():
+            moment = datetime.fromtimestamp(said.expires, UTC).isoformat(timespec="seconds")
+            raise CheckpointError(f"the time to live of {uri} ended at {moment}: it cannot be loaded any more")
+        return path
+
+    def all(self) -> Iterator[tuple[str, Path]]:
+        """All checkpoints on the disk: the URI of each, as far as its folders tell, and its folder."""
+        for kind in _KINDS:
+            for path in sorted(self.root.glob(f"*/{kind}/[!.]*")):
+                said = Description.read(path)
+                model = _MODEL.sub(r":train:\1", path.parent.parent.name) if said is None else said.model
+                if (path / _MANIFEST).is_file() and self.folder(model, kind) == path.parent:
+                    yield self.uri(model, kind, path.name), path
+
     def size(self, uri: str) -> int:
         """Bytes of a checkpoint."""
-        return sum(file.stat().st_size for file in self.locate(uri).iterdir())
+        return sum(file.stat().st_size for file in self.place(uri).iterdir())
 
     def fingerprint(self, uri: str) -> str:
         """Digest of a checkpoint's manifest, which names the digests of its files; empty if there is no checkpoint."""
         try:
-            manifest = self.locate(uri) / "manifest.json"
+            manifest = self.place(uri) / _MANIFEST
         except CheckpointError:
             return ""
         return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else ""
 
     def delete(self, uri: str) -> None:
         """Remove a checkpoint, at once and as a whole."""
-        path = self.locate(uri)
+        path = self.place(uri)
         gone = path.with_name(f".{path.name}.gone")
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(path, gone)

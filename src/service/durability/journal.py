@@ -6,72 +6,27 @@ Written before a client hears of it, so that a server that was killed knows afte
 from __future__ import annotations
 
 import json
-import sqlite3
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
-from ...errors import ServiceError
+from .answers import ACCEPTED, OPERATION, Accepted, Answer, Failure, Operation, accepted_of, encoded, operation_of
 from .checkpoints import Checkpoints
+from .database import Database
+from .schema import answer_checksum, checksum, is_whole
 
-__all__ = ["Answer", "Failure", "Journal", "Operation", "lock_folder"]
+__all__ = ["ANSWER_SECONDS", "Accepted", "Answer", "Failure", "Journal", "Operation"]
 
-_VERSION: Final = 1
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS sessions (
-  id TEXT PRIMARY KEY, owner TEXT NOT NULL, metadata TEXT NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS models (
-  id TEXT PRIMARY KEY, session TEXT NOT NULL, owner TEXT NOT NULL, lora TEXT NOT NULL, metadata TEXT NOT NULL,
-  origin TEXT, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS samplers (
-  id TEXT PRIMARY KEY, owner TEXT NOT NULL, path TEXT, durable INTEGER NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS checkpoints (
-  uri TEXT PRIMARY KEY, model TEXT NOT NULL, owner TEXT NOT NULL, number INTEGER NOT NULL, bytes INTEGER NOT NULL,
-  metadata TEXT NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS saves (
-  model TEXT NOT NULL, number INTEGER NOT NULL, uri TEXT NOT NULL, before TEXT NOT NULL, metadata TEXT NOT NULL,
-  PRIMARY KEY (model, number));
-CREATE TABLE IF NOT EXISTS operations (
-  request TEXT PRIMARY KEY, owner TEXT NOT NULL, line TEXT NOT NULL, number INTEGER, digest TEXT NOT NULL,
-  kind TEXT NOT NULL, form TEXT, answer BLOB, created REAL NOT NULL, UNIQUE (line, number));
-CREATE INDEX IF NOT EXISTS unfinished ON operations (form) WHERE form IS NULL;
-CREATE INDEX IF NOT EXISTS by_age ON operations (created) WHERE answer IS NOT NULL;
-"""
-
-
-@final
-@dataclass(frozen=True)
-class Failure:
-    """What a client reads of a failed operation.
-
-    Attributes:
-        text: the error's.
-        category: whose fault it is, ``user`` or ``server``.
-    """
-
-    text: str
-    category: str
-
-
-Answer: TypeAlias = bytes | dict[str, Any] | Failure
-
-
-@final
-@dataclass(frozen=True)
-class Operation:
-    """One accepted operation of one queue; ``answer`` is None until it has ended, ``expired`` if its answer was thrown away."""
-
-    request: str
-    owner: str
-    queue: str
-    number: int | None
-    digest: str
-    kind: str
-    answer: Answer | None
-    expired: bool
+_NEWEST: Final = "ORDER BY created DESC, {} LIMIT ? OFFSET ?"
+ANSWER_SECONDS: Final = 24 * 3600.0  # that an answer can be read
+_ALL: Final = -1  # as a limit
+_BATCH: Final = 500  # answers of one transaction: whoever writes waits no longer than for these
+_FORGET: Final = (
+    "UPDATE operations SET answer = NULL, answer_checksum = answer_checksum(request, form, NULL) "
+    "WHERE request IN (SELECT request FROM operations WHERE answer IS NOT NULL AND created < ? LIMIT ?) RETURNING 1"
+)
+Row: TypeAlias = dict[str, Any]
 
 
 @final
@@ -79,100 +34,170 @@ class Journal:
     """One SQLite file (WAL); safe to use from several threads.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file; its folder is made. See `Database` for what happens to one that is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        (known,), (tables,) = (
-            self._db.execute(q).fetchone() for q in ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        )
-        if tables and known != _VERSION:
-            raise ServiceError(
-                f"{path} is a journal of version {known}, and this server writes {_VERSION}: serve from another folder"
-            )
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")  # survives the process; what must survive the machine says so
-        self._db.executescript(_SCHEMA)
-        self._db.execute(f"PRAGMA user_version={_VERSION}")
+        self.database = Database(path)
+
+    @property
+    def caveat(self) -> str:
+        """What to add where something is not found; empty, or in brackets what has happened to the journal."""
+        words = self.database.caveat
+        return f" ({words})" if words else ""
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._db.close()
+        self.database.close()
 
     def add_session(self, session: str, owner: str, metadata: Any) -> None:
         """Note a session."""
-        values = (session, owner, _json(metadata), time.time())
-        self._write_through("INSERT INTO sessions VALUES (?, ?, ?, ?)", *values)
+        self.database.put("sessions", session, owner, _json(metadata), time.time(), None, durable=True)
 
-    def sessions(self, owner: str) -> list[dict[str, Any]]:
+    def end_session(self, session: str) -> None:
+        """Note that a session has been finished."""
+        for row in self.database.rows("sessions", "WHERE id = ?", session):
+            self.database.put("sessions", *{**row, "ended": time.time()}.values())
+
+    def sessions(self, owner: str, limit: int = _ALL, offset: int = 0) -> list[Row]:
         """Return an owner's sessions, newest first."""
-        return self._read("SELECT * FROM sessions WHERE owner = ? ORDER BY created DESC, id", owner)
+        clause = f"WHERE owner = ? {_NEWEST.format('id')}"
+        return self.database.rows("sessions", clause, owner, limit, offset, listing=True)
+
+    def session(self, session: str) -> Row | None:
+        """Return a session's row."""
+        return _one(self.database.rows("sessions", "WHERE id = ?", session))
 
     def session_owner(self, session: str) -> str | None:
         """Return whose a session is; None if there is no such session."""
-        rows = self._read("SELECT owner FROM sessions WHERE id = ?", session)
-        return rows[0]["owner"] if rows else None
+        row = self.session(session)
+        return None if row is None else row["owner"]
 
     def add_model(
-        self, model: str, session: str, owner: str, lora: dict[str, Any], metadata: Any, origin: str | None = None
+        self,
+        model: str,
+        session: str,
+        owner: str,
+        lora: dict[str, Any],
+        metadata: Any,
+        origin: str | None = None,
+        *,
+        created: float | None = None,
     ) -> None:
-        """Note a model, and the checkpoint that it was made from."""
-        values = (model, session, owner, json.dumps(lora), _json(metadata), origin, time.time())
-        self._write_through("INSERT OR REPLACE INTO models VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
+        """Note a model, and the checkpoint that it was made from; it was created (seconds of the epoch) now, or then."""
+        moment = time.time() if created is None else created
+        values = (model, session, owner, json.dumps(lora), _json(metadata), origin, moment)
+        self.database.put("models", *values, durable=True)
 
     def set_lora(self, model: str, lora: dict[str, Any]) -> None:
         """Note that a model's adapter is another one now."""
-        self._write("UPDATE models SET lora = ? WHERE id = ?", json.dumps(lora), model)
+        row = self.model(model)
+        if row is not None:
+            self.database.put("models", *{**row, "lora": json.dumps(lora)}.values())
 
-    def model(self, model: str) -> dict[str, Any] | None:
+    def model(self, model: str) -> Row | None:
         """Return a model's row."""
-        rows = self._read("SELECT * FROM models WHERE id = ?", model)
-        return rows[0] if rows else None
+        return _one(self.database.rows("models", "WHERE id = ?", model))
 
-    def models(self, owner: str) -> list[dict[str, Any]]:
+    def models(self, owner: str, limit: int = _ALL, offset: int = 0) -> list[Row]:
         """Return an owner's models, newest first."""
-        return self._read("SELECT * FROM models WHERE owner = ? ORDER BY created DESC, id", owner)
+        clause = f"WHERE owner = ? {_NEWEST.format('id')}"
+        return self.database.rows("models", clause, owner, limit, offset, listing=True)
+
+    def models_in(self, session: str) -> list[Row]:
+        """Return a session's models, newest first."""
+        return self.database.rows("models", "WHERE session = ? ORDER BY created DESC, id", session, listing=True)
+
+    def total(self, table: str, owner: str) -> int:
+        """Return how many ``sessions``, ``models`` or ``checkpoints`` an owner has."""
+        return self.database.total(table, owner)
 
     def add_sampler(self, sampler: str, owner: str, path: str | None, durable: bool) -> None:
         """Note a sampling session: on a checkpoint, on the base (no path), or on weights that live in memory only."""
-        values = (sampler, owner, path, int(durable), time.time())
-        self._write("INSERT OR REPLACE INTO samplers VALUES (?, ?, ?, ?, ?)", *values)
+        self.database.put("samplers", sampler, owner, path, int(durable), time.time())
 
-    def sampler(self, sampler: str) -> dict[str, Any] | None:
+    def sampler(self, sampler: str) -> Row | None:
         """Return a sampling session's row."""
-        rows = self._read("SELECT * FROM samplers WHERE id = ?", sampler)
-        return rows[0] if rows else None
+        return _one(self.database.rows("samplers", "WHERE id = ?", sampler))
 
-    def begin_save(self, uri: str, model: str, number: int, before: str, metadata: Any) -> None:
+    def begin_save(
+        self, uri: str, model: str, number: int, before: str, metadata: Any, expires: float | None = None
+    ) -> None:
         """Note that operation ``number`` is about to write a checkpoint, and what lies there now.
 
         Raises:
             ValueError: the metadata are no JSON.
         """
-        self._write("INSERT OR REPLACE INTO saves VALUES (?, ?, ?, ?, ?)", model, number, uri, before, _json(metadata))
+        self.database.put("saves", model, number, uri, before, _json(metadata), expires)
 
-    def begun_save(self, model: str, number: int) -> dict[str, Any] | None:
-        """Return what was noted of a save that has begun: ``uri``, ``before``, ``metadata``."""
-        rows = self._read("SELECT * FROM saves WHERE model = ? AND number = ?", model, number)
-        return rows[0] if rows else None
+    def begun_save(self, model: str, number: int) -> Row | None:
+        """Return what was noted of a save that has begun: ``uri``, ``before``, ``metadata``, ``expires``."""
+        rows = self.database.rows("saves", "WHERE model = ? AND number = ?", model, number, believe_all=False)
+        return _one(rows)
 
-    def add_checkpoint(self, uri: str, model: str, owner: str, number: int, size: int, metadata: Any) -> None:
-        """Note a checkpoint that is on the disk, and that it holds everything up to operation ``number``."""
-        values = (uri, model, owner, number, size, _json(metadata), time.time())
-        self._write_through("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?)", *values)
+    def add_checkpoint(
+        self,
+        uri: str,
+        model: str,
+        owner: str,
+        number: int,
+        size: int,
+        metadata: Any,
+        *,
+        expires: float | None = None,
+        created: float | None = None,
+    ) -> None:
+        """Note a checkpoint that is on the disk, and that it holds everything up to operation ``number``.
+
+        Args:
+            uri, model, owner: of the checkpoint.
+            number: -1 = not known.
+            size: bytes.
+            metadata: what its client said of it.
+            expires, created: seconds of the epoch; never, and now.
+        """
+        _, kind, name = Checkpoints.parts(uri)
+        moment = time.time() if created is None else created
+        values = (uri, model, kind, name, owner, number, size, _json(metadata), moment, expires)
+        self.database.put("checkpoints", *values, durable=True)
+
+    def set_expiry(self, uri: str, expires: float | None) -> None:
+        """Note when a checkpoint's time to live ends; None: never."""
+        row = self.checkpoint(uri)
+        if row is not None:
+            self.database.put("checkpoints", *{**row, "expires": expires}.values(), durable=True)
 
     def drop_checkpoint(self, uri: str) -> None:
         """Forget a checkpoint."""
-        self._write("DELETE FROM checkpoints WHERE uri = ?", uri)
+        self.database.delete("checkpoints", "uri = ?", uri)
 
-    def checkpoints(self, owner: str, model: str | None = None) -> list[dict[str, Any]]:
+    def checkpoint(self, uri: str) -> Row | None:
+        """Return a checkpoint's row."""
+        return _one(self.database.rows("checkpoints", "WHERE uri = ?", uri))
+
+    def checkpoints(self, owner: str, model: str | None = None, limit: int = _ALL, offset: int = 0) -> list[Row]:
         """Return an owner's checkpoints, of one model or of all, newest first."""
-        where, values = ("", (owner,)) if model is None else (" AND model = ?", (owner, model))
-        return self._read(f"SELECT * FROM checkpoints WHERE owner = ?{where} ORDER BY created DESC, uri", *values)
+        where, values = ("owner = ?", [owner]) if model is None else ("model = ? AND owner = ?", [model, owner])
+        clause = f"WHERE {where} {_NEWEST.format('uri')}"
+        return self.database.rows("checkpoints", clause, *values, limit, offset, listing=True)
+
+    def checkpoints_in(self, model: str) -> int:
+        """Return how many checkpoints a model has."""
+        return int(self.database.select("SELECT count(*) FROM checkpoints WHERE model = ?", model, listing=True)[0][0])
+
+    def named_checkpoints(self, owner: str, name: str) -> list[Row]:
+        """Return an owner's checkpoints of a name that training can go on from."""
+        return self.database.rows("checkpoints", "WHERE owner = ? AND kind = 'weights' AND name = ?", owner, name)
+
+    def trainable_checkpoints(self, owner: str, limit: int = _ALL) -> list[Row]:
+        """Return an owner's checkpoints that training can go on from, by name."""
+        clause = "WHERE owner = ? AND kind = 'weights' ORDER BY name LIMIT ?"
+        return self.database.rows("checkpoints", clause, owner, limit, listing=True)
+
+    def newest_checkpoint(self, model: str, kind: str) -> Row | None:
+        """Return a model's newest checkpoint of a kind."""
+        clause = "WHERE model = ? AND kind = ? ORDER BY number DESC LIMIT 1"
+        return _one(self.database.rows("checkpoints", clause, model, kind))
 
     def stored_bytes(self, owner: str | None = None) -> int:
         """Return the bytes of an owner's checkpoints, or of all owners'."""
@@ -181,107 +206,67 @@ class Journal:
 
     def last_checkpoint(self, model: str) -> str | None:
         """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
-        for row in self._read("SELECT uri, number FROM checkpoints WHERE model = ? ORDER BY rowid DESC", model):
-            if Checkpoints.parts(row["uri"])[1] == "weights":
-                return f"{row['uri']} (all up to seq_id {row['number']})"
+        row = self.newest_checkpoint(model, "weights")
+        if row is not None:
+            known = row["number"] >= 0
+            return f"{row['uri']} ({'all up to seq_id ' + str(row['number']) if known else 'up to which seq_id is not known'})"
         made = self.model(model)
         return f"{made['origin']} (which it was made from)" if made and made["origin"] else None
 
+    def expired(self, now: float) -> list[str]:
+        """Return the URIs of checkpoints whose time to live has passed."""
+        return [row["uri"] for row in self.database.rows("checkpoints", "WHERE expires <= ?", now, listing=True)]
+
     def forget_saves(self) -> None:
         """Forget the saves that have begun: all have ended."""
-        self._write("DELETE FROM saves")
+        self.database.delete("saves", "1")
 
     def all_checkpoints(self) -> list[str]:
-        """Return the URIs of all owners' checkpoints."""
-        return [row["uri"] for row in self._read("SELECT uri FROM checkpoints")]
+        """Return the URIs of all owners' checkpoints; those whose entry is damaged are forgotten first."""
+        self.database.drop_damaged("checkpoints")
+        return [row["uri"] for row in self.database.rows("checkpoints", "", listing=True)]
 
     def accept(self, request: str, owner: str, queue: str, number: int | None, digest: str, kind: str) -> None:
         """Note an operation, before it runs and before its client hears of it."""
         values = (request, owner, queue, number, digest, kind, time.time())
-        self._write("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, NULL, NULL, ?)", *values)
+        written = (*values, checksum("operations", values), answer_checksum(request, None, None))
+        self.database.write(("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, NULL)", written))
 
     def finish(self, request: str, answer: Answer) -> None:
         """Note how an operation ended."""
-        form, blob = _encoded(answer)
-        self._write("UPDATE operations SET form = ?, answer = ? WHERE request = ?", form, blob, request)
+        form, blob = encoded(answer)
+        statement = "UPDATE operations SET form = ?, answer_checksum = ?, answer = ? WHERE request = ?"
+        self.database.write((statement, (form, answer_checksum(request, form, blob), blob, request)))
 
-    def numbered(self, queue: str, number: int) -> Operation | None:
+    def numbered(self, queue: str, number: int) -> Accepted | None:
         """Return the operation that used a number."""
-        return self._operation("line = ? AND number = ?", queue, number)
+        rows = self.database.select(f"{ACCEPTED} WHERE line = ? AND number = ?", queue, number)
+        return accepted_of(rows[0]) if rows else None
 
     def operation(self, request: str) -> Operation | None:
-        """Return an accepted operation."""
-        return self._operation("request = ?", request)
-
-    def unfinished(self) -> Sequence[Operation]:
-        """Return all that have not ended."""
-        return [_operation(row) for row in self._read("SELECT * FROM operations WHERE form IS NULL")]
+        """Return an accepted operation with its answer, which may be large."""
+        rows = self.database.select(f"{OPERATION} WHERE request = ?", request, listing=True)
+        return operation_of(rows[0]) if rows else None
 
     def forget_answers(self, before: float) -> None:
         """Throw away answers from before a moment (seconds of the epoch); that they were given stays known."""
-        self._write("UPDATE operations SET answer = NULL WHERE answer IS NOT NULL AND created < ?", before)
+        while self.database.change(_FORGET, before, _BATCH) == _BATCH:
+            pass
 
-    def _operation(self, where: str, *values: Any) -> Operation | None:
-        rows = self._read(f"SELECT * FROM operations WHERE {where}", *values)
-        return _operation(rows[0]) if rows else None
+    def last_number(self, queue: str) -> int:
+        """Return the largest number of a queue whose turn has been; 0: none."""
+        query = "SELECT max(number) FROM operations WHERE line = ? AND form IS NOT NULL"
+        return int(self.database.select(query, queue)[0][0] or 0)
 
-    def _write(self, statement: str, *values: Any) -> None:
-        with self._lock:
-            self._db.execute(statement, values)
-
-    def _write_through(self, statement: str, *values: Any) -> None:
-        """Write, and wait until it and all before it are on the disk."""
-        with self._lock:
-            self._db.execute("PRAGMA synchronous=FULL")
-            try:
-                self._db.execute(statement, values)
-            finally:
-                self._db.execute("PRAGMA synchronous=NORMAL")
-
-    def _read(self, statement: str, *values: Any) -> list[dict[str, Any]]:
-        with self._lock:
-            cursor = self._db.execute(statement, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    def unfinished(self) -> Sequence[Accepted]:
+        """Return all that have not ended, but for those whose entry is damaged: who asks for them is told so."""
+        rows = self.database.select(f"{ACCEPTED} WHERE form IS NULL")
+        return [accepted_of(row) for row in rows if is_whole(checksum("operations", row[:-1]), row[-1])]
 
 
-def lock_folder(folder: Path) -> sqlite3.Connection:
-    """Keep other servers out of a folder until the returned connection is closed, or this process ends.
-
-    Raises:
-        ServiceError: another server uses it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = sqlite3.connect(folder / "held.sqlite", timeout=0.0, check_same_thread=False, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        raise ServiceError(f"another server uses {folder}: stop it, or serve from another folder") from error
-    return lock
-
-
-def _operation(row: dict[str, Any]) -> Operation:
-    expired = row["form"] is not None and row["answer"] is None
-    answer = None if row["answer"] is None else _decoded(row["form"], row["answer"])
-    fields = {key: row[key] for key in ("request", "owner", "number", "digest", "kind")}
-    return Operation(**fields, queue=row["line"], answer=answer, expired=expired)
+def _one(rows: Sequence[Row]) -> Row | None:
+    return rows[0] if rows else None
 
 
 def _json(given: Any) -> str:
     return json.dumps(given, allow_nan=False)  # a listing could not be sent with NaN in it
-
-
-def _encoded(answer: Answer) -> tuple[str, bytes]:
-    if isinstance(answer, bytes):
-        return "protobuf", answer
-    if isinstance(answer, Failure):
-        return "failure", json.dumps([answer.text, answer.category]).encode()
-    return "json", json.dumps(answer).encode()
-
-
-def _decoded(form: str, blob: bytes) -> Answer:
-    if form == "protobuf":
-        return bytes(blob)
-    content = json.loads(blob)
-    return Failure(*content) if form == "failure" else dict(content)

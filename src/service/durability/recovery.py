@@ -3,26 +3,79 @@
 from __future__ import annotations
 
 import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+from ...backends.native.models.lora import LoraChoice, saved_config
+from ...errors import CheckpointError, StorageError
 from .checkpoints import Checkpoints
-from .journal import Answer, Failure, Journal, Operation
+from .descriptions import Description
+from .journal import Accepted, Answer, Failure, Journal
+from .storage import explained
 
-__all__ = ["lost", "recover"]
+__all__ = ["adopt", "lost", "recover", "sweep"]
 
+_logger = logging.getLogger(__name__)
 _OTHERS = ("models", "losses", "asample")  # queues that belong to no model: creations, and sampling
 
 
 def recover(checkpoints: Checkpoints, journal: Journal) -> None:
-    """End everything that was accepted and not ended: a save that is whole on the disk as done, all else as lost."""
+    """End everything that was accepted and not ended: a save that is whole on the disk as done, all else as lost.
+
+    A checkpoint that the journal does not know is taken into it.
+    """
     checkpoints.tidy()
     for uri in journal.all_checkpoints():
         if not checkpoints.fingerprint(uri):
             journal.drop_checkpoint(uri)
     left = journal.unfinished()
     saved = [_saved(checkpoints, journal, operation) for operation in left]  # first: the failures name them
+    adopt(checkpoints, journal)
+    _describe(checkpoints, journal)
+    sweep(checkpoints, journal)
     for operation, answer in zip(left, saved, strict=True):
-        journal.finish(operation.request, answer or Failure(lost(journal, operation.queue), "server"))
+        journal.finish(operation.request, answer or Failure(_lost(journal, operation.queue), "server"))
     journal.forget_saves()
+
+
+def sweep(checkpoints: Checkpoints, journal: Journal) -> None:
+    """Delete the checkpoints whose time to live has passed."""
+    for uri in journal.expired(checkpoints.clock()):
+        with suppress(CheckpointError):  # it is gone already
+            checkpoints.delete(uri)
+        journal.drop_checkpoint(uri)
+
+
+def adopt(checkpoints: Checkpoints, journal: Journal, owner: str | None = None) -> list[str]:
+    """Take the checkpoints that lie on the disk, and that the journal does not know, into it, with their models.
+
+    Args:
+        checkpoints: on the disk.
+        journal: is told of them.
+        owner: of those whose folders do not say whose they are, and whose models the journal does not know; None: these are
+            left where they lie, in no listing, and a warning names them.
+
+    Returns:
+        Their URIs.
+    """
+    unknown = [(uri, path) for uri, path in checkpoints.all() if not _knows(journal, uri)]
+    owners = {said.model: said.owner for _, path in unknown if (said := Description.read(path)) is not None}
+    taken: list[str] = []
+    left: list[str] = []
+    for uri, path in unknown:
+        said = Description.read(path) or _guessed(journal, uri, path, owners, owner)
+        (left if said is None else taken).append(uri)
+        if said is not None:
+            _take(checkpoints, journal, uri, said)
+    if left:
+        _logger.warning(
+            "%d checkpoints do not say whose they are, and nobody can reach them: %s; give them to an owner by "
+            "`pullback serve --adopt OWNER`",
+            *(len(left), ", ".join(left)),
+        )
+    return taken
 
 
 def lost(journal: Journal, queue: str) -> str:
@@ -33,15 +86,74 @@ def lost(journal: Journal, queue: str) -> str:
     left = f"the last durable checkpoint is {last}" if last else "there is no durable checkpoint"
     return (
         f"the server was restarted, and what {queue} had in memory is gone; {left}: make a new client from a checkpoint "
-        "and repeat what came after it"
+        f"and repeat what came after it{journal.caveat}"
     )
 
 
-def _saved(checkpoints: Checkpoints, journal: Journal, operation: Operation) -> Answer | None:
+def _lost(journal: Journal, queue: str) -> str:
+    try:
+        return lost(journal, queue)
+    except StorageError as error:  # an entry that it would name
+        return str(error)
+
+
+def _knows(journal: Journal, uri: str) -> bool:
+    return journal.checkpoint(uri) is not None and _model(journal, uri) is not None
+
+
+def _model(journal: Journal, uri: str) -> Any:
+    """Return the row of a checkpoint's model; None: there is none, or it is damaged."""
+    try:
+        return journal.model(Checkpoints.parts(uri)[0])
+    except StorageError:
+        return None
+
+
+def _guessed(journal: Journal, uri: str, path: Path, owners: dict[str, str], owner: str | None) -> Description | None:
+    """Describe a checkpoint that an older version wrote, as far as it can be told; None: nobody knows whose it is."""
+    (model, _, _), row = Checkpoints.parts(uri), _model(journal, uri)
+    whose = row["owner"] if row is not None else owners.get(model, owner)
+    moment = path.stat().st_mtime
+    if whose is None:
+        return None
+    if row is None:
+        try:
+            lora = json.dumps(LoraChoice().as_saved(saved_config(path)).to_json())
+        except CheckpointError:
+            return None
+        row = {"id": model, "owner": whose, "lora": lora, "metadata": "null", "created": moment, "origin": None}
+    return Description.of(row, -1, "null", moment)
+
+
+def _take(checkpoints: Checkpoints, journal: Journal, uri: str, said: Description) -> None:
+    if _model(journal, uri) is None:
+        session, metadata = said.model.rsplit(":train:", 1)[0], json.loads(said.model_metadata)
+        fields = (said.model, session, said.owner, json.loads(said.lora), metadata, said.origin)
+        journal.add_model(*fields, created=said.model_created)
+    metadata, when = json.loads(said.metadata), {"expires": said.expires, "created": said.created}
+    journal.add_checkpoint(uri, said.model, said.owner, said.number, checkpoints.size(uri), metadata, **when)
+
+
+def _describe(checkpoints: Checkpoints, journal: Journal) -> None:
+    """Let every checkpoint's folder say what the journal knows of it, as those of older versions do not."""
+    for uri, path in checkpoints.all():
+        row, model = journal.checkpoint(uri), _model(journal, uri)
+        if row is not None and model is not None and Description.read(path) is None:
+            said = Description.of(model, row["number"], row["metadata"], row["created"], row["expires"])
+            with explained(checkpoints.root):
+                said.write(path)
+
+
+def _saved(checkpoints: Checkpoints, journal: Journal, operation: Accepted) -> Answer | None:
     """Complete a save whose checkpoint had taken its place before the end; None: it had not, or is no save."""
     begun = None if operation.number is None else journal.begun_save(operation.queue, operation.number)
     if begun is None or operation.number is None or checkpoints.fingerprint(begun["uri"]) in ("", begun["before"]):
         return None
     uri, metadata = begun["uri"], json.loads(begun["metadata"])
-    journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, checkpoints.size(uri), metadata)
+    row = _model(journal, uri)
+    if row is not None:
+        said = Description.of(row, operation.number, begun["metadata"], checkpoints.clock(), begun["expires"])
+        said.write(checkpoints.place(uri))
+    size, expires = checkpoints.size(uri), begun["expires"]
+    journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, size, metadata, expires=expires)
     return {"path": uri, "type": operation.kind}

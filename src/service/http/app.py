@@ -6,13 +6,15 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Final, final
 
 from ...errors import require_extra
 from ...losses import loss_names
-from ..durability.journal import Failure, Journal, lock_folder
+from ..durability.journal import Failure, Journal
 from ..durability.sequencer import Sequencer
+from ..durability.storage import lock_folder
 from ..limits import Keys, Limits, read_body
 from ..served.copies import Copies
 from ..served.handlers import Operations
@@ -21,6 +23,7 @@ from ..served.registry import ServedModels
 from ..wire.json_form import decode_json_request, json_result
 from ..wire.protobuf import decode_request
 from .downloads import Downloads
+from .lifespan import Lifespan
 from .not_offered import NOT_OFFERED, refused
 from .polling import Polls
 from .requests import Call, json_response, refusal
@@ -40,30 +43,41 @@ Json = dict[str, Any]
 Handler = Callable[[Call], Awaitable[Any]]
 
 
-def build_app(models: ServedModels, keys: Keys, limits: Limits) -> Any:
+def build_app(models: ServedModels, keys: Keys, limits: Limits, save_seconds: float | None = None) -> Any:
     """Return the ASGI application.
 
     Args:
         models: the models that are served.
         keys: who is let in.
         limits: sizes and counts.
+        save_seconds: at the end, models in memory are saved, in so many seconds at most; None: they are let go.
     """
     require_extra("starlette", "serve", "pullback serve")
     from starlette.applications import Starlette
 
-    app = _App(models, keys, limits)
-    return Starlette(routes=app.routes(), lifespan=app.lifespan)
+    app = _App(models, keys, limits, save_seconds)
+    served = Starlette(routes=app.routes(), lifespan=app.lifespan)
+    served.state.service = app
+    return served
 
 
 @final
 class _App:
     """Routes over `Operations`: reading requests, naming owners, writing answers."""
 
-    def __init__(self, models: ServedModels, keys: Keys, limits: Limits) -> None:
+    def __init__(self, models: ServedModels, keys: Keys, limits: Limits, save_seconds: float | None) -> None:
         limits = replace(limits, shared=len(keys) > 1)
-        self.keys, self.limits, self.telemetry = keys, limits, Telemetry()
-        self.folder_lock = lock_folder(models.checkpoints.root)
-        self.journal = Journal(models.checkpoints.root / "journal.sqlite")
+        self.keys, self.limits, self.telemetry, self.save_seconds = keys, limits, Telemetry(), save_seconds
+        with ExitStack() as opened:
+            self.folder_lock = lock_folder(models.checkpoints.root)
+            opened.callback(self.folder_lock.close)
+            self.journal = Journal(models.checkpoints.root / "journal.sqlite")
+            opened.callback(self.journal.close)
+            self._serve(models)
+            opened.pop_all()
+
+    def _serve(self, models: ServedModels) -> None:
+        limits = self.limits
         self.sequencer = Sequencer(
             self.journal,
             limits,
@@ -82,25 +96,10 @@ class _App:
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
         gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
 
-    async def _lifespan(self) -> Any:
-        task = asyncio.create_task(self._sweep())
-        yield
-        task.cancel()
-        await asyncio.to_thread(self.sequencer.close)
-        self.journal.close()
-        self.folder_lock.close()
-
     @property
     def lifespan(self) -> Any:
-        from contextlib import asynccontextmanager
-
-        return asynccontextmanager(lambda _: self._lifespan())
-
-    async def _sweep(self) -> None:
-        """Let go of what is too old even where no request comes any more."""
-        while True:
-            await asyncio.sleep(self.limits.graph_seconds / 4)
-            self.sequencer.run(self.operations.sweep)
+        """See `Lifespan`."""
+        return Lifespan(self.operations, self.limits, self.folder_lock, self.save_seconds).run
 
     def routes(self) -> list[Any]:
         """All routes."""
@@ -129,18 +128,18 @@ class _App:
             post("copy_weights", self._copy),
             post("load_weights", self._accepted(do.load_weights)),
             post("load_adapter", self._accepted(do.load_adapter)),
-            get("list_checkpoints", self._now(lambda call: {"checkpoints": do.names.listing(call.owner)})),
+            get("list_checkpoints", self._listed(lambda call: {"checkpoints": do.names.listing(call.owner)})),
             post("save_weights_for_sampler", self._accepted(do.save_for_sampler)),
             post("create_sampling_session", self._now(self._create_sampling_session)),
             get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
             post("asample", self._now(lambda call: do.samplers.sample(call.owner, call.raw, call.body))),
             post("retrieve_future", self._retrieve),
-            post("weights_info", self._now(lambda call: lists.weights_info(call.owner, call.body["tinker_path"]))),
-            get("training_runs", self._now(lambda call: lists.runs(call.owner, call.query))),
-            get("training_runs/{id}", self._now(lambda call: lists.run(call.owner, call.path["id"]))),
+            post("weights_info", self._listed(lambda call: lists.weights_info(call.owner, call.body["tinker_path"]))),
+            get("training_runs", self._listed(lambda call: lists.runs(call.owner, call.query))),
+            get("training_runs/{id}", self._listed(lambda call: lists.run(call.owner, call.path["id"]))),
             get(
                 "training_runs/{id}/checkpoints",
-                self._now(lambda call: lists.checkpoints(call.owner, call.query, call.path["id"])),
+                self._listed(lambda call: lists.checkpoints(call.owner, call.query, call.path["id"])),
             ),
             get("training_runs/{id}/checkpoints/{checkpoint:path}/external_weights_urls", self.downloads.urls),
             get("training_runs/{id}/checkpoints/{checkpoint:path}/archive", self.downloads.archive),
@@ -148,10 +147,11 @@ class _App:
                 "/api/v1/downloads/{expires:int}/{signature}/{model}/{kind}/{checkpoint}/{file}", self.downloads.file
             ),
             *(self._route(path, refused(words), method) for method, path, words in NOT_OFFERED),
-            self._route("training_runs/{id}/checkpoints/{checkpoint:path}", self._delete, "DELETE"),
-            get("checkpoints", self._now(lambda call: lists.checkpoints(call.owner, call.query))),
-            get("sessions", self._now(lambda call: lists.sessions(call.owner, call.query))),
-            get("sessions/{id}", self._now(lambda call: lists.session(call.owner, call.path["id"]))),
+            self._route("training_runs/{id}/checkpoints/{checkpoint:path}/ttl", self._listed(self._set_ttl), "PUT"),
+            self._route("training_runs/{id}/checkpoints/{checkpoint:path}", self._listed(self._delete), "DELETE"),
+            get("checkpoints", self._listed(lambda call: lists.checkpoints(call.owner, call.query))),
+            get("sessions", self._listed(lambda call: lists.sessions(call.owner, call.query))),
+            get("sessions/{id}", self._listed(lambda call: lists.session(call.owner, call.path["id"]))),
             self._route("/metrics", self._metrics, "GET"),
         ]
 
@@ -199,6 +199,17 @@ class _App:
 
         return handler
 
+    def _listed(self, work: Callable[[Call], Json | None]) -> Handler:
+        """Answer by what may wait for the disk, beside the event loop."""
+
+        async def handler(call: Call) -> Any:
+            from starlette.responses import Response
+
+            answer = await asyncio.to_thread(work, call)
+            return Response(status_code=204) if answer is None else json_response(answer)
+
+        return handler
+
     def _accepted(self, submit: Callable[[str, bytes, Json], str]) -> Handler:
         async def handler(call: Call) -> Any:
             body = call.body
@@ -222,7 +233,8 @@ class _App:
 
     async def _create_session(self, call: Call) -> Any:
         session = f"sess-{secrets.token_hex(8)}"
-        self.journal.add_session(session, call.owner, call.body.get("user_metadata"))
+        metadata = call.body.get("user_metadata")
+        await asyncio.to_thread(self.journal.add_session, session, call.owner, metadata)
         return json_response({"type": "create_session", "session_id": session, "info_message": None})
 
     async def _heartbeat(self, call: Call) -> Any:
@@ -248,7 +260,7 @@ class _App:
 
         body = call.body
         request_id = body["request_id"]
-        future = self.sequencer.result(call.owner, request_id)
+        future = await asyncio.to_thread(self.sequencer.result, call.owner, request_id)
         answer = await self.polls.answer(call.request, request_id, future, self.limits.poll_seconds)
         if answer is None:
             return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
@@ -266,14 +278,15 @@ class _App:
         accepts = call.request.headers.get("accept", "*/*")
         if _PROTOBUF in accepts or "*/*" in accepts:
             return Response(answer, media_type=_PROTOBUF)
-        operation = self.journal.operation(request_id)
+        operation = await asyncio.to_thread(self.journal.operation, request_id)
         return json_response(json_result(operation.kind if operation else "", answer))
 
-    async def _delete(self, call: Call) -> Any:
-        from starlette.responses import Response
-
+    def _delete(self, call: Call) -> None:
         self.listings.delete(call.owner, call.path["id"], call.path["checkpoint"])
-        return Response(status_code=204)
+
+    def _set_ttl(self, call: Call) -> None:
+        seconds = call.body["ttl_seconds"]
+        self.listings.set_ttl(call.owner, call.path["id"], call.path["checkpoint"], seconds)
 
     async def _copy(self, call: Call) -> Any:
         key = call.request.headers.get("x-idempotency-key", "")

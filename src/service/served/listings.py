@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, final
 
 from ...backends.native.models.lora import LoraChoice
 from ...errors import NotFoundError
 from ..durability.checkpoints import Checkpoints
+from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
+from ..durability.recovery import sweep
+from ..durability.storage import explained
 from .registry import ServedModels
 
 __all__ = ["Listings"]
 
 Json = dict[str, Any]
-_TYPES: Final = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+_PAGE: Final = 20
+_MOST: Final = 10_000  # rows of a page
+_KINDS: Final = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
 @final
 class Listings:
-    """Answers from the journal, of one owner at a time."""
+    """Answers from the journal, of one owner at a time; they may wait for the disk, so they are not for the event loop.
+
+    A list of which entries may have been lost with a damaged journal says so under ``notice``.
+    """
 
     def __init__(self, models: ServedModels, journal: Journal) -> None:
         self._models, self._journal = models, journal
 
     def runs(self, owner: str, query: Mapping[str, str]) -> Json:
         """Models, alive or not."""
-        rows = [self._run(row) for row in self._journal.models(owner)]
-        return {"training_runs": _page(rows, query), "cursor": _cursor(rows, query)}
+        sweep(self._models.checkpoints, self._journal)
+        limit, offset = _page(query)
+        rows = [self._run(row) for row in self._journal.models(owner, limit, offset)]
+        return self._listed("training_runs", rows) | _cursor(query, self._journal.total("models", owner))
 
     def run(self, owner: str, model_id: str) -> Json:
         """One model."""
+        sweep(self._models.checkpoints, self._journal)
         return self._run(self._model(owner, model_id))
 
     def checkpoints(self, owner: str, query: Mapping[str, str], model_id: str | None = None) -> Json:
         """Checkpoints of one model, or of all."""
-        if model_id is not None:
+        sweep(self._models.checkpoints, self._journal)
+        if model_id is None:
+            total = self._journal.total("checkpoints", owner)
+        else:
             self._model(owner, model_id)
-        rows = [_checkpoint(row) for row in self._journal.checkpoints(owner, model_id)]
-        return {"checkpoints": _page(rows, query), "cursor": _cursor(rows, query)}
+            total = self._journal.checkpoints_in(model_id)
+        rows = [_checkpoint(row) for row in self._journal.checkpoints(owner, model_id, *_page(query))]
+        return {"checkpoints": rows} | _cursor(query, total)
 
     def delete(self, owner: str, model_id: str, checkpoint_id: str) -> None:
         """Remove a checkpoint from the disk."""
         uri = self.own(owner, model_id, checkpoint_id)
-        self._models.checkpoints.delete(uri)
+        with explained():
+            self._models.checkpoints.delete(uri)
         self._journal.drop_checkpoint(uri)
 
     def own(self, owner: str, model_id: str, checkpoint_id: str) -> str:
@@ -55,9 +71,25 @@ class Listings:
             NotFoundError: there is none, or it is another's.
         """
         uri = f"tinker://{model_id}/{checkpoint_id}"
-        if uri not in [row["uri"] for row in self._journal.checkpoints(owner, model_id)]:
+        row = self._journal.checkpoint(uri)
+        if row is None or row["owner"] != owner:
             raise NotFoundError(f"there is no checkpoint {uri}")
         return uri
+
+    def set_ttl(self, owner: str, model_id: str, checkpoint_id: str, seconds: Any) -> None:
+        """Let a checkpoint's time to live end so many seconds from now; None: never.
+
+        Raises:
+            ConfigError: it is no time to live.
+            NotFoundError: there is no such checkpoint.
+        """
+        checkpoints = self._models.checkpoints
+        uri, expires = self.own(owner, model_id, checkpoint_id), expiry(seconds, checkpoints.clock())
+        row, model = self._journal.checkpoint(uri) or {}, self._model(owner, model_id)
+        said = Description.of(model, row["number"], row["metadata"], row["created"], expires)
+        with explained():
+            said.write(checkpoints.locate(uri))
+        self._journal.set_expiry(uri, expires)
 
     def weights_info(self, owner: str, uri: str) -> Json:
         """What a checkpoint was made with."""
@@ -77,15 +109,15 @@ class Listings:
 
     def sessions(self, owner: str, query: Mapping[str, str]) -> Json:
         """Session ids."""
-        return {"sessions": _page([row["id"] for row in self._journal.sessions(owner)], query)}
+        return self._listed("sessions", [row["id"] for row in self._journal.sessions(owner, *_page(query))])
 
     def session(self, owner: str, session: str) -> Json:
         """One session's models."""
-        rows = [row for row in self._journal.sessions(owner) if row["id"] == session]
-        if not rows:
-            raise NotFoundError(f"there is no session {session!r} on this server")
-        runs = [row["id"] for row in self._journal.models(owner) if row["session"] == session]
-        metadata = json.loads(rows[0]["metadata"])
+        row = self._journal.session(session)
+        if row is None or row["owner"] != owner:
+            raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
+        runs = [model["id"] for model in self._journal.models_in(session)]
+        metadata = json.loads(row["metadata"])
         return {"training_run_ids": runs, "sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
 
     def info(self, owner: str, model_id: str) -> Json:
@@ -101,18 +133,19 @@ class Listings:
             "model_name": base.name,
         }
 
+    def _listed(self, what: str, rows: list[Any]) -> Json:
+        caveat = self._journal.caveat.strip(" ()")
+        return {what: rows} | ({"notice": caveat} if caveat else {})
+
     def _model(self, owner: str, model_id: Any) -> Json:
         row = self._journal.model(model_id) if isinstance(model_id, str) else None
         if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
         return row
 
     def _run(self, row: Json) -> Json:
-        checkpoints = [_checkpoint(checkpoint) for checkpoint in self._journal.checkpoints(row["owner"], row["id"])]
-        by_kind = {
-            kind: next((c for c in checkpoints if c["checkpoint_type"] == kind), None)
-            for kind in ("training", "sampler")
-        }
+        newest = {kind: self._journal.newest_checkpoint(row["id"], kind) for kind in _KINDS}
+        shown = {kind: None if found is None else _checkpoint(found) for kind, found in newest.items()}
         return {
             "training_run_id": row["id"],
             "base_model": self._models.base.name,
@@ -120,8 +153,8 @@ class Listings:
             **_adapter(row),
             "corrupted": False,
             "last_request_time": _time(row["created"]),
-            "last_checkpoint": by_kind["training"],
-            "last_sampler_checkpoint": by_kind["sampler"],
+            "last_checkpoint": shown["weights"],
+            "last_sampler_checkpoint": shown["sampler_weights"],
             "user_metadata": json.loads(row["metadata"]),
         }
 
@@ -135,23 +168,25 @@ def _checkpoint(row: Json) -> Json:
     _, kind, name = Checkpoints.parts(row["uri"])
     return {
         "checkpoint_id": f"{kind}/{name}",
-        "checkpoint_type": _TYPES[kind],
+        "checkpoint_type": _KINDS[kind],
         "time": _time(row["created"]),
         "tinker_path": row["uri"],
         "size_bytes": row["bytes"],
         "public": False,
         "user_metadata": json.loads(row["metadata"]),
-        "expires_at": None,
+        "expires_at": None if row["expires"] is None else _time(row["expires"]),
     }
 
 
-def _page(rows: Sequence[Any], query: Mapping[str, str]) -> list[Any]:
-    offset, limit = max(0, int(query.get("offset", 0))), max(0, int(query.get("limit", 20)))
-    return list(rows[offset : offset + limit])
+def _page(query: Mapping[str, str]) -> tuple[int, int]:
+    """Return limit and offset."""
+    limit, offset = (int(query.get(key, default)) for key, default in (("limit", _PAGE), ("offset", 0)))
+    return min(max(0, limit), _MOST), min(max(0, offset), 2**62)
 
 
-def _cursor(rows: Sequence[Any], query: Mapping[str, str]) -> Json:
-    return {"offset": int(query.get("offset", 0)), "limit": int(query.get("limit", 20)), "total_count": len(rows)}
+def _cursor(query: Mapping[str, str], total: int) -> Json:
+    cursor = {"offset": int(query.get("offset", 0)), "limit": int(query.get("limit", _PAGE)), "total_count": total}
+    return {"cursor": cursor}
 
 
 def _time(seconds: float) -> str:

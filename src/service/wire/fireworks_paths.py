@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final, final
 
 from ...errors import CheckpointError
@@ -14,6 +15,7 @@ __all__ = ["LogicalNames"]
 
 _SCHEME: Final = "tinker://"
 _ACCOUNT: Final = "pullback"
+_SHOWN: Final = 20  # names in a message
 
 
 @final
@@ -29,10 +31,8 @@ class LogicalNames:
         return answer | {"path": _qualified(path)} if isinstance(path, str) and path.startswith(_SCHEME) else answer
 
     def listing(self, owner: str) -> list[str]:
-        """Return all training checkpoints by the shortest name that `resolve` understands."""
-        uris = [row["uri"] for row in self._rows(owner)]
-        times = Counter(map(_name, uris))
-        return sorted(_name(uri) if times[_name(uri)] == 1 else _qualified(uri) for uri in uris)
+        """Return all training checkpoints by the shortest name that `resolve` understands; it may wait for the disk."""
+        return _shortest(self._journal.trainable_checkpoints(owner))
 
     def resolve(self, owner: str, model_id: str, path: Any) -> Any:
         """Return the URI that a path stands for; a bare name is the model's own checkpoint, else the only one so called.
@@ -42,23 +42,26 @@ class LogicalNames:
         """
         if not isinstance(path, str) or path.startswith(_SCHEME):
             return path
-        rows = [row for row in self._rows(owner) if path in (_name(row["uri"]), _qualified(row["uri"]))]
+        rows = self._journal.named_checkpoints(owner, path.rpartition("/")[2])
+        rows = [row for row in rows if path in (row["name"], _qualified(row["uri"]))]
         rows = [row for row in rows if row["model"] == model_id] or rows
         if len(rows) == 1:
             return rows[0]["uri"]
         if not rows:
-            raise CheckpointError(f"there is no checkpoint {path!r}; those of this key are {self.listing(owner)}")
-        several = sorted(_qualified(row["uri"]) for row in rows)
-        raise CheckpointError(f"{path!r} is the name of several checkpoints; give one of {several}")
+            raise CheckpointError(f"there is no checkpoint {path!r}; {self._known(owner)}")
+        several = sorted(_qualified(row["uri"]) for row in rows[:_SHOWN])
+        raise CheckpointError(f"{path!r} is the name of several checkpoints ({len(rows)}); give one of {several}")
 
-    def _rows(self, owner: str) -> list[dict[str, Any]]:
-        """Return the owner's checkpoints that training can go on from."""
-        rows = self._journal.checkpoints(owner, None)
-        return [row for row in rows if Checkpoints.parts(row["uri"])[1] == "weights"]
+    def _known(self, owner: str) -> str:
+        """Name an owner's checkpoints, as far as a message can hold them."""
+        rows = self._journal.trainable_checkpoints(owner, _SHOWN + 1)
+        more = f" and more, of which list_checkpoints tells{self._journal.caveat}" if len(rows) > _SHOWN else ""
+        return f"those of this key are {_shortest(rows[:_SHOWN])}{more or self._journal.caveat}"
 
 
-def _name(uri: str) -> str:
-    return Checkpoints.parts(uri)[2]
+def _shortest(rows: Sequence[dict[str, Any]]) -> list[str]:
+    times = Counter(row["name"] for row in rows)
+    return sorted(row["name"] if times[row["name"]] == 1 else _qualified(row["uri"]) for row in rows)
 
 
 def _qualified(uri: str) -> str:

@@ -1,0 +1,78 @@
+"""What leaves the journal, so that it does not grow for ever: what is old or finished, and nothing refers to any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from .database import Database
+from .journal import ANSWER_SECONDS, Journal
+
+__all__ = ["ROW_SECONDS", "prune"]
+
+ROW_SECONDS: Final = 7 * 24 * 3600.0  # that it is known of what nobody has finished
+_BATCH: Final = 500  # rows of one transaction: whoever writes waits no longer than for these
+_OPERATIONS: Final = (
+    "request IN (SELECT request FROM operations WHERE created < ? AND form IS NOT NULL "
+    "AND line NOT LIKE '%:models' LIMIT ?)"
+)
+_LINES: Final = (
+    "request IN (SELECT request FROM operations WHERE line > ? || ':' AND line < ? || ';' AND created < ? "
+    "AND form IS NOT NULL AND NOT EXISTS (SELECT 1 FROM models WHERE models.id = line) LIMIT ?)"
+)
+_MODELS: Final = (
+    "id IN (SELECT id FROM models WHERE session = ? AND NOT EXISTS (SELECT 1 FROM checkpoints WHERE model = models.id) "
+    "AND NOT EXISTS (SELECT 1 FROM operations WHERE line = models.id AND form IS NULL) LIMIT ?)"
+)
+_SAMPLERS: Final = "id IN (SELECT id FROM samplers WHERE id > ? || ':' AND id < ? || ';' LIMIT ?)"
+_SESSIONS: Final = (
+    "SELECT id FROM sessions WHERE id > ? AND coalesce(ended, created) < CASE WHEN ended IS NULL THEN ? ELSE ? END "
+    "ORDER BY id LIMIT ?"
+)
+_SAVES: Final = (
+    "EXISTS (SELECT 1 FROM operations WHERE line = saves.model AND number = saves.number AND form IS NOT NULL)"
+)
+
+
+def prune(journal: Journal, now: float, alive: Collection[str]) -> int:
+    """Throw away old answers, and delete rows that nothing refers to; return how many were deleted.
+
+    A session stays while a model of it stays, a model while it has a checkpoint or an operation that has not ended.
+
+    Args:
+        journal: what leaves it.
+        now: seconds of the epoch.
+        alive: sessions that were heard of lately, or have models in memory.
+    """
+    database, answered, silent = journal.database, now - ANSWER_SECONDS, now - ROW_SECONDS
+    journal.forget_answers(answered)
+    count = database.delete("saves", _SAVES) + _repeated(database, "operations", _OPERATIONS, silent)
+    for session in _ended(database, silent, answered):
+        if session not in alive:
+            count += _end(database, session, answered)
+    return count
+
+
+def _end(database: Database, session: str, before: float) -> int:
+    """Delete what is left of a session that has ended."""
+    count = _repeated(database, "models", _MODELS, session)
+    if database.select("SELECT 1 FROM models WHERE session = ? LIMIT 1", session):
+        return count
+    count += _repeated(database, "operations", _LINES, session, session, before)
+    count += _repeated(database, "samplers", _SAMPLERS, session, session)
+    return count + database.delete("sessions", "id = ?", session)
+
+
+def _ended(database: Database, silent: float, finished: float) -> Iterator[str]:
+    """Sessions that were finished before one moment, or made before another and not finished."""
+    last = ""
+    while rows := database.select(_SESSIONS, last, silent, finished, _BATCH, listing=True):
+        yield from (session for (session,) in rows)
+        last = rows[-1][0]
+
+
+def _repeated(database: Database, table: str, where: str, *values: object) -> int:
+    count = 0
+    while deleted := database.delete(table, where, *values, _BATCH):
+        count += deleted
+    return count

@@ -1,0 +1,80 @@
+"""What a server does besides answering: its folder is looked after while it runs, and its models are saved when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final, final
+
+from ...errors import PullbackError
+from ..limits import Limits
+from ..served.handlers import Operations
+from ..served.leaving import Leaving
+from ..served.upkeep import Upkeep
+
+__all__ = ["Lifespan"]
+
+_logger = logging.getLogger("pullback.service")
+_UPKEEP_SECONDS: Final = 15.0
+
+
+@final
+class Lifespan:
+    """From the start of a server to its end.
+
+    Args:
+        operations: of the service.
+        limits: sizes and counts.
+        folder_lock: keeps other servers out of the folder until the end.
+        save_seconds: at the end, models in memory are saved, in so many seconds at most; None: they are let go.
+    """
+
+    def __init__(
+        self, operations: Operations, limits: Limits, folder_lock: sqlite3.Connection, save_seconds: float | None
+    ) -> None:
+        self._operations, self._limits, self._lock, self._save_seconds = operations, limits, folder_lock, save_seconds
+
+    @asynccontextmanager
+    async def run(self, _: Any) -> AsyncIterator[None]:
+        """Be there; for Starlette."""
+        tasks = [asyncio.create_task(work()) for work in (self._sweep, self._keep_up)]
+        yield
+        for task in tasks:
+            task.cancel()
+        await self._stop()
+        self._operations.journal.close()
+        self._lock.close()
+
+    async def _stop(self) -> None:
+        """Let what runs come to its end, and save the models if that was asked for."""
+        sequencer, seconds = self._operations.sequencer, self._save_seconds
+        if seconds is None:
+            await asyncio.to_thread(sequencer.close)
+            return
+        leaving = Leaving(self._operations.models, self._operations.journal, seconds)
+        ended, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(sequencer.close))], timeout=seconds)
+        if ended:
+            words = await asyncio.to_thread(leaving.save_all)
+        else:
+            words = leaving.lost(f"an operation did not end within {seconds:g} s")
+        for sentence in words:
+            _logger.warning("%s", sentence)
+
+    async def _sweep(self) -> None:
+        """Let go of what is too old even where no request comes any more."""
+        while True:
+            await asyncio.sleep(self._limits.graph_seconds / 4)
+            self._operations.sequencer.run(self._operations.sweep)
+
+    async def _keep_up(self) -> None:
+        """Look after the folder, beside the event loop."""
+        upkeep = Upkeep(self._operations.models.checkpoints, self._operations.journal, self._operations.sessions)
+        while True:
+            await asyncio.sleep(_UPKEEP_SECONDS)
+            try:
+                await asyncio.to_thread(upkeep.work)
+            except PullbackError as error:
+                _logger.warning("%s", error)

@@ -1,0 +1,71 @@
+"""Writing a checkpoint so that, whenever the server ends, it is known what lies there, whose it is and how long it stays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, final
+
+from safetensors import SafetensorError
+
+from ...errors import CheckpointError
+from ..durability.descriptions import Description, expiry
+from ..durability.journal import Journal
+from ..durability.storage import storage_error
+from .registry import ServedModels
+
+__all__ = ["Save", "save"]
+
+
+@final
+@dataclass(frozen=True)
+class Save:
+    """What is to be saved.
+
+    Attributes:
+        owner, model, kind: of the checkpoint; see `Checkpoints`.
+        number: of the operation; everything up to it is in the checkpoint.
+        name: of the checkpoint.
+        overwrite: a checkpoint of that name is replaced.
+        metadata: what the client says of it.
+        ttl: how long it stays, seconds; None: for ever.
+    """
+
+    owner: str
+    model: str
+    kind: str
+    number: int
+    name: Any
+    overwrite: bool = False
+    metadata: Any = None
+    ttl: Any = None
+
+
+def save(models: ServedModels, journal: Journal, asked: Save) -> str:
+    """Write a checkpoint and return its URI; the journal knows of it before and after, so that a kill between leaves no doubt.
+
+    Raises:
+        CheckpointError: the name leaves the folder, or is taken.
+        ConfigError: the time to live is none.
+        StorageError: the disk is full, or cannot be written; nothing has changed.
+    """
+    checkpoints, now = models.checkpoints, models.checkpoints.clock()
+    expires = expiry(asked.ttl, now)
+    uri = checkpoints.uri(asked.model, asked.kind, asked.name)
+    before = checkpoints.fingerprint(uri)
+    journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
+    row = journal.model(asked.model)
+    try:
+        models.save(asked.model, asked.kind, asked.name, asked.overwrite)
+        if row is not None:
+            metadata = json.dumps(asked.metadata)
+            Description.of(row, asked.number, metadata, now, expires).write(checkpoints.place(uri))
+    except CheckpointError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise storage_error(error) from error
+    size = checkpoints.size(uri)
+    journal.add_checkpoint(
+        uri, asked.model, asked.owner, asked.number, size, asked.metadata, expires=expires, created=now
+    )
+    return uri

@@ -1,0 +1,49 @@
+"""What a server does from time to time for its folder, beside the event loop: old things go, and the log is written back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, final
+
+from ..durability.checkpoints import Checkpoints
+from ..durability.journal import ANSWER_SECONDS, Journal
+from ..durability.recovery import sweep
+from ..durability.retention import prune
+from .sessions import Sessions
+
+__all__ = ["Upkeep"]
+
+_PRUNE_SECONDS: Final = 3600.0
+
+
+@final
+class Upkeep:
+    """Deletes checkpoints whose time to live has passed, and what is old in the journal.
+
+    Nothing leaves the journal in the first hour: clients that outlive a server are heard of until then.
+
+    Args:
+        checkpoints: on the disk.
+        journal: what is noted.
+        sessions: says who was heard of lately.
+        clock: seconds, of any beginning.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        sessions: Sessions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._checkpoints, self._journal, self._sessions, self._clock = checkpoints, journal, sessions, clock
+        self._pruned = clock()
+
+    def work(self) -> None:
+        """Do what is due; it may wait for the disk."""
+        sweep(self._checkpoints, self._journal)
+        if self._clock() - self._pruned >= _PRUNE_SECONDS:
+            self._pruned = self._clock()
+            prune(self._journal, time.time(), self._sessions.heard_of(ANSWER_SECONDS))
+        self._journal.database.write_back()
