@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import PullbackError, RankError, ServiceError
+from ...errors import PullbackError, RankError, ServiceError, StorageError
 from .journal import Failure
 
 __all__ = ["failure_of", "number_of", "require_number"]
@@ -13,6 +13,8 @@ __all__ = ["failure_of", "number_of", "require_number"]
 
 def failure_of(error: BaseException) -> Failure:
     """Say whose fault an error is: what was refused is the user's, what one process of several met alone is not."""
+    if isinstance(error, StorageError):
+        return Failure(str(error), "server")
     if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)) and not isinstance(error, RankError):
         message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
         return Failure(message, "user")

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final, final
+from typing import Any, final
 
-from ...errors import ServiceError
+from ...errors import ServiceError, StorageError
 from ..limits import Limits
 from .backlog import Backlog
-from .journal import Answer, Failure, Journal
+from .journal import ANSWER_SECONDS, Answer, Failure, Journal
 from .queues import Ended, Queue
 from .requirements import failure_of, number_of, require_number
 from .turns import Task, Turns, Work
@@ -25,8 +25,6 @@ from .turns import Task, Turns, Work
 __all__ = ["Sequencer", "failure_of", "number_of", "require_number"]
 
 _logger = logging.getLogger(__name__)
-_KEPT_SECONDS: Final = 24 * 3600.0
-_PRUNE_EVERY: Final = 1000  # operations
 Observer = Callable[[str, Answer, float], None]
 Answered = Callable[[str, Answer], None]
 
@@ -172,12 +170,16 @@ class Sequencer:
             pending = self._backlog.future(owner, request)
         if pending is not None:
             return pending
-        operation = self._journal.operation(request)
-        if operation is None or operation.owner != owner:
-            raise ServiceError(f"unknown request {request!r}")
         future = Future[Answer]()
+        try:
+            operation = self._journal.operation(request)
+        except StorageError as error:  # as a status of 5xx, it would be asked again for ever
+            future.set_result(failure_of(error))
+            return future
+        if operation is None or operation.owner != owner:
+            raise ServiceError(f"unknown request {request!r}{self._journal.caveat}")
         if operation.answer is None:
-            hours = _KEPT_SECONDS / 3600
+            hours = ANSWER_SECONDS / 3600
             future.set_result(Failure(f"the answer to {request} was thrown away after {hours:g} hours", "user"))
         else:
             future.set_result(operation.answer)
@@ -202,8 +204,6 @@ class Sequencer:
         request = f"req-{count}-{secrets.token_hex(8)}"
         self._journal.accept(request, owner, queue, number, digest, kind)
         self._backlog.add(owner, request)
-        if count % _PRUNE_EVERY == 0:
-            self._journal.forget_answers(time.time() - _KEPT_SECONDS)
         return request
 
     def _enqueue(self, state: Queue, task: Task) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final, final
 
-from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, TooLargeError
+from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, StorageError, TooLargeError
 
 __all__ = ["Call", "json_response", "refusal"]
 
@@ -71,6 +71,10 @@ def refusal(error: Exception) -> Any:
         return response
     if isinstance(error, TooLargeError):
         return json_response({"detail": str(error)}, 413)
+    if isinstance(error, StorageError):
+        response = json_response({"detail": str(error)}, 507)
+        response.headers["x-should-retry"] = "false"  # asking again at once would not help
+        return response
     if isinstance(error, NotFoundError):
         return json_response({"detail": str(error)}, 404)
     if isinstance(error, PullbackError):
