@@ -21,6 +21,7 @@ from .create import given_settings, lora_choice
 from .encryption import recipients_of
 from .registry import ServedModels
 from .samplers import Samplers
+from .saving import Save, save
 from .sessions import Sessions
 from .training import Training
 
@@ -123,6 +124,7 @@ class Operations:
             self.release(model_id)
             last = self.journal.last_checkpoint(model_id)
             self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
+        self.journal.end_session(session)
         self.training.forget_session(session)
         self.samplers.forget(session)
 
@@ -219,14 +221,10 @@ class Operations:
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json, readers: Sequence[Any] = ()) -> str:
-        """Write a checkpoint; the journal knows of it before and after, so that a kill between leaves no doubt."""
-        checkpoints, metadata = self.models.checkpoints, body.get("user_metadata")
-        uri = checkpoints.uri(model_id, kind, body["path"])
-        self._require_space(owner, model_id, uri)
-        self.journal.begin_save(uri, model_id, number, checkpoints.fingerprint(uri), metadata)
-        self.models.save(model_id, kind, body["path"], bool(body.get("overwrite", False)), readers)
-        self.journal.add_checkpoint(uri, model_id, owner, number, checkpoints.size(uri), metadata)
-        return uri
+        self._require_space(owner, model_id, self.models.checkpoints.uri(model_id, kind, body["path"]))
+        overwrite, metadata = bool(body.get("overwrite", False)), body.get("user_metadata")
+        asked = Save(owner, model_id, kind, number, body["path"], overwrite, metadata, body.get("ttl_seconds"), readers)
+        return save(self.models, self.journal, asked)
 
     def _require_space(self, owner: str, model_id: str, uri: str) -> None:
         """Check that an owner may write another checkpoint, which takes at least what its trained weights do."""

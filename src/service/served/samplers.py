@@ -104,7 +104,7 @@ class Samplers:
     def _row(self, owner: str, session: Any) -> Json:
         row = self._journal.sampler(session) if isinstance(session, str) else None
         if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no sampling session {session!r} on this server")
+            raise NotFoundError(f"there is no sampling session {session!r} on this server{self._journal.caveat}")
         return row
 
     def _sampler(self, owner: str, session: str) -> Sampler:
@@ -138,5 +138,5 @@ class Samplers:
         model, _, _ = self._models.checkpoints.parts(path)
         row = self._journal.model(model)
         if row is None or row["owner"] != owner or not self._models.checkpoints.fingerprint(path):
-            raise NotFoundError(f"there is no checkpoint {path!r} on this server")
+            raise NotFoundError(f"there is no checkpoint {path!r} on this server{self._journal.caveat}")
         self._models.checkpoints.loadable(path)

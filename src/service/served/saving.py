@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -29,6 +30,7 @@ class Save:
         overwrite: a checkpoint of that name is replaced.
         metadata: what the client says of it.
         ttl: how long it stays, seconds; None: for ever.
+        readers: the only ones that can read it, where there are any.
     """
 
     owner: str
@@ -39,6 +41,7 @@ class Save:
     overwrite: bool = False
     metadata: Any = None
     ttl: Any = None
+    readers: Sequence[Any] = ()
 
 
 def save(models: ServedModels, journal: Journal, asked: Save) -> str:
@@ -56,7 +59,7 @@ def save(models: ServedModels, journal: Journal, asked: Save) -> str:
     journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
     row = journal.model(asked.model)
     try:
-        models.save(asked.model, asked.kind, asked.name, asked.overwrite)
+        models.save(asked.model, asked.kind, asked.name, asked.overwrite, asked.readers)
         if row is not None:
             metadata = json.dumps(asked.metadata)
             Description.of(row, asked.number, metadata, now, expires).write(checkpoints.place(uri))

@@ -36,7 +36,7 @@ class Sessions:
         """
         row = self._journal.model(model_id)
         if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
         self._seen[row["session"]] = time.monotonic()
         if not self._sequencer.knows(model_id):
             before = row["created"] < self._started
@@ -49,7 +49,7 @@ class Sessions:
             NotFoundError: there is none, or it is another's.
         """
         if not isinstance(session, str) or self._journal.session_owner(session) != owner:
-            raise NotFoundError(f"there is no session {session!r} on this server")
+            raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
         self._seen[session] = time.monotonic()
         return session
 
@@ -61,12 +61,17 @@ class Sessions:
         """
         row = self._journal.model(model_id)
         if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server")
+            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
         return LoraChoice.from_json(row["lora"])
 
     def silent(self, session: str, seconds: float) -> bool:
         """Whether nothing was heard of a session for so long."""
         return self._seen.get(session, 0.0) < time.monotonic() - seconds
+
+    def heard_of(self, seconds: float) -> set[str]:
+        """Return the sessions of which something was heard in the last so many seconds."""
+        since = time.monotonic() - seconds
+        return {session for session, moment in list(self._seen.items()) if moment >= since}
 
     def forget(self, session: str) -> None:
         """Drop what is known of a session that has ended."""
