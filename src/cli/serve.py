@@ -17,6 +17,10 @@ from ..errors import ConfigError
 from ..service.distributed.follow import follow
 from ..service.distributed.lead import leading
 from ..service.distributed.member import Member, spread
+from ..service.durability.checkpoints import Checkpoints
+from ..service.durability.journal import Journal
+from ..service.durability.recovery import adopt
+from ..service.durability.storage import lock_folder
 from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, ServedModels
@@ -26,6 +30,7 @@ __all__ = ["add_parser", "load_base"]
 
 _KEYS = "PULLBACK_API_KEYS"
 _TOKENIZERS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_EVERYBODY = "everybody"
 
 
 def add_parser(commands: Any) -> None:
@@ -50,12 +55,26 @@ def add_parser(commands: Any) -> None:
     serve.add_argument(
         "--timeout", type=float, default=600.0, help="under torchrun: seconds that a process waits for the others"
     )
+    serve.add_argument(
+        "--save-seconds",
+        type=float,
+        default=30.0,
+        help="when the server ends, save the models in memory as checkpoints, in so many seconds at most; 0: let them go",
+    )
+    serve.add_argument(
+        "--adopt",
+        metavar="OWNER",
+        help="give checkpoints that do not say whose they are to a key (its digest in the file of keys), or, where there "
+        f"are no keys, to {_EVERYBODY!r}; and end",
+    )
     serve.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.new_key:
         return _new_key(arguments.keys)
+    if arguments.adopt is not None:
+        return _adopt(Path(arguments.checkpoints), arguments.adopt)
     plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
     saved = arguments.keys.read_text().splitlines() if arguments.keys else []
     keys = Keys([*map(digest_of, plain), *saved])
@@ -75,6 +94,28 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _at_the_end(seconds: float | None) -> str:
+    """Say what will become of the models in memory."""
+    if seconds is None:
+        return "models in memory are lost when this server ends (--save-seconds 0): clients should save what they need"
+    return f"models in memory are saved as checkpoints when this server is asked to end, in {seconds:g} s at most"
+
+
+def _adopt(folder: Path, owner: str) -> int:
+    if owner != _EVERYBODY:
+        Keys([owner])  # refuses what is no digest
+    whose = "" if owner == _EVERYBODY else owner.strip().lower()[:32]
+    lock = lock_folder(folder)
+    try:
+        journal = Journal(folder / "journal.sqlite")
+        taken = adopt(Checkpoints(folder), journal, whose)
+        journal.close()
+    finally:
+        lock.close()
+    print("\n".join(taken) or "every checkpoint says whose it is")
+    return 0
+
+
 def _end(number: int, _: object) -> None:
     """End as the signal wants it, but through what lets the other processes end."""
     raise SystemExit(128 + number)
@@ -83,8 +124,10 @@ def _end(number: int, _: object) -> None:
 def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace) -> None:
     place = f"http://{arguments.host}:{arguments.port}"
     print(f"{models.base.name} on {place}", "" if keys else "(no keys: everybody is let in)")
+    saved_for = arguments.save_seconds if arguments.save_seconds > 0 else None
+    print(_at_the_end(saved_for), flush=True)
     limits = replace(Limits(), models=arguments.max_models)
-    serve_forever(models, arguments.host, arguments.port, keys, limits)
+    serve_forever(models, arguments.host, arguments.port, keys, limits, save_seconds=saved_for)
 
 
 def _new_key(file: Path | None) -> int:

@@ -20,13 +20,28 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _START_SECONDS = 20.0
 
 
-def serve_forever(models: ServedModels, host: str, port: int, keys: Keys, limits: Limits | None = None) -> None:
+def serve_forever(
+    models: ServedModels,
+    host: str,
+    port: int,
+    keys: Keys,
+    limits: Limits | None = None,
+    *,
+    save_seconds: float | None = None,
+) -> None:
     """Serve until interrupted.
+
+    Args:
+        models: the models that are served.
+        host, port: the address.
+        keys: who is let in.
+        limits: sizes and counts.
+        save_seconds: see `build_app`.
 
     Raises:
         ConfigError: the address can be reached from elsewhere and there are no keys.
     """
-    _server(models, host, port, keys, limits).run()
+    _server(models, host, port, keys, limits, save_seconds).run()
 
 
 @contextmanager
@@ -62,11 +77,18 @@ def serving(
             thread.join()
 
 
-def _server(models: ServedModels, host: str, port: int, keys: Keys, limits: Limits | None) -> Any:
+def _server(
+    models: ServedModels,
+    host: str,
+    port: int,
+    keys: Keys,
+    limits: Limits | None,
+    save_seconds: float | None = None,
+) -> Any:
     if host not in _LOOPBACK and not keys:
         raise ConfigError(
             f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
         )
     uvicorn = require_extra("uvicorn", "serve", "pullback serve")
-    app = build_app(models, keys, limits or Limits())
+    app = build_app(models, keys, limits or Limits(), save_seconds)
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))
