@@ -129,7 +129,7 @@ class Golden:
         copy.mkdir()
         for path in self.folder.iterdir():
             if path.is_dir():
-                os.symlink(path, copy / path.name)
+                shutil.copytree(path, copy / path.name, copy_function=os.symlink)
             elif path.name.startswith("journal") and not path.name.endswith("-shm"):
                 shutil.copy(path, copy / path.name)
         damage(copy)

@@ -185,6 +185,11 @@ class Journal:
         """Return how many checkpoints a model has."""
         return int(self.database.select("SELECT count(*) FROM checkpoints WHERE model = ?", model, listing=True)[0][0])
 
+    def stored_bytes(self, owner: str | None = None) -> int:
+        """Return the bytes of an owner's checkpoints, or of all owners'."""
+        where, values = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
+        return int(self.database.select(f"SELECT coalesce(sum(bytes), 0) FROM checkpoints{where}", *values)[0][0])
+
     def named_checkpoints(self, owner: str, name: str) -> list[Row]:
         """Return an owner's checkpoints of a name that training can go on from."""
         return self.database.rows("checkpoints", "WHERE owner = ? AND kind = 'weights' AND name = ?", owner, name)

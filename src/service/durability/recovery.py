@@ -81,7 +81,10 @@ def adopt(checkpoints: Checkpoints, journal: Journal, owner: str | None = None) 
 def lost(journal: Journal, queue: str) -> str:
     """Say that what a model or session had in memory is gone, and what is left."""
     if queue.rsplit(":", 1)[-1] in _OTHERS:
-        return f"the server was restarted before this was done in {queue.rpartition(':')[0]}; nothing else is lost: ask again"
+        return (
+            f"the server was restarted before this was done in {queue.rpartition(':')[0]}; nothing else is lost: ask again"
+            f"{journal.caveat}"
+        )
     last = journal.last_checkpoint(queue)
     left = f"the last durable checkpoint is {last}" if last else "there is no durable checkpoint"
     return (
@@ -149,11 +152,12 @@ def _saved(checkpoints: Checkpoints, journal: Journal, operation: Accepted) -> A
     begun = None if operation.number is None else journal.begun_save(operation.queue, operation.number)
     if begun is None or operation.number is None or checkpoints.fingerprint(begun["uri"]) in ("", begun["before"]):
         return None
-    uri, metadata = begun["uri"], json.loads(begun["metadata"])
-    row = _model(journal, uri)
-    if row is not None:
+    uri, row = begun["uri"], _model(journal, begun["uri"])
+    said = Description.read(checkpoints.place(uri))
+    if row is not None and (said is None or said.number != operation.number):
         said = Description.of(row, operation.number, begun["metadata"], checkpoints.clock(), begun["expires"])
         said.write(checkpoints.place(uri))
-    size, expires = checkpoints.size(uri), begun["expires"]
-    journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, size, metadata, expires=expires)
+    metadata, size = json.loads(begun["metadata"]), checkpoints.size(uri)
+    when = {"expires": begun["expires"], "created": None if said is None else said.created}
+    journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, size, metadata, **when)
     return {"path": uri, "type": operation.kind}

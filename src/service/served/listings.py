@@ -118,7 +118,8 @@ class Listings:
             raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
         runs = [model["id"] for model in self._journal.models_in(session)]
         metadata = json.loads(row["metadata"])
-        return {"training_run_ids": runs, "sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
+        about = {"sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
+        return self._listed("training_run_ids", runs) | about
 
     def info(self, owner: str, model_id: str) -> Json:
         """``get_info``."""
