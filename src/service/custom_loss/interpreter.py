@@ -1,11 +1,10 @@
 """Custom losses that arrive as data: a traced graph, run by an interpreter that knows a list of operations.
 
-Nothing that was sent is executed. Every operation is looked up in the tables below; sizes are bounded before each runs.
+Nothing that was sent is executed. Every operation is looked up in a table; what it costs is taken from a budget before it runs.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from ...errors import ConfigError, LossTypeError, MissingFieldError
 from .allowlist import ATTRIBUTES, FUNCTIONS, METHODS
+from .arguments import check_arguments, count_values, decode_argument, is_value
+from .budget import PER_NODE, Budget, Cost
+from .costs import cost_of
 
 __all__ = ["MISTAKES", "LossGraph"]
 
@@ -26,9 +28,8 @@ _METRIC: Final = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _GETATTR: Final = ("getattr", "builtins.getattr")
 _MAX_NODES: Final = 2000
-_MAX_LIST: Final = 64
-_MAX_NUMBERS: Final = 1 << 24  # of one result
-_MAX_DEPTH: Final = 8
+_MAX_VALUES: Final = 32_000  # of all arguments together
+_PER_VALUE: Final = 500  # element operations that reading one takes
 
 
 @final
@@ -63,6 +64,10 @@ class LossGraph:
         graph_loss = cls(str(body.get("name", "custom")), inputs, graph["nodes"])
         for node in graph_loss.nodes:
             _check(node)
+        if graph_loss._values > _MAX_VALUES:
+            raise ConfigError(
+                f"the graph's arguments have {graph_loss._values} values; this server takes {_MAX_VALUES}"
+            )
         if [node["target"] for node in graph_loss.nodes if node["op"] == "placeholder"] != [name for name, _ in inputs]:
             raise ConfigError("the graph's placeholders must be the inputs, in their order")
         if not graph_loss.nodes or graph_loss.nodes[-1]["op"] != "output":
@@ -75,15 +80,34 @@ class LossGraph:
 
     def __call__(self, data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Run the graph on every datum; the losses add up, metrics by their suffix."""
+        return self.evaluate(data, logprobs, Budget.of(logprobs))
+
+    def evaluate(
+        self, data: Sequence[Any], logprobs: Sequence[Tensor], budget: Budget
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Run the graph on every datum, within a budget.
+
+        Raises:
+            TooLargeError: the operations of all datums alone are more than the budget has.
+            ConfigError: an operation failed, or would be more than what is left.
+        """
+        calls = sum(node["op"] not in ("placeholder", "output") for node in self.nodes)
+        budget.spend(Cost(0, _PER_VALUE * self._values * len(data)))
+        budget.check(budget.operations + PER_NODE * calls * len(data))
         losses: list[Tensor] = []
         sums: dict[str, float] = {}
         for i, (datum, own) in enumerate(zip(data, logprobs, strict=True)):
-            loss, metrics = self._run(self._inputs_of(datum, own, i))
+            loss, metrics = self._run(self._inputs_of(datum, own, i), budget)
             losses.append(loss)
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
         counts = {key: len(data) if key.endswith(":mean") else 1 for key in sums}
         return torch.stack(losses).sum(), {key: value / counts[key] for key, value in sums.items()}
+
+    @property
+    def _values(self) -> int:
+        """Values that the arguments of all nodes are made of."""
+        return sum(count_values([node.get("args", ()), node.get("kwargs")]) for node in self.nodes)
 
     def _inputs_of(self, datum: Any, logprobs: Tensor, index: int) -> list[Tensor]:
         inputs = [logprobs]
@@ -95,21 +119,22 @@ class LossGraph:
                 raise ConfigError(f"datum {index}: {name} has rank {inputs[-1].dim()}, {self.name} declared {rank}")
         return inputs
 
-    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def _run(self, inputs: Sequence[Tensor], budget: Budget) -> tuple[Tensor, Mapping[str, Tensor]]:
         values: dict[str, Any] = {}
         given = iter(inputs)
         for node in self.nodes:
             if node["op"] == "placeholder":
                 values[node["name"]] = next(given)
                 continue
-            args = [_decoded(arg, values) for arg in node.get("args", ())]
-            if node["op"] == "output":
-                return _checked_output(args[0], self.name)
-            kwargs = {key: _decoded(arg, values) for key, arg in (node.get("kwargs") or {}).items()}
             try:
-                values[node["name"]] = _apply(node["op"], node["target"], args, kwargs)
+                args = [decode_argument(arg, values) for arg in node.get("args", ())]
+                kwargs = {key: decode_argument(arg, values) for key, arg in (node.get("kwargs") or {}).items()}
+                if node["op"] != "output":
+                    values[node["name"]] = _apply(node["op"], node["target"], args, kwargs, budget)
             except MISTAKES as error:
                 raise ConfigError(f"{self.name}: node {node['name']} ({node['target']}) failed: {error}") from error
+            if node["op"] == "output":
+                return _checked_output(args[0] if args else None, self.name)
         raise ConfigError(f"{self.name} has no output")
 
 
@@ -125,73 +150,23 @@ def _check(node: Any) -> None:
         raise ConfigError(f"custom losses cannot have a node of kind {op!r} on this server")
 
 
-def _apply(op: str, target: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _apply(op: str, target: str, args: list[Any], kwargs: dict[str, Any], budget: Budget) -> Any:
     if target in _GETATTR:
         if len(args) != 2 or not isinstance(args[0], Tensor) or args[1] not in ATTRIBUTES:
             raise ConfigError(f"custom losses can read {', '.join(ATTRIBUTES)} of a tensor, and nothing else")
+        budget.spend(cost_of(args[1], args[:1], {}))
         return getattr(args[0], args[1])
-    _bound(target, [*args, *kwargs.values()])
-    if op == "call_function":
-        result = FUNCTIONS[target](*args, **kwargs)
-    elif args and isinstance(args[0], Tensor):
-        result = getattr(args[0], target)(*args[1:], **kwargs)
-    else:
+    if op == "call_method" and not (args and isinstance(args[0], Tensor)):
         raise ConfigError(f"the method {target!r} must be called on a tensor")
-    for tensor in result if isinstance(result, (tuple, list)) else (result,):
-        if isinstance(tensor, Tensor) and tensor.numel() > _MAX_NUMBERS:
-            raise ConfigError(f"{target} makes {tensor.numel()} numbers; this server takes {_MAX_NUMBERS}")
+    if target == "view" and any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+        raise ConfigError("view takes a shape; use to(dtype) for another dtype")
+    check_arguments(target, args, kwargs)
+    budget.spend(cost_of(target.rpartition(".")[2], args, kwargs))
+    function = FUNCTIONS[target] if op == "call_function" else getattr(torch.Tensor, target)
+    result = function(*args, **kwargs)
+    if not is_value(result):
+        raise ConfigError(f"{target} returned a {type(result).__name__}; a graph holds numbers, tensors and shapes")
     return result
-
-
-def _bound(target: str, args: Sequence[Any]) -> None:
-    """Refuse what would be too large or too slow, before it runs."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-    if not tensors and any(abs(a) > 2.0**53 for a in numbers if math.isfinite(a)):
-        raise ConfigError(f"{target} on plain numbers over 2**53")
-    if target in ("operator.pow", "math.pow") and not tensors and any(abs(a) > 64 for a in numbers[1:]):
-        raise ConfigError(f"{target} on plain numbers with an exponent over 64")
-    if len(tensors) > 1 and target not in ("operator.getitem", "torch.cat", "torch.stack", "torch.gather", "gather"):
-        sizes = math.prod(max(t.shape[-1 - k] if k < t.dim() else 1 for t in tensors) for k in range(_MAX_DEPTH))
-        if sizes > _MAX_NUMBERS:
-            raise ConfigError(f"{target} would make {sizes} numbers; this server takes {_MAX_NUMBERS}")
-
-
-def _decoded(arg: Any, values: Mapping[str, Any], depth: int = 0) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ConfigError("an argument of the graph is nested too deeply")
-    if isinstance(arg, list):
-        if len(arg) > _MAX_LIST:
-            raise ConfigError(f"an argument of the graph is a list of {len(arg)}; this server takes {_MAX_LIST}")
-        return [_decoded(a, values, depth + 1) for a in arg]
-    if not isinstance(arg, dict):
-        return arg
-    if len(arg) != 1:
-        raise ConfigError("an encoded argument must have one key")
-    ((kind, value),) = arg.items()
-    return _decoded_object(kind, value, values, depth + 1)
-
-
-def _decoded_object(kind: str, value: Any, values: Mapping[str, Any], depth: int) -> Any:
-    if kind == "ref":
-        if value not in values:
-            raise ConfigError(f"the graph refers to {value!r}, which no earlier node has made")
-        return values[value]
-    if kind == "tuple":
-        return tuple(_decoded(value, values, depth))
-    if kind == "dict":
-        return {str(key): _decoded(item, values, depth) for key, item in value.items()}
-    if kind == "slice":
-        return slice(*_decoded(value, values, depth))
-    if kind == "ellipsis":
-        return ...
-    if kind == "float" and value in ("inf", "-inf", "nan"):
-        return float(value)
-    if kind == "dtype" and isinstance(getattr(torch, str(value), None), torch.dtype):
-        return getattr(torch, value)
-    if kind == "device" and value == "cpu":
-        return torch.device("cpu")
-    raise ConfigError(f"the graph has an argument of kind {kind!r} ({value!r}), which this server does not read")
 
 
 def _checked_output(output: Any, name: str) -> tuple[Tensor, Mapping[str, Tensor]]:
