@@ -204,11 +204,6 @@ class Journal:
         clause = "WHERE model = ? AND kind = ? ORDER BY number DESC LIMIT 1"
         return _one(self.database.rows("checkpoints", clause, model, kind))
 
-    def stored_bytes(self, owner: str | None = None) -> int:
-        """Return the bytes of an owner's checkpoints, or of all owners'."""
-        where, values = ("", ()) if owner is None else (" WHERE owner = ?", (owner,))
-        return int(self._read(f"SELECT coalesce(sum(bytes), 0) AS total FROM checkpoints{where}", *values)[0]["total"])
-
     def last_checkpoint(self, model: str) -> str | None:
         """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
         row = self.newest_checkpoint(model, "weights")

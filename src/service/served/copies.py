@@ -13,6 +13,7 @@ from typing import Any, final
 
 from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedError
 from ..durability.checkpoints import Checkpoints
+from ..durability.descriptions import Description
 from ..durability.journal import Journal
 from ..durability.sequencer import Sequencer, number_of
 from .listings import Listings
@@ -87,6 +88,10 @@ class Copies:
         lora = json.loads(made_by["lora"]) if made_by else {}
         self._journal.add_model(model, session, owner, lora, {"copy_of": source, **metadata}, source)
         self._journal.add_checkpoint(uri, model, owner, 0, self._checkpoints.size(uri), metadata or None)
+        row, noted = self._journal.model(model), self._journal.checkpoint(uri)
+        if row is not None and noted is not None:  # the files are the source's, whose they are is not
+            described = Description.of(row, 0, noted["metadata"], noted["created"])
+            described.write(self._checkpoints.place(uri))
         self._sequencer.end(
             model, f"{model} holds a copy of {source} and is not trained on: create a client from {uri}"
         )

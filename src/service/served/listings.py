@@ -118,7 +118,7 @@ class Listings:
             raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
         runs = [model["id"] for model in self._journal.models_in(session)]
         metadata = json.loads(row["metadata"])
-        about = {"sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
+        about: Json = {"sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
         return self._listed("training_run_ids", runs) | about
 
     def info(self, owner: str, model_id: str) -> Json:
