@@ -232,7 +232,10 @@ def test_numbers_that_json_lacks_are_refused(web: Any, url: str) -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    """No module of the library loads pickles, or executes text; a planted one is found."""
+    """No module of the library loads pickles, or executes text; a planted one is found.
+
+    But for what the processes of one job tell each other, which the first of them has written.
+    """
 
     def found(source: str) -> set[str]:
         names = {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
@@ -240,8 +243,11 @@ def test_nothing_is_unpickled() -> None:
         names |= {alias.name for node in imports for alias in node.names} | {getattr(n, "module", "") for n in imports}
         return names & {"pickle", "dill", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec", "compile"}
 
-    for path in Path(pullback.__file__).parent.rglob("*.py"):
+    root = Path(pullback.__file__).parent
+    told = root / "service" / "distributed" / "channel.py"
+    for path in {*root.rglob("*.py")} - {told}:
         assert not found(path.read_text()), path
+    assert found(told.read_text()) == {"pickle"}
     assert found("import pickle") == {"pickle"}
     assert found("torch.load(file)") == {"torch.load"}
 
