@@ -164,6 +164,22 @@ def test_silent_sessions_make_room_the_own_ones_first(tmp_path: Path) -> None:
     direct.sequencer.close()
 
 
+def test_others_make_no_room_for_who_has_all_it_may(tmp_path: Path) -> None:
+    """A silent session of another key goes where the server is full, and stays where the key is at its own bound."""
+    for limits, left in (
+        (Limits(models=8, models_per_key=1), ["a:train:0", "b:train:0"]),
+        (Limits(models=2), ["b2:train:0", "b:train:0"]),
+    ):
+        direct = Direct(tmp_path / str(limits.models), limits=limits)
+        for owner in ("a", "b"):
+            created(direct, owner, owner, 0)
+        direct.operations.sessions._seen["a"] = -1e9
+        answer = created(direct, "b", "b2", 0)
+        assert sorted(direct.models.backends) == left
+        assert isinstance(answer, Failure) == ("b2:train:0" not in left)
+        direct.sequencer.close()
+
+
 def saved(direct: Direct, number: int, name: str, **more: Any) -> Any:
     return direct.read(direct.call("save_weights", number, path=name, **more))
 

@@ -55,22 +55,23 @@ class Operations:
         self.samplers = Samplers(models, journal, sequencer, limits)
         self.names = LogicalNames(journal)
         frees = "unload one, finish its session, or try later"
-        self._models_quota = Quota("models", limits.models, limits.models_per_key, limits.shared, frees)
+        self._quota = Quota("models", limits.models, limits.models_per_key, limits.shared, frees)
         recover(models.checkpoints, journal)
 
     def make_room(self, owner: str) -> None:
-        """Let go of the models of silent sessions if there is no room for a new one of this owner: first of its own.
+        """Let go of the models of silent sessions while there is no room for a new one of this owner: first of its own.
 
         Raises:
-            ServiceError: all are in use.
+            ServiceError: all are in use, or the owner has as many as it may.
         """
-        for mine in (True, False):
-            if self._full(owner) is None:
-                return
-            for session, whose in sorted({(row["session"], row["owner"]) for row in self._living()}):
-                if (whose == owner) == mine and self.sessions.silent(session, self.limits.idle_seconds):
-                    self._let_go(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
-        refusal = self._full(owner)
+        sessions = {(row["owner"] != owner, row["session"]) for row in self._living()}
+        for others, session in sorted(sessions):
+            own, used = self._held(owner)
+            if self._quota.refusal(own, used) is None or (others and self._quota.refusal(own, 0)):
+                break  # what others let go of does not help an owner that has all it may
+            if self.sessions.silent(session, self.limits.idle_seconds):
+                self._let_go(session, f"was silent for {self.limits.idle_seconds:g} s and made room for another")
+        refusal = self._quota.refusal(*self._held(owner))
         if refusal is not None:
             raise ServiceError(refusal)
 
@@ -78,9 +79,9 @@ class Operations:
         rows = (self.journal.model(model_id) for model_id in self.models.backends)
         return [row for row in rows if row is not None]
 
-    def _full(self, owner: str) -> str | None:
-        held = Counter(row["owner"] for row in self._living())
-        return self._models_quota.refusal(held[owner], held.total())
+    def _held(self, owner: str) -> tuple[int, int]:
+        owners = Counter(row["owner"] for row in self._living())
+        return owners[owner], owners.total()
 
     def create_model(self, owner: str, raw: bytes, body: Json) -> str:
         """Make a model with a fresh adapter, or (with ``path``) from a checkpoint; return the request id."""
