@@ -156,18 +156,26 @@ def test_without_a_number_the_order_is_that_of_arrival(journal: Journal) -> None
     assert [name for name in ran if name.startswith("queue")] == ["queue/1"] * 2 + ["queue/None"] * 2 + ["queue/2"] * 2
 
 
-def test_an_error_ends_its_operation_alone(journal: Journal) -> None:
-    """A work that fails in a later slice has had its turn; the next of its queue runs."""
+@pytest.mark.parametrize("error", [ValueError("no such thing"), RuntimeError("broken"), SystemExit(1), GeneratorExit()])
+@pytest.mark.parametrize("pauses", [0, 1])
+def test_an_error_ends_its_operation_alone(journal: Journal, error: BaseException, pauses: int) -> None:
+    """A work that fails, at once or in a later slice and by whatever error, has had its turn; the next of its queue runs."""
     held = Held(journal)
 
     def failing() -> Generator[None, None, Answer]:
-        yield
-        raise ValueError("no such thing")
+        for _ in range(pauses):
+            yield
+        raise error
 
     held.sequencer.open(f"{held.prefix}:queue")
     held.requests["bad"] = ("me", held.sequencer.submit("me", f"{held.prefix}:queue", 1, b"", "kind", failing))
     held.add("me", "queue", 2, 2)
-    assert held.go() == {"bad": Failure("no such thing", "user"), "queue/2": {"done": "queue/2"}}
+    held.add("me", "other", 1, 2)
+    answers = held.go()
+    user = isinstance(error, ValueError)
+    expected = Failure(str(error), "user") if user else Failure(f"{type(error).__name__}: {error}", "server")
+    assert answers.pop("bad") == expected
+    assert answers == {name: {"done": name} for name in ("queue/2", "other/1")}
 
 
 def test_the_end_of_a_queue_stops_what_is_in_slices(journal: Journal) -> None:

@@ -73,6 +73,22 @@ def test_what_was_given_up_is_a_failure_too(direct: Direct) -> None:
     assert direct.read(direct.call("optim_step", 6))["metrics"]["grad_norm"] > 0
 
 
+def test_an_answer_tells_of_what_had_failed_when_it_was_given(direct: Direct) -> None:
+    """A gradient that comes late, and is given up after a step was refused, is not told of by that step's answer."""
+    waits = direct.gradient(2, *BROKEN)
+    assert isinstance(direct.sequencer.result("me", waits).result(timeout=30), Failure)
+    first = direct.call("optim_step", 3)
+    assert isinstance(direct.sequencer.result("me", first).result(timeout=30), Failure)
+    direct.gradient(1)  # given up; nobody reads of it
+    direct.read(first)
+    second = direct.read(direct.call("optim_step", 4))
+    assert isinstance(second, Failure)
+    assert "seq_id 1" in second.text
+    assert "more" not in second.text
+    assert not isinstance(direct.read(direct.call("optim_step", 5)), Failure)
+    assert len(direct.operations.training._acknowledgements) == 0
+
+
 def test_a_restart_has_neither_gradients_nor_failures(direct: Direct) -> None:
     """Steps of the old model fail as lost; one that is made from its checkpoint steps at once."""
     saved = direct.read(direct.call("save_weights", 1, path="one"))["path"]
@@ -168,6 +184,6 @@ def test_a_service_that_is_told_by_gradients_only_is_caught(
     service_of_acts: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: if a refusal told nothing, steps would be refused for ever."""
-    monkeypatch.setattr(Acknowledgements, "refused", lambda self, request, failures: None)
+    monkeypatch.setattr(Acknowledgements, "refused", lambda self, model, request, number: None)
     found, expected = service_of_acts.play(["bad", "step", 1, "step"])
     assert (found, expected) == ([True, True, True], [True, True, False])

@@ -131,6 +131,8 @@ class Direct:
         self.operations = Operations(self.models, self.journal, self.sequencer, limits, lambda what, amount: None)
 
     def restart(self) -> Direct:
+        for queue in list(self.sequencer._queues.values()):
+            queue.close()  # a killed server gives nothing up
         return Direct(self.models.checkpoints.root)
 
     def start(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 __all__ = ["Acknowledgements", "FailedGradient"]
 
@@ -15,30 +16,41 @@ class FailedGradient:
 
     Attributes:
         number, text: its number and its error.
-        told_by: requests whose answers tell of it: its own, and those of steps that were refused for it.
-        acknowledged: the moment at which the client read one of them; None: not yet.
+        place: how many had failed before it.
+        acknowledged: the moment at which the client read of it; None: not yet.
     """
 
     number: int
     text: str
-    told_by: set[str]
+    place: int
     acknowledged: int | None = None
+
+
+class _Told(NamedTuple):
+    """What an answer tells of: a model's failures from one number to another, of those that were there when it was given."""
+
+    model: str
+    first: int
+    last: int
+    places: int
 
 
 @final
 class Acknowledgements:
     """The failed gradient operations of every model since its last step.
 
-    A moment is a count of acknowledgements, not a time. What is kept lives in memory, as the gradients do.
+    A client has read of a failure when it has fetched the answer of the gradient, or of a step that was refused for it. A
+    moment is a count of acknowledgements, not a time. What is kept lives in memory, as the gradients do.
     """
 
     def __init__(self) -> None:
-        self._moment = 0
-        self._models: dict[str, list[FailedGradient]] = {}
+        self._moment, self._places = 0, 0
+        self._failures: dict[str, list[FailedGradient]] = {}
+        self._answers: dict[str, _Told] = {}  # that nobody has read
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._models)
+        return len(self._failures) + len(self._answers)
 
     @property
     def now(self) -> int:
@@ -48,16 +60,23 @@ class Acknowledgements:
     def failed(self, model: str, request: str, number: int, text: str) -> None:
         """Note a gradient operation that failed, before its client can read of it."""
         with self._lock:
-            self._models.setdefault(model, []).append(FailedGradient(number, text, {request}))
+            self._failures.setdefault(model, []).append(FailedGradient(number, text, self._places))
+            self._places += 1
+            self._answers[request] = _Told(model, number, number, self._places)
+
+    def refused(self, model: str, request: str, number: int) -> None:
+        """Note a step that was refused for the failures before it, before its client can read of that."""
+        with self._lock:
+            self._answers[request] = _Told(model, 0, number, self._places)
 
     def acknowledge(self, request: str) -> None:
         """Note that a client has the outcome of a request."""
         with self._lock:
-            known = [f for failures in self._models.values() for f in failures if request in f.told_by]
-            unknown = [failure for failure in known if failure.acknowledged is None]
-            if unknown:
+            told = self._answers.pop(request, None)
+            news = [] if told is None else [f for f in self._of(told) if f.acknowledged is None]
+            if news:
                 self._moment += 1
-            for failure in unknown:
+            for failure in news:
                 failure.acknowledged = self._moment
 
     def unacknowledged(self, model: str, number: int, moment: int) -> list[FailedGradient]:
@@ -68,24 +87,36 @@ class Acknowledgements:
         with self._lock:
             return [
                 failure
-                for failure in self._models.get(model, ())
+                for failure in self._failures.get(model, ())
                 if failure.number < number and (failure.acknowledged is None or failure.acknowledged > moment)
             ]
-
-    def refused(self, request: str, failures: list[FailedGradient]) -> None:
-        """Note a step that was refused for failures: its answer tells of them too."""
-        with self._lock:
-            for failure in failures:
-                failure.told_by.add(request)
 
     def stepped(self, model: str, number: int) -> None:
         """Forget what was before a step that has been made."""
         with self._lock:
-            left = [failure for failure in self._models.pop(model, ()) if failure.number > number]
+            failures = self._failures.pop(model, [])
+            left = [failure for failure in failures if failure.number > number]
             if left:
-                self._models[model] = left
+                self._failures[model] = left
+            if failures:
+                self._forget_answers(model, number)
 
     def forget(self, model: str) -> None:
         """Forget a model."""
         with self._lock:
-            self._models.pop(model, None)
+            if self._failures.pop(model, None) is not None:
+                self._forget_answers(model, None)
+
+    def _of(self, told: _Told) -> Iterator[FailedGradient]:
+        for failure in self._failures.get(told.model, ()):
+            if told.first <= failure.number <= told.last and failure.place < told.places:
+                yield failure
+
+    def _forget_answers(self, model: str, last: int | None) -> None:
+        gone = [
+            request
+            for request, told in self._answers.items()
+            if told.model == model and (last is None or told.last <= last)
+        ]
+        for request in gone:
+            del self._answers[request]

@@ -269,7 +269,7 @@ class Sequencer:
                 return task.advance()
             task.stop()
             return Failure(task.ended, "user")
-        except Exception as error:
+        except BaseException as error:  # whatever it is, the turn ends
             answer = failure_of(error)
             if answer.category == "server":
                 _logger.exception("%s failed", task.kind)

@@ -122,11 +122,13 @@ class Training:
         model_id = body["model_id"]
         self._sessions.require_model(owner, model_id)
         number, sent = number_of(body, "seq_id"), self._acknowledgements.now
-        failures: list[FailedGradient] = []
+        refused = False
 
         def work() -> Answer:
-            failures.extend(self._acknowledgements.unacknowledged(model_id, number, sent))
+            nonlocal refused
+            failures = self._acknowledgements.unacknowledged(model_id, number, sent)
             if failures:
+                refused = True
                 raise PrecedingOperationFailed(_refusal(failures))
             future = self._models.backend(model_id).optim_step(*_step_of(body))
             self.graphs.drop(model_id)
@@ -135,7 +137,8 @@ class Training:
             return _settled(future, lambda output: {"metrics": finite(output.metrics)})
 
         def answered(request: str, answer: Answer) -> None:
-            self._acknowledgements.refused(request, failures)
+            if refused:
+                self._acknowledgements.refused(model_id, request, number)
 
         return self._sequencer.submit(owner, model_id, number, raw, "optim_step", work, answered=answered)
 
