@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import Direct
 
+from pullback.backends import TorchBackend
 from pullback.service.durability.journal import Answer, Failure, Journal
 from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
@@ -129,6 +132,37 @@ def test_a_light_operation_behind_heavy_ones(journal: Journal) -> None:
         held.go()
         names = ["first", *of_operation(held.turns)]
         assert [i for i, name in enumerate(names) if name in ("light/1", "heavy/21")] == [place]
+
+
+def test_a_step_of_another_key_is_next(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the service: behind twenty gradients of one key, another key's step is the second operation that runs."""
+    ran: list[str] = []
+    for verb in ("forward_backward", "optim_step"):
+        monkeypatch.setattr(TorchBackend, verb, noting(getattr(TorchBackend, verb), ran))
+    direct.journal.add_session("theirs", "you", None)
+    body = {"session_id": "theirs", "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2}}
+    made = direct.operations.create_model("you", json.dumps(body).encode(), body)
+    answer: Any = direct.sequencer.result("you", made).result(timeout=30)
+    gate = threading.Event()
+    direct.sequencer.run(lambda: gate.wait(30))
+    heavy = [direct.gradient(number) for number in range(1, 21)]
+    step = {"model_id": answer["model_id"], "seq_id": 1, "adam_params": {"learning_rate": 1e-2}}
+    light = direct.operations.training.optim_step("you", json.dumps(step).encode(), step)
+    gate.set()
+    assert not isinstance(direct.sequencer.result("you", light).result(timeout=30), Failure)
+    for request in heavy:
+        assert not isinstance(direct.read(request), Failure)
+    assert ran == ["forward_backward", "optim_step", *["forward_backward"] * 19]
+
+
+def noting(operation: Any, ran: list[str]) -> Any:
+    """The operation, which says that it runs."""
+
+    def noted(*given: Any, **named: Any) -> Any:
+        ran.append(operation.__name__)
+        return operation(*given, **named)
+
+    return noted
 
 
 def test_operations_without_an_order_are_in_progress_together(journal: Journal) -> None:
