@@ -135,14 +135,17 @@ def test_what_is_not_ended_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_silent_sessions_are_forgotten(tmp_path: Path) -> None:
-    """What a session holds beside models and samplers goes when nothing has been heard of it for long, and not before."""
+    """What a session holds beside models and samplers goes when nothing was heard of it for an hour, its name after a day."""
     sessions = Sessions(tmp_path, Limits(idle_seconds=3600.0))
-    sessions.open(trains=False)
-    sessions.direct.operations.sweep()
-    assert (sessions.held()["losses"], sessions.held()["sessions"]) == (1, 1)
-    sessions.direct.operations.limits = Limits(idle_seconds=0.0)
-    sessions.direct.operations.sweep()
-    assert set(sessions.held().values()) == {0}
+    seen = sessions.direct.operations.sessions._seen
+    for hours, losses, known in ((0.9, 1, 1), (1.1, 0, 1), (23.9, 0, 1), (24.1, 0, 0)):
+        session = sessions.open(trains=False)
+        seen[session] -= 3600.0 * hours
+        sessions.direct.operations.sweep()
+        held = sessions.held()
+        assert (held["losses"], held["sessions"]) == (losses, known)
+        sessions.finish(session)
+        assert set(sessions.held().values()) == {0}
     sessions.close()
 
 

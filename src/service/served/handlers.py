@@ -132,7 +132,7 @@ class Operations:
     def sweep(self) -> None:
         """Let go of graphs that are too old, and of what silent sessions hold beside models and samplers."""
         self.training.graphs.sweep()
-        for session in self.sessions.forget_silent(self.limits.idle_seconds):
+        for session in self.sessions.silent_ones(self.limits.idle_seconds):
             self.training.forget_session(session)
 
     def unload(self, owner: str, raw: bytes, body: Json) -> str:

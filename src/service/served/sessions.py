@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, final
+from typing import Any, Final, final
 
 from ...backends.native.models.lora import LoraChoice
 from ...errors import NotFoundError
@@ -12,6 +12,8 @@ from ..durability.recovery import lost
 from ..durability.sequencer import Sequencer
 
 __all__ = ["Sessions"]
+
+_KNOWN_SECONDS: Final = 24 * 3600.0
 
 
 @final
@@ -77,12 +79,13 @@ class Sessions:
         """Drop what is known of a session that has ended."""
         self._seen.pop(session, None)
 
-    def forget_silent(self, seconds: float) -> list[str]:
-        """Drop the sessions of which nothing was heard for so long; return them."""
-        gone = [session for session in list(self._seen) if self.silent(session, seconds)]
-        for session in gone:
-            self._seen.pop(session, None)
-        return gone
+    def silent_ones(self, seconds: float) -> list[str]:
+        """Return the sessions of which nothing was heard for so long; after a day of silence they are no longer known."""
+        silent = [session for session in list(self._seen) if self.silent(session, seconds)]
+        for session in silent:
+            if self.silent(session, _KNOWN_SECONDS):
+                self._seen.pop(session, None)
+        return silent
 
     def _ended(self, model_id: str) -> str:
         last = self._journal.last_checkpoint(model_id) or "none"
