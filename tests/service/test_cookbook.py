@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import pickle
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from folders import chat_folder
-from servers import KEY, rest
+from servers import KEY, SDK_WARNINGS, rest
 
 from pullback.cli.serve import load_base
 from pullback.service import ServedModels, serving
@@ -28,6 +30,7 @@ except pickle.PicklingError as error:  # dill takes packages outside of the envi
     reason = f"`datasets` lies outside of this environment and cannot be pickled ({error}): {INSTALL}"
     pytest.skip(reason, allow_module_level=True)
 RECIPES = "tinker_cookbook.recipes"
+pytestmark = SDK_WARNINGS
 
 
 @pytest.fixture(scope="module")
@@ -35,42 +38,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_folder(tmp_path_factory.mktemp("models") / "chat")
 
 
+def loaded(folder: Path, name: str | None = None) -> Any:
+    """Load a model as the command does."""
+    return load_base(Namespace(model=str(folder), name=name, device="cpu", dtype="float32", token_budget=1024))
+
+
 @pytest.fixture(scope="module")
 def cookbook_url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from argparse import Namespace
-
-    given = Namespace(model=str(folder), name=None, device="cpu", dtype="float32", token_budget=1024)
-    with serving(ServedModels(load_base(given), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
+    with serving(ServedModels(loaded(folder), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
         yield address
 
 
-@pytest.fixture
-def cook(cookbook_url: str, folder: Path, tmp_path: Path) -> Any:
-    """Runs a recipe; returns its metrics, step by step."""
+class Cook:
+    """Runs a recipe in a folder, without a network; returns its metrics, step by step."""
 
-    def run(recipe: str, **given: Any) -> list[dict[str, Any]]:
-        log = tmp_path / "log"
-        arguments = {"model_name": folder, "log_path": log, "behavior_if_log_dir_exists": "delete", **given}
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
-        where = {"TINKER_BASE_URL": cookbook_url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+
+    def __call__(self, recipe: str, **given: Any) -> list[dict[str, Any]]:
+        log = self.folder / "log"
+        arguments = {"log_path": log, "behavior_if_log_dir_exists": "delete", **given}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "hub"), "OMP_NUM_THREADS": "1"}
+        where = {"TINKER_BASE_URL": self.url, "TINKER_API_KEY": KEY, "TINKER_TELEMETRY": "0"}
         done = subprocess.run(
             [sys.executable, "-m", f"{RECIPES}.{recipe}", *(f"{key}={value}" for key, value in arguments.items())],
-            cwd=tmp_path,
+            cwd=self.folder,
             env={**os.environ, **offline, **where},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        with rest(cookbook_url) as http:
-            saved = {
-                row["tinker_path"] for row in http.get("checkpoints", params={"limit": 1000}).json()["checkpoints"]
-            }
+        with rest(self.url) as http:
+            rows = http.get("checkpoints", params={"limit": 1000}).json()["checkpoints"]
         last = json.loads((log / "checkpoints.jsonl").read_text().splitlines()[-1])
-        assert {last["state_path"], last["sampler_path"]} <= saved
+        assert {last["state_path"], last["sampler_path"]} <= {row["tinker_path"] for row in rows}
         return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
 
-    return run
+
+@pytest.fixture
+def cook(cookbook_url: str, folder: Path, tmp_path: Path) -> Any:
+    """Runs a recipe on the model in the folder."""
+    return functools.partial(Cook(cookbook_url, tmp_path), model_name=folder)
 
 
 def test_supervised(cook: Any, tmp_path: Path) -> None:
@@ -106,7 +115,8 @@ def test_reinforcement(cook: Any, renderer: str) -> None:
         assert step["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["cispo", pytest.param("importance_sampling", marks=pytest.mark.soak)])
 def test_arithmetic(cook: Any, loss: str) -> None:
     """math_rl trains by either loss: the policy that sampled is the one that is trained, so its ratio is 1."""
     found = cook(
@@ -126,6 +136,27 @@ def test_arithmetic(cook: Any, loss: str) -> None:
     for step in steps:
         assert abs(step["optim/kl_sample_train_v1"]) < 1e-5
         assert step["optim/entropy"] == pytest.approx(math.log(259), abs=0.3)
+
+
+@pytest.mark.soak
+def test_a_model_of_the_cookbooks_list(folder: Path, tmp_path: Path, tmp_path_factory: Any) -> None:
+    """Served under a name that the cookbook knows, a model needs no renderer_name; the tokenizer is found by that name."""
+    name = "Qwen/Qwen3-4B-Instruct-2507"
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / name).symlink_to(folder)  # in place of a hub
+    with serving(ServedModels(loaded(folder, name), tmp_path_factory.mktemp("checkpoints")), keys=[KEY]) as address:
+        found = Cook(address, tmp_path)(
+            "math_rl.train",
+            model_name=name,
+            loss_fn="importance_sampling",
+            group_size=4,
+            groups_per_batch=1,
+            max_tokens=4,
+            lora_rank=4,
+            max_steps=1,
+            eval_every=0,
+        )
+    assert abs(found[0]["optim/kl_sample_train_v1"]) < 1e-5
 
 
 def test_preference(cook: Any, tmp_path: Path) -> None:
@@ -153,3 +184,32 @@ def test_preference(cook: Any, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[-1] < losses[0] - 1e-3
     assert all(step["forward_tokens:sum"] == 0 for step in found)
+
+
+@pytest.mark.slow
+def test_weights_are_downloaded(
+    cookbook_url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cookbook's own download of a training checkpoint, which it exports encrypted, and of an export: peft loads both."""
+    import peft
+    import tinker
+    import transformers
+
+    weights: Any = pytest.importorskip("tinker_cookbook.weights")
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    with tinker.ServiceClient(base_url=cookbook_url, api_key=KEY) as service:
+        client = service.create_lora_training_client(str(folder), rank=2, train_unembed=False).result()
+        paths = {
+            "weights": client.save_state("one").result().path,
+            "external_weights": client.save_weights_external("two").result().path,
+        }
+    for kind, path in paths.items():
+        out = tmp_path / kind
+        weights.download(tinker_path=path, output_dir=str(out), base_url=cookbook_url)
+        assert sorted(file.name for file in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert peft.PeftModel.from_pretrained(base, out).peft_config["default"].r == 2
+    with rest(cookbook_url) as http:
+        rows = http.get("checkpoints", params={"limit": 1000}).json()["checkpoints"]
+    assert {row["tinker_path"] for row in rows if row["checkpoint_type"] == "external"} == {paths["external_weights"]}
