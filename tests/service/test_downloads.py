@@ -245,12 +245,25 @@ def test_the_same_request_copies_once(direct: Any) -> None:
     assert len(direct.journal.checkpoints("me")) == 4
 
 
+def test_a_copy_expires_by_its_own_time(direct: Any) -> None:
+    """An hour after it was made, whatever its source says; without a time it is kept."""
+    made = direct.models.checkpoints.clock()
+    source = direct.read(direct.call("save_weights", 1, path="one", ttl_seconds=7200))["path"]
+    for seconds in (None, 3600):
+        body = {"source_path": source, "destination_project_id": "p", "ttl_seconds": seconds}
+        uri = copies(direct).copy("me", body, "")["tinker_path"]
+        expires = direct.journal.checkpoint(uri)["expires"]
+        assert expires is None if seconds is None else made + 3600 <= expires < made + 7200
+    assert made + 7200 <= direct.journal.checkpoint(source)["expires"]
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({}, "you", "there is no checkpoint"),
     ({"source_path": "tinker://sess:train:0/weights/two"}, "me", "there is no checkpoint"),
     ({"source_path": "/etc"}, "me", "no checkpoint of this server"),
     ({"destination_project_id": None}, "me", "destination_project_id"),
     ({"weights_access_token": "t"}, "me", "weights_access_token"),
+    ({"ttl_seconds": 3599}, "me", "ttl_seconds must be"),
     ({"session_id": "other", "model_seq_id": 1}, "me", "no session"),
 ]
 
@@ -285,8 +298,8 @@ def test_a_copy_that_fails_half_way_leaves_nothing(direct: Any, monkeypatch: pyt
     assert len(direct.journal.checkpoints("me")) == 1
     assert not list(direct.models.checkpoints.root.glob("*/weights/.*"))
     copied = copies(direct).copy("me", body, "key")["tinker_path"]
-    folders = [direct.models.checkpoints.locate(uri) for uri in (body["source_path"], copied)]
-    assert len({tuple(sorted(file.name for file in folder.iterdir())) for folder in folders}) == 1
+    names = [{file.name for file in direct.models.checkpoints.locate(uri).iterdir()} for uri in (source, copied)]
+    assert names[0] == names[1] >= {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"}
 
 
 def test_what_is_not_offered_says_so(url: str, web: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, final
 
 from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedError
 from ..durability.checkpoints import Checkpoints
-from ..durability.descriptions import Description
+from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
 from ..durability.sequencer import Sequencer, number_of
 from .listings import Listings
@@ -52,6 +52,7 @@ class Copies:
 
         Raises:
             NotFoundError: there is no such checkpoint, or it is another key's.
+            ConfigError: no place for it was named, or its time to live cannot be.
             ServiceError: the run that it should get is another one's.
             UnsupportedError: something else was asked for that is not offered.
         """
@@ -60,13 +61,14 @@ class Copies:
         self._listings.own(owner, model, f"{kind}/{name}")
         if body.get("weights_access_token") is not None:
             raise UnsupportedError("weights_access_token: a key of this server copies its own checkpoints only")
+        expires = expiry(body.get("ttl_seconds"), self._checkpoints.clock())
         session, copied = self._place(owner, body, key)
         uri, known = self._checkpoints.uri(copied, kind, name), self._journal.model(copied)
         if known is not None and (known["owner"], known["origin"]) != (owner, source):
             raise ServiceError(f"{copied!r} is another model already; give another model_seq_id")
         if known is None or not self._checkpoints.fingerprint(uri):
             self._link(source, uri)
-            self._note(owner, session, copied, source, uri, body)
+            self._note(owner, session, source, uri, body, expires)
         return {"tinker_path": uri}
 
     def _place(self, owner: str, body: Json, key: str) -> tuple[str, str]:
@@ -79,7 +81,8 @@ class Copies:
         digest = hashlib.sha256(f"{owner} {key}".encode()).hexdigest()[:16] if key else secrets.token_hex(8)
         return f"sess-{digest}", f"sess-{digest}:train:0"
 
-    def _note(self, owner: str, session: str, model: str, source: str, uri: str, body: Json) -> None:
+    def _note(self, owner: str, session: str, source: str, uri: str, body: Json, expires: float | None) -> None:
+        model, size = self._checkpoints.parts(uri)[0], self._checkpoints.size(uri)
         if self._journal.session_owner(session) is None:
             self._journal.add_session(session, owner, None)
         made_by = self._journal.model(self._checkpoints.parts(source)[0])
@@ -87,10 +90,10 @@ class Copies:
         metadata = {} if project is None else {"destination_project_id": project}
         lora = json.loads(made_by["lora"]) if made_by else {}
         self._journal.add_model(model, session, owner, lora, {"copy_of": source, **metadata}, source)
-        self._journal.add_checkpoint(uri, model, owner, 0, self._checkpoints.size(uri), metadata or None)
+        self._journal.add_checkpoint(uri, model, owner, 0, size, metadata or None, expires=expires)
         row, noted = self._journal.model(model), self._journal.checkpoint(uri)
         if row is not None and noted is not None:  # the files are the source's, whose they are is not
-            described = Description.of(row, 0, noted["metadata"], noted["created"])
+            described = Description.of(row, 0, noted["metadata"], noted["created"], expires)
             described.write(self._checkpoints.place(uri))
         self._sequencer.end(
             model, f"{model} holds a copy of {source} and is not trained on: create a client from {uri}"
