@@ -46,7 +46,7 @@ ARGUMENTS = st.one_of(
 @pytest.fixture
 def member(tmp_path: Path) -> Iterator[Member]:
     """A process that leads nobody but itself."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield Member(tiny_models(tmp_path), init_device_mesh("cpu", (1,)), 10.0)
     finally:
@@ -104,11 +104,16 @@ def test_a_service_that_leads_gives_the_same_answers(member: Member, tmp_path: P
     alone.sequencer.close()
 
 
-def test_retained_forwards_are_named_by_number_and_let_go(member: Member) -> None:
+def test_retained_forwards_are_named_by_number_and_let_go(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward names the forward that it uses; one that nobody holds any more is dropped with the next command."""
     sent: list[Command] = []
     send, data = member.channel.send, make_data([4, 3])
-    member.channel.send = lambda raw: (sent.append(Command.of(raw)), send(raw))[1]  # type: ignore[method-assign]
+
+    def watched(raw: bytes) -> None:
+        sent.append(Command.of(raw))
+        send(raw)
+
+    monkeypatch.setattr(member.channel, "send", watched)
     with leading(member) as models:
         models.create("m", LoraChoice(rank=2))
         backend = models.backend("m")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranked_service import RankedService, asked, gradient, one_process, ranked, trained
 from servers import KEY, SDK_WARNINGS, new_model, rest
-from service_rank import KILLED_TOKEN, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
+from service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
 
 from pullback.service import serving
 
@@ -103,7 +103,7 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         asked(http, model, "forward_backward", 1, **GOOD)
         asked(http, model, "optim_step", 2, **STEP)
         path = asked(http, model, "save_weights", 3, path="whole")["path"]
-        lost = asked(http, model, "forward_backward", 4, **gradient([KILLED_TOKEN, 4, 5], [2, 4]))
+        lost = asked(http, model, "forward_backward", 4, **gradient(KILLED_TOKENS, [2, 4]))
         after = [
             asked(http, model, "optim_step", 5, **STEP),
             asked(http, model, "save_weights", 6, path="none"),
