@@ -124,6 +124,7 @@ def trained(url: str, root: Path) -> tuple[list[float], dict[str, torch.Tensor]]
         sampler = ready(again.save_weights_and_get_sampling_client(), _SECONDS)
         prompt = tinker.ModelInput.from_ints([3, 5, 2, 7])
         numbers += [x for x in sampler.compute_logprobs(prompt).result(timeout=_SECONDS) if x is not None]
+        assert again.save_weights_for_sampler("named").result(timeout=_SECONDS).path
         saved = again.save_state("end").result(timeout=_SECONDS).path
     model, kind, name = saved.removeprefix("tinker://").split("/")
     folder = root / model.replace(":", "_") / kind / name

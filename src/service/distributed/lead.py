@@ -16,7 +16,7 @@ from typing import Any, Final, cast, final
 from ...backends import TorchBackend
 from ...backends.native.execution.retained import RetainedForward
 from ...backends.native.models.lora import LoraChoice
-from ...errors import LostRankError, UnsupportedError
+from ...errors import LostRankError
 from ..served.registry import ServedModels
 from ..served.sampler import Sampler
 from .channel import STOP, Command, HandlesOf
@@ -146,12 +146,9 @@ class _LeadingModels:
         """See `ServedModels.backend`."""
         return _LeadingBackend(self._models.backend(model_id, scores_only=scores_only), model_id, self._leader)
 
-    def save(self, model_id: str, kind: str, name: str, overwrite: bool, readers: Sequence[Any] = ()) -> Any:
-        """See `ServedModels.save`; what only some can read is written by one process alone, and so refused here."""
-        self._models.backend(model_id)
-        if readers:
-            raise UnsupportedError("weights are not encrypted for recipients by a server of several processes")
-        return self._leader.call("save", model_id, kind, name, overwrite)
+    def save(self, *args: Any, **kwargs: Any) -> str:
+        """See `ServedModels.save`: what a backend writes is written by all, the rest by this process."""
+        return ServedModels.save(cast(ServedModels, self), *args, **kwargs)
 
     def load(self, model_id: str, uri: str, optimizer: bool) -> Any:
         """See `ServedModels.load`."""

@@ -18,7 +18,7 @@ from .channel import Channel, Command
 
 __all__ = ["MODELS", "Member", "spread"]
 
-MODELS: Final = ("create", "release", "load", "save")  # methods of `ServedModels`; all others are a backend's
+MODELS: Final = ("create", "release", "load")  # methods of `ServedModels`; all others are a backend's
 
 
 def spread(base: Base, mesh: DeviceMesh, timeout: float | None) -> Base:
