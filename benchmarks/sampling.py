@@ -22,8 +22,10 @@ def run(arguments: Any) -> None:
     """Measure a service of our own, and print."""
     os.environ.setdefault("TINKER_TELEMETRY", "0")
     report = Report("sampling")
-    with own_service(arguments.model, arguments.model, 512) as url:
-        measure(report, url, arguments.model, arguments.calls, arguments.prompts, arguments.tokens, arguments.rounds)
+    with own_service(arguments.model, arguments.model, 512) as own:
+        measure(
+            report, own.url, arguments.model, arguments.calls, arguments.prompts, arguments.tokens, arguments.rounds
+        )
     report.close()
 
 
