@@ -96,6 +96,27 @@ def test_a_mistake_of_the_client_is_not_the_servers(two: RankedService) -> None:
         assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
 
 
+def test_an_export_that_only_its_reader_reads(two: RankedService, tmp_path: Path) -> None:
+    """All processes write the weights, and the first one encrypts them: what its reader opens is what a checkpoint holds."""
+    pyrage = pytest.importorskip("pyrage", reason="exports are encrypted by pyrage (extra serve)")
+    reader = pyrage.x25519.Identity.generate()
+    with rest(two.url) as http:
+        _, made = new_model(http)
+        model = made["model_id"]
+        asked(http, model, "forward_backward", 1, **GOOD)
+        asked(http, model, "optim_step", 2, **STEP)
+        for number, route, name, extra in (
+            (3, "save_weights", "open", {}),
+            (4, "save_weights_external", "shut", {"age_encryption_recipients": [str(reader.to_public())]}),
+        ):
+            assert asked(http, model, route, number, path=name, **extra)["path"].endswith(f"/{name}")
+    places = [path for path in two.root.rglob("adapter_model.safetensors*") if model.replace(":", "_") in str(path)]
+    shut, whole = sorted(places, key=lambda path: path.suffix)
+    opened = tmp_path / "adapter_model.safetensors"
+    opened.write_bytes(pyrage.decrypt(shut.read_bytes(), [reader]))
+    assert opened.read_bytes() == whole.read_bytes()
+
+
 def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -> None:
     """The words say that the server must be started again; the checkpoint from before is whole, and loads on one process."""
     with ranked(tmp_path) as service, rest(service.url) as http:
