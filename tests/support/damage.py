@@ -60,7 +60,10 @@ class Client:
         """Return the answer to a request."""
         self.requests.append(request)
         headers = {"x-api-key": self.key, "accept": "application/json"}
-        return (await self.http.post("retrieve_future", json={"request_id": request}, headers=headers)).json()
+        given: Any = {"json": {"request_id": request}, "headers": headers}
+        while (response := await self.http.post("retrieve_future", **given)).status_code == 408:
+            pass  # each of these is a long poll
+        return response.json()
 
     async def work(self, colour: str, saves: bool) -> list[Question]:
         """Train a model, and save it or not; return what can be asked about it later."""
@@ -166,8 +169,8 @@ class Golden:
 class serving_from:
     """A service on a folder, without sockets; gives a client of its routes, and the service."""
 
-    def __init__(self, folder: Path, base: Base) -> None:
-        self.app = build_app(ServedModels(base, folder), Keys.of(KEYS), LIMITS)
+    def __init__(self, folder: Path, base: Base, save_seconds: float | None = None) -> None:
+        self.app = build_app(ServedModels(base, folder), Keys.of(KEYS), LIMITS, save_seconds)
 
     async def __aenter__(self) -> tuple[httpx.AsyncClient, Any]:
         self._lifespan = self.app.router.lifespan_context(self.app)

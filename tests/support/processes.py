@@ -100,6 +100,11 @@ class CommandProcess:
                 time.sleep(0.05)
         raise RuntimeError("pullback serve did not start")
 
+    def end(self, signal: int) -> None:
+        """Ask the process to end, and wait until it has."""
+        self._process.send_signal(signal)
+        self._process.wait(_START_SECONDS)
+
     def kill(self) -> None:
         """Kill the process without warning."""
         self._process.kill()

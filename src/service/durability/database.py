@@ -110,8 +110,8 @@ class Database:
             return f"the journal was missing and made anew from the checkpoints on {when}; {gone}"
         if known is not None and known > self._written:
             return (
-                f"the journal had lost its last {known - self._written} entries when the server was started on {when}; "
-                "what they said (sessions, models, answers) is not known any more"
+                f"the journal had lost its end when the server was started on {when}: {known - self._written} of what was "
+                "written last (sessions, models, answers) is not known any more"
             )
         return None
 

@@ -28,7 +28,7 @@ _SYSTEM: Final = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _READ_ONLY),
 }
-_RUST: Final = {**{f"code: {number},": problem for number, problem in _SYSTEM.items()}}  # how safetensors says it
+_RUST: Final = {f"(os error {number})": problem for number, problem in _SYSTEM.items()}  # how safetensors says it
 _AT_START: Final = {
     _FULL: "the disk of {folder} is full, and the service must write there: free some space, or serve from another disk",
     _READ_ONLY: "{folder} cannot be written by this user: make it writable, or serve from another folder",
