@@ -6,15 +6,12 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self, final
+from typing import Self, final
 
 from ..datums.types import Datum
-from ..errors import ConfigError, ServiceError, TooLargeError, require_extra
+from ..errors import ConfigError, DatumError, TooLargeError
 
-__all__ = ["Keys", "Limits", "digest_of", "read_body"]
-
-_MAX_WINDOW: Final = 1 << 27
-_SLICE: Final = 1024  # bytes of a zstd frame that are unpacked at once
+__all__ = ["Keys", "Limits", "check_prompt", "digest_of"]
 
 
 @final
@@ -23,7 +20,8 @@ class Limits:
     """Sizes and counts.
 
     Args:
-        body_bytes: of a request, after decompression.
+        body_bytes: of a request with datums, after decompression; others are far smaller.
+        all_bodies_bytes: of all requests together that are being read, or whose datums wait for their turn.
         datums, tokens: of one operation.
         queue: operations that may wait or run.
         waiting: of these, one key's that wait for a missing number; never more than half of what it may queue.
@@ -38,10 +36,15 @@ class Limits:
         idle_seconds: a session silent for so long may lose its models to a new one.
         gap_seconds: how long operations wait for a missing number.
         poll_seconds: how long a request for a result waits before it must be asked for again.
+        connections: that may be open; where one more comes, one that waits for its client is closed.
+        header_seconds: until a request's headers must be whole.
+        body_seconds: in which a part of a body must come (480 kB, or the rest).
+        shutdown_seconds: that a stop waits for requests that are being answered.
         large_bytes: of a result: a client that can is told its size first, and asks for it when it has room.
     """
 
     body_bytes: int = 256_000_000
+    all_bodies_bytes: int = 1_000_000_000
     datums: int = 8192
     tokens: int = 4_000_000
     queue: int = 1024
@@ -63,18 +66,49 @@ class Limits:
     gap_seconds: float = 60.0
     poll_seconds: float = 30.0
     large_bytes: int = 1_000_000
+    connections: int = 1000
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    shutdown_seconds: float = 10.0
 
-    def check_data(self, data: Sequence[Datum]) -> None:
+    def check_data(self, data: Sequence[Datum], context: int | None = None) -> None:
         """Check the size of one operation.
+
+        Args:
+            data: its datums.
+            context: longest text that the model takes, tokens; None = any.
 
         Raises:
             TooLargeError: there is too much in it.
+            DatumError: a datum is longer than the context.
         """
         if len(data) > self.datums:
             raise TooLargeError(f"{len(data)} datums in one operation; this server takes {self.datums}")
         tokens = sum(len(datum.model_input) for datum in data)
         if tokens > self.tokens:
             raise TooLargeError(f"{tokens} tokens in one operation; this server takes {self.tokens}")
+        for i, datum in enumerate(data):
+            if context is not None and len(datum.model_input) > context:
+                raise DatumError(f"datum {i} has {len(datum.model_input)} tokens; this model's context is {context}")
+
+
+def check_prompt(prompt: int, max_tokens: object, context: int | None) -> None:
+    """Check that a completion fits the model's context.
+
+    Args:
+        prompt: tokens that it goes on from.
+        max_tokens: that are asked for; None = as many as fit.
+        context: longest text that the model takes, tokens; None = any.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    most = max_tokens if isinstance(max_tokens, int) else 1
+    # Of a prompt that is scored only, one token is drawn and not read again.
+    if context is not None and prompt + most > context + (most <= 1):
+        raise ConfigError(
+            f"a prompt of {prompt} tokens and max_tokens {most} make {prompt + most}; this model's context is {context}"
+        )
 
 
 @final
@@ -115,49 +149,3 @@ class Keys:
 def digest_of(key: str) -> str:
     """SHA-256 of a key; keys are long and random, so a slow hash would protect nothing."""
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-async def read_body(request: Any, limit: int) -> bytes:
-    """Read a request's body, decompressed, and never more than ``limit`` bytes of it.
-
-    Raises:
-        TooLargeError: there is more.
-        ServiceError: an encoding that is not known, or a broken one; or the client has gone before the end.
-    """
-    from starlette.requests import ClientDisconnect
-
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise TooLargeError(f"the body is larger than {limit} bytes")
-            parts.append(part)
-    except ClientDisconnect as error:
-        raise ServiceError(f"the connection ended after {size} bytes of the body") from error
-    encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding == "identity":
-        return b"".join(parts)
-    if encoding != "zstd":
-        raise ServiceError(f"content-encoding {encoding!r} is not known here; zstd or none")
-    return _unpacked(b"".join(parts), limit)
-
-
-def _unpacked(body: bytes, limit: int) -> bytes:
-    """Unpack one whole zstd frame, a little at a time: what a slice unpacks to is bounded, whatever it claims."""
-    zstandard = require_extra("zstandard", "serve", "the service")
-    unpacker = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
-    parts, size = [], 0
-    try:
-        for start in range(0, len(body), _SLICE):
-            if unpacker.eof:
-                raise ServiceError("the body must be one zstd frame, and goes on after its end")
-            parts.append(unpacker.decompress(body[start : start + _SLICE]))
-            size += len(parts[-1])
-            if size > limit:
-                raise TooLargeError(f"the body is larger than {limit} bytes when it is unpacked")
-    except zstandard.ZstdError as error:
-        raise ServiceError(f"the body is no zstd frame: {error}") from error
-    if not unpacker.eof or unpacker.unused_data:
-        raise ServiceError("the body must be one whole zstd frame, and this is less or more")
-    return b"".join(parts)

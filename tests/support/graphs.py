@@ -38,7 +38,7 @@ class Meter(TorchDispatchMode):
     """Counts the bytes of all new tensors and the numbers that are read and written, backward passes included."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.moved = self.calls = self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

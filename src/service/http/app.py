@@ -15,18 +15,20 @@ from ...losses import loss_names
 from ..durability.journal import Failure, Journal
 from ..durability.sequencer import Sequencer
 from ..durability.storage import lock_folder
-from ..limits import Keys, Limits, read_body
+from ..limits import Keys, Limits, check_prompt
 from ..served.copies import Copies
 from ..served.handlers import Operations
 from ..served.listings import Listings
 from ..served.registry import ServedModels
+from ..wire.json_bounds import JsonBounds
 from ..wire.json_form import decode_json_request, json_result
 from ..wire.protobuf import decode_request
+from .bodies import BodyBudget, HeldBytes, read_body
 from .downloads import Downloads
 from .lifespan import Lifespan
 from .not_offered import NOT_OFFERED, refused
 from .polling import Polls
-from .requests import Call, json_response, refusal
+from .requests import Bounds, Call, json_response, prompt_length, refusal
 from .telemetry import Telemetry
 
 __all__ = ["build_app"]
@@ -68,6 +70,7 @@ class _App:
     def __init__(self, models: ServedModels, keys: Keys, limits: Limits, save_seconds: float | None) -> None:
         limits = replace(limits, shared=len(keys) > 1)
         self.keys, self.limits, self.telemetry, self.save_seconds = keys, limits, Telemetry(), save_seconds
+        self.bounds, self.bodies = Bounds(limits), BodyBudget(limits.all_bodies_bytes)
         with ExitStack() as opened:
             self.folder_lock = lock_folder(models.checkpoints.root)
             opened.callback(self.folder_lock.close)
@@ -94,6 +97,7 @@ class _App:
         gauge("polls", "requests that wait for a result", lambda: len(self.polls))
         gauge("models", "models in memory", lambda: len(models.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
+        gauge("body_bytes", "bodies of requests in memory", lambda: self.bodies.used)
         gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
 
     @property
@@ -120,8 +124,8 @@ class _App:
             post("unload_model", self._accepted(do.unload)),
             post("get_info", self._now(lambda call: lists.info(call.owner, call.body["model_id"]))),
             post("create_custom_loss", self._accepted(do.training.create_loss)),
-            post("forward", self._gradient(forward_only=True)),
-            post("forward_backward", self._gradient(forward_only=False)),
+            self._route("forward", self._gradient(forward_only=True), "POST", self.bounds.gradient),
+            self._route("forward_backward", self._gradient(forward_only=False), "POST", self.bounds.gradient),
             post("optim_step", self._accepted(do.training.optim_step)),
             post("save_weights", self._accepted(do.save_weights)),
             post("save_weights_external", self._accepted(do.save_external)),
@@ -132,7 +136,7 @@ class _App:
             post("save_weights_for_sampler", self._accepted(do.save_for_sampler)),
             post("create_sampling_session", self._now(self._create_sampling_session)),
             get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
-            post("asample", self._now(lambda call: do.samplers.sample(call.owner, call.raw, call.body))),
+            self._route("asample", self._now(self._sample), "POST", self.bounds.sample),
             post("retrieve_future", self._retrieve),
             post("weights_info", self._listed(lambda call: lists.weights_info(call.owner, call.body["tinker_path"]))),
             get("training_runs", self._listed(lambda call: lists.runs(call.owner, call.query))),
@@ -168,21 +172,27 @@ class _App:
     def _get(self, path: str, handler: Handler) -> Any:
         return self._route(path, handler, "GET")
 
-    def _route(self, path: str, handler: Handler, method: str) -> Any:
+    def _route(self, path: str, handler: Handler, method: str, bounds: JsonBounds | None = None) -> Any:
         from starlette.routing import Route
 
+        bounds = bounds or self.bounds.small
+
         async def answer(request: Any) -> Any:
-            began, raw = time.perf_counter(), b""
+            began, held, call = time.perf_counter(), HeldBytes(self.bodies), None
             owner = self.keys.owner(request.headers.get("x-api-key", ""))
             try:
                 if owner is None:
                     response = json_response({"detail": "unknown API key"}, 401)
                 else:
-                    raw = await read_body(request, self.limits.body_bytes)
-                    response = await handler(Call(request, owner, raw))
+                    call = Call(request, owner, await read_body(request, bounds.bytes, held), bounds, held)
+                    response = await handler(call)
             except Exception as error:
                 response = refusal(error)
-            self.telemetry.request(path, response.status_code, time.perf_counter() - began, len(raw))
+            finally:
+                if call is None or not call.keeps:
+                    held.release()
+            size = 0 if call is None else len(call.raw)
+            self.telemetry.request(path, response.status_code, time.perf_counter() - began, size)
             return response
 
         return Route(path if path.startswith("/") else f"/api/v1/{path}", answer, methods=[method])
@@ -195,6 +205,8 @@ class _App:
 
     def _now(self, work: Callable[[Call], Json]) -> Handler:
         async def handler(call: Call) -> Any:
+            if call.request.method == "POST":
+                await call.load()
             return json_response(work(call))
 
         return handler
@@ -205,6 +217,8 @@ class _App:
         async def handler(call: Call) -> Any:
             from starlette.responses import Response
 
+            if call.request.method in ("POST", "PUT"):
+                await call.load()
             answer = await asyncio.to_thread(work, call)
             return Response(status_code=204) if answer is None else json_response(answer)
 
@@ -212,6 +226,7 @@ class _App:
 
     def _accepted(self, submit: Callable[[str, bytes, Json], str]) -> Handler:
         async def handler(call: Call) -> Any:
+            await call.load()
             body = call.body
             return json_response({"request_id": submit(call.owner, call.raw, body), "model_id": body.get("model_id")})
 
@@ -220,24 +235,28 @@ class _App:
     def _gradient(self, *, forward_only: bool) -> Handler:
         async def handler(call: Call) -> Any:
             if call.request.headers.get("content-type", "").startswith(_PROTOBUF):
-                request = await asyncio.to_thread(decode_request, call.raw, call.custom)
+                request = await asyncio.to_thread(decode_request, call.raw, call.custom, self.bounds.wire)
             else:
+                await call.load()
                 # Forks do not say what a request is part of: any may be one half of a custom loss.
                 custom = call.custom or "x-sdk-method" not in call.request.headers
-                request = decode_json_request(call.raw, call.body, forward_only, custom)
-            return json_response(
-                {"request_id": self.operations.training.gradient(call.owner, request), "model_id": request.model_id}
-            )
+                request = await asyncio.to_thread(decode_json_request, call.body, forward_only, custom)
+            accepted = self.operations.training.gradient(call.owner, request)
+            # Its datums wait for their turn.
+            call.keep_until(self.sequencer.result(call.owner, accepted))
+            return json_response({"request_id": accepted, "model_id": request.model_id})
 
         return handler
 
     async def _create_session(self, call: Call) -> Any:
+        await call.load()
         session = f"sess-{secrets.token_hex(8)}"
         metadata = call.body.get("user_metadata")
         await asyncio.to_thread(self.journal.add_session, session, call.owner, metadata)
         return json_response({"type": "create_session", "session_id": session, "info_message": None})
 
     async def _heartbeat(self, call: Call) -> Any:
+        await call.load()
         self.operations.sessions.require(call.owner, call.body["session_id"])
         return json_response({"type": "session_heartbeat"})
 
@@ -255,9 +274,15 @@ class _App:
             f"{session}:sample:{int(body['sampling_session_seq_id'])}", call.owner, body
         )
 
+    def _sample(self, call: Call) -> Json:
+        wanted = (call.body.get("sampling_params") or {}).get("max_tokens")
+        check_prompt(prompt_length(call.body), wanted, self.models.base.context)
+        return self.operations.samplers.sample(call.owner, call.raw, call.body)
+
     async def _retrieve(self, call: Call) -> Any:
         from starlette.responses import Response
 
+        await call.load()
         body = call.body
         request_id = body["request_id"]
         future = await asyncio.to_thread(self.sequencer.result, call.owner, request_id)
@@ -289,6 +314,7 @@ class _App:
         self.listings.set_ttl(call.owner, call.path["id"], call.path["checkpoint"], seconds)
 
     async def _copy(self, call: Call) -> Any:
+        await call.load()
         key = call.request.headers.get("x-idempotency-key", "")
         return json_response(await asyncio.to_thread(self.copies.copy, call.owner, call.body, key))
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
+from concurrent.futures import Future
 from typing import Any, Final, final
 
 from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, StorageError, TooLargeError
+from ..limits import Limits
+from ..wire.framing import WireBounds
+from ..wire.json_bounds import JsonBounds, parse_json
+from .bodies import HeldBytes
 
-__all__ = ["Call", "json_response", "refusal"]
+__all__ = ["Bounds", "Call", "json_response", "prompt_length", "refusal"]
+
+_AT_ONCE: Final = 1 << 16  # bytes of JSON, which are parsed in less than a millisecond
+_AS_OBJECTS: Final = 2  # times the bytes of JSON, at least
+_SMALL_BYTES, _SMALL_VALUES, _SMALL_CONTAINERS = 1 << 21, 100_000, 20_000
+_SAMPLE_BYTES, _SAMPLE_VALUES = 1 << 26, 1 << 22
+_PER_DATUM: Final = 40  # lists and objects of its tensors and chunks
+_FIELDS_PER_DATUM: Final = 100
+_SPARSE: Final = 1 << 22
 
 _CUSTOM: Final = "TrainingClient.forward_backward_custom"
 _TYPES: Final[dict[str, type]] = {
@@ -22,21 +35,53 @@ Json = dict[str, Any]
 
 @final
 class Call:
-    """One request: whose it is, and what it holds."""
+    """One request: whose it is, and what it holds.
 
-    def __init__(self, request: Any, owner: str, raw: bytes) -> None:
+    Args:
+        request: starlette's.
+        owner: of the key that it came with.
+        raw: its body, unpacked.
+        bounds: of its JSON.
+        held: what it takes of the memory for bodies.
+
+    Attributes:
+        keeps: whether its body is still needed when it has been answered.
+    """
+
+    def __init__(self, request: Any, owner: str, raw: bytes, bounds: JsonBounds, held: HeldBytes) -> None:
         self.request, self.owner, self.raw = request, owner, raw
+        self._bounds, self._held, self.keeps = bounds, held, False
         self.query: dict[str, str] = dict(request.query_params)
         self.path: dict[str, str] = dict(request.path_params)
+        self._content: Any = None
+
+    def keep_until(self, ended: Future[Any]) -> None:
+        """Take the memory of the body until an operation has ended; as objects, JSON takes several times its bytes."""
+        self.keeps = True
+        ended.add_done_callback(lambda _: self._held.release())
+
+    async def load(self) -> None:
+        """Parse the JSON body, off the event loop where it is large.
+
+        Raises:
+            BusyError: the objects that it becomes would take too much beside those of other requests.
+            TooLargeError: it is over the bounds; nothing was parsed.
+            ServiceError: it is no JSON.
+        """
+        if len(self.raw) <= _AT_ONCE:
+            self._content = parse_json(self.raw, self._bounds)
+        else:
+            self._held.add(_AS_OBJECTS * len(self.raw))
+            self._content = await asyncio.to_thread(parse_json, self.raw, self._bounds)
 
     @property
     def body(self) -> Json:
-        """The JSON body.
+        """The JSON body, once it is loaded.
 
         Raises:
             ServiceError: it is no object.
         """
-        content = json.loads(self.raw)
+        content = self._content
         if not isinstance(content, dict):
             raise ServiceError("the body must be a JSON object")
         for key, kind in _TYPES.items():
@@ -54,6 +99,32 @@ class Call:
         """Whether it comes from a fork of the SDK: it names the release that it was made from, and its own."""
         agent, package = (self.request.headers.get(key, "") for key in ("user-agent", "x-stainless-package-version"))
         return agent.startswith("AsyncTinker/") and bool(package) and not agent.endswith(f" {package}")
+
+
+@final
+class Bounds:
+    """What requests of each kind may hold, from the limits of the service.
+
+    Attributes:
+        small: JSON of every request but those below.
+        sample: JSON of a prompt.
+        gradient: JSON of datums.
+        wire: protobuf of datums.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        most, containers = limits.body_bytes, max(_SMALL_CONTAINERS, _PER_DATUM * limits.datums)
+        self.small = JsonBounds(min(most, _SMALL_BYTES), _SMALL_VALUES, _SMALL_CONTAINERS)
+        self.sample = JsonBounds(min(most, _SAMPLE_BYTES), _SAMPLE_VALUES, _SMALL_CONTAINERS)
+        self.gradient = JsonBounds(most, max(_SMALL_VALUES, 4 * limits.tokens), containers)
+        self.wire = WireBounds(limits.datums, limits.tokens, _FIELDS_PER_DATUM * max(200, limits.datums), _SPARSE)
+
+
+def prompt_length(body: Json) -> int:
+    """Return how many tokens the prompt of a request has; what is malformed is left to those who read it."""
+    chunks = (body.get("prompt") or {}).get("chunks") or []
+    tokens = [chunk.get("tokens") for chunk in chunks if isinstance(chunk, dict)]
+    return sum(len(given) for given in tokens if isinstance(given, list))
 
 
 def json_response(content: Json, status: int = 200) -> Any:

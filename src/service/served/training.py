@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar, final
 
 from ...backends import AdamParams, TorchBackend
@@ -73,11 +73,12 @@ class Training:
         self._sessions.require_model(owner, model_id)
         require_number("seq_id", request.seq_id)
         kind = "forward" if request.forward_only else "forward_backward"
+        payload, request = request.payload, replace(request, payload=b"")  # it would be kept until the datums' turn
 
         def work() -> Answer:
             backend = self._models.backend(model_id, scores_only=request.forward_only)
             data = request.data()
-            self._limits.check_data(data)
+            self._limits.check_data(data, self._models.base.context)
             data = with_provenance(request, data)
             self._count(f"{kind}_tokens", sum(len(datum.model_input) for datum in data))
             if request.forward_only:
@@ -91,7 +92,7 @@ class Training:
             if isinstance(answer, Failure) and not request.forward_only and model_id in self._models.backends:
                 self._acknowledgements.failed(model_id, accepted, request.seq_id, answer.text)
 
-        return self._sequencer.submit(owner, model_id, request.seq_id, request.payload, kind, work, answered=answered)
+        return self._sequencer.submit(owner, model_id, request.seq_id, payload, kind, work, answered=answered)
 
     def delivered(self, request: str) -> None:
         """Note that a client has the result of a request."""

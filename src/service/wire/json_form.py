@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,20 +22,35 @@ __all__ = ["decode_json_request", "decode_json_sparse", "decode_json_tensor", "j
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 
-def decode_json_request(body: bytes, given: Mapping[str, Any], forward_only: bool, custom: bool) -> GradientRequest:
+def decode_json_request(given: Mapping[str, Any], forward_only: bool, custom: bool) -> GradientRequest:
     """Read the JSON form of ``forward`` or ``forward_backward``; its datums are read later."""
     inner = given["forward_input" if forward_only else "forward_backward_input"]
     data, config = inner["data"], inner.get("loss_fn_config") or {}
     return GradientRequest(
         model_id=given["model_id"],
         seq_id=given["seq_id"],
-        payload=json.dumps(inner, sort_keys=True).encode(),
+        payload=b"".join(_canonical(inner)),
         loss_fn=inner["loss_fn"],
         config=dict(config),
         forward_only=forward_only,
         custom=custom,
         data=lambda: [_datum(datum, i) for i, datum in enumerate(data)],
     )
+
+
+def _canonical(inner: Mapping[str, Any]) -> Iterator[bytes]:
+    """Write JSON with sorted keys, one datum after another: other threads run in between."""
+    separator = b"{"
+    for key in sorted(inner):
+        yield separator + json.dumps(key).encode() + b": "
+        separator = b", "
+        if key == "data" and isinstance(inner[key], list):
+            for i, datum in enumerate(inner[key]):
+                yield (b", " if i else b"[") + json.dumps(datum, sort_keys=True).encode()
+            yield b"]" if inner[key] else b"[]"
+        else:
+            yield json.dumps(inner[key], sort_keys=True).encode()
+    yield b"}" if inner else b"{}"
 
 
 def json_result(kind: str, answer: bytes) -> dict[str, Any]:

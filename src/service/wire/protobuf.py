@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
-from ...errors import DatumError, require_extra
+from ...errors import DatumError, TooLargeError, require_extra
+from .framing import Outline, WireBounds
 from .provenance import Provenance
 from .sparse import SparseRows
 
@@ -98,12 +100,22 @@ class GradientRequest:
     provenance: Callable[[], list[Provenance | None]] = list
 
 
-def decode_request(body: bytes, custom: bool = False) -> GradientRequest:
+def decode_request(body: bytes, custom: bool = False, bounds: WireBounds | None = None) -> GradientRequest:
     """Read a ``ForwardBackwardRequest``; its datums are read later.
+
+    A request over the bounds is not decoded: it keeps its number, and reading its datums fails.
+
+    Args:
+        body: on the wire.
+        custom: it may be one half of the SDK's custom loss.
+        bounds: of what it may hold; None: any.
 
     Raises:
         DatumError: it is no such message.
+        TooLargeError: it is over the bounds, and does not say first which model it is for.
     """
+    if bounds is not None and (outline := Outline.of(body, bounds)).excess is not None:
+        return _refused(body, outline.excess, outline, custom)
     request = message("ForwardBackwardRequest")()
     try:
         request.ParseFromString(body)
@@ -123,6 +135,18 @@ def decode_request(body: bytes, custom: bool = False) -> GradientRequest:
         data=lambda: [_datum(datum, i) for i, datum in enumerate(request.data)],
         provenance=lambda: [Provenance.of(d.model_input_spans, d.loss_fn_input_spans) for d in request.data],
     )
+
+
+def _refused(body: bytes, excess: TooLargeError, outline: Outline, custom: bool) -> GradientRequest:
+    """Return a request whose datums cannot be read, by its number: those that come after it wait for it."""
+    if not outline.model_id:
+        raise excess
+
+    def refuse() -> list[Datum]:
+        raise excess
+
+    payload = hashlib.sha256(body).digest()
+    return GradientRequest(outline.model_id, outline.seq_id, payload, "", {}, outline.forward_only, custom, refuse)
 
 
 def encode_output(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[str, float]) -> bytes:
