@@ -24,8 +24,8 @@ _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 def decode_json_request(given: Mapping[str, Any], forward_only: bool, custom: bool) -> GradientRequest:
     """Read the JSON form of ``forward`` or ``forward_backward``; its datums are read later."""
-    inner = given["forward_input" if forward_only else "forward_backward_input"]
-    data, config = inner["data"], inner.get("loss_fn_config") or {}
+    inner = _object(given, "forward_input" if forward_only else "forward_backward_input")
+    data, config = inner["data"], _object(inner, "loss_fn_config") if inner.get("loss_fn_config") is not None else {}
     return GradientRequest(
         model_id=given["model_id"],
         seq_id=given["seq_id"],
@@ -34,7 +34,7 @@ def decode_json_request(given: Mapping[str, Any], forward_only: bool, custom: bo
         config=dict(config),
         forward_only=forward_only,
         custom=custom,
-        data=lambda: [_datum(datum, i) for i, datum in enumerate(data)],
+        data=lambda: [_datum(datum, i) for i, datum in enumerate(_datums(data))],
     )
 
 
@@ -66,13 +66,27 @@ def json_result(kind: str, answer: bytes) -> dict[str, Any]:
     return {"loss_fn_output_type": output.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": metrics}
 
 
+def _object(given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = given[key]
+    if not isinstance(value, Mapping):
+        raise DatumError(f"{key} must be an object, got {type(value).__name__}")
+    return value
+
+
+def _datums(data: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(data, list) or not all(isinstance(datum, Mapping) for datum in data):
+        raise DatumError("data must be a list of objects, each with model_input and loss_fn_inputs")
+    return data
+
+
 def _datum(datum: Mapping[str, Any], index: int) -> Datum:
     inputs = {}
-    for key, value in datum["loss_fn_inputs"].items():
+    for key, value in _object(datum, "loss_fn_inputs").items():
         try:
             inputs[key] = TensorData(decode_json_tensor(value))
-        except (RuntimeError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DatumError(f"datum {index}: {key} cannot be read: {error}") from error
+        except (RuntimeError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+            why = str(error).partition("\n")[0]  # torch adds where it lies in its sources
+            raise DatumError(f"datum {index}: {key} cannot be read: {why}") from error
     return Datum(ModelInput.from_ints(tokens_of(datum["model_input"])), inputs)
 
 

@@ -172,13 +172,18 @@ def tokens_of(model_input: Any) -> list[int]:
     Raises:
         DatumError: it holds what is no text.
     """
+    chunks = model_input.get("chunks") if isinstance(model_input, Mapping) else None
+    if not isinstance(chunks, list) or not all(isinstance(chunk, Mapping) for chunk in chunks):
+        raise DatumError("a model input must be an object with a list of chunks, each an object")
     tokens: list[int] = []
-    for chunk in model_input["chunks"]:
+    for chunk in chunks:
         if chunk.get("type", "encoded_text") != "encoded_text":
             raise DatumError(f"the input has a chunk of type {chunk.get('type')!r}; only text can be read here")
+        if not isinstance(chunk.get("tokens"), list):
+            raise DatumError("a chunk of text must have a list of tokens")
         tokens += chunk["tokens"]
-    if not all(isinstance(token, int) for token in tokens):
-        raise DatumError("tokens must be whole numbers")
+    if not all(type(token) is int and -(2**63) <= token < 2**63 for token in tokens):
+        raise DatumError("tokens must be whole numbers of 64 bits")
     return tokens
 
 
