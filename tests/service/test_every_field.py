@@ -25,7 +25,7 @@ LIMITS = Limits(tokens=1000, models=64, gap_seconds=0.1, poll_seconds=5.0)
 SAMPLE = 120
 ENDS = ("sessions/SESSION/finish", "unload_model")
 # Words that Python has for its own errors: they name no field, and nobody who reads them knows what to do.
-UNWORDED = ("object has no attribute", "not supported between instances", "object is not", "unpacking", "codec can't")
+UNWORDED = ("object has no attribute", "not supported between instances", "object is not")
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -94,7 +94,7 @@ class Asking:
             body = {**body, "seq_id": self.turn}
         sent = self.filled(json.dumps(replaced(body, at, junk)))
         answer = self.http.post(self.filled(route), content=sent, headers={"accept": "application/json"})
-        content = answer.json() if answer.content else None
+        content: Any = answer.json() if answer.content else None
         if route in ENDS and answer.status_code < 300:
             self.renew()
             return answer.status_code, content

@@ -89,6 +89,7 @@ def posts(ids: Ids, me: Client) -> dict[str, dict[str, Any]]:
             "sampling_session_seq_id": me.count,
             "model_path": uri(ids),
         },
+        "copy_weights": {"source_path": uri(ids), "session_id": me.session, "model_seq_id": me.count},
         "asample": {"sampling_session_id": ids["sampler"], "prompt": PROMPT, "num_samples": 1},
         "get_info": {"model_id": ids["model"]},
         "forward": {**theirs, "forward_input": inner},
@@ -96,6 +97,7 @@ def posts(ids: Ids, me: Client) -> dict[str, dict[str, Any]]:
         "optim_step": {**theirs, "adam_params": {}},
         "save_weights": {**theirs, "path": ids["name"]},
         "save_weights_for_sampler": {**theirs, "path": ids["name"]},
+        "save_weights_external": {**theirs, "path": ids["name"]},
         "load_adapter": theirs,
         "unload_model": {"model_id": ids["model"]},
         "session_heartbeat": {"session_id": ids["session"]},
@@ -111,6 +113,7 @@ def gets(ids: Ids) -> list[tuple[str, str]]:
         ("GET", f"training_runs/{ids['model']}/checkpoints"),
         ("DELETE", checkpoint),
         ("GET", f"{checkpoint}/archive"),
+        ("GET", f"{checkpoint}/external_weights_urls"),
         ("PUT", f"{checkpoint}/ttl"),
         ("GET", f"samplers/{ids['sampler']}"),
         ("GET", f"sessions/{ids['session']}"),
@@ -122,8 +125,8 @@ def answer(me: Client, route: str, ids: Ids) -> str:
     """What a route says, with the names of the request taken out."""
     method, _, place = route.partition(" ")
     if method == "PROTOBUF":
-        body = gradient_body(ids["model"], 1, "cross_entropy")
-        said = _future(me.http.post("forward_backward", content=body, headers=PROTOBUF), me.http)
+        packed = gradient_body(ids["model"], 1, "cross_entropy")
+        said = _future(me.http.post("forward_backward", content=packed, headers=PROTOBUF), me.http)
     elif method == "BODY":
         me.count += 1
         body = posts(ids, me)[place]
@@ -132,7 +135,10 @@ def answer(me: Client, route: str, ids: Ids) -> str:
         said = _future(me.http.post(place.rstrip("?"), json=body), me.http)
     else:
         method, path = gets(ids)[int(place)]
-        said = _future(me.http.request(method, quote(path, safe="/:"), json={} if method != "GET" else None), me.http)
+        said = _future(
+            me.http.request(method, quote(path, safe="/:"), json={"ttl_seconds": 60} if method == "PUT" else None),
+            me.http,
+        )
     for text in sorted({uri(ids), named(ids), *ids.values()}, key=len, reverse=True):
         said = said.replace(text, "*")
     return said

@@ -13,7 +13,7 @@ from servers import add_datum, json_datum
 
 from pullback.service.wire.protobuf import message
 
-__all__ = ["GETS", "POSTS", "json_bodies", "packed_bodies", "proto_bodies"]
+__all__ = ["BODIES", "GETS", "JUNK_VALUES", "POSTS", "json_bodies", "packed_bodies", "proto_bodies"]
 
 JSON = {"content-type": "application/json"}
 PROTOBUF = {"content-type": "application/x-protobuf"}
@@ -21,7 +21,8 @@ LOSSES = ["cross_entropy", "ppo", "dpo", "grpo", "importance_sampling", "custom"
 
 _NUMBERS = [-1, 0, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, float("nan"), float("inf")]
 _TEXTS = ["", "x", "\ud800", "\0", "../../up", "tinker://a/weights/b", "tinker://a/b", "é" * 300]
-_JUNK: st.SearchStrategy[Any] = st.sampled_from([None, True, False, *_NUMBERS, *_TEXTS, [], {}, [[]], [{}], {"": {}}])
+JUNK_VALUES: list[Any] = [None, True, False, *_NUMBERS, *_TEXTS, [], {}, [[]], [{}], {"": {}}]
+_JUNK: st.SearchStrategy[Any] = st.sampled_from(JUNK_VALUES)
 _VALUES = st.recursive(
     _JUNK | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -95,6 +96,70 @@ POSTS: dict[str, dict[str, Any]] = {
     "retrieve_future": {"request_id": "REQUEST", "allow_metadata_only": True},
     "weights_info": {"tinker_path": "tinker://MODEL/weights/one"},
 }
+# More of what these routes read.
+_CHECKPOINT = "tinker://MODEL/weights/one"
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "create_model",
+        {
+            "session_id": "SESSION",
+            "model_seq_id": 8,
+            "base_model": "tiny",
+            "lora_config": {"rank": 2, "alpha": 4, "train_attn": True, "train_mlp": True, "train_unembed": False},
+            "optimizer_config": {"type": "adamw"},
+            "projection_head_dim": None,
+            "base_only": False,
+            "user_metadata": {"a": "b"},
+        },
+    ),
+    ("create_model", {"session_id": "SESSION", "model_seq_id": 9, "path": _CHECKPOINT, "optimizer": True}),
+    ("copy_weights", {"source_path": _CHECKPOINT, "session_id": "SESSION", "model_seq_id": 11}),
+    (
+        "save_weights_external",
+        {"model_id": "MODEL", "seq_id": 0, "path": "three", "ttl_seconds": 60, "age_encryption_recipients": None},
+    ),
+    ("save_weights", {"model_id": "MODEL", "seq_id": 0, "path": "four", "ttl_seconds": 60, "overwrite": True}),
+    ("load_adapter", {"model_id": "MODEL", "seq_id": 0, "path": _CHECKPOINT}),
+    (
+        "optim_step",
+        {
+            "model_id": "MODEL",
+            "seq_id": 0,
+            "optimizer_params": {
+                "type": "adamw",
+                "learning_rate": 0.01,
+                "grad_clip_norm": 1.0,
+                "grad_accumulation_normalization": 2.5,
+            },
+        },
+    ),
+    ("save_weights_for_sampler", {"model_id": "MODEL", "seq_id": 0, "sampling_session_seq_id": 5}),
+    (
+        "create_sampling_session",
+        {"session_id": "SESSION", "sampling_session_seq_id": 6, "model_path": "tinker://MODEL/sampler_weights/two"},
+    ),
+    (
+        "asample",
+        {
+            "sampling_session_id": "SAMPLER",
+            "seq_id": 0,
+            "num_samples": 2,
+            "prompt": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}, {"tokens": [3]}]},
+            "sampling_params": {"max_tokens": 1, "stop": [2]},
+            "prompt_logprobs": True,
+            "prompt_logprobs_last_n": 1,
+            "topk_prompt_logprobs": 2,
+            "topk_sample_logprobs": 2,
+            "prompt_alt_tokens_k": 1,
+            "target_prompt_logprobs": {"data": [1, 2], "dtype": "int64", "shape": [2, 1]},
+        },
+    ),
+    (
+        "forward_backward",
+        {"forward_backward_input": {**_inner(), "loss_fn": "custom"}, "model_id": "MODEL", "seq_id": 0},
+    ),
+]
+BODIES = [*POSTS.items(), *VARIANTS]
 _RUNS = ["training_runs", "training_runs/MODEL", "training_runs/MODEL/checkpoints", "checkpoints"]
 GETS = ["healthz", "get_server_capabilities", "samplers/SAMPLER", *_RUNS, "sessions", "sessions/SESSION"]
 
