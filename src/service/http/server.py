@@ -13,11 +13,13 @@ from ...errors import ConfigError, ServiceError, require_extra
 from ..limits import Keys, Limits
 from ..served.registry import ServedModels
 from .app import build_app
+from .connections import bounded_protocol, one_length
 
 __all__ = ["serve_forever", "serving"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _START_SECONDS = 20.0
+_BACKLOG = 128  # connections are accepted by so many at a time, each a file descriptor
 
 
 def serve_forever(
@@ -90,5 +92,16 @@ def _server(
             f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
         )
     uvicorn = require_extra("uvicorn", "serve", "pullback serve")
-    app = build_app(models, keys, limits or Limits(), save_seconds)
-    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=75))
+    limits = limits or Limits()
+    config = uvicorn.Config(
+        one_length(build_app(models, keys, limits, save_seconds)),
+        host=host,
+        port=port,
+        http=bounded_protocol(limits),
+        ws="none",
+        backlog=_BACKLOG,
+        log_level="warning",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
+    )
+    return uvicorn.Server(config)
