@@ -58,10 +58,12 @@ def confidence(_: Sequence[Datum], logprobs: list[Tensor]) -> tuple[Tensor, dict
 
 def script(backend: RemoteBackend) -> list[float]:
     """Roll out, score by the reference, three kinds of gradients, steps, save and load; return what was seen."""
-    rollouts = backend.sample(PROMPTS, 2, SamplingParams(max_tokens=5, stop=[], seed=7)).result()
+    params = SamplingParams(max_tokens=5, stop=[], seed=7)
+    # One prompt at a time: beside others, which a fault may delay, log-probs are others in the last bits.
+    rollouts = [(g, r) for g, prompt in enumerate(PROMPTS) for r in backend.sample([prompt], 2, params).result()]
     data = [
-        datum_from_rollout(PROMPTS[r.prompt_index].to_ints(), r.tokens, r.logprobs, 1.0 - i, group_id=r.prompt_index)
-        for i, r in enumerate(rollouts)
+        datum_from_rollout(PROMPTS[g].to_ints(), r.tokens, r.logprobs, 1.0 - i, group_id=g)
+        for i, (g, r) in enumerate(rollouts)
     ]
     scored = with_reference(data, backend.reference())
     backend.forward_backward(scored, GRPO_KL).result()
@@ -75,7 +77,7 @@ def script(backend: RemoteBackend) -> list[float]:
     backend.load_state_with_optimizer(saved.path).result()
     backend.forward_backward(pairs, "dpo").result()
     backend.optim_step(PARAMS).result()
-    return [*seen.metrics.values(), *(x for r in rollouts for x in (*r.tokens, *r.logprobs))]
+    return [*seen.metrics.values(), *(x for _, r in rollouts for x in (*r.tokens, *r.logprobs))]
 
 
 def trained(place: tuple[str, ServedModels], kind: Any, **options: Any) -> tuple[list[float], Tensor]:
