@@ -17,7 +17,7 @@ from pullback.service.durability import queues
 from pullback.service.durability.journal import Answer, Failure
 from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
-from pullback.service.served.registry import Sampler
+from pullback.service.served.sampler import Sampler
 from pullback.service.wire.protobuf import decode_request
 
 NODES: list[dict[str, Any]] = [

@@ -13,6 +13,7 @@ from pullback.backends import SamplingParams
 from pullback.backends.native import HFModel
 from pullback.backends.native.decoding import batch as batching
 from pullback.backends.native.decoding.batch import ContinuousBatch
+from pullback.backends.native.decoding.cached import CachedDecoder
 from pullback.backends.native.decoding.requests import GenerationRequest
 from pullback.datums import ModelInput
 from pullback.testing.models import zoo
@@ -96,7 +97,7 @@ def test_a_cache_that_is_kept_beyond_the_length_is_noticed(monkeypatch: pytest.M
     crossing = range(5, 6)
     one = ContinuousBatch(model)
     found = drawn(one, requests(one, crossing))
-    monkeypatch.setattr(batching, "PlainDecoder", lambda model: batching.CachedDecoder(model))
+    monkeypatch.setattr(batching, "PlainDecoder", CachedDecoder)
     other = ContinuousBatch(model)
     wrong = drawn(other, requests(other, crossing))
     assert max(abs(a - b) for x, y in zip(found, wrong, strict=True) for a, b in zip(x, y, strict=True)) > 1e-3
