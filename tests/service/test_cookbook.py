@@ -116,9 +116,11 @@ def test_reinforcement(cook: Any, renderer: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["cispo", pytest.param("importance_sampling", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "loss", ["cispo", *(pytest.param(loss, marks=pytest.mark.soak) for loss in ("importance_sampling", "dro", "gspo"))]
+)
 def test_arithmetic(cook: Any, loss: str) -> None:
-    """math_rl trains by either loss: the policy that sampled is the one that is trained, so its ratio is 1."""
+    """math_rl trains by each loss: the policy that sampled is the one that is trained, so its ratio is 1."""
     found = cook(
         "math_rl.train",
         renderer_name="role_colon",
