@@ -152,6 +152,9 @@ def test_an_address_leads_to_its_own_file_and_nowhere_else(trained: Any, url: st
     changed = [
         [str(int(expires) + 1), signature, *rest],
         [expires, signature[:-1] + ("0" if signature[-1] != "0" else "1"), *rest],
+        ["9" * 5000, signature, *rest],
+        ["soon", signature, *rest],
+        [expires, "%C3%A9", *rest],
         [expires, signature, rest[0], "weights", *rest[2:]],
         [expires, signature, *rest[:-1], "manifest.json"],
         [expires, signature, *rest[:-1], "adapter_model.safetensors"],

@@ -97,12 +97,13 @@ class Downloads:
     def _verified(self, request: Any) -> tuple[str, str]:
         given = request.path_params
         uri = self._checkpoints.uri(given["model"], given["kind"], given["checkpoint"])
-        known = hmac.compare_digest(self._signature(uri, given["file"], given["expires"]), given["signature"])
-        if not known or given["expires"] < self._clock():
+        ours = self._signature(uri, given["file"], given["expires"])
+        # Bytes, as text that is not ASCII cannot be compared; and only what was signed here is read as a number.
+        if not hmac.compare_digest(ours.encode(), given["signature"].encode()) or int(given["expires"]) < self._clock():
             raise NotFoundError(_GONE)
         return uri, given["file"]
 
-    def _signature(self, uri: str, name: str, expires: int) -> str:
+    def _signature(self, uri: str, name: str, expires: int | str) -> str:
         return hmac.new(self._secret, f"{expires} {uri} {name}".encode(), hashlib.sha256).hexdigest()
 
 
