@@ -6,6 +6,7 @@ import gc
 import inspect
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def test_the_answer_of_a_lost_process_names_no_path(member: Member, monkeypatch:
 
     with leading(member) as models:
         models.create("m", LoraChoice(rank=2))
+        assert models.failure is None
         with monkeypatch.context() as patch:
             patch.setattr(member.channel, "send", gone)
             with pytest.raises(LostRankError, match=r"^forward: this server has lost one of its processes") as caught:
@@ -178,5 +180,6 @@ def test_the_answer_of_a_lost_process_names_no_path(member: Member, monkeypatch:
         assert "/" not in json.dumps(str(caught.value))
         with pytest.raises(LostRankError, match="this server has lost one of its processes"):
             models.backend("m").forward(make_data([4]))
+        assert re.fullmatch("this server has lost one of its processes.*must be started again", str(models.failure))
         models.release("m")
         assert not models.backends

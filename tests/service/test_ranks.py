@@ -125,6 +125,7 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         asked(http, model, "forward_backward", 1, **GOOD)
         asked(http, model, "optim_step", 2, **STEP)
         path = asked(http, model, "save_weights", 3, path="whole")["path"]
+        assert http.get("healthz").json() == {"status": "ok"}
         lost = asked(http, model, "forward_backward", 4, **gradient(KILLED_TOKENS, [2, 4]))
         after = [
             asked(http, model, "optim_step", 5, **STEP),
@@ -134,6 +135,9 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         for refused in (lost, *after):
             assert re.search(AGAIN, refused["error"])
             assert refused["category"] == "server"
+        health = http.get("healthz")
+        assert health.status_code == 503, "what looks after the server may start it again"
+        assert re.search(AGAIN, health.json()["detail"])
         assert [one["tinker_path"] for one in http.get("checkpoints").json()["checkpoints"]] == [path]
         assert http.post(f"sessions/{session}/finish").status_code == 204, "what is left of the server still answers"
         assert service.end()[1] == -signal.SIGKILL

@@ -25,6 +25,9 @@ from .member import Member
 __all__ = ["LOCAL", "TOGETHER", "Leader", "leading"]
 
 _logger = logging.getLogger(__name__)
+_LOST: Final = (
+    "this server has lost one of its processes, or it did not answer in time, so the server must be started again"
+)
 # Methods of a backend that every process calls, and those that concern one process alone.
 TOGETHER: Final = frozenset(
     {
@@ -48,10 +51,14 @@ class Leader:
 
     Args:
         member: this process.
+
+    Attributes:
+        failure: why no further call can be made; None: all is well.
     """
 
     def __init__(self, member: Member) -> None:
         self._member, self._lock = member, threading.Lock()
+        self.failure: str | None = None
         self._numbers = itertools.count(1)
         self._handles: weakref.WeakKeyDictionary[RetainedForward, int] = weakref.WeakKeyDictionary()
         self._dropped: deque[int] = deque()
@@ -74,9 +81,9 @@ class Leader:
                 result = self._member.make(command, begin)
             except LostRankError as error:
                 _logger.error("%s", error)
+                self.failure = _LOST
                 raise LostRankError(
-                    f"{name}: this server has lost one of its processes, or it did not answer in time, so the server must be "
-                    "started again. The operation is not part of any checkpoint: go on from the last one"
+                    f"{name}: {_LOST}. The operation is not part of any checkpoint: go on from the last one"
                 ) from error
             if name == "forward_retain" and result.exception() is None:
                 self._keep(result.result(), command.handle)
@@ -131,6 +138,11 @@ class _LeadingModels:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._models, name)
+
+    @property
+    def failure(self) -> str | None:
+        """See `ServedModels`."""
+        return self._leader.failure
 
     def create(self, model_id: str, lora: LoraChoice, explicit: Iterable[str] = ()) -> None:
         """See `ServedModels.create`."""

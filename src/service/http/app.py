@@ -114,7 +114,7 @@ class _App:
         return [
             post("client/config", self._constant(_CLIENT)),
             post("client/dynamic_config", self._constant({})),
-            get("healthz", self._constant({"status": "ok"})),
+            get("healthz", self._health),
             get("get_server_capabilities", self._constant(self._capabilities())),
             post("telemetry", self._constant({"status": "accepted"})),
             post("session_heartbeat", self._heartbeat),
@@ -315,6 +315,10 @@ class _App:
         await call.load()
         key = call.request.headers.get("x-idempotency-key", "")
         return json_response(await asyncio.to_thread(self.copies.copy, call.owner, call.body, key))
+
+    async def _health(self, _: Call) -> Any:
+        failure = self.models.failure
+        return json_response({"status": "ok"}) if failure is None else json_response({"detail": failure}, 503)
 
     async def _metrics(self, _: Call) -> Any:
         from starlette.responses import Response

@@ -115,7 +115,12 @@ class ServedModels:
     Args:
         base: shared by all.
         root: folder of all checkpoints.
+
+    Attributes:
+        failure: why no operation can run until the server is started again; None: all is well.
     """
+
+    failure: str | None = None
 
     def __init__(self, base: Base, root: Path) -> None:
         self.base, self.checkpoints = base, Checkpoints(root)
