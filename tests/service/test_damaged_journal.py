@@ -18,6 +18,7 @@ FLIPS = 2000 if SOAK else {"quick": 8, "all": 60}[TIER]
 CUTS = 200 if SOAK else {"quick": 4, "all": 12}[TIER]
 Damage = Callable[[Path], Any]
 LETTERS = [letter(text, which) for text in (b"crimson", b"vermilion") for which in range(2)]
+STATEMENTS = [letter(text, which, 0x80) for text in (b"CREATE", b"operations", b"owner TEXT") for which in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def at_random(golden: Golden, flips: int, cuts: int) -> list[Damage]:
 def test_a_byte_or_an_end_that_is_lost_is_never_a_wrong_answer(golden: Golden, capsys: Any) -> None:
     """Flips of any byte and cuts at any place, of the file and its log."""
     outcomes: Counter[str] = Counter()
-    for damage in [*LETTERS, *at_random(golden, FLIPS, CUTS)]:
+    for damage in [*LETTERS, *STATEMENTS, *at_random(golden, FLIPS, CUTS)]:
         given = golden.asked(damage)
         assert golden.wrong(given) == []
         same = given == golden.answers

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journal_rows import rows_of, written
 from servers import Direct, tiny_models
 
 from pullback.backends.native.models.lora import LoraChoice
 from pullback.errors import CheckpointError, NotFoundError
 from pullback.service.durability import journal as journal_module
-from pullback.service.durability.database import Statement
 from pullback.service.durability.journal import Journal
 from pullback.service.durability.retention import ROW_SECONDS, prune
-from pullback.service.durability.schema import checksum
 from pullback.service.served.listings import Listings
 from pullback.service.wire.fireworks_paths import LogicalNames
 
@@ -34,22 +33,6 @@ def filled(folder: Path, count: int) -> tuple[Journal, Listings]:
     journal.close()
     journal = Journal(folder / "journal.sqlite")  # which counts them
     return journal, Listings(models, journal)
-
-
-def rows_of(i: int) -> list[tuple[Any, ...]]:
-    """Return the rows of one session: its table, and its values."""
-    model, moment = f"sess-{i}:train:0", float(i)
-    rows: list[tuple[Any, ...]] = [("sessions", f"sess-{i}", "me", "null", moment, None)]
-    rows.append(("models", model, f"sess-{i}", "me", '{"rank": 2}', "null", None, moment))
-    for kind in ("weights", "sampler_weights"):
-        uri = f"tinker://{model}/{kind}/step-{i}"
-        rows.append(("checkpoints", uri, model, kind, f"step-{i}", "me", 1, 10, "null", moment, None))
-    return rows
-
-
-def written(table: str, *values: Any) -> Statement:
-    """Return what writes a row, in a transaction with others."""
-    return f"INSERT INTO {table} VALUES ({'?, ' * len(values)}?)", (*values, checksum(table, values))
 
 
 @pytest.fixture(scope="module")

@@ -207,13 +207,13 @@ def settled(damage: Callable[[Path], Any]) -> Callable[[Path], None]:
     return later
 
 
-def letter(text: bytes, which: int) -> Callable[[Path], None]:
+def letter(text: bytes, which: int, mask: int = 1) -> Callable[[Path], None]:
     """Return what changes a letter of one occurrence of a text in the file; occurrences are counted around."""
 
     def damage(folder: Path) -> None:
         content = bytearray((folder / FILES[0]).read_bytes())
         places = [found.start() for found in re.finditer(re.escape(text), content)]
-        content[places[which % len(places)]] ^= 1
+        content[places[which % len(places)]] ^= mask
         (folder / FILES[0]).write_bytes(content)
 
     return settled(damage)

@@ -39,6 +39,8 @@ def damage_of(path: Path) -> str | None:
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
             return _damage(db, path)
+    except UnicodeDecodeError:  # of SQLite's message, which quotes it
+        return "the text of its tables is damaged"
     except sqlite3.Error as error:
         if problem_of(error) != DAMAGED:
             raise

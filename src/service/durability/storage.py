@@ -74,7 +74,7 @@ def explained(folder: Path | None = None) -> Iterator[None]:
     """Raise what the disk refuses as a `StorageError`; see `storage_error`."""
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last where SQLite's message quotes damaged text
         if isinstance(error, (PullbackError, sqlite3.ProgrammingError)):  # in words already; used after it was closed
             raise
         raise storage_error(error, folder) from error
