@@ -81,6 +81,7 @@ def test_health_under_listings(tmp_path: Path, capsys: Any) -> None:
         took = []
         for _ in range(count):
             began = time.perf_counter()
+            await asyncio.sleep(0.001)  # others have their turn: what they take of the loop is what is measured
             assert (await asked(http, "healthz")).status_code == 200
             took.append(time.perf_counter() - began)
         return sorted(took)
