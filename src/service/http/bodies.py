@@ -116,7 +116,8 @@ async def _received(request: Any, limit: int, held: HeldBytes) -> bytes:
             parts.append(part)
     except ClientDisconnect as error:
         raise ServiceError(f"the connection ended after {size} bytes of the body") from error
-    return b"".join(parts)
+    # Of a large body, this lets others run meanwhile.
+    return b"".join(parts) if size <= _SMALL else await asyncio.to_thread(b"".join, parts)
 
 
 def _unpacked(body: bytes, limit: int, held: HeldBytes) -> bytes:
