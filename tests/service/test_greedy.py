@@ -129,7 +129,6 @@ def test_large_bodies_take_their_own_bytes(service: Service, case: str, capsys: 
         assert service.peak - before < 2.5 * len(body) + 20_000_000
     with capsys.disabled():
         took = time.perf_counter() - began
-        print(
-            f"\n{case}: {(service.peak - before) / 1e6:.1f} MB, {took:.2f} s, healthz at most {light.longest():.3f} s, idle {idle.longest():.3f} s"
-        )
+        waits = f"healthz at most {light.longest():.3f} s, idle {idle.longest():.3f} s"
+        print(f"\n{case}: {(service.peak - before) / 1e6:.1f} MB, {took:.2f} s, {waits}")
     assert json.loads(answer.text)["detail"]
