@@ -117,7 +117,7 @@ def test_finished_sessions_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_two_thousand_sessions_leave_nothing(tmp_path: Path) -> None:
     """The same with 2,000 sessions and the bound as it is."""
     sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
-    come_and_go(sessions, 2000, 100)
+    come_and_go(sessions, 2000, 200)
     assert set(sessions.held().values()) == {0}
     assert len(sessions.direct.sequencer._ended) == queues._REMEMBERED < 2000
     assert alive(TorchBackend, Sampler) == before
