@@ -8,6 +8,7 @@ import os
 import tarfile
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,8 @@ def test_a_copy_outlives_its_source(service: Any, trained: Any, url: str, models
 
 def copies(direct: Direct) -> Copies:
     listings = Listings(direct.models, direct.journal)
-    return Copies(direct.models.checkpoints, direct.journal, direct.sequencer, direct.operations.sessions, listings)
+    do = direct.operations
+    return Copies(direct.models.checkpoints, direct.journal, direct.sequencer, do.sessions, listings, do.require_space)
 
 
 def test_the_same_request_copies_once(direct: Any) -> None:
@@ -246,6 +248,21 @@ def test_the_same_request_copies_once(direct: Any) -> None:
     )
     assert "not trained on" in answer.text
     assert len(direct.journal.checkpoints("me")) == 4
+
+
+def test_a_copy_counts_as_what_its_key_holds(direct: Any) -> None:
+    """With room for two checkpoints one can be copied; a byte less, and it cannot, and nothing is left of it."""
+    source = direct.read(direct.call("save_weights", 1, path="one"))["path"]
+    body = {"source_path": source, "destination_project_id": "p"}
+    size = direct.models.checkpoints.size(source)
+    for quota, good in ((2 * size - 1, False), (2 * size, True)):
+        direct.operations.limits = replace(direct.operations.limits, disk_per_key=quota)
+        if good:
+            assert copies(direct).copy("me", body, "key")
+        else:
+            with pytest.raises(ServiceError, match="bytes of checkpoints"):
+                copies(direct).copy("me", body, "key")
+            assert len(direct.journal.checkpoints("me")) == 1
 
 
 def test_a_copy_expires_by_its_own_time(direct: Any) -> None:

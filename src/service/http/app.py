@@ -90,7 +90,10 @@ class _App:
         self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
         self.listings = Listings(models, self.journal)
         self.downloads = Downloads(models.checkpoints, self.listings)
-        self.copies = Copies(models.checkpoints, self.journal, self.sequencer, self.operations.sessions, self.listings)
+        do = self.operations
+        self.copies = Copies(
+            models.checkpoints, self.journal, self.sequencer, do.sessions, self.listings, do.require_space
+        )
         self.models, self.polls = models, Polls()
         gauge = self.telemetry.gauge
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -34,11 +35,19 @@ class Copies:
         sequencer: is told that the run of a copy is not trained on.
         sessions: whose is what.
         listings: likewise.
+        require_space: raises if an owner may not have so many bytes more.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, journal: Journal, sequencer: Sequencer, sessions: Sessions, listings: Listings
+        self,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        sequencer: Sequencer,
+        sessions: Sessions,
+        listings: Listings,
+        require_space: Callable[[str, int], None],
     ) -> None:
+        self._require_space = require_space
         self._checkpoints, self._journal, self._sequencer = checkpoints, journal, sequencer
         self._sessions, self._listings = sessions, listings
 
@@ -53,7 +62,7 @@ class Copies:
         Raises:
             NotFoundError: there is no such checkpoint, or it is another key's.
             ConfigError: no place for it was named, or its time to live cannot be.
-            ServiceError: the run that it should get is another one's.
+            ServiceError: the run that it should get is another one's, or the key holds too much.
             UnsupportedError: something else was asked for that is not offered.
         """
         source = body["source_path"]
@@ -67,6 +76,7 @@ class Copies:
         if known is not None and (known["owner"], known["origin"]) != (owner, source):
             raise ServiceError(f"{copied!r} is another model already; give another model_seq_id")
         if known is None or not self._checkpoints.fingerprint(uri):
+            self._require_space(owner, self._checkpoints.size(source))
             self._link(source, uri)
             self._note(owner, session, source, uri, body, expires)
         return {"tinker_path": uri}

@@ -233,9 +233,17 @@ class Operations:
         weights = self.models.backend(model_id).model.parameters()
         size = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
         replaced = checkpoints.size(uri) if checkpoints.fingerprint(uri) else 0
-        used, free = self.journal.stored_bytes(), shutil.disk_usage(checkpoints.root).free
+        self.require_space(owner, max(0, size - replaced))
+
+    def require_space(self, owner: str, size: int) -> None:
+        """Check that an owner may have so many bytes of checkpoints more.
+
+        Raises:
+            ServiceError: it may not.
+        """
+        used, free = self.journal.stored_bytes(), shutil.disk_usage(self.models.checkpoints.root).free
         frees = "delete those that are no longer needed"
         quota = Quota("bytes of checkpoints", used + free, self.limits.disk_per_key, self.limits.shared, frees)
-        refusal = quota.refusal(self.journal.stored_bytes(owner), used, max(0, size - replaced))
+        refusal = quota.refusal(self.journal.stored_bytes(owner), used, size)
         if refusal is not None:
             raise ServiceError(refusal)
