@@ -28,7 +28,7 @@ _TYPES: Final[dict[str, type]] = {
     **dict.fromkeys(("path", "model_path", "tinker_path", "base_model"), str),
     **dict.fromkeys(("seq_id", "model_seq_id", "custom_loss_seq_id", "sampling_session_seq_id"), int),
     **dict.fromkeys(("forward_input", "forward_backward_input", "adam_params", "lora_config", "user_metadata"), dict),
-    **dict.fromkeys(("sampling_params", "prompt", "graph"), dict),
+    **dict.fromkeys(("sampling_params", "prompt", "graph", "optimizer_params", "optimizer_config"), dict),
 }
 Json = dict[str, Any]
 
@@ -122,7 +122,9 @@ class Bounds:
 
 def prompt_length(body: Json) -> int:
     """Return how many tokens the prompt of a request has; what is malformed is left to those who read it."""
-    chunks = (body.get("prompt") or {}).get("chunks") or []
+    chunks = (body.get("prompt") or {}).get("chunks")
+    if not isinstance(chunks, list):
+        return 0
     tokens = [chunk.get("tokens") for chunk in chunks if isinstance(chunk, dict)]
     return sum(len(given) for given in tokens if isinstance(given, list))
 

@@ -144,7 +144,7 @@ def _given(value: Any) -> tuple[Tensor | None, SparseRows | None]:
     if value is None:
         return None, None
     try:
-        if value.get("sparse_crow_indices") is None:
+        if not isinstance(value, Mapping) or value.get("sparse_crow_indices") is None:
             return decode_json_tensor(value).long(), None
         cells = decode_json_sparse(value)
         return cells.packed(-1).long(), cells

@@ -203,11 +203,13 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 def _step_of(body: Json) -> tuple[AdamParams, Any]:
     """Return parameters and normalisation of a step; the latter has a place of its own (Fireworks' client), or lies among
     the parameters of an optimizer that is named (the tinker SDK's form for what it does not know)."""
-    given = {k: v for k, v in (body.get("adam_params") or body["optimizer_params"]).items() if v is not None}
+    adam = body.get("adam_params")
+    given = {k: v for k, v in (body["optimizer_params"] if adam is None else adam).items() if v is not None}
     given.pop("emit_grad_norm_metrics", None)
-    if given.pop("type", "adamw") != "adamw":
-        raise ConfigError(f"this server's optimizer is adamw, got {body['optimizer_params']['type']!r}")
-    mode = body.get("grad_accumulation_normalization") or given.pop("grad_accumulation_normalization", "none")
+    if (kind := given.pop("type", "adamw")) != "adamw":
+        raise ConfigError(f"this server's optimizer is adamw, got {kind!r}")
+    named, mode = given.pop("grad_accumulation_normalization", "none"), body.get("grad_accumulation_normalization")
+    mode = named if mode is None else mode
     if not isinstance(mode, (str, int, float)) or (isinstance(mode, str) and mode not in _MODES):
         raise ConfigError(f"grad_accumulation_normalization must be a number or one of {sorted(_MODES)}, got {mode!r}")
     unknown = sorted(set(given) - {field.name for field in fields(AdamParams)})

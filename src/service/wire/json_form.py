@@ -92,6 +92,8 @@ def _datum(datum: Mapping[str, Any], index: int) -> Datum:
 
 def decode_json_tensor(value: Any) -> Tensor:
     """Read a tensor, a sparse one filled up with 0; raises what torch or a lookup raises."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a tensor must be an object with data, dtype and shape, got {type(value).__name__}")
     if value.get("sparse_crow_indices") is not None:
         return decode_json_sparse(value).dense()
     tensor = torch.tensor(value["data"], dtype=_DTYPES[value["dtype"]])
