@@ -1,4 +1,4 @@
-"""Ray Train on two workers: the gradient of the plain formula over the tokens of both, at 1 and 4 accumulation steps."""
+"""Ray Train on two workers: the gradient of the plain formula over the tokens of both, and a backend over both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from ranks import SEARCHED
 from toy_rows import rows, toy_model
 from trainer_checks import TOLERANCE, error, gradient, mean_of_means, token_mean
 
+from pullback.backends import AdamParams, HFModel, TorchBackend
+from pullback.datums import from_rows
+
 ray = pytest.importorskip("ray", reason="needs Ray: make trainers TRAINERS=ray")
 pytest.importorskip("ray.train", reason="needs Ray Train: make trainers TRAINERS=ray")
+import ray_backend  # noqa: E402
 import ray_train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray
@@ -47,3 +51,18 @@ def test_two_workers(accumulation: int, cluster: None, tmp_path: Path) -> None:
     exact = gradient(model, token_mean(model, rows()))
     assert error(found, exact) < TOLERANCE[torch.float32]
     assert error(gradient(model, mean_of_means(model, rows(), 4 // accumulation, True)), exact) > 0.3
+
+
+def test_a_backend_on_two_workers(cluster: None, tmp_path: Path) -> None:
+    """The log-probs after two steps are those of one process; after one step they are not."""
+    ray_backend.run(str(tmp_path), steps=2)
+    found = torch.cat(torch.load(tmp_path / "logprobs.pt"))
+    data, _ = from_rows(rows(), None)
+    backend, errors = TorchBackend(HFModel(toy_model())), []
+    for _ in range(2):
+        backend.forward_backward(data, "cross_entropy")
+        backend.optim_step(AdamParams(learning_rate=1e-2), "num_loss_tokens").result()
+        output = backend.forward(data, "cross_entropy").result()
+        errors.append(error(found, torch.cat([x["logprobs"].to_torch() for x in output.loss_fn_outputs])))
+    assert errors[0] > 1e-2
+    assert errors[1] < TOLERANCE[torch.float32]
