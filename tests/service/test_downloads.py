@@ -24,8 +24,8 @@ from servers import KEY, SDK_WARNINGS, Direct, adapter, served
 from pullback.errors import CheckpointError, NotFoundError, PullbackError, ServiceError
 from pullback.service.http.downloads import Downloads, _tar
 from pullback.service.http.not_offered import NOT_OFFERED
-from pullback.service.served.copies import Copies
 from pullback.service.served.listings import Listings
+from pullback.service.stored.copies import Copies
 
 # The SDK asks for an adapter on the output projection too, which this base ties to its embeddings; peft remarks on that.
 pytestmark = [*SDK_WARNINGS, pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")]

@@ -13,10 +13,10 @@ import pytest
 from servers import Direct, gradient_body, tiny_models
 
 from pullback.backends import TorchBackend
-from pullback.service.durability import queues
 from pullback.service.durability.journal import Answer, Failure
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
+from pullback.service.queueing import queues
+from pullback.service.queueing.sequencer import Sequencer
 from pullback.service.served.sampler import Sampler
 from pullback.service.wire.protobuf import decode_request
 
@@ -126,7 +126,7 @@ def test_two_thousand_sessions_leave_nothing(tmp_path: Path) -> None:
 
 def test_what_is_not_ended_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: sessions that are not ended hold queues and losses, and the counts say so."""
-    monkeypatch.setattr("pullback.service.served.handlers.Operations.finish", lambda self, session: None)
+    monkeypatch.setattr("pullback.service.operations.Operations.finish", lambda self, session: None)
     sessions = Sessions(tmp_path)
     come_and_go(sessions, 2, 1)
     found = sessions.held()

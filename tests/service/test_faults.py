@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pullback.datums import to_tinker
 from pullback.service import ServedModels, serving
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.http import app
 from pullback.service.limits import Limits
+from pullback.service.queueing.sequencer import Sequencer
 from pullback.testing.network.faults import FAULT_KINDS, Fault, FaultyProxy, misbehaving
 
 pytestmark = SDK_WARNINGS

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from servers import Direct
 
 from pullback.errors import BusyError, ServiceError
-from pullback.service.durability.acknowledgements import Acknowledgements
 from pullback.service.durability.journal import Failure, Journal
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
+from pullback.service.queueing.acknowledgements import Acknowledgements
+from pullback.service.queueing.sequencer import Sequencer
 
 
 def test_a_step_sent_before_a_failure_is_known_is_refused(direct: Direct) -> None:

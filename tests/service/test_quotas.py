@@ -15,8 +15,8 @@ from servers import MODEL, Direct
 
 from pullback.errors import BusyError
 from pullback.service.durability.journal import Answer, Failure, Journal
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
+from pullback.service.queueing.sequencer import Sequencer
 from pullback.service.quotas import Quota
 
 

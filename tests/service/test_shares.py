@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pullback.service.served.shares import Shares
+from pullback.service.sampling.shares import Shares
 
 
 class Use(NamedTuple):

@@ -21,8 +21,8 @@ from pullback.backends import AdamParams
 from pullback.cli.serve import _at_the_end
 from pullback.errors import StorageError
 from pullback.service.durability.journal import Failure
-from pullback.service.served import leaving
-from pullback.service.served.leaving import Leaving
+from pullback.service.stored import leaving
+from pullback.service.stored.leaving import Leaving
 
 SHUTDOWN = re.compile(rf"tinker://{MODEL}/weights/shutdown-\d{{8}}T\d{{6}}Z")
 

@@ -17,7 +17,7 @@ from pullback.errors import CheckpointError, ConfigError, NotFoundError
 from pullback.service.durability.descriptions import expiry, require_ttl
 from pullback.service.durability.journal import Failure
 from pullback.service.served.listings import Listings
-from pullback.service.served.upkeep import Upkeep
+from pullback.service.stored.upkeep import Upkeep
 
 pytestmark = SDK_WARNINGS
 HOUR, YEARS = 3600, 10 * 365 * 24 * 3600

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pullback.service.durability.turns import Task, Turns
+from pullback.service.queueing.turns import Task, Turns
 
 QUANTUM = 1.0
 

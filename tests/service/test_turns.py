@@ -16,8 +16,8 @@ from servers import Direct
 
 from pullback.backends import TorchBackend
 from pullback.service.durability.journal import Answer, Failure, Journal
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
+from pullback.service.queueing.sequencer import Sequencer
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from pullback.backends import TorchBackend
 from pullback.datums import Datum
 from pullback.service import Base, ServedModels
 from pullback.service.durability.journal import Journal
-from pullback.service.durability.sequencer import Sequencer
 from pullback.service.limits import Limits
-from pullback.service.served.handlers import Operations
+from pullback.service.operations import Operations
+from pullback.service.queueing.sequencer import Sequencer
 from pullback.service.wire.protobuf import decode_request, message
 
 KEY = "tml-test"

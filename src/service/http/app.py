@@ -12,29 +12,28 @@ from typing import Any, Final, final
 
 from ...errors import require_extra
 from ...losses import loss_names
-from ..durability.journal import Failure, Journal
-from ..durability.sequencer import Sequencer
+from ..durability.journal import Journal
 from ..durability.storage import lock_folder
 from ..limits import Keys, Limits, check_prompt
-from ..served.copies import Copies
-from ..served.handlers import Operations
+from ..operations import Operations
+from ..queueing.sequencer import Sequencer
 from ..served.listings import Listings
 from ..served.registry import ServedModels
+from ..stored.copies import Copies
 from ..wire.json_bounds import JsonBounds
-from ..wire.json_form import decode_json_request, json_result
+from ..wire.json_form import decode_json_request
 from ..wire.protobuf import decode_request
 from .bodies import BodyBudget, HeldBytes, read_body
 from .downloads import Downloads
 from .lifespan import Lifespan
 from .not_offered import NOT_OFFERED, refused
-from .polling import Polls
 from .requests import Bounds, Call, json_response, prompt_length, refusal
+from .results import PROTOBUF, Results
 from .telemetry import Telemetry
 
 __all__ = ["build_app"]
 
 _TURN_SECONDS: Final = 0.005  # of an owner whose operations are short, until the next one has its turn
-_PROTOBUF: Final = "application/x-protobuf"
 # A pair is never cut into two requests.
 _CLIENT: Final = {
     "fwdbwd_max_chunk_len": 100_000,
@@ -81,12 +80,7 @@ class _App:
 
     def _serve(self, models: ServedModels) -> None:
         limits = self.limits
-        self.sequencer = Sequencer(
-            self.journal,
-            limits,
-            self.telemetry.operation,
-            _TURN_SECONDS,
-        )
+        self.sequencer = Sequencer(self.journal, limits, self.telemetry.operation, _TURN_SECONDS)
         self.operations = Operations(models, self.journal, self.sequencer, limits, self.telemetry.count)
         self.listings = Listings(models, self.journal)
         self.downloads = Downloads(models.checkpoints, self.listings)
@@ -94,10 +88,10 @@ class _App:
         self.copies = Copies(
             models.checkpoints, self.journal, self.sequencer, do.sessions, self.listings, do.require_space
         )
-        self.models, self.polls = models, Polls()
+        self.models, self.results = models, Results(self.operations, self.sequencer, limits)
         gauge = self.telemetry.gauge
         gauge("queue", "operations that wait or run", lambda: self.sequencer.queued)
-        gauge("polls", "requests that wait for a result", lambda: len(self.polls))
+        gauge("polls", "requests that wait for a result", lambda: len(self.results.polls))
         gauge("models", "models in memory", lambda: len(models.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
         gauge("body_bytes", "bodies of requests in memory", lambda: self.bodies.used)
@@ -140,7 +134,7 @@ class _App:
             post("create_sampling_session", self._now(self._create_sampling_session)),
             get("samplers/{id:path}", self._now(lambda call: do.samplers.info(call.owner, call.path["id"]))),
             self._route("asample", self._now(self._sample), "POST", self.bounds.sample),
-            post("retrieve_future", self._retrieve),
+            post("retrieve_future", self.results.retrieve),
             post("weights_info", self._listed(lambda call: lists.weights_info(call.owner, call.body["tinker_path"]))),
             get("training_runs", self._listed(lambda call: lists.runs(call.owner, call.query))),
             get("training_runs/{id}", self._listed(lambda call: lists.run(call.owner, call.path["id"]))),
@@ -235,7 +229,7 @@ class _App:
 
     def _gradient(self, *, forward_only: bool) -> Handler:
         async def handler(call: Call) -> Any:
-            if call.request.headers.get("content-type", "").startswith(_PROTOBUF):
+            if call.request.headers.get("content-type", "").startswith(PROTOBUF):
                 request = await asyncio.to_thread(decode_request, call.raw, call.custom, self.bounds.wire)
             else:
                 await call.load()
@@ -279,33 +273,6 @@ class _App:
         wanted = (call.body.get("sampling_params") or {}).get("max_tokens")
         check_prompt(prompt_length(call.body), wanted, self.models.base.context)
         return self.operations.samplers.sample(call.owner, call.raw, call.body)
-
-    async def _retrieve(self, call: Call) -> Any:
-        from starlette.responses import Response
-
-        await call.load()
-        body = call.body
-        request_id = body["request_id"]
-        future = await asyncio.to_thread(self.sequencer.result, call.owner, request_id)
-        answer = await self.polls.answer(call.request, request_id, future, self.limits.poll_seconds)
-        if answer is None:
-            return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
-        if (
-            body.get("allow_metadata_only") is True
-            and isinstance(answer, bytes)
-            and len(answer) > self.limits.large_bytes
-        ):
-            return json_response({"status": "complete_metadata", "response_payload_size": len(answer)})
-        self.operations.training.delivered(request_id)
-        if isinstance(answer, Failure):
-            return json_response({"error": answer.text, "category": answer.category})
-        if isinstance(answer, dict):
-            return json_response(self.operations.names.shown(answer) if call.forked else answer)
-        accepts = call.request.headers.get("accept", "*/*")
-        if _PROTOBUF in accepts or "*/*" in accepts:
-            return Response(answer, media_type=_PROTOBUF)
-        operation = await asyncio.to_thread(self.journal.operation, request_id)
-        return json_response(json_result(operation.kind if operation else "", answer))
 
     def _delete(self, call: Call) -> None:
         self.listings.delete(call.owner, call.path["id"], call.path["checkpoint"])

@@ -11,9 +11,9 @@ from typing import Any, Final, final
 
 from ...errors import PullbackError
 from ..limits import Limits
-from ..served.handlers import Operations
-from ..served.leaving import Leaving
-from ..served.upkeep import Upkeep
+from ..operations import Operations
+from ..stored.leaving import Leaving
+from ..stored.upkeep import Upkeep
 
 __all__ = ["Lifespan"]
 

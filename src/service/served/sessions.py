@@ -9,7 +9,7 @@ from ...backends.native.models.lora import LoraChoice
 from ...errors import NotFoundError
 from ..durability.journal import Journal
 from ..durability.recovery import lost
-from ..durability.sequencer import Sequencer
+from ..queueing.sequencer import Sequencer
 
 __all__ = ["Sessions"]
 

@@ -14,11 +14,11 @@ from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData
 from ...errors import ConfigError, NotFoundError, PrecedingOperationFailed, ServiceError
 from ..custom_loss.interpreter import LossGraph
-from ..durability.acknowledgements import Acknowledgements, FailedGradient
 from ..durability.journal import Answer, Failure
-from ..durability.requirements import failure_of, number_of, require_number
-from ..durability.sequencer import Sequencer
 from ..limits import Limits
+from ..queueing.acknowledgements import Acknowledgements, FailedGradient
+from ..queueing.requirements import failure_of, number_of, require_number
+from ..queueing.sequencer import Sequencer
 from ..quotas import Quota
 from ..wire.protobuf import GradientRequest, encode_output
 from .graph_cache import GraphCache, datum_keys

@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
 from ..durability.storage import storage_error
-from .registry import ServedModels
+from ..served.registry import ServedModels
 
 __all__ = ["Save", "save"]
 

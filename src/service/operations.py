@@ -8,22 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from ...backends.native.models.lora import LoraChoice
-from ...errors import ServiceError, UnsupportedError
-from ..durability.journal import Journal
-from ..durability.recovery import recover
-from ..durability.requirements import number_of
-from ..durability.sequencer import Sequencer
-from ..limits import Limits
-from ..quotas import Quota
-from ..wire.fireworks_paths import LogicalNames
-from .create import given_settings, lora_choice
-from .encryption import recipients_of
-from .registry import ServedModels
-from .samplers import Samplers
-from .saving import Save, save
-from .sessions import Sessions
-from .training import Training
+from ..backends.native.models.lora import LoraChoice
+from ..errors import ServiceError, UnsupportedError
+from .durability.journal import Journal
+from .durability.recovery import recover
+from .limits import Limits
+from .queueing.requirements import number_of
+from .queueing.sequencer import Sequencer
+from .quotas import Quota
+from .sampling.samplers import Samplers
+from .served.create import given_settings, lora_choice
+from .served.encryption import recipients_of
+from .served.registry import ServedModels
+from .served.sessions import Sessions
+from .served.training import Training
+from .stored.saving import Save, save
+from .wire.fireworks_paths import LogicalNames
 
 __all__ = ["Operations"]
 

@@ -15,9 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, final
 
 from ...errors import ServiceError, StorageError
+from ..durability.journal import ANSWER_SECONDS, Answer, Failure, Journal
 from ..limits import Limits
 from .backlog import Backlog
-from .journal import ANSWER_SECONDS, Answer, Failure, Journal
 from .queues import Ended, Queue
 from .requirements import failure_of, number_of, require_number
 from .turns import Task, Turns, Work

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import PullbackError, RankError, ServiceError, StorageError
-from .journal import Failure
+from ..durability.journal import Failure
 
 __all__ = ["failure_of", "number_of", "require_number"]
 

@@ -14,12 +14,12 @@ from ...backends.native.sampling import Ends
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
 from ...errors import ConfigError
-from ..durability.sequencer import require_number
+from ..queueing.sequencer import require_number
+from ..served.registry import Base
+from ..served.sampler import Sampler
 from ..wire.json_form import decode_json_sparse, decode_json_tensor
 from ..wire.sampling import NOT_SCORED, SampleScores, TopK
 from ..wire.sparse import SparseRows
-from .registry import Base
-from .sampler import Sampler
 
 __all__ = ["RequestedScores", "sampling_of"]
 

@@ -8,7 +8,7 @@ from typing import Final, final
 
 from ...errors import PullbackError
 from ..durability.journal import Journal
-from .registry import ServedModels
+from ..served.registry import ServedModels
 from .saving import Save, save
 
 __all__ = ["Leaving"]

@@ -10,7 +10,7 @@ from ..durability.checkpoints import Checkpoints
 from ..durability.journal import ANSWER_SECONDS, Journal
 from ..durability.recovery import sweep
 from ..durability.retention import prune
-from .sessions import Sessions
+from ..served.sessions import Sessions
 
 __all__ = ["Upkeep"]
 

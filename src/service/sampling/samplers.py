@@ -8,15 +8,15 @@ from weakref import WeakValueDictionary
 from ...datums.types import ModelInput
 from ...errors import NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
-from ..durability.requirements import require_number
-from ..durability.sequencer import Sequencer
-from ..durability.turns import Slices
 from ..limits import Limits
+from ..queueing.requirements import require_number
+from ..queueing.sequencer import Sequencer
+from ..queueing.turns import Slices
+from ..served.registry import ServedModels
+from ..served.sampler import Sampler
 from ..wire.protobuf import tokens_of
 from ..wire.sampling import encode_sample
-from .registry import ServedModels
 from .sample_requests import RequestedScores, sampling_of
-from .sampler import Sampler
 from .shares import Shares
 
 __all__ = ["Samplers"]

@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from typing import final
 
 from ...errors import BusyError
+from ..durability.journal import Answer
 from ..limits import Limits
 from ..quotas import Quota
-from .journal import Answer
 
 __all__ = ["Backlog"]
 

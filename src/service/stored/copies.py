@@ -16,9 +16,9 @@ from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedErr
 from ..durability.checkpoints import Checkpoints
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
-from ..durability.sequencer import Sequencer, number_of
-from .listings import Listings
-from .sessions import Sessions
+from ..queueing.sequencer import Sequencer, number_of
+from ..served.listings import Listings
+from ..served.sessions import Sessions
 
 __all__ = ["Copies"]
 

@@ -1,0 +1,1 @@
+"""Operations in their order: turns of keys, queues of models, and what a client has been told."""

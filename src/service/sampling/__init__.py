@@ -1,0 +1,1 @@
+"""Samples for clients: their sessions, and what a request asks for."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the models that are served: saved, copied, saved at the end, and cleared away."""
