@@ -72,6 +72,7 @@ FOUND: list[tuple[str, tuple[Any, ...], Any]] = [
     ("forward", (*_FIRST, "loss_fn_inputs", "weights", "shape"), 2**63),
     ("forward", (*_FIRST, "model_input", "chunks"), "x"),
     ("optim_step", ("optimizer_params",), -1),
+    ("optim_step", ("optimizer_params",), None),
     ("create_model", ("optimizer_config",), -1),
     ("asample", ("prompt", "chunks"), True),
 ]

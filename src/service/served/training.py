@@ -203,8 +203,10 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 def _step_of(body: Json) -> tuple[AdamParams, Any]:
     """Return parameters and normalisation of a step; the latter has a place of its own (Fireworks' client), or lies among
     the parameters of an optimizer that is named (the tinker SDK's form for what it does not know)."""
-    adam = body.get("adam_params")
-    given = {k: v for k, v in (body["optimizer_params"] if adam is None else adam).items() if v is not None}
+    params = body.get("optimizer_params") if body.get("adam_params") is None else body["adam_params"]
+    if params is None:
+        raise ConfigError("a step needs adam_params, or optimizer_params with the type adamw")
+    given = {k: v for k, v in params.items() if v is not None}
     given.pop("emit_grad_norm_metrics", None)
     if (kind := given.pop("type", "adamw")) != "adamw":
         raise ConfigError(f"this server's optimizer is adamw, got {kind!r}")
