@@ -103,7 +103,7 @@ def test_an_export_that_only_its_reader_reads(trained: Any, url: str, models: An
     path = trained.save_weights_external("shut", age_encryption_recipients=[str(reader.to_public())]).result().path
     urls = rest_client(url).get_external_weights_urls(path).result().urls
     assert set(urls) == {"adapter_config.json.age", "adapter_model.safetensors.age"}
-    assert {file.name for file in models.checkpoints.locate(path).iterdir()} == {*urls, "manifest.json"}
+    assert {file.name for file in models.checkpoints.locate(path).iterdir()} == {*urls, "manifest.json", "served.json"}
     for name, address in urls.items():
         content = fetched(address)
         (tmp_path / name.removesuffix(".age")).write_bytes(pyrage.decrypt(content, [reader]))
