@@ -6,7 +6,6 @@ import argparse
 import os
 import secrets
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,13 @@ __all__ = ["add_parser", "load_base"]
 _KEYS = "PULLBACK_API_KEYS"
 _TOKENIZERS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _EVERYBODY = "everybody"
+_PER_KEY = {
+    "queue": "operations that wait or run",
+    "models": "models in memory",
+    "samplers": "sampling sessions in memory",
+    "losses": "custom losses in memory",
+    "disk": "bytes of checkpoints",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -51,6 +57,8 @@ def add_parser(commands: Any) -> None:
     serve.add_argument("--keys", type=Path, help="file of SHA-256 digests of API keys, a line each; see also --new-key")
     serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
     serve.add_argument("--max-models", type=int, default=Limits().models)
+    for name, what in _PER_KEY.items():
+        serve.add_argument(f"--{name}-per-key", type=int, metavar="N", help=f"one key's {what} (default: a fair share)")
     serve.add_argument("--token-budget", type=int, default=4096)
     serve.add_argument(
         "--timeout", type=float, default=600.0, help="under torchrun: seconds that a process waits for the others"
@@ -126,7 +134,8 @@ def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace) -> N
     print(f"{models.base.name} on {place}", "" if keys else "(no keys: everybody is let in)")
     saved_for = arguments.save_seconds if arguments.save_seconds > 0 else None
     print(_at_the_end(saved_for), flush=True)
-    limits = replace(Limits(), models=arguments.max_models)
+    quotas = {f"{name}_per_key": getattr(arguments, f"{name}_per_key") for name in _PER_KEY}
+    limits = Limits(models=arguments.max_models, **quotas)
     serve_forever(models, arguments.host, arguments.port, keys, limits, save_seconds=saved_for)
 
 

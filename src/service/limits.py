@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self, final
 
 from ..datums.types import Datum
@@ -41,6 +41,9 @@ class Limits:
         body_seconds: in which a part of a body must come (480 kB, or the rest).
         shutdown_seconds: that a stop waits for requests that are being answered.
         large_bytes: of a result: a client that can is told its size first, and asks for it when it has room.
+
+    Raises:
+        ConfigError: a count below 1, or a time below 0.
     """
 
     body_bytes: int = 256_000_000
@@ -70,6 +73,13 @@ class Limits:
     header_seconds: float = 10.0
     body_seconds: float = 30.0
     shutdown_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 1 if isinstance(value, int) else 0  # counts, and seconds or estimates
+            if value is not None and not isinstance(value, bool) and not value >= least:
+                raise ConfigError(f"{field.name} must be at least {least}, got {value!r}")
 
     def check_data(self, data: Sequence[Datum], context: int | None = None) -> None:
         """Check the size of one operation.

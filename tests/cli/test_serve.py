@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pullback import AdamParams, Datum, ModelInput, connect
-from pullback.cli import main
+from pullback.cli import main, serve
 from pullback.cli.models import load_named
 from pullback.cli.serve import load_base
 from pullback.errors import ConfigError
 from pullback.service import ServedModels, serving
+from pullback.service.limits import Limits
 from pullback.testing import random_llama
 
 pytest.importorskip("transformers", reason="needs transformers and peft (extra hf)")
@@ -49,3 +50,16 @@ def test_a_folder_is_a_model_and_other_words_are_not(tmp_path: Path, capsys: pyt
         load_named("tiny", dtype="floaty")
     assert main(["serve", "--model", "tinny"]) == 2
     assert "got 'tinny'" in capsys.readouterr().err
+
+
+def test_quotas_are_given_by_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each quota of a key has a flag; what is not given is a fair share, and what is no count is refused."""
+    served: list[Limits] = []
+    monkeypatch.setattr(serve, "serve_forever", lambda *given, **options: served.append(given[4]))
+    command = ["serve", "--model", "tiny", "--checkpoints", str(tmp_path)]
+    assert main([*command, "--models-per-key", "3", "--disk-per-key", "1000000"]) == 0
+    assert served == [Limits(models_per_key=3, disk_per_key=1_000_000)]
+    assert main(command) == 0
+    assert served[1] == Limits()
+    assert main([*command, "--queue-per-key", "0"]) == 2
+    assert len(served) == 2
