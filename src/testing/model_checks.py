@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..backends.native.backend import TorchBackend
+from ..backends.native.decoding.agreement import cache_agrees
 from ..backends.native.models.facts.model_facts import ModelFacts
 from ..backends.native.models.facts.probing import perturbed_adapters
 from ..backends.native.models.facts.quantized import is_quantized, require_adapter
 from ..backends.native.models.hf import HFModel
-from ..backends.native.sampling import cache_agrees
 from ..backends.reference import with_reference
 from ..backends.types import AdamParams, SamplingParams
 from ..datums.builders import datum_from_prompt_completion

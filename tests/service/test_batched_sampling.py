@@ -18,7 +18,7 @@ from servers import Direct
 from pullback.backends.native import HFModel
 from pullback.backends.native.decoding.batch import ContinuousBatch
 from pullback.service import Base, ServedModels
-from pullback.service.durability.journal import Failure
+from pullback.service.durability.answers import Failure
 from pullback.service.wire.protobuf import message
 
 CONTEXT = 128

@@ -13,7 +13,7 @@ import pytest
 from servers import Direct, gradient_body, tiny_models
 
 from pullback.backends import TorchBackend
-from pullback.service.durability.journal import Answer, Failure
+from pullback.service.durability.answers import Answer, Failure
 from pullback.service.limits import Limits
 from pullback.service.queueing import queues
 from pullback.service.queueing.sequencer import Sequencer

@@ -16,8 +16,9 @@ from servers import MODEL, Direct
 
 from pullback.cli import main
 from pullback.errors import StorageError
+from pullback.service.durability.answers import Failure
 from pullback.service.durability.descriptions import Description
-from pullback.service.durability.journal import Failure, Journal
+from pullback.service.durability.journal import Journal
 from pullback.service.durability.storage import lock_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "journal_v1"

@@ -28,7 +28,7 @@ from pullback.service.custom_loss.interpreter import LossGraph
 from pullback.service.distributed.channel import Command, HandlesOf
 from pullback.service.distributed.lead import LOCAL, TOGETHER, leading
 from pullback.service.distributed.member import MODELS, Member
-from pullback.service.queueing.sequencer import failure_of
+from pullback.service.queueing.requirements import failure_of
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
 GRAPH = LossGraph(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from servers import Direct
 
 from pullback.errors import BusyError, ServiceError
-from pullback.service.durability.journal import Failure, Journal
+from pullback.service.durability.answers import Failure
+from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
 from pullback.service.queueing.acknowledgements import Acknowledgements
 from pullback.service.queueing.sequencer import Sequencer

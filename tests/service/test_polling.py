@@ -13,7 +13,7 @@ import pytest
 from servers import KEY, finished, new_model, tiny_models
 
 from pullback.service import serving
-from pullback.service.durability.journal import Answer
+from pullback.service.durability.answers import Answer
 from pullback.service.http.polling import Polls
 from pullback.service.limits import Limits
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from servers import MODEL, Direct
 
 from pullback.errors import BusyError
-from pullback.service.durability.journal import Answer, Failure, Journal
+from pullback.service.durability.answers import Answer, Failure
+from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
 from pullback.service.queueing.sequencer import Sequencer
 from pullback.service.quotas import Quota

@@ -14,7 +14,8 @@ from servers import MODEL, Direct, tiny_models
 
 from pullback.errors import ServiceError
 from pullback.service import serving
-from pullback.service.durability.journal import Failure, Journal
+from pullback.service.durability.answers import Failure
+from pullback.service.durability.journal import Journal
 from pullback.service.durability.storage import lock_folder
 
 

@@ -20,7 +20,7 @@ from servers import KEY, MODEL, Direct, finished, gradient_body, new_model, rest
 from pullback.backends import AdamParams
 from pullback.cli.serve import _at_the_end
 from pullback.errors import StorageError
-from pullback.service.durability.journal import Failure
+from pullback.service.durability.answers import Failure
 from pullback.service.stored import leaving
 from pullback.service.stored.leaving import Leaving
 

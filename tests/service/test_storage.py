@@ -21,7 +21,8 @@ from servers import Direct, tiny_models
 
 from pullback.backends import TorchBackend
 from pullback.errors import StorageError
-from pullback.service.durability.journal import Failure, Journal
+from pullback.service.durability.answers import Failure
+from pullback.service.durability.journal import Journal
 from pullback.service.durability.storage import lock_folder, storage_error
 
 FULL, READ_ONLY, ANOTHER, FAILING = "is full", "cannot be written", "another server", "fails"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from servers import KEY, MODEL, SDK_WARNINGS, Direct, rest
 
 from pullback.errors import CheckpointError, ConfigError, NotFoundError
+from pullback.service.durability.answers import Failure
 from pullback.service.durability.descriptions import expiry, require_ttl
-from pullback.service.durability.journal import Failure
 from pullback.service.served.listings import Listings
 from pullback.service.stored.upkeep import Upkeep
 

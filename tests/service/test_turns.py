@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from servers import Direct
 
 from pullback.backends import TorchBackend
-from pullback.service.durability.journal import Answer, Failure, Journal
+from pullback.service.durability.answers import Answer, Failure
+from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
 from pullback.service.queueing.sequencer import Sequencer
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import MODEL, Direct, gradient_body
 
-from pullback.service.durability.journal import Failure
+from pullback.service.durability.answers import Failure
 from pullback.service.queueing.acknowledgements import Acknowledgements
 from pullback.service.wire.protobuf import decode_request
 

@@ -10,11 +10,10 @@ from ...datums.types import ModelInput
 from ..sampling import check_prompts
 from ..types import Rollout, SamplingParams
 from .causal_lm import CausalLM
-from .decoding.agreement import cache_agrees
 from .decoding.batch import ContinuousBatch, facts_of
 from .decoding.requests import Ends, GenerationRequest
 
-__all__ = ["Ends", "cache_agrees", "draw", "rollouts_of"]
+__all__ = ["draw", "rollouts_of"]
 
 
 def draw(

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
-from .answers import ACCEPTED, OPERATION, Accepted, Answer, Failure, Operation, accepted_of, encoded, operation_of
+from .answers import ACCEPTED, OPERATION, Accepted, Answer, Operation, accepted_of, encoded, operation_of
 from .checkpoints import Checkpoints
 from .database import Database
 from .schema import answer_checksum, checksum, is_whole
 
-__all__ = ["ANSWER_SECONDS", "Accepted", "Answer", "Failure", "Journal", "Operation"]
+__all__ = ["ANSWER_SECONDS", "Journal"]
 
 _NEWEST: Final = "ORDER BY created DESC, {} LIMIT ? OFFSET ?"
 ANSWER_SECONDS: Final = 24 * 3600.0  # that an answer can be read

@@ -10,9 +10,10 @@ from typing import Any
 
 from ...backends.native.models.lora import LoraChoice, saved_config
 from ...errors import CheckpointError, StorageError
+from .answers import Accepted, Answer, Failure
 from .checkpoints import Checkpoints
 from .descriptions import Description
-from .journal import Accepted, Answer, Failure, Journal
+from .journal import Journal
 from .storage import explained
 
 __all__ = ["adopt", "lost", "recover", "sweep"]

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 from typing import Any, final
 
-from ..durability.journal import Answer
+from ..durability.answers import Answer
 
 __all__ = ["Polls"]
 

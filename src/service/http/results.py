@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final, final
 
-from ..durability.journal import Answer, Failure
+from ..durability.answers import Answer, Failure
 from ..limits import Limits
 from ..operations import Operations
 from ..queueing.sequencer import Sequencer

@@ -7,7 +7,7 @@ import logging
 from typing import Any, final
 
 from ...errors import require_extra
-from ..durability.journal import Answer, Failure
+from ..durability.answers import Answer, Failure
 
 __all__ = ["Telemetry"]
 

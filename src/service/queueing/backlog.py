@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import final
 
 from ...errors import BusyError
-from ..durability.journal import Answer
+from ..durability.answers import Answer
 from ..limits import Limits
 from ..quotas import Quota
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import PullbackError, RankError, ServiceError, StorageError
-from ..durability.journal import Failure
+from ..durability.answers import Failure
 
 __all__ = ["failure_of", "number_of", "require_number"]
 

@@ -15,14 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, final
 
 from ...errors import ServiceError, StorageError
-from ..durability.journal import ANSWER_SECONDS, Answer, Failure, Journal
+from ..durability.answers import Answer, Failure
+from ..durability.journal import ANSWER_SECONDS, Journal
 from ..limits import Limits
 from .backlog import Backlog
 from .queues import Ended, Queue
-from .requirements import failure_of, number_of, require_number
+from .requirements import failure_of
 from .turns import Task, Turns, Work
 
-__all__ = ["Sequencer", "failure_of", "number_of", "require_number"]
+__all__ = ["Sequencer"]
 
 _logger = logging.getLogger(__name__)
 Observer = Callable[[str, Answer, float], None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
-from ..durability.journal import Answer
+from ..durability.answers import Answer
 
 __all__ = ["Slices", "Task", "Turns", "Work"]
 

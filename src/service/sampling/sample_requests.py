@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...backends import SamplingParams
-from ...backends.native.sampling import Ends
+from ...backends.native.decoding.requests import Ends
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
 from ...errors import ConfigError
-from ..queueing.sequencer import require_number
+from ..queueing.requirements import require_number
 from ..served.registry import Base
 from ..served.sampler import Sampler
 from ..wire.json_form import decode_json_sparse, decode_json_tensor

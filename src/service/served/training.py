@@ -14,7 +14,7 @@ from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData
 from ...errors import ConfigError, NotFoundError, PrecedingOperationFailed, ServiceError
 from ..custom_loss.interpreter import LossGraph
-from ..durability.journal import Answer, Failure
+from ..durability.answers import Answer, Failure
 from ..limits import Limits
 from ..queueing.acknowledgements import Acknowledgements, FailedGradient
 from ..queueing.requirements import failure_of, number_of, require_number

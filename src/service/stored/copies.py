@@ -16,7 +16,8 @@ from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedErr
 from ..durability.checkpoints import Checkpoints
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
-from ..queueing.sequencer import Sequencer, number_of
+from ..queueing.requirements import number_of
+from ..queueing.sequencer import Sequencer
 from ..served.listings import Listings
 from ..served.sessions import Sessions
 

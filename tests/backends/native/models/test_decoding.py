@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="caches are transformers' own (extra hf)")
 
 from pullback.backends import SamplingParams, TorchBackend
-from pullback.backends.native import HFModel, sampling
+from pullback.backends.native import HFModel
 from pullback.backends.native.decoding import agreement
 from pullback.datums import ModelInput
 from pullback.errors import InvalidDatumsError
@@ -52,7 +52,7 @@ def test_rollouts_are_the_models_own(name: str) -> None:
     model, plain = (zoo.build(name, window=8, **changes) for _ in range(2))
     wrapped = HFModel(model)
     assert sampled_error(wrapped, plain.eval()) < 1e-4
-    assert sampling.cache_agrees(wrapped) == cached
+    assert agreement.cache_agrees(wrapped) == cached
 
 
 def test_a_cache_that_ignores_padding_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_cache_that_ignores_padding_is_noticed(monkeypatch: pytest.MonkeyPatch
     model, plain = (zoo.build("llama") for _ in range(2))
     wrapped = HFModel(model)
     assert sampled_error(wrapped, plain.eval()) < 1e-4
-    assert not sampling.cache_agrees(wrapped)
+    assert not agreement.cache_agrees(wrapped)
     monkeypatch.setattr(agreement, "cache_agrees", lambda model: True)
     assert sampled_error(wrapped, plain) > 1e-2
 
