@@ -14,6 +14,7 @@ from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
 from ..durability.recovery import sweep
 from ..durability.storage import explained
+from .owned import own_model, own_session
 from .registry import ServedModels
 
 __all__ = ["Listings"]
@@ -44,7 +45,7 @@ class Listings:
     def run(self, owner: str, model_id: str) -> Json:
         """One model."""
         sweep(self._models.checkpoints, self._journal)
-        return self._run(self._model(owner, model_id))
+        return self._run(own_model(self._journal, owner, model_id))
 
     def checkpoints(self, owner: str, query: Mapping[str, str], model_id: str | None = None) -> Json:
         """Checkpoints of one model, or of all."""
@@ -52,7 +53,7 @@ class Listings:
         if model_id is None:
             total = self._journal.total("checkpoints", owner)
         else:
-            self._model(owner, model_id)
+            own_model(self._journal, owner, model_id)
             total = self._journal.checkpoints_in(model_id)
         rows = [_checkpoint(row) for row in self._journal.checkpoints(owner, model_id, *_page(query))]
         return {"checkpoints": rows} | _cursor(query, total)
@@ -85,7 +86,7 @@ class Listings:
         """
         checkpoints = self._models.checkpoints
         uri, expires = self.own(owner, model_id, checkpoint_id), expiry(seconds, checkpoints.clock())
-        row, model = self._journal.checkpoint(uri) or {}, self._model(owner, model_id)
+        row, model = self._journal.checkpoint(uri) or {}, own_model(self._journal, owner, model_id)
         said = Description.of(model, row["number"], row["metadata"], row["created"], expires)
         with explained():
             said.write(checkpoints.locate(uri))
@@ -94,7 +95,7 @@ class Listings:
     def weights_info(self, owner: str, uri: str) -> Json:
         """What a checkpoint was made with."""
         model_id, _, _ = self._models.checkpoints.parts(uri)
-        row = self._model(owner, model_id)
+        row = own_model(self._journal, owner, model_id)
         folder = self._models.checkpoints.locate(uri)
         lora = self._models.base.saved_choice(LoraChoice.from_json(row["lora"]), folder)
         return {
@@ -113,9 +114,7 @@ class Listings:
 
     def session(self, owner: str, session: str) -> Json:
         """One session's models."""
-        row = self._journal.session(session)
-        if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
+        row = own_session(self._journal, owner, session)
         runs = [model["id"] for model in self._journal.models_in(session)]
         metadata = json.loads(row["metadata"])
         about: Json = {"sampler_ids": [], "user_metadata": metadata or {}, "display_name": None}
@@ -123,7 +122,7 @@ class Listings:
 
     def info(self, owner: str, model_id: str) -> Json:
         """``get_info``."""
-        row, base = self._model(owner, model_id), self._models.base
+        row, base = own_model(self._journal, owner, model_id), self._models.base
         names = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
         return {
             "type": "get_info",
@@ -135,14 +134,8 @@ class Listings:
         }
 
     def _listed(self, what: str, rows: list[Any]) -> Json:
-        caveat = self._journal.caveat.strip(" ()")
+        caveat = self._journal.database.caveat
         return {what: rows} | ({"notice": caveat} if caveat else {})
-
-    def _model(self, owner: str, model_id: Any) -> Json:
-        row = self._journal.model(model_id) if isinstance(model_id, str) else None
-        if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
-        return row
 
     def _run(self, row: Json) -> Json:
         newest = {kind: self._journal.newest_checkpoint(row["id"], kind) for kind in _KINDS}

@@ -6,10 +6,10 @@ import time
 from typing import Any, Final, final
 
 from ...backends.native.models.lora import LoraChoice
-from ...errors import NotFoundError
 from ..durability.journal import Journal
 from ..durability.recovery import lost
 from ..queueing.sequencer import Sequencer
+from .owned import own_model, own_session
 
 __all__ = ["Sessions"]
 
@@ -36,9 +36,7 @@ class Sessions:
         Raises:
             NotFoundError: there is none, or it is another's (which is the same).
         """
-        row = self._journal.model(model_id)
-        if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
+        row = own_model(self._journal, owner, model_id)
         self._seen[row["session"]] = time.monotonic()
         if not self._sequencer.knows(model_id):
             before = row["created"] < self._started
@@ -50,10 +48,9 @@ class Sessions:
         Raises:
             NotFoundError: there is none, or it is another's.
         """
-        if not isinstance(session, str) or self._journal.session_owner(session) != owner:
-            raise NotFoundError(f"there is no session {session!r} on this server{self._journal.caveat}")
-        self._seen[session] = time.monotonic()
-        return session
+        known: str = own_session(self._journal, owner, session)["id"]
+        self._seen[known] = time.monotonic()
+        return known
 
     def lora_of(self, owner: str, model_id: str) -> LoraChoice:
         """Return a model's adapter choice, also after a restart.
@@ -61,10 +58,7 @@ class Sessions:
         Raises:
             NotFoundError: there is no such model, or it is another's.
         """
-        row = self._journal.model(model_id)
-        if row is None or row["owner"] != owner:
-            raise NotFoundError(f"there is no model {model_id!r} on this server{self._journal.caveat}")
-        return LoraChoice.from_json(row["lora"])
+        return LoraChoice.from_json(own_model(self._journal, owner, model_id)["lora"])
 
     def silent(self, session: str, seconds: float) -> bool:
         """Whether nothing was heard of a session for so long."""
