@@ -77,7 +77,6 @@ class Database:
                 raise
         if incident:
             _logger.warning("%s: %s%s", path, incident, f"; it was set aside as {aside.name}" if aside else "")
-        self.rebuilt = damage is not None or bool(incident)
 
     def _begin(self, damage: str | None) -> str | None:
         """Make or migrate the tables, and find out whether anything is missing; return what in words."""
