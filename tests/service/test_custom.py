@@ -69,7 +69,7 @@ def held(tokens: list[int]) -> tuple[list[str], RetainedForward]:
     return datum_keys(given), backend.forward_retain(given).result()
 
 
-def test_leases_are_bounded_by_time_and_bytes_and_by_use() -> None:
+def test_graphs_are_bounded_by_time_and_bytes_and_by_use() -> None:
     """Old ones go, a model whose entries are never used gets none any more (but is tried again), a step drops all."""
     now = [0.0]
     graphs = GraphCache(1e9, 10.0, clock=lambda: now[0])
@@ -101,7 +101,7 @@ def test_a_plain_forward_holds_no_graph(service: Any, models: Any, url: str) -> 
     trainer = service.create_lora_training_client("tiny", rank=4).result()
     trainer.forward(to_tinker(sums()), "cross_entropy").result()
     text = httpx.get(f"{url}/metrics", headers={"x-api-key": KEY}).text
-    assert "pullback_lease_bytes 0.0" in text
+    assert "pullback_graph_bytes 0.0" in text
 
 
 def sums() -> list[Datum]:

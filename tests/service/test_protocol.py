@@ -250,13 +250,13 @@ def test_a_graph_of_other_weights_is_not_used(web: Any, url: str, models: Served
         sent = http.post(route, json={"model_id": model, "seq_id": number, **body}, headers=headers).json()
         return finished(http, sent["request_id"])
 
-    before = _amount(url, "lease_tokens_recomputed")
+    before = _amount(url, "graph_tokens_recomputed")
     send("forward_backward", 1, {"forward_backward_input": inner}, plain)
     send("forward", 2, {"forward_input": inner}, custom)
     send("optim_step", 3, {"adam_params": {"learning_rate": 0.1}}, plain)
     native = twin(models, type("Client", (), {"model_id": model}))
     send("forward_backward", 4, {"forward_backward_input": inner}, custom)
-    assert _amount(url, "lease_tokens_recomputed") == before + 4
+    assert _amount(url, "graph_tokens_recomputed") == before + 4
     given = [Datum(ModelInput.from_ints([3, 1, 4, 1]), {"target_tokens": [3, 1, 4, 1], "weights": [1.0] * 4})]
     native.forward_backward(given, "cross_entropy").result()
     assert distance(models.backends[model].gradients(), native.gradients()) < 1e-5

@@ -95,7 +95,7 @@ class _App:
         gauge("models", "models in memory", lambda: len(models.backends))
         gauge("samplers", "sampling sessions in memory", lambda: len(self.operations.samplers))
         gauge("body_bytes", "bodies of requests in memory", lambda: self.bodies.used)
-        gauge("lease_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
+        gauge("graph_bytes", "graphs kept for custom losses", lambda: self.operations.training.graphs.bytes)
 
     @property
     def lifespan(self) -> Any:

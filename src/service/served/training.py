@@ -167,7 +167,7 @@ class Training:
         self.graphs.add(model_id, datum_keys(data), retained)
         metrics = as_loss("cross_entropy", None)(data, retained.logprobs)[1]
         return _output(
-            ForwardBackwardOutput.of(retained.logprobs, {**metrics, "held_tokens:sum": float(retained.tokens)})
+            ForwardBackwardOutput.of(retained.logprobs, {**metrics, "retained_tokens:sum": float(retained.tokens)})
         )
 
     def _may_be_custom(self, model_id: str, data: list[Datum], request: GradientRequest) -> bool:
@@ -178,10 +178,10 @@ class Training:
     def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
         retained = self.graphs.take(model_id, datum_keys(data)) if request.custom else {}
         if retained and not request.config:
-            self._count("lease_tokens_reused", sum(forward.tokens for forward in retained))
+            self._count("graph_tokens_reused", sum(forward.tokens for forward in retained))
             return _settled(backend.backward(retained, data, request.loss_fn), _output)
         if request.custom:
-            self._count("lease_tokens_recomputed", sum(len(datum.model_input) for datum in data))
+            self._count("graph_tokens_recomputed", sum(len(datum.model_input) for datum in data))
         return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
 
 
