@@ -228,7 +228,7 @@ def test_the_journal_does_not_grow_for_ever(tmp_path: Path) -> None:
 
 def test_answers_go_and_their_checksums_stay_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a day an answer is thrown away; that it was given stays known."""
-    monkeypatch.setattr(journal_module, "_BATCH", 3)
+    monkeypatch.setattr(journal_module, "ROWS_AT_ONCE", 3)
     journal = Journal(tmp_path / "journal.sqlite")
     for i in range(8):
         journal.accept(f"req-{i}", "me", "queue", i, "digest", "kind")

@@ -12,17 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, final
 
-from ...backends.native.checkpoint_files import require_name
+from ...backends.native.checkpoint_files import MANIFEST, require_name
 from ...errors import CheckpointError
 from .descriptions import Description
 
-__all__ = ["Checkpoints"]
+__all__ = ["SCHEME", "Checkpoints"]
 
-_SCHEME: Final = "tinker://"
+SCHEME: Final = "tinker://"
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,244}")  # longer ones could not be saved, nor looked for
 _EXPORTED: Final = "external_weights"
 _KINDS: Final = ("weights", "sampler_weights", _EXPORTED)
-_MANIFEST: Final = "manifest.json"
 _MODEL: Final = re.compile(r"_train_(\d+)$")  # the end of a model's folder
 _ASIDE: Final = ".old"  # what a checkpoint is called while another takes its name
 
@@ -46,7 +45,7 @@ class Checkpoints:
             CheckpointError: the name is none, or longer than a file system takes.
         """
         require_name(name)
-        return f"{_SCHEME}{model}/{kind}/{name}"
+        return f"{SCHEME}{model}/{kind}/{name}"
 
     def folder(self, model: str, kind: str) -> Path:
         """Where a model's checkpoints of one kind lie."""
@@ -59,11 +58,11 @@ class Checkpoints:
         Raises:
             CheckpointError: it is no such URI, or leads elsewhere.
         """
-        parts = uri.removeprefix(_SCHEME).split("/") if isinstance(uri, str) else []
-        known = uri.startswith(_SCHEME) if isinstance(uri, str) else False
+        parts = uri.removeprefix(SCHEME).split("/") if isinstance(uri, str) else []
+        known = uri.startswith(SCHEME) if isinstance(uri, str) else False
         if not known or len(parts) != 3 or parts[1] not in _KINDS or not all(map(_PART.fullmatch, parts)):
             raise CheckpointError(
-                f"{uri!r} is no checkpoint of this server: {_SCHEME}<model id>/weights/<name> was expected"
+                f"{uri!r} is no checkpoint of this server: {SCHEME}<model id>/weights/<name> was expected"
             )
         return parts[0], parts[1], parts[2]
 
@@ -111,7 +110,7 @@ class Checkpoints:
             for path in sorted(self.root.glob(f"*/{kind}/[!.]*")):
                 said = Description.read(path)
                 model = _MODEL.sub(r":train:\1", path.parent.parent.name) if said is None else said.model
-                if (path / _MANIFEST).is_file() and self.folder(model, kind) == path.parent:
+                if (path / MANIFEST).is_file() and self.folder(model, kind) == path.parent:
                     yield self.uri(model, kind, path.name), path
 
     def size(self, uri: str) -> int:
@@ -121,7 +120,7 @@ class Checkpoints:
     def fingerprint(self, uri: str) -> str:
         """Digest of a checkpoint's manifest, which names the digests of its files; empty if there is no checkpoint."""
         try:
-            manifest = self.place(uri) / _MANIFEST
+            manifest = self.place(uri) / MANIFEST
         except CheckpointError:
             return ""
         return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else ""

@@ -15,17 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
+from ...backends.native.checkpoint_files import MANIFEST
 from ...errors import StorageError
 from .integrity import Mark, damage_of, set_aside
 from .schema import COLUMNS, checksum, create, is_whole, migrate, register
 from .storage import explained
 
-__all__ = ["Database", "Statement", "damaged_row"]
+__all__ = ["ROWS_AT_ONCE", "Database", "Statement", "damaged_row"]
 
 _logger = logging.getLogger(__name__)
 _COUNTED: Final = ("sessions", "models", "checkpoints")  # that listings give totals of
 _SAFETY_PAGES: Final = 16_384  # of a log that nobody has written back yet; see `Database.write_back`
 _CAVEAT_SECONDS: Final = 7 * 24 * 3600.0  # how long a damage is told to clients
+ROWS_AT_ONCE: Final = 500  # that one transaction should change: whoever writes waits no longer than for these
 Statement = tuple[str, Sequence[Any]]
 Row = dict[str, Any]
 
@@ -105,7 +107,7 @@ class Database:
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         if damage:
             return f"the journal was damaged ({damage}) and made anew from the checkpoints on {when}; {gone}"
-        if not found and (known or any(self._path.parent.glob("*/*weights/*/manifest.json"))):
+        if not found and (known or any(self._path.parent.glob(f"*/*weights/*/{MANIFEST}"))):
             return f"the journal was missing and made anew from the checkpoints on {when}; {gone}"
         if known is not None and known > self._written:
             return (

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias, final
 
 from .answers import ACCEPTED, OPERATION, Accepted, Answer, Operation, accepted_of, encoded, operation_of
 from .checkpoints import Checkpoints
-from .database import Database
+from .database import ROWS_AT_ONCE, Database
 from .schema import answer_checksum, checksum, is_whole
 
 __all__ = ["ANSWER_SECONDS", "Journal"]
@@ -21,7 +21,6 @@ __all__ = ["ANSWER_SECONDS", "Journal"]
 _NEWEST: Final = "ORDER BY created DESC, {} LIMIT ? OFFSET ?"
 ANSWER_SECONDS: Final = 24 * 3600.0  # that an answer can be read
 _ALL: Final = -1  # as a limit
-_BATCH: Final = 500  # answers of one transaction: whoever writes waits no longer than for these
 _FORGET: Final = (
     "UPDATE operations SET answer = NULL, answer_checksum = answer_checksum(request, form, NULL) "
     "WHERE request IN (SELECT request FROM operations WHERE answer IS NOT NULL AND created < ? LIMIT ?) RETURNING 1"
@@ -250,7 +249,7 @@ class Journal:
 
     def forget_answers(self, before: float) -> None:
         """Throw away answers from before a moment (seconds of the epoch); that they were given stays known."""
-        while self.database.change(_FORGET, before, _BATCH) == _BATCH:
+        while self.database.change(_FORGET, before, ROWS_AT_ONCE) == ROWS_AT_ONCE:
             pass
 
     def last_number(self, queue: str) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from .database import Database
+from .database import ROWS_AT_ONCE, Database
 from .journal import ANSWER_SECONDS, Journal
 
 __all__ = ["ROW_SECONDS", "prune"]
 
 ROW_SECONDS: Final = 7 * 24 * 3600.0  # that it is known of what nobody has finished
-_BATCH: Final = 500  # rows of one transaction: whoever writes waits no longer than for these
 _OPERATIONS: Final = (
     "request IN (SELECT request FROM operations WHERE created < ? AND form IS NOT NULL "
     "AND line NOT LIKE '%:models' LIMIT ?)"
@@ -66,13 +65,13 @@ def _end(database: Database, session: str, before: float) -> int:
 def _ended(database: Database, silent: float, finished: float) -> Iterator[str]:
     """Sessions that were finished before one moment, or made before another and not finished."""
     last = ""
-    while rows := database.select(_SESSIONS, last, silent, finished, _BATCH, listing=True):
+    while rows := database.select(_SESSIONS, last, silent, finished, ROWS_AT_ONCE, listing=True):
         yield from (session for (session,) in rows)
         last = rows[-1][0]
 
 
 def _repeated(database: Database, table: str, where: str, *values: object) -> int:
     count = 0
-    while deleted := database.delete(table, where, *values, _BATCH):
+    while deleted := database.delete(table, where, *values, ROWS_AT_ONCE):
         count += deleted
     return count

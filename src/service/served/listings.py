@@ -9,7 +9,7 @@ from typing import Any, Final, final
 
 from ...backends.native.models.lora import LoraChoice
 from ...errors import NotFoundError
-from ..durability.checkpoints import Checkpoints
+from ..durability.checkpoints import SCHEME, Checkpoints
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
 from ..durability.recovery import sweep
@@ -71,7 +71,7 @@ class Listings:
         Raises:
             NotFoundError: there is none, or it is another's.
         """
-        uri = f"tinker://{model_id}/{checkpoint_id}"
+        uri = f"{SCHEME}{model_id}/{checkpoint_id}"
         row = self._journal.checkpoint(uri)
         if row is None or row["owner"] != owner:
             raise NotFoundError(f"there is no checkpoint {uri}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar, final
@@ -20,6 +19,7 @@ from ..queueing.acknowledgements import Acknowledgements, FailedGradient
 from ..queueing.requirements import failure_of, number_of, require_number
 from ..queueing.sequencer import Sequencer
 from ..quotas import Quota
+from ..wire.json_form import finite_metrics
 from ..wire.protobuf import GradientRequest, encode_output
 from .graph_cache import GraphCache, datum_keys
 from .recorded import with_provenance
@@ -135,7 +135,7 @@ class Training:
             self.graphs.drop(model_id)
             if future.exception() is None:
                 self._acknowledgements.stepped(model_id, number)
-            return _settled(future, lambda output: {"metrics": finite(output.metrics)})
+            return _settled(future, lambda output: {"metrics": finite_metrics(output.metrics)})
 
         def answered(request: str, answer: Answer) -> None:
             if refused:
@@ -193,11 +193,6 @@ def _refusal(failures: list[FailedGradient]) -> str:
         "that was known, so it was not made; the accumulation holds the gradients that succeeded: send the failed ones again, "
         "or step without them"
     )
-
-
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out metrics that JSON cannot hold: a client would ask again for ever."""
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def _step_of(body: Json) -> tuple[AdamParams, Any]:

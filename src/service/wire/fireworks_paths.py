@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Final, final
 
 from ...errors import CheckpointError
-from ..durability.checkpoints import Checkpoints
+from ..durability.checkpoints import SCHEME, Checkpoints
 from ..durability.journal import Journal
 
 __all__ = ["LogicalNames"]
 
-_SCHEME: Final = "tinker://"
 _ACCOUNT: Final = "pullback"
 _SHOWN: Final = 20  # names in a message
 
@@ -28,7 +27,7 @@ class LogicalNames:
     def shown(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Return an answer as the fork can use it: it refuses a path with a scheme."""
         path = answer.get("path")
-        return answer | {"path": _qualified(path)} if isinstance(path, str) and path.startswith(_SCHEME) else answer
+        return answer | {"path": _qualified(path)} if isinstance(path, str) and path.startswith(SCHEME) else answer
 
     def listing(self, owner: str) -> list[str]:
         """Return all training checkpoints by the shortest name that `resolve` understands; it may wait for the disk."""
@@ -40,7 +39,7 @@ class LogicalNames:
         Raises:
             CheckpointError: there is none, or there are several.
         """
-        if not isinstance(path, str) or path.startswith(_SCHEME):
+        if not isinstance(path, str) or path.startswith(SCHEME):
             return path
         rows = self._journal.named_checkpoints(owner, path.rpartition("/")[2])
         rows = [row for row in rows if path in (row["name"], _qualified(row["uri"]))]

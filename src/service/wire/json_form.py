@@ -17,7 +17,7 @@ from .protobuf import DTYPE_NUMBERS, GradientRequest, decode_tensor, message, to
 from .sampling import NOT_SCORED
 from .sparse import SparseRows
 
-__all__ = ["decode_json_request", "decode_json_sparse", "decode_json_tensor", "json_result"]
+__all__ = ["decode_json_request", "decode_json_sparse", "decode_json_tensor", "finite_metrics", "json_result"]
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
@@ -62,8 +62,13 @@ def json_result(kind: str, answer: bytes) -> dict[str, Any]:
     for record in output.loss_fn_outputs:
         columns = {key: _split(field) for key, field in record.fields.items()}
         outputs += [{key: _json_tensor(parts[i]) for key, parts in columns.items()} for i in range(record.num_datums)]
-    metrics = {key: value for key, value in output.metrics.items() if math.isfinite(value)}
+    metrics = finite_metrics(output.metrics)
     return {"loss_fn_output_type": output.loss_fn_output_type, "loss_fn_outputs": outputs, "metrics": metrics}
+
+
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out metrics that JSON cannot hold: a client would ask again for ever."""
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def _object(given: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -121,9 +126,13 @@ def _split(field: Any) -> list[Tensor]:
 
 
 def _json_tensor(values: Tensor) -> dict[str, Any]:
-    numbers = [x if math.isfinite(x) else None for x in values.flatten().tolist()]
     dtype = "float32" if values.is_floating_point() else "int64"
-    return {"data": numbers, "dtype": dtype, "shape": list(values.shape)}
+    return {"data": _json_numbers(values), "dtype": dtype, "shape": list(values.shape)}
+
+
+def _json_numbers(values: Tensor) -> list[float | None]:
+    """Return a tensor's numbers, flat; None where JSON has no such number."""
+    return [x if math.isfinite(x) else None for x in values.flatten().tolist()]
 
 
 def _sample(response: Any) -> dict[str, Any]:
@@ -136,8 +145,7 @@ def _sample(response: Any) -> dict[str, Any]:
             sequences[-1]["topk_logprobs"] = _rows(sequence.topk_sampled_logprobs)
     written: dict[str, Any] = {"type": "sample", "sequences": sequences, "prompt_logprobs": None}
     if response.HasField("prompt_logprobs"):
-        scores = decode_tensor(response.prompt_logprobs, 1).tolist()
-        written["prompt_logprobs"] = [x if math.isfinite(x) else None for x in scores]
+        written["prompt_logprobs"] = _json_numbers(decode_tensor(response.prompt_logprobs, 1))
     if response.HasField("topk_prompt_logprobs"):
         written["topk_prompt_logprobs"] = _rows(response.topk_prompt_logprobs)
     if response.HasField("target_prompt_logprobs"):
