@@ -114,7 +114,7 @@ def check_prompt(prompt: int, max_tokens: object, context: int | None) -> None:
         ConfigError: they do not fit together.
     """
     most = max_tokens if isinstance(max_tokens, int) else 1
-    # Of a prompt that is scored only, one token is drawn and not read again.
+    # Of a prompt that is scored only, one token is sampled and not read again.
     if context is not None and prompt + most > context + (most <= 1):
         raise ConfigError(
             f"a prompt of {prompt} tokens and max_tokens {most} make {prompt + most}; this model's context is {context}"

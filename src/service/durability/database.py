@@ -102,16 +102,16 @@ class Database:
         self._count_rows()
         return incident
 
-    def _incident(self, damage: str | None, found: bool, known: int | None) -> str | None:
+    def _incident(self, damage: str | None, had_tables: bool, marked: int | None) -> str | None:
         gone = "sessions, models without a checkpoint, and answers from before are not known any more"
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         if damage:
             return f"the journal was damaged ({damage}) and made anew from the checkpoints on {when}; {gone}"
-        if not found and (known or any(self._path.parent.glob(f"*/*weights/*/{MANIFEST}"))):
+        if not had_tables and (marked or any(self._path.parent.glob(f"*/*weights/*/{MANIFEST}"))):
             return f"the journal was missing and made anew from the checkpoints on {when}; {gone}"
-        if known is not None and known > self._written:
+        if marked is not None and marked > self._written:
             return (
-                f"the journal had lost its end when the server was started on {when}: {known - self._written} of what was "
+                f"the journal had lost its end when the server was started on {when}: {marked - self._written} of what was "
                 "written last (sessions, models, answers) is not known any more"
             )
         return None
@@ -218,9 +218,9 @@ class Database:
         self, db: sqlite3.Connection, table: str, clause: str, values: Sequence[Any], believe_all: bool = True
     ) -> list[Row]:
         columns = COLUMNS[table]
-        found = db.execute(f"SELECT {', '.join(columns)}, checksum FROM {table} {clause}", values).fetchall()
-        whole = [row[:-1] for row in found if is_whole(checksum(table, row[:-1]), row[-1])]
-        if believe_all and len(whole) != len(found):
+        rows = db.execute(f"SELECT {', '.join(columns)}, checksum FROM {table} {clause}", values).fetchall()
+        whole = [row[:-1] for row in rows if is_whole(checksum(table, row[:-1]), row[-1])]
+        if believe_all and len(whole) != len(rows):
             raise damaged_row(table)
         return [dict(zip(columns, row, strict=True)) for row in whole]
 
@@ -261,8 +261,8 @@ class Database:
             self._totals[table, owner] += by
 
     def _known_caveat(self) -> str:
-        words, moment = json.loads(self.meta("incident") or '["", 0]')
-        return words if time.time() - moment < _CAVEAT_SECONDS else ""
+        incident, moment = json.loads(self.meta("incident") or '["", 0]')
+        return incident if time.time() - moment < _CAVEAT_SECONDS else ""
 
 
 def _meta(key: str, value: str) -> Statement:

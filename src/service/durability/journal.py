@@ -42,8 +42,8 @@ class Journal:
     @property
     def caveat(self) -> str:
         """What to add where something is not found; empty, or in brackets what has happened to the journal."""
-        words = self.database.caveat
-        return f" ({words})" if words else ""
+        caveat = self.database.caveat
+        return f" ({caveat})" if caveat else ""
 
     def close(self) -> None:
         """Close the file."""

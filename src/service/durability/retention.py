@@ -15,7 +15,7 @@ _OPERATIONS: Final = (
     "request IN (SELECT request FROM operations WHERE created < ? AND form IS NOT NULL "
     "AND line NOT LIKE '%:models' LIMIT ?)"
 )
-_LINES: Final = (
+_SESSION_OPERATIONS: Final = (
     "request IN (SELECT request FROM operations WHERE line > ? || ':' AND line < ? || ';' AND created < ? "
     "AND form IS NOT NULL AND NOT EXISTS (SELECT 1 FROM models WHERE models.id = line) LIMIT ?)"
 )
@@ -57,7 +57,7 @@ def _end(database: Database, session: str, before: float) -> int:
     count = _repeated(database, "models", _MODELS, session)
     if database.select("SELECT 1 FROM models WHERE session = ? LIMIT 1", session):
         return count
-    count += _repeated(database, "operations", _LINES, session, session, before)
+    count += _repeated(database, "operations", _SESSION_OPERATIONS, session, session, before)
     count += _repeated(database, "samplers", _SAMPLERS, session, session)
     return count + database.delete("sessions", "id = ?", session)
 

@@ -65,8 +65,8 @@ def storage_error(error: BaseException, folder: Path | None = None) -> StorageEr
         error: of SQLite, of the system, or of safetensors.
         folder: is named to whoever starts a server; clients are told no paths.
     """
-    words = _LATER if folder is None else _AT_START
-    return StorageError(words[problem_of(error)].format(folder=folder, error=error))
+    messages = _LATER if folder is None else _AT_START
+    return StorageError(messages[problem_of(error)].format(folder=folder, error=error))
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class _App:
             get("training_runs/{id}/checkpoints/{checkpoint:path}/external_weights_urls", self.downloads.urls),
             get("training_runs/{id}/checkpoints/{checkpoint:path}/archive", self.downloads.archive),
             Route("/api/v1/downloads/{expires}/{signature}/{model}/{kind}/{checkpoint}/{file}", self.downloads.file),
-            *(self._route(path, refused(words), method) for method, path, words in NOT_OFFERED),
+            *(self._route(path, refused(reason), method) for method, path, reason in NOT_OFFERED),
             self._route("training_runs/{id}/checkpoints/{checkpoint:path}/ttl", self._listed(self._set_ttl), "PUT"),
             self._route("training_runs/{id}/checkpoints/{checkpoint:path}", self._listed(self._delete), "DELETE"),
             get("checkpoints", self._listed(lambda call: lists.checkpoints(call.owner, call.query))),

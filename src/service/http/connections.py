@@ -65,7 +65,7 @@ def bounded_protocol(limits: Limits) -> Any:
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.since = self.loop.time()
-            opened = [one for one in self.connections if not one.transport.is_closing()]
+            opened = [other for other in self.connections if not other.transport.is_closing()]
             if len(opened) > most:
                 self._make_room(opened)
             self._watch()
@@ -103,9 +103,9 @@ def bounded_protocol(limits: Limits) -> Any:
 
         def _make_room(self, opened: list[Any]) -> None:
             """Close the connection that has waited longest for its client: first those in the middle of a request."""
-            others = [one for one in opened if one is not self and one.waits]
+            others = [other for other in opened if other is not self and other.waits]
             if others:
-                min(others, key=lambda one: (one.served, one.since)).transport.abort()
+                min(others, key=lambda other: (other.served, other.since)).transport.abort()
             else:
                 self.transport.write(_FULL)
                 self.transport.close()

@@ -57,10 +57,10 @@ class Lifespan:
         leaving = Leaving(self._operations.models, self._operations.journal, seconds)
         ended, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(sequencer.close))], timeout=seconds)
         if ended:
-            words = await asyncio.to_thread(leaving.save_all)
+            sentences = await asyncio.to_thread(leaving.save_all)
         else:
-            words = leaving.lost(f"an operation did not end within {seconds:g} s")
-        for sentence in words:
+            sentences = leaving.lost(f"an operation did not end within {seconds:g} s")
+        for sentence in sentences:
             _logger.warning("%s", sentence)
 
     async def _sweep(self) -> None:

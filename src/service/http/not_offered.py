@@ -33,10 +33,10 @@ NOT_OFFERED: Final = (
 )
 
 
-def refused(words: str) -> Callable[[Call], Awaitable[Any]]:
+def refused(reason: str) -> Callable[[Call], Awaitable[Any]]:
     """Return a handler that refuses."""
 
     async def handler(_: Call) -> Any:
-        raise UnsupportedError(words)
+        raise UnsupportedError(reason)
 
     return handler

@@ -1,4 +1,4 @@
-"""Whose turn it is: owners one after another, each with a line of its own."""
+"""Whose turn it is: owners one after another, each with a queue of its own."""
 
 from __future__ import annotations
 
@@ -79,58 +79,58 @@ class Turns:
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
         self._owner, self._taken = "", 0.0  # who had the last slice, and what the turn has taken by then
-        self._lines: dict[str, deque[Task]] = {}  # in the order of their turns
+        self._waiting: dict[str, deque[Task]] = {}  # by owner, in the order of their turns
         self._current: tuple[Task, deque[Task]] | None = None  # whose turn it is, and what else its owner has
 
     def __iter__(self) -> Iterator[Task]:
         """All tasks, among them the one whose turn it is."""
         if self._current is not None:
             yield from (self._current[0], *self._current[1])
-        for line in self._lines.values():
-            yield from line
+        for tasks in self._waiting.values():
+            yield from tasks
 
     def add(self, task: Task) -> None:
-        """Put a task at the end of its owner's line."""
+        """Put a task at the end of its owner's queue."""
         if self._current is not None and self._current[0].owner == task.owner:
             self._current[1].append(task)
         else:
-            self._lines.setdefault(task.owner, deque()).append(task)
+            self._waiting.setdefault(task.owner, deque()).append(task)
 
     def take(self) -> Task | None:
         """Return the first task of the owner whose turn it is; None: nobody waits."""
-        if not self._lines:
+        if not self._waiting:
             return None
-        owner = next(iter(self._lines))
+        owner = next(iter(self._waiting))
         if owner != self._owner:
             self._owner, self._taken = owner, 0.0
-        line = self._lines.pop(owner)
-        task = line.popleft()
-        self._current = (task, line)
+        tasks = self._waiting.pop(owner)
+        task = tasks.popleft()
+        self._current = (task, tasks)
         return task
 
     def give_back(self, again: bool, seconds: float = 0.0) -> None:
         """End a slice, and the turn with it unless there is time left.
 
         Args:
-            again: the task goes to the end of its owner's line.
+            again: the task goes to the end of its owner's queue.
             seconds: that the slice has taken.
         """
         assert self._current is not None
-        (task, line), self._current = self._current, None
+        (task, tasks), self._current = self._current, None
         if again:
-            line.append(task)
+            tasks.append(task)
         self._taken += seconds
-        if line and self._taken < self._seconds:
-            self._lines = {task.owner: line, **self._lines}
+        if tasks and self._taken < self._seconds:
+            self._waiting = {task.owner: tasks, **self._waiting}
             return
         self._taken = 0.0
-        if line:
-            self._lines[task.owner] = line
+        if tasks:
+            self._waiting[task.owner] = tasks
 
     def remove(self, task: Task) -> None:
         """Take out a task whose turn it is not."""
         current = self._current[1] if self._current is not None and self._current[0].owner == task.owner else None
-        line = self._lines[task.owner] if current is None else current
-        line.remove(task)
-        if current is None and not line:
-            del self._lines[task.owner]
+        tasks = self._waiting[task.owner] if current is None else current
+        tasks.remove(task)
+        if current is None and not tasks:
+            del self._waiting[task.owner]

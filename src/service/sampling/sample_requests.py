@@ -1,4 +1,4 @@
-"""What one request for samples asks for: how completions are drawn, where they end, and the scores beside them."""
+"""What one request for samples asks for: how completions are sampled, where they end, and the scores beside them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class RequestedScores:
         """
         most = max(self.prompt_top, self.completion_top)
         if most > vocab:
-            raise ConfigError(f"the {most} most likely tokens were asked for; the vocabulary has {vocab}")
+            raise ConfigError(f"the top-{most} tokens were asked for; the vocabulary has {vocab}")
         columns = 0 if self.given is None else self.given.shape[1]
         if tokens * max(most, self.sampled, columns) > _MOST:
             raise ConfigError(f"more than {_MOST} numbers were asked for at once; ask for fewer of each position")
@@ -102,25 +102,25 @@ class RequestedScores:
         self, sampler: Sampler, prompt: ModelInput, rollouts: Sequence[Rollout]
     ) -> Generator[None, None, SampleScores]:
         """Compute them, each forward in a slice of its own."""
-        tokens, tops, found = prompt.tokens, list[TopK](), SampleScores()
+        tokens, tops, answer = prompt.tokens, list[TopK](), SampleScores()
         for rollout in rollouts if self.completion_top else ():
             yield
             tops.append(self._completion_top(sampler, tokens, rollout.tokens))
-        found = replace(found, completion_top=tops)
+        answer = replace(answer, completion_top=tops)
         if self.prompt:
             yield
-            found = replace(found, prompt=self._blank(torch.tensor(sampler.prompt_logprobs(prompt))))
+            answer = replace(answer, prompt=self._blank(torch.tensor(sampler.prompt_logprobs(prompt))))
         if self.prompt_top:
             yield
-            found = replace(found, prompt_top=self._prompt_top(sampler, tokens))
+            answer = replace(answer, prompt_top=self._prompt_top(sampler, tokens))
         if self.sampled:
             yield
-            found = replace(found, sampled=sampler.sampled(tokens, self.sampled, self.temperature))
+            answer = replace(answer, sampled=sampler.sampled(tokens, self.sampled, self.temperature))
         if self.given is not None:
             yield
             scores = sampler.given(tokens, self.given)
-            found = replace(found, given=scores if self.cells is None else self.cells.unpacked(scores))
-        return found
+            answer = replace(answer, given=scores if self.cells is None else self.cells.unpacked(scores))
+        return answer
 
     def _prompt_top(self, sampler: Sampler, tokens: Tensor) -> TopK:
         ids, logprobs = sampler.top_k(tokens, self.prompt_top)
@@ -173,10 +173,10 @@ def sampling_of(given: Mapping[str, Any], base: Base, prompt: ModelInput) -> tup
         raise ConfigError(f"sampling_params has keys that this server does not know: {unknown!r:.200}")
     stop = chosen.pop("stop", None)
     for name, value in chosen.items():
-        kind, words = (int, "a whole number") if name in _WHOLE else ((int, float), "a number")
+        kind, expected = (int, "a whole number") if name in _WHOLE else ((int, float), "a number")
         large = isinstance(value, int) and abs(value) >= _LARGEST
         if large or isinstance(value, bool) or not isinstance(value, kind):
-            raise ConfigError(f"sampling_params.{name} must be {words} below 2**63, got {value!r:.80}")
+            raise ConfigError(f"sampling_params.{name} must be {expected} below 2**63, got {value!r:.80}")
     if "max_tokens" not in chosen and base.context is not None:
         chosen["max_tokens"] = max(1, base.context - len(prompt))
     strings = [stop] if isinstance(stop, str) else stop

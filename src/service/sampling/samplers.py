@@ -74,7 +74,7 @@ class Samplers:
         return {"sampler_id": session, "base_model": self._models.base.name, "model_path": row["path"]}
 
     def sample(self, owner: str, raw: bytes, body: Json) -> Json:
-        """Draw completions of one prompt; with ``prompt_logprobs`` score it."""
+        """Sample completions of one prompt; with ``prompt_logprobs`` score it."""
         session, n = body["sampling_session_id"], require_number("num_samples", body.get("num_samples", 1))
         number = None if body.get("seq_id") is None else require_number("seq_id", body["seq_id"])
         self._row(owner, session)

@@ -23,11 +23,11 @@ def recipients_of(given: Any) -> list[Any]:
     """
     if given is None:
         return []
-    if not isinstance(given, list) or not 1 <= len(given) <= _MOST or not all(isinstance(one, str) for one in given):
+    if not isinstance(given, list) or not 1 <= len(given) <= _MOST or not all(isinstance(key, str) for key in given):
         raise ConfigError(f"age_encryption_recipients must be a list of 1 to {_MOST} public keys, got {given!r}")
     pyrage = require_extra("pyrage", "serve", "age_encryption_recipients")
     try:
-        return [(pyrage.ssh if one.startswith("ssh-") else pyrage.x25519).Recipient.from_str(one) for one in given]
+        return [(pyrage.ssh if key.startswith("ssh-") else pyrage.x25519).Recipient.from_str(key) for key in given]
     except pyrage.RecipientError as error:
         raise ConfigError(f"age_encryption_recipients holds what is no public key of age or SSH: {error}") from error
 

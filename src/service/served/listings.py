@@ -139,7 +139,7 @@ class Listings:
 
     def _run(self, row: Json) -> Json:
         newest = {kind: self._journal.newest_checkpoint(row["id"], kind) for kind in _KINDS}
-        shown = {kind: None if found is None else _checkpoint(found) for kind, found in newest.items()}
+        shown = {kind: None if checkpoint is None else _checkpoint(checkpoint) for kind, checkpoint in newest.items()}
         return {
             "training_run_id": row["id"],
             "base_model": self._models.base.name,

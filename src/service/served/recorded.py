@@ -48,9 +48,9 @@ def _pairs(request: GradientRequest, data: Sequence[Datum]) -> list[tuple[Datum,
 
 
 def _raise(problems: Sequence[Sequence[str]]) -> None:
-    found = [f"datum {i}: {problem}" for i, several in enumerate(problems) for problem in several]
-    if found:
-        raise InvalidDatumsError(found)
+    numbered = [f"datum {i}: {problem}" for i, several in enumerate(problems) for problem in several]
+    if numbered:
+        raise InvalidDatumsError(numbered)
 
 
 def _misfits(datum: Datum, provenance: Provenance) -> list[str]:
@@ -60,11 +60,11 @@ def _misfits(datum: Datum, provenance: Provenance) -> list[str]:
 
 def _stable_problems(datum: Datum, provenance: Provenance | None) -> list[str]:
     inputs = datum.loss_fn_inputs
-    found = [f"missing required field {key!r} (has: {', '.join(inputs)})" for key in _NEEDS if key not in inputs]
+    problems = [f"missing required field {key!r} (has: {', '.join(inputs)})" for key in _NEEDS if key not in inputs]
     if provenance is None:
-        return [*found, f"{_STABLE} needs to know which tokens were sampled: give them by Datum.with_provenance"]
-    if found := [*found, *_misfits(datum, provenance)]:
-        return found
+        return [*problems, f"{_STABLE} needs to know which tokens were sampled: give them by Datum.with_provenance"]
+    if problems := [*problems, *_misfits(datum, provenance)]:
+        return problems
     advantages, sampled = inputs["advantages"].to_torch(), provenance.sampled()
     if advantages.shape != sampled.shape:
         return [f"advantages has the shape {list(advantages.shape)}, target_tokens {list(sampled.shape)}"]

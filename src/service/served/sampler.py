@@ -51,12 +51,12 @@ class Sampler:
     def complete(
         self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None, owner: str = ""
     ) -> Generator[None, None, list[Rollout]]:
-        """Draw n completions, in slices, together with all other requests on these weights.
+        """Sample n completions, in slices, together with all other requests on these weights.
 
         Args:
             prompt: what is completed.
             n: how many completions.
-            params: how they are drawn.
+            params: how they are sampled.
             ends: says of a completion's tokens whether they end it too.
             owner: owners share the batch fairly.
         """

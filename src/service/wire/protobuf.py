@@ -206,8 +206,8 @@ def _datum(datum: Any, index: int) -> Datum:
 def _tensor(value: Any) -> Tensor:
     dtype, shape = _DTYPES[value.dtype], list(value.shape)
     if value.WhichOneof("encoding") != "sparse_csr":
-        found = _array(value.dense, dtype)
-        return _widened(found.reshape(shape) if shape else found)
+        flat = _array(value.dense, dtype)
+        return _widened(flat.reshape(shape) if shape else flat)
     sparse = value.sparse_csr
     offsets, columns = (_array(part, torch.int64) for part in (sparse.crow_indices, sparse.col_indices))
     return _widened(SparseRows.of(_array(sparse.values, dtype), offsets, columns, shape).dense())

@@ -1,4 +1,4 @@
-"""Where the tokens of a datum came from: runs of a prompt, and runs that a sampler drew."""
+"""Where the tokens of a datum came from: runs of a prompt, and runs that were sampled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Run:
     Attributes:
         sequence: id of the sequence, as sampling answered it.
         length: tokens.
-        sampled: they were drawn; else they were part of the prompt.
+        sampled: by a policy; else they were part of the prompt.
     """
 
     sequence: str
@@ -44,26 +44,26 @@ class Provenance:
     @classmethod
     def of(cls, inputs: Iterable[Any], targets: Iterable[Any]) -> Self | None:
         """Read a datum's protobuf spans; None if it has none."""
-        found = cls(tuple(map(_run, inputs)), tuple(map(_run, targets)))
-        return found if found.inputs or found.targets else None
+        provenance = cls(tuple(map(_run, inputs)), tuple(map(_run, targets)))
+        return provenance if provenance.inputs or provenance.targets else None
 
     def sampled(self) -> Tensor:
-        """Return which targets were drawn, bool [T]."""
+        """Return which targets were sampled, bool [T]."""
         parts = [torch.full((run.length,), run.sampled) for run in self.targets]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool)
 
     def problems(self, inputs: int, targets: int) -> list[str]:
         """Say what is wrong with it for a datum of so many inputs and targets."""
-        found = []
+        problems = []
         for name, runs, length in (("model_input", self.inputs, inputs), ("target_tokens", self.targets, targets)):
             if any(run.length < 0 or not run.sequence for run in runs):
-                found.append(f"the provenance of {name} has a run without a sequence, or of a negative length")
+                problems.append(f"the provenance of {name} has a run without a sequence, or of a negative length")
             elif sum(run.length for run in runs) != length:
                 covered = sum(run.length for run in runs)
-                found.append(
+                problems.append(
                     f"the provenance of {name} covers {covered} tokens of {length}; its runs must cover each once"
                 )
-        return found
+        return problems
 
 
 def _run(span: Any) -> Run:

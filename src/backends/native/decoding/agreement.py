@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 _TOLERANCE: Final = 1e-3  # of logits, relative
 _HALF_TOLERANCE: Final = 1e-2  # where the head itself rounds to half precision
 _PROBED: Final = 64  # tokens of a window up to which sampling is tried beyond it
-_agrees: WeakKeyDictionary[HFModel, bool] = WeakKeyDictionary()  # what was found, by model
+_agrees: WeakKeyDictionary[HFModel, bool] = WeakKeyDictionary()  # by model
 
 
 def cache_agrees(model: HFModel) -> bool:
@@ -58,15 +58,15 @@ def _probe_prompts(model: HFModel) -> list[Tensor]:
 def _decoding_difference(cached: Decoder, plain: Decoder, prompts: Sequence[Tensor]) -> float:
     """Return the largest relative difference of logits over a few steps; NaN if one is not finite."""
     first, second, late = prompts
-    found = [_joined((cached, plain), [first, second])]
+    logits = [_joined((cached, plain), [first, second])]
     for keep, entering in ([0, 1, 2, 3], []), ([0, 2, 3], [late]), ([0, 1, 2, 4], []), ([1, 2, 3], [first]):
-        tokens = found[-1][1][keep].argmax(-1).tolist()
+        tokens = logits[-1][1][keep].argmax(-1).tolist()
         for decoder in (cached, plain):
             decoder.keep(keep)
         stepped = (cached.step(tokens), plain.step(tokens))
         joined = _joined((cached, plain), entering) if entering else (stepped[0][:0], stepped[1][:0])
-        found.append((torch.cat([stepped[0], joined[0]]), torch.cat([stepped[1], joined[1]])))
-    differences = [float((a - b).norm() / b.norm()) for a, b in found]
+        logits.append((torch.cat([stepped[0], joined[0]]), torch.cat([stepped[1], joined[1]])))
+    differences = [float((a - b).norm() / b.norm()) for a, b in logits]
     return max(differences) if all(d == d for d in differences) else float("nan")
 
 

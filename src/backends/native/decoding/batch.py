@@ -35,7 +35,7 @@ def facts_of(model: CausalLM) -> ModelFacts:
 class ContinuousBatch:
     """Decodes requests together, one token of each completion a step; completions enter and leave at any step.
 
-    What a completion draws depends on its prompt, parameters and seed only, up to the rounding of the model's forward.
+    What is sampled depends on the prompt, the parameters and the seed only, up to the rounding of the model's forward.
 
     Args:
         model: the weights, which must not change.
@@ -76,7 +76,7 @@ class ContinuousBatch:
         Args:
             prompt: what is completed.
             n: how many completions.
-            params: how they are drawn; its seed is not read.
+            params: how they are sampled; its seed is not read.
             seed: what their random numbers follow from.
             ends: says of a completion's tokens whether they end it, beside the stop tokens.
             owner: owners share the batch fairly.

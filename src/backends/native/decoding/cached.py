@@ -59,11 +59,11 @@ class CachedDecoder:
 
     def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
         read = self._read(texts)
-        width = max([*self._lengths, *(one.length for one in read)])
+        width = max([*self._lengths, *(text.length for text in read)])
         for i, layer in enumerate(_layers(self._cache)):
-            _append(layer, [(one.layers[i], count) for one, count in zip(read, copies, strict=True)], width)
-        self._lengths += [one.length for one, count in zip(read, copies, strict=True) for _ in range(count)]
-        return torch.cat([one.logits.expand(count, -1) for one, count in zip(read, copies, strict=True)])
+            _append(layer, [(text.layers[i], count) for text, count in zip(read, copies, strict=True)], width)
+        self._lengths += [text.length for text, count in zip(read, copies, strict=True) for _ in range(count)]
+        return torch.cat([text.logits.expand(count, -1) for text, count in zip(read, copies, strict=True)])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         self._lengths = [length + 1 for length in self._lengths]
@@ -82,14 +82,14 @@ class CachedDecoder:
         keys = [text.numpy().tobytes() for text in texts]
         new = [i for i, key in enumerate(keys) if key not in self._texts]
         if new:
-            for i, one in zip(new, self._run([texts[i] for i in new]), strict=True):
-                self._texts[keys[i]] = one
+            for i, read in zip(new, self._run([texts[i] for i in new]), strict=True):
+                self._texts[keys[i]] = read
         for key in keys:
             self._texts.move_to_end(key)
-        found = [self._texts[key] for key in keys]
-        while self._texts and sum(one.length for one in self._texts.values()) > _KEPT_TOKENS:
+        caches = [self._texts[key] for key in keys]
+        while self._texts and sum(text.length for text in self._texts.values()) > _KEPT_TOKENS:
             self._texts.popitem(last=False)
-        return found
+        return caches
 
     def _run(self, texts: Sequence[Tensor]) -> list[_ReadText]:
         """Read texts by one forward, each ending at the last column."""
@@ -101,14 +101,12 @@ class CachedDecoder:
         unknown = {type(layer).__name__ for layer in _layers(cache)} - set(_LAYERS)
         if unknown:
             raise UnsupportedError(f"rows cannot enter a cache with layers of the kind {', '.join(sorted(unknown))}")
-        found = [
-            _ReadText(n, [_row(x, i, n) for x in _layers(cache)], logits[i : i + 1]) for i, n in enumerate(lengths)
-        ]
+        read = [_ReadText(n, [_row(x, i, n) for x in _layers(cache)], logits[i : i + 1]) for i, n in enumerate(lengths)]
         if self._cache is None:
             self._cache = cache
             for layer in _layers(cache):
                 _select(layer, torch.empty(0, dtype=torch.int64, device=self._device), 0)
-        return found
+        return read
 
     def _logits(self, tokens: Tensor, lengths: Sequence[int], cache: Any) -> Tensor:
         """Return the logits after the last of ``tokens`` [R, L], of rows that are ``lengths`` tokens long by then."""
@@ -152,11 +150,11 @@ def _last(values: Tensor, depth: int, dim: int) -> Tensor:
 
 def _row(layer: Any, row: int, length: int) -> dict[str, Tensor]:
     """Return copies of what a layer holds of one row, without the columns before it begins."""
-    depth, found = _depth(layer, length), {}
+    depth, parts = _depth(layer, length), {}
     for name, (rows, columns) in _parts(layer).items():
         part = getattr(layer, name).narrow(rows, row, 1)
-        found[name] = part.narrow(columns, part.shape[columns] - depth, depth).clone()
-    return found
+        parts[name] = part.narrow(columns, part.shape[columns] - depth, depth).clone()
+    return parts
 
 
 def _append(layer: Any, added: Sequence[tuple[Mapping[str, Tensor], int]], width: int) -> None:
@@ -165,8 +163,8 @@ def _append(layer: Any, added: Sequence[tuple[Mapping[str, Tensor], int]], width
     for name, (rows, columns) in _parts(layer).items():
         parts = [_last(getattr(layer, name), depth, columns)]
         for row, count in added:
-            one = _last(row[name], depth, columns)
-            parts.append(one.expand([count if dim == rows else -1 for dim in range(one.dim())]))
+            part = _last(row[name], depth, columns)
+            parts.append(part.expand([count if dim == rows else -1 for dim in range(part.dim())]))
         setattr(layer, name, torch.cat(parts, rows))
     _declare(layer, width)
 

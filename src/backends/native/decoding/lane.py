@@ -64,7 +64,7 @@ class Lane:
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._rows or self._lines())
+        return bool(self._rows or self._queues())
 
     def add(self, request: GenerationRequest) -> None:
         """Let a request wait for its places."""
@@ -110,12 +110,12 @@ class Lane:
             self._rows, self._params = [self._rows[i] for i in kept], None
             self._decoder.keep(kept)
 
-    def _lines(self) -> dict[str, deque[GenerationRequest]]:
+    def _queues(self) -> dict[str, deque[GenerationRequest]]:
         """Each owner's requests that wait, after those that no longer do were forgotten."""
-        for owner, line in list(self._waiting.items()):
-            while line and not line[0].waits:
-                line.popleft()
-            if not line:
+        for owner, queue in list(self._waiting.items()):
+            while queue and not queue[0].waits:
+                queue.popleft()
+            if not queue:
                 del self._waiting[owner]
         return self._waiting
 
@@ -134,7 +134,7 @@ class Lane:
         while rows and not self._fits(len(rows), max(lengths)):
             rows.pop(), lengths.pop()
         counts = Counter(row.request.owner for row in rows)
-        poorest = min(self._lines(), key=lambda name: counts[name], default=None)
+        poorest = min(self._queues(), key=lambda name: counts[name], default=None)
         if poorest is not None and len(rows) >= self._limits.rows and counts[poorest] < self._limits.share:
             richest, most = counts.most_common(1)[0]
             if most > counts[poorest] + 1:
@@ -145,9 +145,9 @@ class Lane:
         stay = {id(row) for row in kept}
         leaving = [row for row in self._rows if id(row) not in stay]
         for row in reversed(leaving):  # the oldest enters first again
-            line = self._waiting.setdefault(row.request.owner, deque())
-            if row.request not in line:
-                line.appendleft(row.request)
+            queue = self._waiting.setdefault(row.request.owner, deque())
+            if row.request not in queue:
+                queue.appendleft(row.request)
             row.request.give_back(row)
         self._drop(leaving)
 
@@ -157,9 +157,9 @@ class Lane:
         longest = max((row.length + 1 for row in self._rows), default=0)
         entering: list[Row] = []
         texts, tokens = set[bytes](), 0
-        while lines := self._lines():
-            owner = min(lines, key=lambda name: counts[name])
-            text = lines[owner][0].next_text
+        while queues := self._queues():
+            owner = min(queues, key=lambda name: counts[name])
+            text = queues[owner][0].next_text
             longest = max(longest, len(text) + _MARGIN)
             key = text.numpy().tobytes()
             tokens += 0 if key in texts else len(text)
@@ -168,7 +168,7 @@ class Lane:
             if entering and tokens > self._limits.prefill_tokens:
                 break
             texts.add(key)
-            entering.append(lines[owner][0].enter())
+            entering.append(queues[owner][0].enter())
             counts[owner] += 1
         return entering
 

@@ -26,9 +26,9 @@ class GenerationRequest:
     Args:
         prompt: int64 [T], on the CPU.
         n: how many completions.
-        params: how they are drawn; the seed is not read.
+        params: how they are sampled; the seed is not read.
         seed: row i's own random numbers follow from it and from i, so that neither other rows nor the time at which a row
-            is decoded changes what it draws.
+            is decoded changes what it samples.
         stop: tokens that end a completion.
         ends: says of a completion's tokens whether they end it too.
         owner: whose request it is; owners share a batch fairly.
@@ -106,7 +106,7 @@ class Row:
     """One completion.
 
     Attributes:
-        tokens: drawn so far.
+        tokens: sampled so far.
         logprobs: of each token under the untempered policy.
         tempered: the same under the tempered policy, not cut.
         stop_reason: ``stop`` or ``length``; None while it grows.
