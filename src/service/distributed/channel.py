@@ -14,9 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["STOP", "Channel", "Command", "HandlesOf"]
 
-_IDLE: Final = timedelta(
-    days=3650
-)  # a service may have nothing to do; a process that dies is noticed at once all the same
+# A service may have nothing to do for long; a process that dies is noticed at once all the same.
+_IDLE: Final = timedelta(days=3650)
 
 
 @final

@@ -28,19 +28,13 @@ _logger = logging.getLogger(__name__)
 _LOST: Final = (
     "this server has lost one of its processes, or it did not answer in time, so the server must be started again"
 )
-# Methods of a backend that every process calls, and those that concern one process alone.
+# Methods of a backend that every process calls, and those that concern one process alone or are old spellings.
 TOGETHER: Final = frozenset(
-    {
-        "forward",
-        "forward_backward",
-        "forward_backward_custom",
-        "forward_retain",
-        "backward",
-        "optim_step",
-        "gather_weights",
-    }
-    | {"discard_gradients", "gradients", "sample", "plan", "close"}
-    | {"save_state", "save_weights", "load_state", "load_state_with_optimizer", "export"}
+    (
+        *("forward", "forward_backward", "forward_backward_custom", "forward_retain", "backward", "optim_step"),
+        *("discard_gradients", "gradients", "gather_weights", "sample", "plan", "close"),
+        *("save_state", "save_weights", "load_state", "load_state_with_optimizer", "export"),
+    )
 )
 LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "hold", "pull"})
 

@@ -1,1 +1,1 @@
-"""What survives a crash: the journal, the order of operations, checkpoints."""
+"""What survives a crash: the journal and the checkpoints."""

@@ -98,9 +98,9 @@ class Checkpoints:
             CheckpointError: there is none, or its time to live has passed.
         """
         path = self.place(uri)
-        said = Description.read(path)
-        if said is not None and said.expires is not None and said.expires <= self.clock():
-            moment = datetime.fromtimestamp(said.expires, UTC).isoformat(timespec="seconds")
+        description = Description.read(path)
+        if description is not None and description.expires is not None and description.expires <= self.clock():
+            moment = datetime.fromtimestamp(description.expires, UTC).isoformat(timespec="seconds")
             raise CheckpointError(f"the time to live of {uri} ended at {moment}: it cannot be loaded any more")
         return path
 
@@ -108,8 +108,8 @@ class Checkpoints:
         """All checkpoints on the disk: the URI of each, as far as its folders tell, and its folder."""
         for kind in _KINDS:
             for path in sorted(self.root.glob(f"*/{kind}/[!.]*")):
-                said = Description.read(path)
-                model = _MODEL.sub(r":train:\1", path.parent.parent.name) if said is None else said.model
+                description = Description.read(path)
+                model = _MODEL.sub(r":train:\1", path.parent.parent.name) if description is None else description.model
                 if (path / MANIFEST).is_file() and self.folder(model, kind) == path.parent:
                     yield self.uri(model, kind, path.name), path
 

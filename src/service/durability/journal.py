@@ -207,8 +207,9 @@ class Journal:
         """Return a model's newest checkpoint that training can go on from: its URI, and in words what it holds."""
         row = self.newest_checkpoint(model, "weights")
         if row is not None:
-            known = row["number"] >= 0
-            return f"{row['uri']} ({'all up to seq_id ' + str(row['number']) if known else 'up to which seq_id is not known'})"
+            number = row["number"]
+            holds = f"all up to seq_id {number}" if number >= 0 else "up to which seq_id is not known"
+            return f"{row['uri']} ({holds})"
         made = self.model(model)
         return f"{made['origin']} (which it was made from)" if made and made["origin"] else None
 

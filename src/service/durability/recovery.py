@@ -61,15 +61,15 @@ def adopt(checkpoints: Checkpoints, journal: Journal, owner: str | None = None) 
     Returns:
         Their URIs.
     """
-    unknown = [(uri, path) for uri, path in checkpoints.all() if not _knows(journal, uri)]
-    owners = {said.model: said.owner for _, path in unknown if (said := Description.read(path)) is not None}
+    unknown = [(uri, path, Description.read(path)) for uri, path in checkpoints.all() if not _knows(journal, uri)]
+    owners = {read.model: read.owner for _, _, read in unknown if read is not None}
     taken: list[str] = []
     left: list[str] = []
-    for uri, path in unknown:
-        said = Description.read(path) or _guessed(journal, uri, path, owners, owner)
-        (left if said is None else taken).append(uri)
-        if said is not None:
-            _take(checkpoints, journal, uri, said)
+    for uri, path, read in unknown:
+        description = read or _guessed(journal, uri, path, owners, owner)
+        (left if description is None else taken).append(uri)
+        if description is not None:
+            _take(checkpoints, journal, uri, description)
     if left:
         _logger.warning(
             "%d checkpoints do not say whose they are, and nobody can reach them: %s; give them to an owner by "
@@ -129,13 +129,14 @@ def _guessed(journal: Journal, uri: str, path: Path, owners: dict[str, str], own
     return Description.of(row, -1, "null", moment)
 
 
-def _take(checkpoints: Checkpoints, journal: Journal, uri: str, said: Description) -> None:
+def _take(checkpoints: Checkpoints, journal: Journal, uri: str, description: Description) -> None:
+    owner, model = description.owner, description.model
     if _model(journal, uri) is None:
-        session, metadata = said.model.rsplit(":train:", 1)[0], json.loads(said.model_metadata)
-        fields = (said.model, session, said.owner, json.loads(said.lora), metadata, said.origin)
-        journal.add_model(*fields, created=said.model_created)
-    metadata, when = json.loads(said.metadata), {"expires": said.expires, "created": said.created}
-    journal.add_checkpoint(uri, said.model, said.owner, said.number, checkpoints.size(uri), metadata, **when)
+        session, lora = model.rsplit(":train:", 1)[0], json.loads(description.lora)
+        metadata, moment = json.loads(description.model_metadata), description.model_created
+        journal.add_model(model, session, owner, lora, metadata, description.origin, created=moment)
+    metadata, when = json.loads(description.metadata), {"expires": description.expires, "created": description.created}
+    journal.add_checkpoint(uri, model, owner, description.number, checkpoints.size(uri), metadata, **when)
 
 
 def _describe(checkpoints: Checkpoints, journal: Journal) -> None:
@@ -143,9 +144,9 @@ def _describe(checkpoints: Checkpoints, journal: Journal) -> None:
     for uri, path in checkpoints.all():
         row, model = journal.checkpoint(uri), _model(journal, uri)
         if row is not None and model is not None and Description.read(path) is None:
-            said = Description.of(model, row["number"], row["metadata"], row["created"], row["expires"])
+            description = Description.of(model, row["number"], row["metadata"], row["created"], row["expires"])
             with explained(checkpoints.root):
-                said.write(path)
+                description.write(path)
 
 
 def _saved(checkpoints: Checkpoints, journal: Journal, operation: Accepted) -> Answer | None:
@@ -154,11 +155,11 @@ def _saved(checkpoints: Checkpoints, journal: Journal, operation: Accepted) -> A
     if begun is None or operation.number is None or checkpoints.fingerprint(begun["uri"]) in ("", begun["before"]):
         return None
     uri, row = begun["uri"], _model(journal, begun["uri"])
-    said = Description.read(checkpoints.place(uri))
-    if row is not None and (said is None or said.number != operation.number):
-        said = Description.of(row, operation.number, begun["metadata"], checkpoints.clock(), begun["expires"])
-        said.write(checkpoints.place(uri))
+    description = Description.read(checkpoints.place(uri))
+    if row is not None and (description is None or description.number != operation.number):
+        description = Description.of(row, operation.number, begun["metadata"], checkpoints.clock(), begun["expires"])
+        description.write(checkpoints.place(uri))
     metadata, size = json.loads(begun["metadata"]), checkpoints.size(uri)
-    when = {"expires": begun["expires"], "created": None if said is None else said.created}
+    when = {"expires": begun["expires"], "created": None if description is None else description.created}
     journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, size, metadata, **when)
     return {"path": uri, "type": operation.kind}

@@ -17,7 +17,7 @@ COLUMNS: Final[dict[str, tuple[str, ...]]] = {  # what the checksum of a row cov
     "sessions": ("id", "owner", "metadata", "created", "ended"),
     "models": ("id", "session", "owner", "lora", "metadata", "origin", "created"),
     "samplers": ("id", "owner", "path", "durable", "created"),
-    "checkpoints": (*("uri", "model", "kind", "name", "owner", "number", "bytes", "metadata", "created", "expires"),),
+    "checkpoints": ("uri", "model", "kind", "name", "owner", "number", "bytes", "metadata", "created", "expires"),
     "saves": ("model", "number", "uri", "before", "metadata", "expires"),
     "operations": ("request", "owner", "line", "number", "digest", "kind", "created"),
 }

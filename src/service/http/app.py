@@ -34,7 +34,7 @@ from .telemetry import Telemetry
 __all__ = ["build_app"]
 
 _TURN_SECONDS: Final = 0.005  # of an owner whose operations are short, until the next one has its turn
-# A pair is never cut into two requests.
+# What the SDK is told, so that it never cuts a pair into two requests.
 _CLIENT: Final = {
     "fwdbwd_max_chunk_len": 100_000,
     "fwdbwd_max_chunk_bytes_count": 200_000_000,
@@ -157,9 +157,8 @@ class _App:
     def _capabilities(self) -> Json:
         base = self.models.base
         model = {"model_name": base.name, "max_context_length": base.context, "trainable": True, "sampleable": True}
-        ours = {"losses": list(loss_names()), "normalizes": True, "keeps_graphs": True, "starts_at_base": True}
-        ours["takes_divisor"] = True
-        return {"supported_models": [model], "pullback": ours}
+        flags = dict.fromkeys(("normalizes", "takes_divisor", "keeps_graphs", "starts_at_base"), True)
+        return {"supported_models": [model], "pullback": {"losses": list(loss_names()), **flags}}
 
     def _post(self, path: str, handler: Handler) -> Any:
         return self._route(path, handler, "POST")

@@ -125,9 +125,8 @@ class Samplers:
         """Return what samples from a checkpoint or the base: the same for all sessions that are open on it."""
         if path is not None:
             self._require_checkpoint(owner, path)
-        weights = (
-            "" if path is None else f"{path} {self._models.checkpoints.fingerprint(path)}"
-        )  # a path may be rewritten
+        # By its fingerprint too: a path may be rewritten.
+        weights = "" if path is None else f"{path} {self._models.checkpoints.fingerprint(path)}"
         sampler = self._shared.get(weights)
         if sampler is None:
             sampler = self._models.base_sampler() if path is None else self._models.saved_sampler(path)

@@ -1,1 +1,1 @@
-"""What the service serves: models, sessions, samplers and their operations."""
+"""What the service serves: models, their sessions and training, and weights to sample from."""

@@ -87,9 +87,9 @@ class Listings:
         checkpoints = self._models.checkpoints
         uri, expires = self.own(owner, model_id, checkpoint_id), expiry(seconds, checkpoints.clock())
         row, model = self._journal.checkpoint(uri) or {}, own_model(self._journal, owner, model_id)
-        said = Description.of(model, row["number"], row["metadata"], row["created"], expires)
+        description = Description.of(model, row["number"], row["metadata"], row["created"], expires)
         with explained():
-            said.write(checkpoints.locate(uri))
+            description.write(checkpoints.locate(uri))
         self._journal.set_expiry(uri, expires)
 
     def weights_info(self, owner: str, uri: str) -> Json:

@@ -51,16 +51,8 @@ SampledSequence: 1 stop_reason enum; 2 tokens bytes; 3 logprobs bytes ?; 4 topk_
 SampleResponse: 1 sequences SampledSequence *; 2 prompt_logprobs bytes ?; 3 topk_prompt_logprobs TopkLogprobs ?; \
 4 prompt_cache_hit_tokens int32; 5 target_prompt_logprobs Tensor ?; 6 prompt_alt_tokens PromptAltTokens ?
 """
-_SCALARS = {
-    "double": 1,
-    "int64": 3,
-    "int32": 5,
-    "bool": 8,
-    "string": 9,
-    "bytes": 12,
-    "enum": 5,
-    "uint32": 13,
-}  # an enum is an int32
+# Numbers of protobuf's own types; an enum is read as an int32.
+_SCALARS = {"double": 1, "int64": 3, "int32": 5, "bool": 8, "string": 9, "bytes": 12, "enum": 5, "uint32": 13}
 _DTYPES = {1: torch.float32, 2: torch.int64, 3: torch.int32, 4: torch.bfloat16}
 DTYPE_NUMBERS = {torch.float32: 1, torch.int64: 2}
 
@@ -246,9 +238,8 @@ def _messages() -> dict[str, Any]:
             _add_field(descriptor, *field.split(" "))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"pullback_wire.{name}")) for name in names
-    }
+    types = {name: pool.FindMessageTypeByName(f"pullback_wire.{name}") for name in names}
+    return {name: message_factory.GetMessageClass(kind) for name, kind in types.items()}
 
 
 def _add_field(descriptor: Any, number: str, name: str, kind: str, label: str = "") -> None:
