@@ -19,7 +19,7 @@ _SHOWN: Final = 20  # names in a message
 
 @final
 class LogicalNames:
-    """From the fork's names to URIs and back; they stand for checkpoints of one owner."""
+    """Turns the fork's names of an owner's checkpoints into URIs, and back."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal

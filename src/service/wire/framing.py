@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Final, Self, final
 
 from ...errors import DatumError, TooLargeError
+from .sparse import MOST_FILLED
 
 __all__ = ["Outline", "WireBounds"]
 
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5  # wire types
 _TOKEN_BYTES: Final = 4
-_FILLED_PER_TOKEN, _MOST_FILLED = 1024, 1 << 27
+_FILLED_PER_TOKEN: Final = 1024
 _NO_REQUEST: Final = "the body is no ForwardBackwardRequest"
 
 
@@ -84,7 +85,7 @@ class Outline:
                 spans.append((start, end))
         for start, end in spans:
             self._read_datum(start, end)
-        most = min(_MOST_FILLED, self._bounds.filled + _FILLED_PER_TOKEN * self.tokens)
+        most = min(MOST_FILLED, self._bounds.filled + _FILLED_PER_TOKEN * self.tokens)
         _most(self.filled, most, "numbers of sparse tensors")
 
     def _read_datum(self, start: int, end: int) -> None:

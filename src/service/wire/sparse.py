@@ -10,9 +10,9 @@ from typing import Final, Self, final
 import torch
 from torch import Tensor
 
-__all__ = ["SparseRows"]
+__all__ = ["MOST_FILLED", "SparseRows"]
 
-_MAX_DENSE: Final = 1 << 27  # numbers of a sparse matrix when it is filled up
+MOST_FILLED: Final = 1 << 27  # numbers of a sparse matrix when it is filled up
 
 
 @final
@@ -59,8 +59,8 @@ class SparseRows:
         Raises:
             ValueError: it is too large.
         """
-        if math.prod(self.shape) > _MAX_DENSE:
-            raise ValueError(f"a sparse tensor of shape {list(self.shape)} has more than {_MAX_DENSE} cells")
+        if math.prod(self.shape) > MOST_FILLED:
+            raise ValueError(f"a sparse tensor of shape {list(self.shape)} has more than {MOST_FILLED} cells")
         whole = self.values.new_zeros(self.shape)
         whole[self._rows, self.columns] = self.values
         return whole
@@ -72,7 +72,7 @@ class SparseRows:
             ValueError: it is too large.
         """
         width = int(self.offsets.diff().max()) if self.shape[0] else 0
-        if self.shape[0] * width > _MAX_DENSE:
+        if self.shape[0] * width > MOST_FILLED:
             raise ValueError(f"a sparse tensor with {width} cells in one of {self.shape[0]} rows is too large")
         whole = self.values.new_full((self.shape[0], width), padding)
         whole[self._rows, self._places] = self.values
