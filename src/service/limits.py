@@ -21,10 +21,11 @@ class Limits:
 
     Args:
         body_bytes: of a request with datums, after decompression; others are far smaller.
-        all_bodies_bytes: of all requests together that are being read, or whose datums wait for their turn.
+        all_bodies_bytes: of all requests together that are being read, or whose datums wait for their turn; as objects,
+            large JSON counts three times.
         datums, tokens: of one operation.
         queue: operations that may wait or run.
-        waiting: of these, one key's that wait for a missing number; never more than half of what it may queue.
+        waiting: of these, one key's that wait for a missing number; at most half of what it may queue.
         models, samplers, losses: that are kept in memory; losses are those made by ``create_custom_loss``.
         queue_per_key, models_per_key, samplers_per_key, losses_per_key: of these, one key's; None = see ``shared``.
         disk_per_key: bytes of one key's checkpoints; None = see ``shared``.
@@ -123,10 +124,10 @@ def check_prompt(prompt: int, max_tokens: object, context: int | None) -> None:
 
 @final
 class Keys:
-    """API keys, kept as digests; an owner is named by the first half of his.
+    """API keys, kept as digests; the first half of a digest names its owner.
 
     Args:
-        digests: SHA-256, hexadecimal. None at all: everybody is let in, as one owner.
+        digests: SHA-256, hexadecimal; if there are none, everybody is let in, as one owner.
     """
 
     def __init__(self, digests: Iterable[str]) -> None:
@@ -139,14 +140,14 @@ class Keys:
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> Self:
-        """Take keys as they are."""
+        """Return the keys that are given in plain text."""
         return cls(digest_of(key) for key in keys)
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def owner(self, key: str) -> str | None:
-        """Return whom a key belongs to, in time that does not depend on it; None if nobody."""
+        """Return the owner of a key, in time that does not depend on the key; None if it has none."""
         if not self._digests:
             return ""
         given, owner = digest_of(key), None

@@ -92,7 +92,7 @@ class Member:
 
 
 def _outcome(result: Any) -> str:
-    """Say whether an operation has succeeded; what the service does with every error, each process must do: look at it.
+    """Say whether an operation has succeeded, and retrieve its error as the service does on the first process.
 
     Raises:
         LostRankError: another process does not answer.

@@ -41,7 +41,7 @@ class _Connection:
 
 
 def damaged_row(table: str) -> StorageError:
-    """Say that an entry cannot be believed."""
+    """Return the error for a row whose checksum is wrong."""
     return StorageError(
         f"an entry of the server's journal ({table}) is damaged: its checksum is not that of what it says, so it is not "
         "believed; go on from a checkpoint, or ask the server's operator"
@@ -50,7 +50,7 @@ def damaged_row(table: str) -> StorageError:
 
 @final
 class Database:
-    """One SQLite file (WAL); safe to use from several threads. Reading a listing does not hold up who writes.
+    """One SQLite file (WAL); safe to use from several threads, and reading a listing does not delay a write.
 
     A file that is damaged is set aside, one that is missing beside checkpoints is made anew, and one that has lost its end is
     used as it is: `caveat` says so.
@@ -81,7 +81,7 @@ class Database:
             _logger.warning("%s: %s%s", path, incident, f"; it was set aside as {aside.name}" if aside else "")
 
     def _begin(self, damage: str | None) -> str | None:
-        """Make or migrate the tables, and find out whether anything is missing; return what in words."""
+        """Make or migrate the tables; return what has been lost, as a sentence, or nothing."""
         db = self._writer.db
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")  # survives the process; what must survive the machine says so
@@ -199,18 +199,18 @@ class Database:
             return self._fetch(connection.db, table, clause, values, believe_all)
 
     def select(self, statement: str, *values: Any, listing: bool = False) -> list[tuple[Any, ...]]:
-        """Read something else than whole rows; the caller must not believe what has no checksum."""
+        """Read anything but whole rows; checksums are left to the caller."""
         connection = self._reader if listing else self._writer
         with connection.lock, explained():
             return connection.db.execute(statement, values).fetchall()
 
     def write_back(self) -> None:
-        """Move what the write-ahead log holds into the file; who reads or writes does not wait, so it may take long."""
+        """Move what the write-ahead log holds into the file; nobody who reads or writes waits for it."""
         with self._reader.lock, explained():
             self._reader.db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def watch(self, handler: Callable[[], int] | None, steps: int) -> None:
-        """Call a handler after each so many steps of SQLite's machine, in reading and writing; see sqlite3."""
+        """Call a handler each time SQLite has run so many instructions; see `sqlite3.Connection.set_progress_handler`."""
         for connection in (self._writer, self._reader):
             connection.db.set_progress_handler(handler, steps)
 

@@ -50,7 +50,7 @@ def sweep(checkpoints: Checkpoints, journal: Journal) -> None:
 
 
 def adopt(checkpoints: Checkpoints, journal: Journal, owner: str | None = None) -> list[str]:
-    """Take the checkpoints that lie on the disk, and that the journal does not know, into it, with their models.
+    """Take checkpoints on the disk that the journal does not know into it, with their models.
 
     Args:
         checkpoints: on the disk.

@@ -10,7 +10,7 @@ from .journal import ANSWER_SECONDS, Journal
 
 __all__ = ["ROW_SECONDS", "prune"]
 
-ROW_SECONDS: Final = 7 * 24 * 3600.0  # that it is known of what nobody has finished
+ROW_SECONDS: Final = 7 * 24 * 3600.0  # how long a session that nobody has finished stays, and a model's operations
 _OPERATIONS: Final = (
     "request IN (SELECT request FROM operations WHERE created < ? AND form IS NOT NULL "
     "AND line NOT LIKE '%:models' LIMIT ?)"

@@ -39,7 +39,7 @@ class Lifespan:
 
     @asynccontextmanager
     async def run(self, _: Any) -> AsyncIterator[None]:
-        """Be there; for Starlette."""
+        """Look after the folder while the server runs, and end it in order; Starlette enters this context."""
         tasks = [asyncio.create_task(work()) for work in (self._sweep, self._keep_up)]
         yield
         for task in tasks:

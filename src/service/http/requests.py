@@ -137,7 +137,11 @@ def json_response(content: Json, status: int = 200) -> Any:
 
 
 def refusal(error: Exception) -> Any:
-    """Say why a request was not accepted; what is not a client's mistake goes up."""
+    """Return the answer to a request that was not accepted.
+
+    Raises:
+        Exception: the error itself, where it is not a mistake of the client's.
+    """
     if isinstance(error, BusyError):
         response = json_response({"detail": str(error)}, 429)
         response.headers["retry-after"] = "1"

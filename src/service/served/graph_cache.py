@@ -74,7 +74,7 @@ class GraphCache:
 
     @property
     def bytes(self) -> int:
-        """That the graphs hold."""
+        """Bytes that the graphs hold."""
         return sum(entry.retained.bytes for entry in self._entries)
 
     @property

@@ -36,19 +36,19 @@ class Listings:
         self._models, self._journal = models, journal
 
     def runs(self, owner: str, query: Mapping[str, str]) -> Json:
-        """Models, alive or not."""
+        """Return an owner's models, alive or not, a page at a time."""
         sweep(self._models.checkpoints, self._journal)
         limit, offset = _page(query)
         rows = [self._run(row) for row in self._journal.models(owner, limit, offset)]
         return self._listed("training_runs", rows) | _cursor(query, self._journal.total("models", owner))
 
     def run(self, owner: str, model_id: str) -> Json:
-        """One model."""
+        """Return one model."""
         sweep(self._models.checkpoints, self._journal)
         return self._run(own_model(self._journal, owner, model_id))
 
     def checkpoints(self, owner: str, query: Mapping[str, str], model_id: str | None = None) -> Json:
-        """Checkpoints of one model, or of all."""
+        """Return the checkpoints of one model, or of all, a page at a time."""
         sweep(self._models.checkpoints, self._journal)
         if model_id is None:
             total = self._journal.total("checkpoints", owner)
@@ -93,7 +93,7 @@ class Listings:
         self._journal.set_expiry(uri, expires)
 
     def weights_info(self, owner: str, uri: str) -> Json:
-        """What a checkpoint was made with."""
+        """Return what a checkpoint was made with."""
         model_id, _, _ = self._models.checkpoints.parts(uri)
         row = own_model(self._journal, owner, model_id)
         folder = self._models.checkpoints.locate(uri)
@@ -109,11 +109,11 @@ class Listings:
         }
 
     def sessions(self, owner: str, query: Mapping[str, str]) -> Json:
-        """Session ids."""
+        """Return the ids of an owner's sessions, a page at a time."""
         return self._listed("sessions", [row["id"] for row in self._journal.sessions(owner, *_page(query))])
 
     def session(self, owner: str, session: str) -> Json:
-        """One session's models."""
+        """Return the models of one session."""
         row = own_session(self._journal, owner, session)
         runs = [model["id"] for model in self._journal.models_in(session)]
         metadata = json.loads(row["metadata"])
@@ -121,7 +121,7 @@ class Listings:
         return self._listed("training_run_ids", runs) | about
 
     def info(self, owner: str, model_id: str) -> Json:
-        """``get_info``."""
+        """Return what ``get_info`` answers."""
         row, base = own_model(self._journal, owner, model_id), self._models.base
         names = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
         return {

@@ -76,7 +76,7 @@ class Base:
         return layer_names(self.model) if given == LLAMA else given
 
     def saved_choice(self, lora: LoraChoice, folder: Path) -> LoraChoice:
-        """Return a choice with all that a checkpoint's adapter says otherwise.
+        """Return a choice, changed to what a checkpoint's adapter says.
 
         Raises:
             CheckpointError: it has no adapter.
@@ -196,7 +196,7 @@ class ServedModels:
             os.rename(saved, root / name)
 
     def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
-        """Load a checkpoint into a model: weights, or everything; return what its adapter is made by now.
+        """Load a checkpoint into a model: weights, or everything; return the choice of its adapter.
 
         The adapter becomes what the checkpoint's own configuration says.
 
@@ -225,14 +225,14 @@ class ServedModels:
         return saved
 
     def sampler(self, model_id: str) -> Sampler:
-        """Freeze a model's present weights for sampling."""
+        """Return what samples from a model's present weights, of which it has a copy."""
         backend = self.backend(model_id)
         frozen = self.base.adapted(self.choices[model_id])
         _copy_adapter(backend.model, frozen)
         return Sampler(frozen, backend.weights_version)
 
     def saved_sampler(self, uri: str) -> Sampler:
-        """Sample from a checkpoint.
+        """Return what samples from a checkpoint.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it was trained on another base.
@@ -244,7 +244,7 @@ class ServedModels:
         return Sampler(model, 0)
 
     def base_sampler(self) -> Sampler:
-        """Sample from the base."""
+        """Return what samples from the base."""
         return Sampler(HFModel(self.base.copy()), 0)
 
     def _backend(self, model_id: str, lora: LoraChoice | Path) -> TorchBackend:

@@ -31,7 +31,7 @@ class Sessions:
         self._started = time.time()
 
     def require_model(self, owner: str, model_id: str) -> None:
-        """Check that a model is this owner's, and that it is known whether it lives.
+        """Check that a model is this owner's; if it is not in memory any more, let its operations fail and say why.
 
         Raises:
             NotFoundError: there is none, or it is another's (which is the same).

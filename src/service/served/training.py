@@ -68,7 +68,7 @@ class Training:
         self._acknowledgements = Acknowledgements()
 
     def gradient(self, owner: str, request: GradientRequest) -> str:
-        """``forward_backward``, or ``forward`` where the request says so."""
+        """Accept ``forward_backward``, or ``forward`` where the request says so; return the request id."""
         model_id = request.model_id
         self._sessions.require_model(owner, model_id)
         require_number("seq_id", request.seq_id)
@@ -99,7 +99,7 @@ class Training:
         self._acknowledgements.acknowledge(request)
 
     def create_loss(self, owner: str, raw: bytes, body: Json) -> str:
-        """Take a traced loss over as data; it runs by an interpreter over an allow-list."""
+        """Accept a traced loss as data, for an interpreter with an allow-list; return the request id."""
         session, number = self._sessions.require(owner, body["session_id"]), number_of(body, "custom_loss_seq_id")
 
         def work() -> Json:
@@ -115,7 +115,7 @@ class Training:
         return self._sequencer.submit(owner, queue, number, raw, "create_custom_loss", work, ordered=False)
 
     def optim_step(self, owner: str, raw: bytes, body: Json) -> str:
-        """One AdamW step, normalised if the request says so.
+        """Accept one AdamW step, normalised if the request says so; return the request id.
 
         A step that was sent before its client had read of a failed gradient is refused: it would be a step without it. The
         refusal tells of the failure; whoever has read it, and steps, does so knowingly.
@@ -196,8 +196,11 @@ def _refusal(failures: list[FailedGradient]) -> str:
 
 
 def _step_of(body: Json) -> tuple[AdamParams, Any]:
-    """Return parameters and normalisation of a step; the latter has a place of its own (Fireworks' client), or lies among
-    the parameters of an optimizer that is named (the tinker SDK's form for what it does not know)."""
+    """Return parameters and normalisation of a step.
+
+    The normalisation has a field of its own (Fireworks' client), or lies among the parameters of an optimizer that is named
+    (the tinker SDK's form for an optimizer that it does not know).
+    """
     params = body.get("optimizer_params") if body.get("adam_params") is None else body["adam_params"]
     if params is None:
         raise ConfigError("a step needs adam_params, or optimizer_params with the type adamw")
@@ -216,7 +219,7 @@ def _step_of(body: Json) -> tuple[AdamParams, Any]:
 
 
 def _settled(future: Future[T], encode: Callable[[T], Answer]) -> Answer:
-    """Return the answer of a finished operation, or its failure; a step knows of it by `Training.optim_step`."""
+    """Return the answer of a finished operation, or its failure."""
     error = future.exception()
     return encode(future.result()) if error is None else failure_of(error)
 

@@ -38,7 +38,7 @@ class Leaving:
         return [self._saved(model) for model in list(self._models.backends) if self._has_changed(model)]
 
     def lost(self, why: str) -> list[str]:
-        """Save nothing; return a sentence for each model that is lost."""
+        """Save nothing; return a sentence for each changed model, which is lost."""
         return [self._lost(model, why) for model in list(self._models.backends) if self._has_changed(model)]
 
     def _has_changed(self, model: str) -> bool:
