@@ -192,7 +192,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": "1"}, "seed must be a whole number"),
     ({"stop": ["x"] * 65}, "at most 64 strings"),
     ({"stop": ["x" * 513]}, "of 512 characters"),
-    ({"n": 1025}, "draws 1 to 1024"),
+    ({"n": 1025}, "samples 1 to 1024"),
     ({"prompt": []}, "is empty"),
     ({"prompt": [VOCAB]}, "outside the vocabulary"),
     ({"topk_prompt_logprobs": VOCAB + 1}, f"vocabulary has {VOCAB}"),

@@ -172,27 +172,36 @@ def sampling_of(given: Mapping[str, Any], base: Base, prompt: ModelInput) -> tup
     if unknown:
         raise ConfigError(f"sampling_params has keys that this server does not know: {unknown!r:.200}")
     stop = chosen.pop("stop", None)
-    for name, value in chosen.items():
-        kind, expected = (int, "a whole number") if name in _WHOLE else ((int, float), "a number")
-        large = isinstance(value, int) and abs(value) >= _LARGEST
-        if large or isinstance(value, bool) or not isinstance(value, kind):
-            raise ConfigError(f"sampling_params.{name} must be {expected} below 2**63, got {value!r:.80}")
+    _check_numbers(chosen)
     if "max_tokens" not in chosen and base.context is not None:
         chosen["max_tokens"] = max(1, base.context - len(prompt))
     strings = [stop] if isinstance(stop, str) else stop
     if strings is None or (isinstance(strings, list) and all(type(t) is int for t in strings)):
         return SamplingParams(**chosen, stop=strings), None
+    _check_strings(strings)
+    return SamplingParams(**chosen), _holds(strings, base)
+
+
+def _check_numbers(chosen: Mapping[str, Any]) -> None:
+    for name, value in chosen.items():
+        kind, expected = (int, "a whole number") if name in _WHOLE else ((int, float), "a number")
+        large = isinstance(value, int) and abs(value) >= _LARGEST
+        if large or isinstance(value, bool) or not isinstance(value, kind):
+            raise ConfigError(f"sampling_params.{name} must be {expected} below 2**63, got {value!r:.80}")
+
+
+def _check_strings(strings: Any) -> None:
     if not isinstance(strings, list) or not all(isinstance(t, str) and t for t in strings):
-        raise ConfigError(f"stop must be a string, a list of strings, or a list of token ids, got {stop!r:.80}")
+        raise ConfigError(f"stop must be a string, a list of strings, or a list of token ids, got {strings!r:.80}")
     if len(strings) > _STOPS or max(map(len, strings)) > _STOP_LENGTH:
         raise ConfigError(
             f"stop has {len(strings)} strings, the longest of {max(map(len, strings))} characters; this server looks for at "
             f"most {_STOPS} strings of {_STOP_LENGTH} characters"
         )
-    return SamplingParams(**chosen), _holds(strings, base)
 
 
 def _holds(strings: Sequence[str], base: Base) -> Ends:
+    """Return what says whether the last tokens of a completion hold one of these strings."""
     tokenizer, reach = base.tokenizer(), _BYTES * max(map(len, strings))
 
     def ends(tokens: Sequence[int]) -> bool:

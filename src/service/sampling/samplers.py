@@ -81,25 +81,29 @@ class Samplers:
         queue = f"{session}:asample"
 
         def work() -> Slices:
-            if not 1 <= n <= self._limits.samples:
-                raise TooLargeError(f"num_samples is {n}; this server draws 1 to {self._limits.samples}")
-            prompt = ModelInput.from_ints(tokens_of(body["prompt"]))
-            params, ends = sampling_of(body.get("sampling_params") or {}, self._models.base, prompt)
-            if len(prompt) + params.max_tokens > self._limits.tokens:
-                raise TooLargeError(
-                    f"max_tokens is {params.max_tokens}; this server takes {self._limits.tokens} tokens a text"
-                )
-            requested = RequestedScores.of(body, prompt, params.temperature)
-            sampler = self._sampler(owner, session)
-            requested.check(sampler.vocab_size, len(prompt))
-            rollouts = yield from sampler.complete(prompt, n, params, ends, owner)
-            requested.check(sampler.vocab_size, len(prompt) + sum(len(r.tokens) for r in rollouts))
-            scores = yield from requested.answer(sampler, prompt, rollouts)
-            return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
+            return self._slices(owner, session, n, body)
 
         request = self._sequencer.submit(owner, queue, number, raw, "sample", work, ordered=False)
         ids = [f"{session}:{0 if number is None else number}:{i}" for i in range(min(n, self._limits.samples))]
         return {"request_id": request, "sample_sequence_ids": ids}
+
+    def _slices(self, owner: str, session: str, n: int, body: Json) -> Slices:
+        """Compute the answer to a request for n completions."""
+        if not 1 <= n <= self._limits.samples:
+            raise TooLargeError(f"num_samples is {n}; this server samples 1 to {self._limits.samples}")
+        prompt = ModelInput.from_ints(tokens_of(body["prompt"]))
+        params, ends = sampling_of(body.get("sampling_params") or {}, self._models.base, prompt)
+        if len(prompt) + params.max_tokens > self._limits.tokens:
+            raise TooLargeError(
+                f"max_tokens is {params.max_tokens}; this server takes {self._limits.tokens} tokens a text"
+            )
+        requested = RequestedScores.of(body, prompt, params.temperature)
+        sampler = self._sampler(owner, session)
+        requested.check(sampler.vocab_size, len(prompt))
+        rollouts = yield from sampler.complete(prompt, n, params, ends, owner)
+        requested.check(sampler.vocab_size, len(prompt) + sum(len(r.tokens) for r in rollouts))
+        scores = yield from requested.answer(sampler, prompt, rollouts)
+        return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
 
     def _row(self, owner: str, session: Any) -> Json:
         row = self._journal.sampler(session) if isinstance(session, str) else None
