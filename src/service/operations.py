@@ -13,7 +13,7 @@ from ..errors import ServiceError, UnsupportedError
 from .durability.journal import Journal
 from .durability.recovery import recover
 from .limits import Limits
-from .queueing.requirements import number_of
+from .queueing.requirements import number_of, optional_number_of
 from .queueing.sequencer import Sequencer
 from .quotas import Quota
 from .sampling.samplers import Samplers
@@ -90,21 +90,11 @@ class Operations:
 
         def work() -> Json:
             self.make_room(owner)
-            if "path" not in body:
-                lora = lora_choice(body, self.models.base.name, self.limits.rank)
-                self._create(model_id, session, owner, lora, body)
-                return {"model_id": model_id, "type": "create_model"}
-            source, _, _ = self.models.checkpoints.parts(body["path"])
-            lora = self.sessions.lora_of(owner, source)
-            lora = self.models.base.saved_choice(lora, self.models.checkpoints.loadable(body["path"]))
+            if "path" in body:
+                return self._create_from_checkpoint(model_id, session, owner, body)
+            lora = lora_choice(body, self.models.base.name, self.limits.rank)
             self._create(model_id, session, owner, lora, body)
-            try:
-                self.models.load(model_id, body["path"], bool(body.get("optimizer", False)))
-            except Exception:
-                self.release(model_id)
-                self.sequencer.end(model_id, f"{model_id} could not be created; read the error of its creation")
-                raise
-            return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
+            return {"model_id": model_id, "type": "create_model"}
 
         return self.sequencer.submit(owner, f"{session}:models", number, raw, "create_model", work, ordered=False)
 
@@ -145,10 +135,7 @@ class Operations:
             self.sequencer.end(model_id, f"{model_id} was unloaded by its client")
             return {"type": "unload_model", "model_id": model_id}
 
-        number = body.get("seq_id")
-        if number is None:
-            return self.sequencer.submit(owner, model_id, None, raw, "unload_model", work)
-        return self.sequencer.submit(owner, model_id, number_of(body, "seq_id"), raw, "unload_model", work)
+        return self.sequencer.submit(owner, model_id, optional_number_of(body, "seq_id"), raw, "unload_model", work)
 
     def save_weights(self, owner: str, raw: bytes, body: Json) -> str:
         """A checkpoint with everything."""
@@ -220,6 +207,19 @@ class Operations:
         self.models.create(model_id, lora, given_settings(body))
         self.sequencer.open(model_id)
         self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
+
+    def _create_from_checkpoint(self, model_id: str, session: str, owner: str, body: Json) -> Json:
+        source, _, _ = self.models.checkpoints.parts(body["path"])
+        lora = self.sessions.lora_of(owner, source)
+        lora = self.models.base.saved_choice(lora, self.models.checkpoints.loadable(body["path"]))
+        self._create(model_id, session, owner, lora, body)
+        try:
+            self.models.load(model_id, body["path"], bool(body.get("optimizer", False)))
+        except Exception:
+            self.release(model_id)
+            self.sequencer.end(model_id, f"{model_id} could not be created; read the error of its creation")
+            raise
+        return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json, readers: Sequence[Any] = ()) -> str:
         self._require_space(owner, model_id, self.models.checkpoints.uri(model_id, kind, body["path"]))

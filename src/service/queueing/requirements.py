@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import PullbackError, RankError, ServiceError, StorageError
 from ..durability.answers import Failure
 
-__all__ = ["failure_of", "number_of", "require_number"]
+__all__ = ["failure_of", "number_of", "optional_number_of", "require_number"]
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -33,5 +33,15 @@ def require_number(name: str, number: object) -> int:
 
 
 def number_of(body: Mapping[str, Any], key: str) -> int:
-    """Return the sequence number that a request has under a key."""
+    """Return the sequence number that a request has under a key.
+
+    Raises:
+        KeyError: there is none.
+        ServiceError: it is no sequence number.
+    """
     return require_number(key, body[key])
+
+
+def optional_number_of(body: Mapping[str, Any], key: str) -> int | None:
+    """Return the sequence number that a request has under a key, or None if it has none."""
+    return None if body.get(key) is None else number_of(body, key)

@@ -9,7 +9,7 @@ from ...datums.types import ModelInput
 from ...errors import NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
 from ..limits import Limits
-from ..queueing.requirements import require_number
+from ..queueing.requirements import optional_number_of, require_number
 from ..queueing.sequencer import Sequencer
 from ..queueing.turns import Slices
 from ..served.registry import ServedModels
@@ -76,7 +76,7 @@ class Samplers:
     def sample(self, owner: str, raw: bytes, body: Json) -> Json:
         """Sample completions of one prompt; with ``prompt_logprobs`` score it."""
         session, n = body["sampling_session_id"], require_number("num_samples", body.get("num_samples", 1))
-        number = None if body.get("seq_id") is None else require_number("seq_id", body["seq_id"])
+        number = optional_number_of(body, "seq_id")
         self._row(owner, session)
         queue = f"{session}:asample"
 

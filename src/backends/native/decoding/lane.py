@@ -132,7 +132,8 @@ class Lane:
         lengths = [row.length + 1 for row in self._rows]
         rows = list(self._rows)
         while rows and not self._fits(len(rows), max(lengths)):
-            rows.pop(), lengths.pop()
+            rows.pop()
+            lengths.pop()
         counts = Counter(row.request.owner for row in rows)
         poorest = min(self._queues(), key=lambda name: counts[name], default=None)
         if poorest is not None and len(rows) >= self._limits.rows and counts[poorest] < self._limits.share:
