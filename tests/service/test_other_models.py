@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs transformers and peft (extra h
 from own_model import sharing_prompt
 
 from pullback.backends import AdamParams
+from pullback.backends.native import HFModel
 from pullback.backends.native.models.lora import LoraChoice
 from pullback.datums import ModelInput
 from pullback.service import Base, ServedModels
@@ -67,3 +68,10 @@ def test_names_that_are_given_win(tmp_path: Path) -> None:
     backend.forward_backward(DATA, "cross_entropy").result()
     backend.optim_step(AdamParams(learning_rate=1e-2)).result()
     assert moved(models, "s:train:0") == {"c_attn"}
+
+
+def test_the_context_is_that_of_the_models_facts() -> None:
+    """The service and its backends refuse beyond the same length: that to which a dynamic rotary embedding is scaled."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    base = Base("llama", zoo.build("llama", max_position_embeddings=64, rope_parameters=rope))
+    assert base.context == HFModel(base.copy()).facts.max_length == 128

@@ -17,6 +17,7 @@ from torch import nn
 from ...backends import TorchBackend
 from ...backends.native.checkpoint import load_weights
 from ...backends.native.checkpoint_files import MANIFEST
+from ...backends.native.models.facts.model_facts import read_facts
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.layers import LLAMA, LayerNames, layer_names
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
@@ -84,11 +85,10 @@ class Base:
         with naming(f"checkpoint {folder.parent.name}/{folder.name}", folder):
             return lora.as_saved(saved_config(folder), self.names)
 
-    @property
+    @functools.cached_property
     def context(self) -> int | None:
         """Longest text, tokens; None = not known."""
-        length = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        return length if isinstance(length, int) else None
+        return read_facts(getattr(self.model, "config", None)).max_length
 
     def tokenizer(self) -> Any:
         """Return its tokenizer.
