@@ -19,11 +19,11 @@ from .quotas import Quota
 from .sampling.samplers import Samplers
 from .served.create import given_settings, lora_choice
 from .served.encryption import recipients_of
+from .served.logical_names import LogicalNames
 from .served.registry import ServedModels
 from .served.sessions import Sessions
 from .served.training import Training
 from .stored.saving import Save, save
-from .wire.fireworks_paths import LogicalNames
 
 __all__ = ["Operations"]
 

@@ -19,7 +19,7 @@ from pullback.service.durability import journal as journal_module
 from pullback.service.durability.journal import Journal
 from pullback.service.durability.retention import ROW_SECONDS, prune
 from pullback.service.served.listings import Listings
-from pullback.service.wire.fireworks_paths import LogicalNames
+from pullback.service.served.logical_names import LogicalNames
 
 MANY, FEW = 5000, 50
 DAY = 24 * 3600.0
