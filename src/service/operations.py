@@ -89,6 +89,8 @@ class Operations:
         model_id = f"{session}:train:{number}"
 
         def work() -> Json:
+            if self.journal.model(model_id) is not None:
+                raise ServiceError(f"{model_id!r} holds a copy of a checkpoint already; give another model_seq_id")
             self.make_room(owner)
             if "path" in body:
                 return self._create_from_checkpoint(model_id, session, owner, body)
@@ -97,6 +99,10 @@ class Operations:
             return {"model_id": model_id, "type": "create_model"}
 
         return self.sequencer.submit(owner, f"{session}:models", number, raw, "create_model", work, ordered=False)
+
+    def in_memory(self) -> list[str]:
+        """Return the ids of the models and sampling sessions in memory."""
+        return [*self.models.backends, *self.samplers.names()]
 
     def release(self, model_id: str) -> None:
         """Let go of a model."""
@@ -107,6 +113,7 @@ class Operations:
         """Let go of all that a finished session holds; what waits and what is asked of it later fails."""
         why = "was finished by its client"
         self._let_go(session, why)
+        self.journal.end_session(session)
         self.sequencer.end_session(session, f"the session {session} {why}; create another one")
         self.sessions.forget(session)
 
@@ -115,7 +122,6 @@ class Operations:
             self.release(model_id)
             last = self.journal.last_checkpoint(model_id)
             self.sequencer.end(model_id, f"the session of {model_id} {why}; its last checkpoint: {last or 'none'}")
-        self.journal.end_session(session)
         self.training.forget_session(session)
         self.samplers.forget(session)
 
@@ -205,8 +211,13 @@ class Operations:
 
     def _create(self, model_id: str, session: str, owner: str, lora: LoraChoice, body: Json) -> None:
         self.models.create(model_id, lora, given_settings(body))
+        row = (model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
+        try:
+            self.journal.add_model(*row)
+        except Exception:  # metadata that are no JSON, or a full disk: no quota would count the model
+            self.release(model_id)
+            raise
         self.sequencer.open(model_id)
-        self.journal.add_model(model_id, session, owner, lora.to_json(), body.get("user_metadata"), body.get("path"))
 
     def _create_from_checkpoint(self, model_id: str, session: str, owner: str, body: Json) -> Json:
         source, _, _ = self.models.checkpoints.parts(body["path"])

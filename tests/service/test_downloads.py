@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from servers import KEY, SDK_WARNINGS, Direct, adapter, served
 
 from pullback.errors import CheckpointError, NotFoundError, PullbackError, ServiceError
-from pullback.service.http.downloads import Downloads, _tar
+from pullback.service.http.downloads import Downloads, _opened, _tar
 from pullback.service.http.not_offered import NOT_OFFERED
 from pullback.service.served.listings import Listings
 from pullback.service.stored.copies import Copies
@@ -175,7 +175,7 @@ def test_an_archive_holds_every_byte(tmp_path_factory: pytest.TempPathFactory, s
     files = {f"adapter_{i}": os.urandom(size) for i, size in enumerate(sizes)}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    with tarfile.open(fileobj=io.BytesIO(b"".join(_tar(folder, list(files))))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(b"".join(_tar(_opened(folder, list(files)))))) as archive:
         found = {name: archive.extractfile(name) for name in archive.getnames()}
         assert {name: opened.read() for name, opened in found.items() if opened} == {
             **files,

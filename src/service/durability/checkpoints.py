@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -33,10 +35,14 @@ class Checkpoints:
     Args:
         root: ``root / model id / kind / name``.
         clock: seconds of the epoch.
+
+    Attributes:
+        changing: held by whoever puts a checkpoint in its place and notes it, or deletes what the journal says.
     """
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
         self.root, self.clock = root, clock
+        self.changing = threading.Lock()
 
     def uri(self, model: str, kind: str, name: str) -> str:
         """Return the URI of a checkpoint.
@@ -75,10 +81,14 @@ class Checkpoints:
         model, kind, name = self.parts(uri)
         path = self.folder(model, kind) / name
         if not path.is_dir():
-            raise CheckpointError(
-                f"there is no checkpoint {uri}; it may have been deleted, or its time to live has passed"
-            )
+            raise self._missing(uri)
         return path
+
+    @staticmethod
+    def _missing(uri: str) -> CheckpointError:
+        return CheckpointError(
+            f"there is no checkpoint {uri}; it may have been deleted, or its time to live has passed"
+        )
 
     def loadable(self, uri: str) -> Path:
         """Return the folder of a checkpoint that weights can be loaded from.
@@ -128,9 +138,12 @@ class Checkpoints:
     def delete(self, uri: str) -> None:
         """Remove a checkpoint, at once and as a whole."""
         path = self.place(uri)
-        gone = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
+        gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".gone", dir=path.parent))
+        try:
+            os.rename(path, gone)  # over the empty one
+        except FileNotFoundError:  # another thread was first
+            gone.rmdir()
+            raise self._missing(uri) from None
         shutil.rmtree(gone)
 
     def tidy(self) -> None:

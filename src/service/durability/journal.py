@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
+from ...errors import ServiceError
 from .answers import ACCEPTED, OPERATION, Accepted, Answer, Operation, accepted_of, encoded, operation_of
 from .checkpoints import Checkpoints
 from .database import ROWS_AT_ONCE, Database
@@ -269,4 +270,9 @@ def _one(rows: Sequence[Row]) -> Row | None:
 
 
 def _json(given: Any) -> str:
-    return json.dumps(given, allow_nan=False)  # a listing could not be sent with NaN in it
+    try:
+        written = json.dumps(given, allow_nan=False, ensure_ascii=False)
+        written.encode()
+    except ValueError as error:  # a listing could not be sent with it
+        raise ServiceError(f"metadata must be JSON, without NaN and halves of characters: {error}") from error
+    return json.dumps(given)

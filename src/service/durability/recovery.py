@@ -44,9 +44,13 @@ def recover(checkpoints: Checkpoints, journal: Journal) -> None:
 def sweep(checkpoints: Checkpoints, journal: Journal) -> None:
     """Delete the checkpoints whose time to live has passed."""
     for uri in journal.expired(checkpoints.clock()):
-        with suppress(CheckpointError):  # it is gone already
-            checkpoints.delete(uri)
-        journal.drop_checkpoint(uri)
+        with checkpoints.changing:
+            row = journal.checkpoint(uri)
+            if row is None or row["expires"] is None or row["expires"] > checkpoints.clock():
+                continue  # another sweep was first, or a save has put another checkpoint there
+            with suppress(CheckpointError):  # it is gone already
+                checkpoints.delete(uri)
+            journal.drop_checkpoint(uri)
 
 
 def adopt(checkpoints: Checkpoints, journal: Journal, owner: str | None = None) -> list[str]:
@@ -162,4 +166,5 @@ def _saved(checkpoints: Checkpoints, journal: Journal, operation: Accepted) -> A
     metadata, size = json.loads(begun["metadata"]), checkpoints.size(uri)
     when = {"expires": begun["expires"], "created": None if description is None else description.created}
     journal.add_checkpoint(uri, operation.queue, operation.owner, operation.number, size, metadata, **when)
-    return {"path": uri, "type": operation.kind}
+    answer = {"path": uri, "type": operation.kind}
+    return answer | {"size_bytes": size} if operation.kind == "save_weights_external" else answer

@@ -222,7 +222,9 @@ class _App:
         async def handler(call: Call) -> Any:
             await call.load()
             body = call.body
-            return json_response({"request_id": submit(call.owner, call.raw, body), "model_id": body.get("model_id")})
+            accepted = submit(call.owner, call.raw, body)
+            call.keep_until(self.sequencer.result(call.owner, accepted))  # it waits with what it was sent
+            return json_response({"request_id": accepted, "model_id": body.get("model_id")})
 
         return handler
 
@@ -271,7 +273,9 @@ class _App:
     def _sample(self, call: Call) -> Json:
         wanted = (call.body.get("sampling_params") or {}).get("max_tokens")
         check_prompt(prompt_length(call.body), wanted, self.models.base.context)
-        return self.operations.samplers.sample(call.owner, call.raw, call.body)
+        accepted = self.operations.samplers.sample(call.owner, call.raw, call.body)
+        call.keep_until(self.sequencer.result(call.owner, accepted["request_id"]))  # the prompt waits for its turn
+        return accepted
 
     def _delete(self, call: Call) -> None:
         self.listings.delete(call.owner, call.path["id"], call.path["checkpoint"])

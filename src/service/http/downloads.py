@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, BinaryIO, Final, final
 from urllib.parse import quote
 
 from ...errors import CheckpointError, NotFoundError
@@ -76,7 +77,8 @@ class Downloads:
             uri, name = self._verified(request)
             folder, files = self._checkpoints.locate(uri), self._files(uri)
             if name == _ARCHIVE:
-                return StreamingResponse(_tar(folder, files), media_type="application/x-tar")
+                opened = _opened(folder, files)
+                return StreamingResponse(_tar(opened), media_type="application/x-tar")
             if name in files:
                 return FileResponse(folder / name, media_type="application/octet-stream", filename=name)
         except (NotFoundError, CheckpointError):
@@ -107,12 +109,30 @@ class Downloads:
         return hmac.new(self._secret, f"{expires} {uri} {name}".encode(), hashlib.sha256).hexdigest()
 
 
-def _tar(folder: Path, files: list[str]) -> Iterator[bytes]:
+def _opened(folder: Path, files: list[str]) -> dict[str, BinaryIO]:
+    """Open all files of one folder, whatever takes its name, or its place in the lists, while they are sent."""
+    opened: dict[str, BinaryIO] = {}
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        for name in files:
+            opened[name] = os.fdopen(os.open(name, os.O_RDONLY, dir_fd=handle), "rb")
+    except OSError as error:
+        for file in opened.values():
+            file.close()
+        raise CheckpointError("it changed, or was deleted, meanwhile") from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return opened
+
+
+def _tar(files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
     """Write an archive piece by piece, so that it takes no memory and no room on the disk."""
-    for name in files:
-        with (folder / name).open("rb") as opened:
-            header = tarfile.TarInfo(name)
-            header.size, header.mtime = (folder / name).stat().st_size, int((folder / name).stat().st_mtime)
+    for name, opened in files.items():
+        with opened:
+            header, about = tarfile.TarInfo(name), os.fstat(opened.fileno())
+            header.size, header.mtime = about.st_size, int(about.st_mtime)
             yield header.tobuf()
             while part := opened.read(_CHUNK):
                 yield part

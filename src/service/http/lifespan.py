@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final, final
 
-from ...errors import PullbackError
 from ..limits import Limits
 from ..operations import Operations
 from ..stored.leaving import Leaving
@@ -71,10 +70,11 @@ class Lifespan:
 
     async def _keep_up(self) -> None:
         """Look after the folder, beside the event loop."""
-        upkeep = Upkeep(self._operations.models.checkpoints, self._operations.journal, self._operations.sessions)
+        do = self._operations
+        upkeep = Upkeep(do.models.checkpoints, do.journal, do.sessions, do.in_memory)
         while True:
             await asyncio.sleep(_UPKEEP_SECONDS)
             try:
                 await asyncio.to_thread(upkeep.work)
-            except PullbackError as error:
-                _logger.warning("%s", error)
+            except Exception:  # whatever it is, the folder is looked after again the next time
+                _logger.exception("the upkeep of the folder failed")

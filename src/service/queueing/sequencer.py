@@ -63,6 +63,7 @@ class Sequencer:
         self._backlog = Backlog(limits)
         self._lock = threading.RLock()
         self._count = itertools.count(1)
+        self._closed = False
 
     @property
     def queued(self) -> int:
@@ -188,12 +189,14 @@ class Sequencer:
 
     def run(self, work: Callable[[], Any]) -> None:
         """Run something short in the worker that no client waits for, before all operations that have not begun."""
-        self._background.append(work)
-        self._worker.submit(self._turn)
+        with self._lock:
+            self._background.append(work)
+            self._wake()
 
     def close(self) -> None:
         """Finish what runs and drop what waits."""
         with self._lock:
+            self._closed = True
             for state in self._queues.values():
                 state.close()
         self._worker.shutdown(cancel_futures=True)
@@ -230,7 +233,12 @@ class Sequencer:
 
     def _start(self, task: Task) -> None:
         self._turns.add(task)
-        self._worker.submit(self._turn)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the worker run a slice of whatever is next; nothing is, once it has been closed."""
+        if not self._closed:
+            self._worker.submit(self._turn)
 
     def _turn(self) -> None:
         """Run what no client waits for; if there is nothing, a slice of the operation whose turn it is."""
@@ -253,7 +261,7 @@ class Sequencer:
         with self._lock:
             if answer is None:
                 self._turns.give_back(True, seconds)
-                self._worker.submit(self._turn)
+                self._wake()
                 return
             state = self._queues.get(task.queue)
             following = None if state is None else state.ended(task)

@@ -44,6 +44,10 @@ class Samplers:
     def __len__(self) -> int:
         return len(self._loaded)
 
+    def names(self) -> list[str]:
+        """The sessions whose weights are in memory."""
+        return self._loaded.names()
+
     def add(self, session: str, owner: str, sampler: Sampler) -> None:
         """Open a session on weights in memory; of those who have too many, the one used longest ago goes."""
         if self._journal.sampler(session) is not None:
@@ -78,6 +82,9 @@ class Samplers:
         session, n = body["sampling_session_id"], require_number("num_samples", body.get("num_samples", 1))
         number = optional_number_of(body, "seq_id")
         self._row(owner, session)
+        of = session.partition(":")[0]
+        if (row := self._journal.session(of)) is not None and row["ended"] is not None:
+            self._sequencer.end(of, f"the session {of} was finished by its client; create another one")
         queue = f"{session}:asample"
 
         def work() -> Slices:

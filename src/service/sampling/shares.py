@@ -29,6 +29,10 @@ class Shares(Generic[T]):
     def __len__(self) -> int:
         return len(self._things)
 
+    def names(self) -> list[str]:
+        """What all are called."""
+        return list(self._things)
+
     def get(self, name: str) -> T | None:
         """Return a thing, which is used now."""
         if name not in self._things:

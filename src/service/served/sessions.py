@@ -48,8 +48,11 @@ class Sessions:
         Raises:
             NotFoundError: there is none, or it is another's.
         """
-        known: str = own_session(self._journal, owner, session)["id"]
+        row = own_session(self._journal, owner, session)
+        known: str = row["id"]
         self._seen[known] = time.monotonic()
+        if row["ended"] is not None:  # by a process before this one, or long ago
+            self._sequencer.end(known, f"the session {known} was finished by its client; create another one")
         return known
 
     def lora_of(self, owner: str, model_id: str) -> LoraChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+from ...backends.native.checkpoint_files import read_manifest
 from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedError
 from ..durability.checkpoints import Checkpoints
 from ..durability.descriptions import Description, expiry
@@ -73,14 +75,16 @@ class Copies:
             raise UnsupportedError("weights_access_token: a key of this server copies its own checkpoints only")
         expires = expiry(body.get("ttl_seconds"), self._checkpoints.clock())
         session, copied = self._place(owner, body, key)
-        uri, known = self._checkpoints.uri(copied, kind, name), self._journal.model(copied)
-        if known is not None and (known["owner"], known["origin"]) != (owner, source):
-            raise ServiceError(f"{copied!r} is another model already; give another model_seq_id")
-        if known is None or not self._checkpoints.fingerprint(uri):
-            self._require_space(owner, self._checkpoints.size(source))
-            self._link(source, uri)
-            self._note(owner, session, source, uri, body, expires)
-        return {"tinker_path": uri}
+        with self._checkpoints.changing:  # the same request may come twice at once
+            uri, known = self._checkpoints.uri(copied, kind, name), self._journal.model(copied)
+            if known is not None and (known["owner"], _copied_from(known)) != (owner, source):
+                raise ServiceError(f"{copied!r} is another model already; give another model_seq_id")
+            if self._journal.numbered(f"{session}:models", int(copied.rpartition(":")[2])) is not None:
+                raise ServiceError(f"{copied!r} is a model that was asked for already; give another model_seq_id")
+            if known is None or not self._checkpoints.fingerprint(uri):
+                self._require_space(owner, self._checkpoints.size(source))
+                self._note(owner, session, source, uri, body, self._link(owner, source, uri, body, expires))
+            return {"tinker_path": uri}
 
     def _place(self, owner: str, body: Json, key: str) -> tuple[str, str]:
         """Return the session and the run that a copy belongs to."""
@@ -92,36 +96,72 @@ class Copies:
         digest = hashlib.sha256(f"{owner} {key}".encode()).hexdigest()[:16] if key else secrets.token_hex(8)
         return f"sess-{digest}", f"sess-{digest}:train:0"
 
-    def _note(self, owner: str, session: str, source: str, uri: str, body: Json, expires: float | None) -> None:
+    def _note(self, owner: str, session: str, source: str, uri: str, body: Json, said: Description) -> None:
         model, size = self._checkpoints.parts(uri)[0], self._checkpoints.size(uri)
         if self._journal.session_owner(session) is None:
             self._journal.add_session(session, owner, None)
-        made_by = self._journal.model(self._checkpoints.parts(source)[0])
-        project = body.get("destination_project_id")
-        metadata = {} if project is None else {"destination_project_id": project}
-        lora = json.loads(made_by["lora"]) if made_by else {}
-        self._journal.add_model(model, session, owner, lora, {"copy_of": source, **metadata}, source)
-        self._journal.add_checkpoint(uri, model, owner, 0, size, metadata or None, expires=expires)
-        row, noted = self._journal.model(model), self._journal.checkpoint(uri)
-        if row is not None and noted is not None:  # the files are the source's, whose they are is not
-            described = Description.of(row, 0, noted["metadata"], noted["created"], expires)
-            described.write(self._checkpoints.place(uri))
+        metadata = _metadata(body)
+        run, when = {"copy_of": source, **metadata}, {"expires": said.expires, "created": said.created}
+        self._journal.add_model(model, session, owner, json.loads(said.lora), run, source, created=said.created)
+        self._journal.add_checkpoint(uri, model, owner, 0, size, metadata or None, **when)
         self._sequencer.end(
             model, f"{model} holds a copy of {source} and is not trained on: create a client from {uri}"
         )
 
-    def _link(self, source: str, uri: str) -> None:
-        """Give the same files another folder, which takes its place at once."""
+    def _lora(self, source: str) -> str:
+        made_by = self._journal.model(self._checkpoints.parts(source)[0])
+        return made_by["lora"] if made_by else "{}"
+
+    def _described(self, owner: str, source: str, uri: str, body: Json, expires: float | None) -> Description:
+        """Whose the copy is: the files are the source's, that is not."""
+        now, metadata = self._checkpoints.clock(), _metadata(body)
+        run = json.dumps({"copy_of": source, **metadata}, allow_nan=False)
+        model = self._checkpoints.parts(uri)[0]
+        row = {
+            "owner": owner,
+            "id": model,
+            "lora": self._lora(source),
+            "metadata": run,
+            "created": now,
+            "origin": source,
+        }
+        return Description.of(row, 0, json.dumps(metadata or None), now, expires)
+
+    def _link(self, owner: str, source: str, uri: str, body: Json, expires: float | None) -> Description:
+        """Give the same files another folder, which takes its place at once; return what it says of itself."""
+        described = self._described(owner, source, uri, body, expires)
         folder, (model, kind, name) = self._checkpoints.locate(source), self._checkpoints.parts(uri)
         root = self._checkpoints.folder(model, kind)
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
             _link_files(folder, scratch)
+            missing = [file for file in read_manifest(scratch)["files"] if not (scratch / file).exists()]
+            if missing:
+                raise FileNotFoundError(errno.ENOENT, f"{missing[0]} was gone")
+            described.write(scratch)
+            if (root / name).exists() and self._journal.checkpoint(uri) is None:
+                shutil.rmtree(root / name)  # of a copy that was put there and never noted
             os.rename(scratch, root / name)
-        except OSError as error:
+            return described
+        except BaseException as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise CheckpointError(f"{source} changed, or could not be copied ({error.strerror}): ask again") from error
+            if not isinstance(error, OSError):
+                raise
+            raise CheckpointError(
+                f"{source} changed, or could not be copied ({error.strerror or 'it is not whole'}): ask again"
+            ) from error
+
+
+def _metadata(body: Json) -> Json:
+    project = body.get("destination_project_id")
+    return {} if project is None else {"destination_project_id": project}
+
+
+def _copied_from(row: Json) -> str | None:
+    """What a run is a copy of; None: it is a model of its own, perhaps made from a checkpoint."""
+    said = json.loads(row["metadata"])
+    return row["origin"] if isinstance(said, dict) and said.get("copy_of") == row["origin"] else None
 
 
 def _link_files(source: Path, target: Path) -> None:

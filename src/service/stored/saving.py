@@ -58,6 +58,14 @@ def save(models: ServedModels, journal: Journal, asked: Save) -> str:
     before = checkpoints.fingerprint(uri)
     journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
     row = journal.model(asked.model)
+    with checkpoints.changing:  # a sweep must not take the new one for the one whose time has passed
+        return _written(models, journal, asked, uri, row, now, expires)
+
+
+def _written(
+    models: ServedModels, journal: Journal, asked: Save, uri: str, row: Any, now: float, expires: float | None
+) -> str:
+    checkpoints = models.checkpoints
     try:
         models.save(asked.model, asked.kind, asked.name, asked.overwrite, asked.readers)
         if row is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, final
 
 from ..durability.checkpoints import Checkpoints
@@ -27,6 +27,7 @@ class Upkeep:
         checkpoints: on the disk.
         journal: what is noted.
         sessions: says who was heard of lately.
+        alive: returns the ids of the models and samplers in memory.
         clock: seconds, of any beginning.
     """
 
@@ -35,9 +36,11 @@ class Upkeep:
         checkpoints: Checkpoints,
         journal: Journal,
         sessions: Sessions,
+        alive: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints, self._journal, self._sessions, self._clock = checkpoints, journal, sessions, clock
+        self._alive = alive
         self._pruned = clock()
 
     def work(self) -> None:
@@ -45,5 +48,6 @@ class Upkeep:
         sweep(self._checkpoints, self._journal)
         if self._clock() - self._pruned >= _PRUNE_SECONDS:
             self._pruned = self._clock()
-            prune(self._journal, time.time(), self._sessions.heard_of(ANSWER_SECONDS))
+            alive = self._sessions.heard_of(ANSWER_SECONDS) | {model.partition(":")[0] for model in self._alive()}
+            prune(self._journal, time.time(), alive)
         self._journal.database.write_back()
