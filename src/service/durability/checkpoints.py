@@ -138,7 +138,7 @@ class Checkpoints:
     def delete(self, uri: str) -> None:
         """Remove a checkpoint, at once and as a whole."""
         path = self.place(uri)
-        gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".gone", dir=path.parent))
+        gone = Path(tempfile.mkdtemp(prefix=".", suffix=".gone", dir=path.parent))
         try:
             os.rename(path, gone)  # over the empty one
         except FileNotFoundError:  # another thread was first
