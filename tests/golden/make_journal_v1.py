@@ -1,6 +1,6 @@
 """Write a journal of version 1 with its checkpoints, and what it says, by the code of commit 5ccafee.
 
-    git worktree add /tmp/v1 5ccafee && cp tests/golden/make_journal_v1.py /tmp/v1 && cd /tmp/v1
+    git worktree add ../v1 5ccafee && cp tests/golden/make_journal_v1.py ../v1 && cd ../v1
     PYTHONPATH=.alias:tests/support python make_journal_v1.py FOLDER
 
 Written to the folder: ``served`` (the journal and the checkpoints) and ``said.json`` (the rows, as that code read them).
