@@ -15,6 +15,7 @@ _LEAST: Final = 480_000  # bytes of a body in each period
 _OTHER_FILES: Final = 300  # that the process has open or is about to accept
 _FEWEST: Final = 16
 _FULL: Final = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_Protocol: Any = object  # uvicorn's, which is imported where it is needed, comes after it in the order of bases
 
 
 def most_connections(wanted: int) -> int:
@@ -52,88 +53,100 @@ def bounded_protocol(limits: Limits) -> Any:
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    most = most_connections(limits.connections)
+    states = {"idle": h11.IDLE, "reading": h11.SEND_BODY}
+    own = {"limits": limits, "most": most_connections(limits.connections), **states}
+    return type("BoundedProtocol", (_Bounded, H11Protocol), own)
 
-    class BoundedProtocol(H11Protocol):  # type: ignore[misc]
-        """One connection; its timer runs while the server waits for the rest of a request."""
 
-        timer: asyncio.TimerHandle | None = None
-        waiting: Any = None  # for which part of a request
-        received = 0  # bytes since the timer began
-        since = 0.0  # of the last byte
+class _Bounded(_Protocol):  # type: ignore[misc]
+    """One connection over one of uvicorn's; its timer runs while the server waits for the rest of a request.
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.since = self.loop.time()
-            opened = [other for other in self.connections if not other.transport.is_closing()]
-            if len(opened) > most:
-                self._make_room(opened)
+    Attributes:
+        limits: ``header_seconds`` and ``body_seconds`` of it.
+        most: connections that may be open.
+        idle, reading: h11's states between requests, and in the middle of a body.
+    """
+
+    limits: Limits
+    most: int
+    idle: Any
+    reading: Any
+
+    timer: asyncio.TimerHandle | None = None
+    waiting: Any = None  # for which part of a request
+    received = 0  # bytes since the timer began
+    since = 0.0  # of the last byte
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        opened = [other for other in self.connections if not other.transport.is_closing()]
+        if len(opened) > self.most:
+            self._make_room(opened)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        self.since = self.loop.time()
+        self.received += len(data)
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """End at once where the rest of a request is missing; uvicorn would wait for it."""
+        if self.waits and not self.transport.is_closing():
+            self.transport.abort()
+        else:
+            super().shutdown()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is the client's turn."""
+        return self.cycle is None or self.cycle.response_complete or self.conn.their_state is self.reading
+
+    @property
+    def served(self) -> bool:
+        """Whether it has been of use, and no request has begun since."""
+        return self.cycle is not None and self.cycle.response_complete
+
+    def _make_room(self, opened: list[Any]) -> None:
+        """Close the connection that has waited longest for its client: first those in the middle of a request."""
+        others = [other for other in opened if other is not self and other.waits]
+        if others:
+            min(others, key=lambda other: (other.served, other.since)).transport.abort()
+        else:
+            self.transport.write(_FULL)
+            self.transport.close()
+
+    def _watch(self) -> None:
+        """Run the timer for the part of a request that is missing; between requests, keep-alive has its own."""
+        state = self.conn.their_state
+        begun = self.cycle is None or bool(self.conn.trailing_data[0])
+        part = state if state is self.reading or (state is self.idle and begun) else None
+        if part is self.waiting and (part is None or self.timer is not None):
+            return
+        self._stop()
+        self.waiting = part
+        if part is not None and not self.transport.is_closing():
+            seconds = self.limits.body_seconds if part is self.reading else self.limits.header_seconds
+            self.received = 0
+            self.timer = self.loop.call_later(seconds, self._expired)
+
+    def _expired(self) -> None:
+        self.timer = None
+        if self.waiting is self.reading and self.received >= _LEAST:
             self._watch()
+        elif not self.transport.is_closing():
+            self.transport.abort()
 
-        def data_received(self, data: bytes) -> None:
-            self.since = self.loop.time()
-            self.received += len(data)
-            super().data_received(data)
-            self._watch()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            super().connection_lost(exc)
-
-        def shutdown(self) -> None:
-            """End at once where the rest of a request is missing; uvicorn would wait for it."""
-            if self.waits and not self.transport.is_closing():
-                self.transport.abort()
-            else:
-                super().shutdown()
-
-        @property
-        def waits(self) -> bool:
-            """Whether it is the client's turn."""
-            return self.cycle is None or self.cycle.response_complete or self.conn.their_state is h11.SEND_BODY
-
-        @property
-        def served(self) -> bool:
-            """Whether it has been of use, and no request has begun since."""
-            return self.cycle is not None and self.cycle.response_complete
-
-        def _make_room(self, opened: list[Any]) -> None:
-            """Close the connection that has waited longest for its client: first those in the middle of a request."""
-            others = [other for other in opened if other is not self and other.waits]
-            if others:
-                min(others, key=lambda other: (other.served, other.since)).transport.abort()
-            else:
-                self.transport.write(_FULL)
-                self.transport.close()
-
-        def _watch(self) -> None:
-            """Run the timer for the part of a request that is missing; between requests, keep-alive has its own."""
-            state = self.conn.their_state
-            begun = self.cycle is None or bool(self.conn.trailing_data[0])
-            part = state if state is h11.SEND_BODY or (state is h11.IDLE and begun) else None
-            if part is self.waiting and (part is None or self.timer is not None):
-                return
-            self._stop()
-            self.waiting = part
-            if part is not None and not self.transport.is_closing():
-                seconds = limits.body_seconds if part is h11.SEND_BODY else limits.header_seconds
-                self.received = 0
-                self.timer = self.loop.call_later(seconds, self._expired)
-
-        def _expired(self) -> None:
+    def _stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
             self.timer = None
-            if self.waiting is h11.SEND_BODY and self.received >= _LEAST:
-                self._watch()
-            elif not self.transport.is_closing():
-                self.transport.abort()
-
-        def _stop(self) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-
-    return BoundedProtocol
