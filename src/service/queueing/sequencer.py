@@ -8,7 +8,6 @@ import itertools
 import logging
 import secrets
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -256,7 +255,7 @@ class Sequencer:
 
     def _advance(self, task: Task) -> None:
         before = task.seconds
-        answer = self._slice(task)
+        answer = task.slice()
         seconds = task.seconds - before
         with self._lock:
             if answer is None:
@@ -270,21 +269,6 @@ class Sequencer:
             self._turns.give_back(False, seconds)
         self._finish(task, answer)
         _logged(lambda: self._observer(task.kind, answer, task.seconds))
-
-    def _slice(self, task: Task) -> Answer | None:
-        began = time.perf_counter()
-        try:
-            if task.ended is None:
-                return task.advance()
-            task.stop()
-            return Failure(task.ended, "user")
-        except BaseException as error:  # whatever it is, the turn ends
-            answer = failure_of(error)
-            if answer.category == "server":
-                _logger.exception("%s failed", task.kind)
-            return answer
-        finally:
-            task.seconds += time.perf_counter() - began
 
     def _finish(self, task: Task, answer: Answer) -> None:
         kept = True

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
-from ..durability.answers import Answer
+from ..durability.answers import Answer, Failure
+from .requirements import failure_of
 
 __all__ = ["Slices", "Task", "Turns", "Work"]
+
+_logger = logging.getLogger(__name__)
 
 Slices: TypeAlias = Generator[None, None, Answer]
 Work: TypeAlias = Callable[[], Answer | Slices]
@@ -57,6 +62,22 @@ class Task:
             answer: Answer = end.value
             return answer
         return None
+
+    def slice(self) -> Answer | None:
+        """Run a slice; return the answer, or None where it pauses. Whatever the work raises, the turn ends."""
+        began = time.perf_counter()
+        try:
+            if self.ended is None:
+                return self.advance()
+            self.stop()
+            return Failure(self.ended, "user")
+        except BaseException as error:
+            answer = failure_of(error)
+            if answer.category == "server":
+                _logger.exception("%s failed", self.kind)
+            return answer
+        finally:
+            self.seconds += time.perf_counter() - began
 
     def stop(self) -> None:
         """Let a work that pauses clean up; it does not go on."""
