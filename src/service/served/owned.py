@@ -19,9 +19,7 @@ def own_session(journal: Journal, owner: str, session: Any) -> Row:
         NotFoundError: there is none, or it is another owner's.
     """
     row = journal.session(session) if isinstance(session, str) else None
-    if row is None or row["owner"] != owner:
-        raise NotFoundError(f"there is no session {session!r} on this server{journal.caveat}")
-    return row
+    return _own(journal, owner, row, f"session {session!r}")
 
 
 def own_model(journal: Journal, owner: str, model_id: Any) -> Row:
@@ -31,6 +29,10 @@ def own_model(journal: Journal, owner: str, model_id: Any) -> Row:
         NotFoundError: there is none, or it is another owner's.
     """
     row = journal.model(model_id) if isinstance(model_id, str) else None
+    return _own(journal, owner, row, f"model {model_id!r}")
+
+
+def _own(journal: Journal, owner: str, row: Row | None, what: str) -> Row:
     if row is None or row["owner"] != owner:
-        raise NotFoundError(f"there is no model {model_id!r} on this server{journal.caveat}")
+        raise NotFoundError(f"there is no {what} on this server{journal.caveat}")
     return row

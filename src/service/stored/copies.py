@@ -83,7 +83,7 @@ class Copies:
                 raise ServiceError(f"{copied!r} is a model that was asked for already; give another model_seq_id")
             if known is None or not self._checkpoints.fingerprint(uri):
                 self._require_space(owner, self._checkpoints.size(source))
-                self._note(owner, session, source, uri, body, self._link(owner, source, uri, body, expires))
+                self._note(owner, session, source, uri, self._link(owner, source, uri, body, expires))
             return {"tinker_path": uri}
 
     def _place(self, owner: str, body: Json, key: str) -> tuple[str, str]:
@@ -96,32 +96,27 @@ class Copies:
         digest = hashlib.sha256(f"{owner} {key}".encode()).hexdigest()[:16] if key else secrets.token_hex(8)
         return f"sess-{digest}", f"sess-{digest}:train:0"
 
-    def _note(self, owner: str, session: str, source: str, uri: str, body: Json, said: Description) -> None:
+    def _note(self, owner: str, session: str, source: str, uri: str, said: Description) -> None:
         model, size = self._checkpoints.parts(uri)[0], self._checkpoints.size(uri)
         if self._journal.session_owner(session) is None:
             self._journal.add_session(session, owner, None)
-        metadata = _metadata(body)
-        run, when = {"copy_of": source, **metadata}, {"expires": said.expires, "created": said.created}
-        self._journal.add_model(model, session, owner, json.loads(said.lora), run, source, created=said.created)
-        self._journal.add_checkpoint(uri, model, owner, 0, size, metadata or None, **when)
+        lora, run, metadata = map(json.loads, (said.lora, said.model_metadata, said.metadata))
+        self._journal.add_model(model, session, owner, lora, run, source, created=said.created)
+        self._journal.add_checkpoint(uri, model, owner, 0, size, metadata, expires=said.expires, created=said.created)
         self._sequencer.end(
             model, f"{model} holds a copy of {source} and is not trained on: create a client from {uri}"
         )
 
-    def _lora(self, source: str) -> str:
-        made_by = self._journal.model(self._checkpoints.parts(source)[0])
-        return made_by["lora"] if made_by else "{}"
-
     def _described(self, owner: str, source: str, uri: str, body: Json, expires: float | None) -> Description:
-        """Whose the copy is: the files are the source's, that is not."""
-        now, metadata = self._checkpoints.clock(), _metadata(body)
-        run = json.dumps({"copy_of": source, **metadata}, allow_nan=False)
-        model = self._checkpoints.parts(uri)[0]
+        """Return whose the copy is: the files are the source's, that is not."""
+        project, now = body.get("destination_project_id"), self._checkpoints.clock()
+        metadata = {} if project is None else {"destination_project_id": project}
+        made_by = self._journal.model(self._checkpoints.parts(source)[0])
         row = {
             "owner": owner,
-            "id": model,
-            "lora": self._lora(source),
-            "metadata": run,
+            "id": self._checkpoints.parts(uri)[0],
+            "lora": made_by["lora"] if made_by else "{}",
+            "metadata": json.dumps({"copy_of": source, **metadata}, allow_nan=False),
             "created": now,
             "origin": source,
         }
@@ -153,15 +148,10 @@ class Copies:
             ) from error
 
 
-def _metadata(body: Json) -> Json:
-    project = body.get("destination_project_id")
-    return {} if project is None else {"destination_project_id": project}
-
-
 def _copied_from(row: Json) -> str | None:
     """What a run is a copy of; None: it is a model of its own, perhaps made from a checkpoint."""
-    said = json.loads(row["metadata"])
-    return row["origin"] if isinstance(said, dict) and said.get("copy_of") == row["origin"] else None
+    metadata = json.loads(row["metadata"])
+    return row["origin"] if isinstance(metadata, dict) and metadata.get("copy_of") == row["origin"] else None
 
 
 def _link_files(source: Path, target: Path) -> None:
