@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from servers import MODEL, Direct, finished, new_model, tiny_models
+from servers import MODEL, Direct, copies, finished, new_model, tiny_models
 
 from pullback.backends import TorchBackend
 from pullback.service import serving
 from pullback.service.durability.journal import Journal
 from pullback.service.durability.recovery import sweep
 from pullback.service.limits import Limits
-from pullback.service.served.listings import Listings
 from pullback.service.served.registry import ServedModels
 from pullback.service.stored.copies import Copies
 from pullback.service.stored.leaving import Leaving
@@ -167,12 +166,6 @@ def test_a_copy_that_was_never_noted_is_made_again(direct: Any, monkeypatch: pyt
     path = copies(direct).copy("me", body, "key")["tinker_path"]
     assert direct.journal.checkpoint(path)["bytes"] == direct.models.checkpoints.size(path)
     assert copies(direct).copy("me", body, "key")["tinker_path"] == path
-
-
-def copies(direct: Any) -> Copies:
-    do = direct.operations
-    listings = Listings(direct.models, direct.journal)
-    return Copies(direct.models.checkpoints, direct.journal, direct.sequencer, do.sessions, listings, do.require_space)
 
 
 def test_a_finished_session_stays_finished(web: Any, tmp_path: Path) -> None:

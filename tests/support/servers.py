@@ -19,6 +19,8 @@ from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
 from pullback.service.operations import Operations
 from pullback.service.queueing.sequencer import Sequencer
+from pullback.service.served.listings import Listings
+from pullback.service.stored.copies import Copies
 from pullback.service.wire.protobuf import decode_request, message
 
 KEY = "tml-test"
@@ -152,3 +154,28 @@ class Direct:
         body = {"model_id": MODEL, "seq_id": seq_id, "adam_params": {"learning_rate": 1e-2}, **extra}
         part = self.operations.training if verb == "optim_step" else self.operations
         return str(getattr(part, verb)("me", json.dumps(body).encode(), body))
+
+
+def copies(direct: Direct) -> Copies:
+    """Return what copies checkpoints of a service without its routes."""
+    do, listings = direct.operations, Listings(direct.models, direct.journal)
+    return Copies(direct.models.checkpoints, direct.journal, direct.sequencer, do.sessions, listings, do.require_space)
+
+
+def trained_client(service: Any) -> Any:
+    """Return a client of the SDK whose adapter is no longer the one that it began with."""
+    import tinker
+
+    client = service.create_lora_training_client("tiny", rank=2, seed=3).result()
+    inputs = {"target_tokens": torch.tensor([2, 3, 4]), "weights": torch.ones(3)}
+    datum = tinker.Datum(model_input=tinker.ModelInput.from_ints([1, 2, 3]), loss_fn_inputs=inputs)
+    client.forward_backward([datum], "cross_entropy").result()
+    client.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+    return client
+
+
+def rest_client(url: str) -> Any:
+    """Return the SDK's client for what is listed and stored."""
+    import tinker
+
+    return tinker.RestClient(base_url=url, api_key=KEY)

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("transformers", reason="caches are transformers' own (extra hf)")
 
+from ropes import CONTEXT, ROPES
+
 from pullback.backends import SamplingParams
 from pullback.backends.native import HFModel
 from pullback.backends.native.decoding import batch as batching
@@ -18,26 +20,6 @@ from pullback.backends.native.decoding.requests import GenerationRequest
 from pullback.datums import ModelInput
 from pullback.testing.models import zoo
 
-CONTEXT = 16
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "original_max_position_embeddings": CONTEXT,
-    "short_factor": [1.0, 1.5, 2.0, 3.0],
-    "long_factor": [4.0, 8.0, 16.0, 16.0],
-    "factor": 32.0,
-}
-ROPES: dict[str, Any] = {
-    "phi3": {
-        "rope_parameters": LONGROPE,
-        "original_max_position_embeddings": CONTEXT,
-        "sliding_window": None,
-    },
-    "llama": {
-        "max_position_embeddings": CONTEXT,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
-    },
-}
 LENGTHS = ((10, 6), (10, 7), (14, 2), (3, 5), (20, 9), (15, 8))  # prompt, max_tokens: 16 tokens at most, or more
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="these rotary embeddings are transformers' own (extra hf)")
 
 from own_model import largest_error, own_logprobs, sharing_prompt
+from ropes import CONTEXT, ROPES
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel
@@ -19,31 +21,15 @@ from pullback.backends.native.models.facts.probes import layout_limits
 from pullback.datums import Datum
 from pullback.testing.models import zoo
 
-CONTEXT = 16
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "original_max_position_embeddings": CONTEXT,
-    "short_factor": [1.0, 1.5, 2.0, 3.0],
-    "long_factor": [4.0, 8.0, 16.0, 16.0],
-    "factor": 32.0,
-}
-
 
 def phi3() -> Any:
     """A tiny Phi-3 whose texts of more than 16 tokens have other frequencies."""
-    changes: dict[str, Any] = {
-        "rope_parameters": dict(LONGROPE),
-        "original_max_position_embeddings": CONTEXT,
-        "sliding_window": None,
-    }
-    return zoo.build("phi3", **changes)
+    return zoo.build("phi3", **copy.deepcopy(ROPES["phi3"]))
 
 
 def dynamic() -> Any:
     """A tiny Llama with dynamic NTK scaling."""
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
-    return zoo.build("llama", max_position_embeddings=CONTEXT, rope_parameters=rope)
+    return zoo.build("llama", **copy.deepcopy(ROPES["llama"]))
 
 
 def mixed() -> list[Datum]:
