@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ...errors import NonFiniteError
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "all_finite"]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether every number in ``tensors`` is finite; float, any shapes, on one device. Reads it once."""
+    tensors = [t for t in tensors if t.numel()]  # of nothing there is no largest number
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors):
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf)))
+    # On the CPU a sum takes a thirtieth of the time of a norm. One that overflows says nothing, so that each number is asked.
+    total = torch.stack([t.sum().double() for t in tensors]).sum().item() if tensors else 0.0
+    return math.isfinite(total) or all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 @final
@@ -63,7 +73,7 @@ class Accumulator:
             NonFiniteError: one is NaN or inf; names the first layer, and the datum that ``blame`` finds.
         """
         gradients = self.gradients
-        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients.values(), math.inf))):
+        if all_finite(gradients.values()):
             return
         for name, gradient in gradients.items():
             if not bool(torch.isfinite(gradient).all()):

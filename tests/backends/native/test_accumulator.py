@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reads import CountedReads
 from torch import Tensor, nn
 
-from pullback.backends.native.accumulator import Accumulator
+from pullback.backends.native.accumulator import Accumulator, all_finite
 from pullback.errors import NonFiniteError
 
 CALLS = st.lists(st.tuples(st.integers(-4, 4), st.sampled_from([1.0, 2.0, 0.5, 4.0])), min_size=1, max_size=4)
@@ -86,6 +86,22 @@ def test_finite_gradients_take_one_look() -> None:
     with CountedReads() as reads:
         accumulator.require_finite(lambda: str(1 / 0))
     assert reads.count == 1
+
+
+NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 6e4, -6e4, 3e38, -3e38, math.nan, math.inf, -math.inf])
+FLOATS = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+class Elsewhere(Tensor):
+    """A tensor that is not plain, as those that are spread over processes."""
+
+
+@given(numbers=st.lists(st.tuples(FLOATS, st.lists(NUMBERS, max_size=4)), max_size=3), plain=st.booleans())
+def test_finite_is_each_number(numbers: list[tuple[torch.dtype, list[float]]], plain: bool) -> None:
+    """Also where finite numbers have a sum that is not, on both ways of looking."""
+    tensors = [torch.tensor(row, dtype=torch.float64).to(dtype) for dtype, row in numbers]
+    want = all(math.isfinite(x) for t in tensors for x in t.tolist())
+    assert all_finite([t if plain else t.as_subclass(Elsewhere) for t in tensors]) == want
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
