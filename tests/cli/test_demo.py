@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers import distance, weights_of
 from rich.console import Console
 from servers import SDK_WARNINGS, served
 
+from pullback.cli.demo import run
 from pullback.cli.demo.backends import native
 from pullback.cli.demo.backends import served as connected
 from pullback.cli.demo.data import own_tasks
@@ -19,6 +21,7 @@ from pullback.cli.demo.objectives import objectives
 from pullback.cli.demo.planning import plan_steps
 from pullback.cli.demo.report import Curve, print_table
 from pullback.cli.demo.run import NAMES, train
+from pullback.cli.processes import Processes
 from pullback.service import ServedModels, serving
 
 pytestmark = SDK_WARNINGS
@@ -68,3 +71,32 @@ def test_a_figure_of_every_step_and_nothing_wraps_in_80_columns() -> None:
 def _widest() -> Curve:
     points = [{"reward": 0.0, "kl_per_answer": -10.0}, {"reward": 1.0, "kl_per_answer": 100.0}]
     return Curve("grpo", "GRPO: KL beta = 0.04", "reward", "mean reward", 1, 30, 12345.0, [0, 30], points, [0.0] * 30)
+
+
+@pytest.mark.parametrize(
+    ("products", "steps", "chosen"),
+    [
+        ({"float32": 1.0, "bfloat16": 5.0}, {}, "float32"),  # no instructions for bfloat16: no step is tried
+        ({"float32": 1.0, "bfloat16": 0.5}, {"float32": 2.0, "bfloat16": 1.0}, "bfloat16"),
+        ({"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}, "float32"),
+    ],
+)
+def test_half_precision_is_tried_where_its_products_are_faster(
+    products: dict[str, float], steps: dict[str, float], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And taken where its whole steps are."""
+    tried: list[str] = []
+
+    def measured(make: Any, dtype: str) -> tuple[float, float]:
+        tried.append(dtype)
+        return steps[dtype], 0.0
+
+    monkeypatch.setattr(run, "_product_seconds", lambda dtype: products[str(dtype).removeprefix("torch.")])
+    monkeypatch.setattr(run, "pretrained", lambda name, device, dtype: dtype)
+    monkeypatch.setattr(run, "_sft", lambda model, seed: model)
+    monkeypatch.setattr(run, "_measure", measured)
+    lines = io.StringIO()
+    loaded = run._load_model(Namespace(device="cpu", model="smollm2", seed=0), Console(file=lines), Processes())
+    assert loaded == chosen
+    assert tried == list(steps)
+    assert lines.getvalue().strip().endswith(chosen)

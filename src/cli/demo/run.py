@@ -72,6 +72,11 @@ def _load_model(arguments: argparse.Namespace, console: Any, processes: Processe
     console.print("Loading the model (the first time it is converted: about 20 seconds)")
     if device.startswith("cuda"):
         return pretrained(arguments.model, device, "bfloat16")
+    # Without instructions for bfloat16 a processor takes many times as long in it: then no whole step is tried.
+    slower = processes.same(_product_seconds(torch.bfloat16) / _product_seconds(torch.float32))
+    if slower > 1.0:
+        console.print(f"A product of matrices takes {slower:.1f} times as long in bfloat16 as in float32 -> float32")
+        return pretrained(arguments.model, device, "float32")
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         model = pretrained(arguments.model, device, dtype)
@@ -81,6 +86,12 @@ def _load_model(arguments: argparse.Namespace, console: Any, processes: Processe
         f"One SFT step: {seconds['float32']:.1f} s in float32, {seconds['bfloat16']:.1f} s in bfloat16 -> {fastest}"
     )
     return pretrained(arguments.model, device, fastest)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the seconds of a product of matrices of a small model's size; the best of three, after one to warm up."""
+    left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    return min([_timed(lambda: left @ right) for _ in range(4)][1:])
 
 
 def _sft(model: DemoModel, seed: int) -> Objective:
