@@ -96,7 +96,7 @@ def test_half_precision_is_tried_where_its_products_are_faster(
     monkeypatch.setattr(run, "_sft", lambda model, seed: model)
     monkeypatch.setattr(run, "_measure", measured)
     lines = io.StringIO()
-    loaded = run._load_model(Namespace(device="cpu", model="smollm2", seed=0), Console(file=lines), Processes())
+    loaded: Any = run._load_model(Namespace(device="cpu", model="smollm2", seed=0), Console(file=lines), Processes())
     assert loaded == chosen
     assert tried == list(steps)
     assert lines.getvalue().strip().endswith(chosen)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pullback.errors import InvalidDatumsError
 from pullback.losses import GRPO, KL, Loss, functional
-from pullback.losses.evaluation import sums
+from pullback.losses.evaluation import token_sum
 
 EACH = pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
 JUNK = (math.nan, math.inf, -math.inf, 1e30)
@@ -80,7 +80,7 @@ def test_junk_under_transforms(junk: float) -> None:
 
 def test_multiplying_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: where the mask multiplies, NaN gets through."""
-    monkeypatch.setattr(sums, "select_", lambda values, weights: values if weights is None else values * weights)
+    monkeypatch.setattr(token_sum, "select_", lambda values, weights: values if weights is None else values * weights)
     with pytest.raises(AssertionError):
         check(GRPO(), make(GRPO(), mask="ones"), math.nan)
 

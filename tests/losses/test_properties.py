@@ -38,7 +38,7 @@ from pullback.losses import (
     log1mexp,
     recipe,
 )
-from pullback.losses.evaluation import sums
+from pullback.losses.evaluation import token_sum
 from pullback.testing import Case, CaseSequence, check_loss, cotangent
 from pullback.testing.strategies import cases
 
@@ -98,7 +98,7 @@ def test_multiplied_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a mask that multiplies lets NaN through, and check_loss says so."""
     junk = CaseSequence([math.nan, -1.0], [0.0, 1.0], [math.nan, 1.0], [math.nan, -1.0], [-1.0, -1.0], [math.nan, -1.1])
     check_loss(GRPO(), Case((junk, junk)))
-    monkeypatch.setattr(sums, "select_", lambda values, weights: values * weights)
+    monkeypatch.setattr(token_sum, "select_", lambda values, weights: values * weights)
     with pytest.raises(AssertionError):
         check_loss(GRPO(), Case((junk, junk)))
 

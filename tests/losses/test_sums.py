@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pullback.losses import functional as F
 from pullback.losses.batch.layout import Layout, Packed, Padded
-from pullback.losses.evaluation.sums import row_sum, token_sum, token_values, weighted_sum
+from pullback.losses.batch.sums import row_sum, weighted_sum
+from pullback.losses.evaluation.token_sum import token_sum, token_values
 
 NUMBERS = st.floats(-3, 3)
 TOKENS = st.lists(

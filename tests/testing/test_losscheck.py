@@ -33,7 +33,7 @@ from pullback.losses import (
     preset_names,
     registry,
 )
-from pullback.losses.evaluation import sums
+from pullback.losses.evaluation import token_sum
 from pullback.losses.functional import closed_form_of
 from pullback.testing import Case, CaseSequence, LossCheckError, check_loss, loss_report
 from pullback.testing.losscheck import FORMS, LOSS_PROPERTIES, check_property, loss_under_test
@@ -89,12 +89,12 @@ def mangled(monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
     """Plant a defect in the library itself."""
     match defect:
         case "mask multiplies":
-            monkeypatch.setattr(sums, "select_", lambda values, weights: values * weights)
+            monkeypatch.setattr(token_sum, "select_", lambda values, weights: values * weights)
         case "closed form with the wrong sign":
             right = closed_form_of(functional.ppo_clip)
             assert right is not None
             monkeypatch.setattr(
-                sums,
+                token_sum,
                 "closed_form_of",
                 lambda d: lambda *a: tuple(s * x for s, x in zip((1, -1), right(*a), strict=True)),
             )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...deprecation import renamed_keyword
 from ...errors import MissingFieldError
-from ..evaluation.sums import row_sum, weighted_sum
 from ..inputs import (
     SEQUENCE_INPUTS,
     TOKEN_INPUTS,
@@ -26,6 +25,7 @@ from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
 from .selection import as_weight, finite, select, wide
+from .sums import row_sum, weighted_sum
 from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
 __all__ = ["TokenBatch"]

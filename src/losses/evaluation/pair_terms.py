@@ -12,10 +12,10 @@ from torch.autograd import Function
 
 from ..aggregation import Aggregation
 from ..batch.selection import readable, transformed
+from ..batch.sums import row_cotangent, scaled
 from ..batch.token_batch import TokenBatch
 from ..checks import number
 from ..functional.closed_form import pair_form_of
-from .sums import row_cotangent, scaled
 from .terms import Summand
 
 __all__ = ["PairTerm", "Responses", "numerators", "surely_weighed"]

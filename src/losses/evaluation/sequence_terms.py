@@ -12,8 +12,8 @@ from torch import Tensor
 from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
 from ..checks import number
-from .sums import token_sum, token_values
 from .terms import Summand
+from .token_sum import token_sum, token_values
 
 __all__ = ["SequenceTerm"]
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..aggregation import AGGREGATIONS, Aggregation, Unit
 from ..batch.selection import wide
+from ..batch.sums import scaled
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
 from ..functional.likelihood import nll
-from .sums import scaled, token_sum, token_values
+from .token_sum import token_sum, token_values
 
 __all__ = ["Summand", "Term", "TokenTerm"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from ...errors import DatumError, EmptyUnitError, LengthError, MissingFieldError
 from ..batch.problems import Problem
 from ..batch.selection import select, wide
+from ..batch.sums import row_sum
 from ..batch.token_batch import TokenBatch
 from ..evaluation.metrics import DeferredMetric, maximum, mean
-from ..evaluation.sums import row_sum
 from ..functional.numerics import bounded_exp
 from .clip import ClipRange
 from .ratio import anchor

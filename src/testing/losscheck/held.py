@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...losses.evaluation import sums
+from ...losses.evaluation import token_sum
 
 __all__ = ["Detached", "Unheld"]
 
@@ -81,7 +81,7 @@ class Detached(TorchFunctionMode):
                 self._inside -= 1
 
         # The definitions of registered losses, instead of their closed forms, which are to be proved.
-        definitions = mock.patch.object(sums, "closed_form_of", return_value=None)
+        definitions = mock.patch.object(token_sum, "closed_form_of", return_value=None)
         with definitions, mock.patch.object(torch.autograd.Function, "apply", classmethod(inside)), self:
             yield
 

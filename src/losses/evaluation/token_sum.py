@@ -1,0 +1,138 @@
+"""The sum of a function of each token, its slope computed together with its value where there is a closed form.
+
+What is not trained is selected away, never multiplied with 0. Compiled, or under a transform of torch.func, the sum is written
+for the compiler or the transform to see through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..batch.selection import finite, readable, select, select_
+from ..batch.sums import scaled_number, scaled_sum
+from ..functional.closed_form import closed_form_of
+
+__all__ = ["Definition", "token_sum", "token_values"]
+
+Definition = Callable[..., Tensor]
+
+
+def token_sum(
+    x: Tensor,
+    definition: Definition,
+    args: Sequence[Any],
+    factors: Sequence[Tensor],
+    mask: Tensor | None,
+    coefficient: float = 1.0,
+) -> Tensor:
+    """Return ``coefficient * sum_t prod_i factor_it definition(x_t, *args_t)`` over what the mask keeps; 0-d.
+
+    It has the dtype of ``x``.
+
+    Args:
+        x: float32 or float64, any shape.
+        definition: a function of `pullback.losses.functional`, or any other, one value per token.
+        args: its other arguments, constants of the differentiation; tensors broadcast to ``x``.
+        factors: constants that each value is multiplied by; they broadcast to ``x``.
+        mask: zeros where nothing is trained; None keeps everything.
+        coefficient: of the whole sum.
+    """
+    closed = closed_form_of(definition)
+    if closed is None or torch._C._are_functorch_transforms_active():
+        return _plain(x, definition, args, factors, mask, coefficient)
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            value, slope = _weighed(closed(x.detach(), *args), factors, mask)
+            total, slope = scaled_sum(value, coefficient), slope * coefficient
+        attached: Tensor = _Attach.apply(x, total, slope)  # type: ignore[no-untyped-call]
+        return attached
+    result: Tensor = _TokenSum.apply(x, definition, args, factors, mask, coefficient)  # type: ignore[no-untyped-call]
+    return result
+
+
+def token_values(x: Tensor, definition: Definition, args: Sequence[Any], mask: Tensor | None) -> Tensor:
+    """Return ``definition(x_t, *args_t)`` for each token, 0 where nothing is trained; differentiable."""
+    safe = [select(a, mask) if isinstance(a, Tensor) else a for a in args]
+    return select(definition(select(x, mask), *safe), mask)
+
+
+def _plain(
+    x: Tensor,
+    definition: Definition,
+    args: Sequence[Any],
+    factors: Sequence[Tensor],
+    mask: Tensor | None,
+    coefficient: float,
+) -> Tensor:
+    values = token_values(x, definition, args, mask)
+    for factor in factors:
+        values = values * select(factor, mask)
+    return scaled_sum(values, coefficient)
+
+
+def _weighed(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Multiply a value and its slope by the factors and select both, in their own memory where that is possible."""
+    value, slope = pair
+    for factor in factors:
+        value, slope = value.mul_(factor), slope.mul_(factor)
+    weighed = any(factor is mask for factor in factors)
+
+    def selected(values: Tensor) -> Tensor:
+        if weighed and readable(values) and finite(values):  # what a weight of 0 made of a finite number is 0
+            return values
+        return select_(values, mask)
+
+    return selected(value), selected(slope)
+
+
+@final
+class _TokenSum(Function):
+    """`token_sum` from a closed form: keeps the slope for the backward, and ``x`` for a second derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        definition: Definition,
+        args: Sequence[Any],
+        factors: Sequence[Tensor],
+        mask: Tensor | None,
+        coefficient: float,
+    ) -> Tensor:
+        closed = closed_form_of(definition)
+        assert closed is not None
+        value, slope = _weighed(closed(x, *args), factors, mask)
+        ctx.save_for_backward(x, slope)
+        ctx.rest, ctx.coefficient = (definition, args, factors, mask, coefficient), coefficient
+        return scaled_sum(value, coefficient)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (x, slope) = gradients, ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return slope * scaled_number(g, ctx.coefficient), None, None, None, None, None
+        # A second derivative is wanted: that of the definition itself.
+        again = _plain(x, *ctx.rest)
+        if not again.requires_grad:
+            return torch.zeros_like(x), None, None, None, None, None
+        return torch.autograd.grad(again, x, g, create_graph=True)[0], None, None, None, None, None
+
+
+@final
+class _Attach(Function):
+    """A total, as a function of ``x`` whose derivative is ``slope``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0], None, None
