@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .accumulation import Accumulation
 from .base import Backend
 
-__all__ = ["has_accumulated", "last_cotangents", "preserved"]
+__all__ = ["has_accumulated", "last_cotangents", "preserved", "restored_after_failure"]
 
 
 @contextmanager
@@ -26,16 +26,48 @@ def preserved(backend: Backend, *, weights: bool = True) -> Iterator[None]:
     Raises:
         UnsupportedError: the backend's state lies elsewhere.
     """
+    back = _set_aside(backend, weights)
+    try:
+        yield
+    finally:
+        back()
+
+
+@contextmanager
+def restored_after_failure(backend: Backend) -> Iterator[None]:
+    """Let the block change a backend in which nothing has accumulated; if it raises, the backend is as it was before.
+
+    If it does not, what had accumulated is forgotten, as by ``discard_gradients``.
+
+    Args:
+        backend: whose state comes back; until then a copy of its trained weights and their optimizer is kept.
+
+    Raises:
+        UnsupportedError: the backend's state lies elsewhere.
+    """
+    before = backend._operations.accumulation
+    back = _set_aside(backend, weights=True)
+    try:
+        yield
+    except BaseException:
+        back()
+        raise
+    before.retrieve_failures()
+
+
+def _set_aside(backend: Backend, weights: bool) -> Callable[[], None]:
+    """Begin anew with what accumulates; return what brings the state of this moment back."""
     operations = backend._operations
     with operations.lock.operation("preserved"):
         restore, before = backend._engine.snapshot(weights), operations.accumulation
         operations.accumulation = Accumulation(before.ledger.emptied())
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         with operations.lock.operation("preserved"):
             restore()
             operations.accumulation = before
+
+    return back
 
 
 def last_cotangents(backend: Backend) -> Mapping[int, Tensor] | None:

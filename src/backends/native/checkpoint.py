@@ -53,13 +53,18 @@ OUTSIDE: Final = "trained_beside_adapter.safetensors"
 
 
 class TrainingState(Protocol):
-    """What a checkpoint holds: weights, accumulated gradients, optimizer, random state, and the number of steps."""
+    """What a checkpoint holds: weights, accumulated gradients, optimizer, random state, and the number of steps.
+
+    Attributes:
+        weights: another object whenever they change.
+    """
 
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     accumulator: Accumulator
     optimizer: Optimizer
     generator: torch.Generator
+    weights: object
     weights_version: int
 
 
@@ -93,6 +98,7 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
     if everything:
         moments = {key.partition(":")[2] for key in extras["optimizer"]}
         require_known(folder, {*extras["window"], *moments}, state.parameters)
+    state.weights = object()
     apply()
     state.accumulator.clear()
     state.optimizer.reset()

@@ -249,9 +249,7 @@ class NativeEngine(Engine):
         return save_checkpoint(self, self.directory, name, overwrite, ledger)
 
     def load(self, path: str, everything: bool) -> Ledger:
-        ledger = load_checkpoint(self, Path(path), everything=everything)
-        self.weights = object()
-        return ledger
+        return load_checkpoint(self, Path(path), everything=everything)
 
     def begin(self, call: Call) -> None:
         if self.optimizer.half_stepped and call.operation not in ("load_state", "load_state_with_optimizer"):

@@ -152,9 +152,7 @@ class DistributedEngine(Engine):
     def load(self, path: str, everything: bool) -> Ledger:
         self._agreement.meet("checkpoint", text=f"{path} {everything}")
         self._shards.release()
-        ledger = load_sharded(self.local, self._files, Path(path), everything=everything)
-        self.local.weights = object()
-        return ledger
+        return load_sharded(self.local, self._files, Path(path), everything=everything)
 
     def snapshot(self, weights: bool) -> Callable[[], None]:
         restore = self.local.snapshot(weights)

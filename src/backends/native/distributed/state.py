@@ -214,6 +214,7 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
     moments = _read_moments(state, files, folder) if everything else {}
     gradients = _read_like(state, files, folder / _WINDOW) if everything else {}
     random = files.agreement.attempt("random state", lambda: _read_random(folder, manifest, everything))
+    state.weights = object()
     _apply(state, folder, weights, loaded)
     state.accumulator.clear()
     state.optimizer.reset()
