@@ -22,6 +22,7 @@ from ...backends.native.models.hf import HFModel
 from ...backends.native.models.layers import LLAMA, LayerNames, layer_names
 from ...backends.native.models.lora import ATTENTION, MLP, UNEMBED, LoraChoice, add_lora, saved_config
 from ...backends.native.optimizer import forget_casts
+from ...backends.preserve import restored_after_failure
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
 from .encryption import encrypt_files
@@ -198,7 +199,8 @@ class ServedModels:
     def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
         """Load a checkpoint into a model: weights, or everything; return the choice of its adapter.
 
-        The adapter becomes what the checkpoint's own configuration says.
+        The adapter becomes what the checkpoint's own configuration says, and gradients that have accumulated are forgotten. If
+        the checkpoint cannot be loaded, weights, optimizer and gradients are as they were.
 
         Raises:
             CheckpointError: there is none, or the client chose another adapter than it has.
@@ -219,8 +221,8 @@ class ServedModels:
             )
         if saved != choice:
             backend = self._backend(model_id, path)
-        backend.discard_gradients()
-        (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
+        with restored_after_failure(backend):
+            (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
         self.backends[model_id], self.choices[model_id] = backend, saved
         return saved
 
