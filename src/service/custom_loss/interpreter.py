@@ -18,11 +18,9 @@ from .allowlist import ATTRIBUTES, FUNCTIONS, METHODS
 from .arguments import check_arguments, count_values, decode_argument, is_value
 from .budget import PER_NODE, Budget, Cost
 from .costs import cost_of
+from .gradients import MISTAKES, differentiated
 
 __all__ = ["MISTAKES", "LossGraph"]
-
-# What an operation raises when it is given the wrong thing; in a graph that was sent, all of it is the sender's mistake.
-MISTAKES: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 _METRIC: Final = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -85,11 +83,11 @@ class LossGraph:
     def evaluate(
         self, data: Sequence[Any], logprobs: Sequence[Tensor], budget: Budget
     ) -> tuple[Tensor, dict[str, float]]:
-        """Run the graph on every datum, within a budget.
+        """Run the graph on every datum, forward and backward, within a budget.
 
         Raises:
             TooLargeError: the operations of all datums alone are more than the budget has.
-            ConfigError: an operation failed, or would be more than what is left.
+            ConfigError: an operation failed, in either direction, or would be more than what is left.
         """
         calls = sum(node["op"] not in ("placeholder", "output") for node in self.nodes)
         budget.spend(Cost(0, _PER_VALUE * self._values * len(data)))
@@ -102,7 +100,8 @@ class LossGraph:
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
         counts = {key: len(data) if key.endswith(":mean") else 1 for key in sums}
-        return torch.stack(losses).sum(), {key: value / counts[key] for key, value in sums.items()}
+        total = differentiated(self.name, torch.stack(losses).sum(), logprobs)
+        return total, {key: value / counts[key] for key, value in sums.items()}
 
     @property
     def _values(self) -> int:
