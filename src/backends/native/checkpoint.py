@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeGuard
 
@@ -34,6 +35,7 @@ from .optimizer import Optimizer, forget_casts
 __all__ = [
     "ADAPTER",
     "OUTSIDE",
+    "fingerprint",
     "frozen_fingerprint",
     "is_lora",
     "load_checkpoint",
@@ -112,13 +114,17 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
 
 
 def frozen_fingerprint(module: nn.Module) -> str:
-    """Return a digest of the frozen parameters: names, shapes, and a sample of each one's numbers."""
+    """Return the fingerprint of the frozen parameters."""
+    return fingerprint(p for p in module.named_parameters() if not p[1].requires_grad)
+
+
+def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """Return a digest of named parameters: names, shapes, and a sample of each one's numbers."""
     digest = hashlib.sha256()
-    for name, p in sorted(module.named_parameters()):
-        if not p.requires_grad:
-            digest.update(f"{name}{tuple(p.shape)}".encode())
-            for sample in sampled_numbers(full(p.detach())):
-                digest.update(sample.double().cpu().numpy().tobytes())
+    for name, p in sorted(parameters, key=itemgetter(0)):
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        for sample in sampled_numbers(full(p.detach())):
+            digest.update(sample.double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
