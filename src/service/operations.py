@@ -10,6 +10,7 @@ from typing import Any, final
 
 from ..backends.native.models.lora import LoraChoice
 from ..errors import ServiceError, UnsupportedError
+from .durability.descriptions import expiry
 from .durability.journal import Journal
 from .durability.recovery import recover
 from .limits import Limits
@@ -126,8 +127,9 @@ class Operations:
         self.samplers.forget(session)
 
     def sweep(self) -> None:
-        """Let go of graphs that are too old, and of what silent sessions hold beside models and samplers."""
+        """Let go of graphs and samplers whose time has passed, and of what silent sessions hold beside models and samplers."""
         self.training.graphs.sweep()
+        self.samplers.sweep()
         for session in self.sessions.silent_ones(self.limits.idle_seconds):
             self.training.forget_session(session)
 
@@ -202,7 +204,8 @@ class Operations:
                 uri = self._save(owner, model_id, "sampler_weights", number, body)
                 return {"path": uri, "type": "save_weights_for_sampler"}
             session = f"{model_id.split(':')[0]}:sample:{number_of(body, 'sampling_session_seq_id')}"
-            self.samplers.add(session, owner, self.models.sampler(model_id))
+            expires = expiry(body.get("ttl_seconds"), self.models.checkpoints.clock())
+            self.samplers.add(session, owner, self.models.sampler(model_id), expires)
             return {"sampling_session_id": session, "type": "save_weights_for_sampler"}
 
         # The SDK numbers the session anew each time it asks again, so that number is no part of what must be the same.

@@ -130,10 +130,9 @@ class Checkpoints:
     def fingerprint(self, uri: str) -> str:
         """Digest of a checkpoint's manifest, which names the digests of its files; empty if there is no checkpoint."""
         try:
-            manifest = self.place(uri) / MANIFEST
-        except CheckpointError:
+            return hashlib.sha256((self.place(uri) / MANIFEST).read_bytes()).hexdigest()
+        except (CheckpointError, FileNotFoundError):
             return ""
-        return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else ""
 
     def delete(self, uri: str) -> None:
         """Remove a checkpoint, at once and as a whole."""

@@ -18,7 +18,7 @@ from typing import Any, Final, final
 from ...backends.native.checkpoint_files import MANIFEST
 from ...errors import StorageError
 from .integrity import Mark, damage_of, set_aside
-from .schema import COLUMNS, checksum, create, is_whole, migrate, register
+from .schema import COLUMNS, VERSION, checksum, create, is_whole, migrate, register
 from .storage import explained
 
 __all__ = ["ROWS_AT_ONCE", "Database", "Statement", "damaged_row"]
@@ -90,12 +90,14 @@ class Database:
             db.execute(q).fetchone() for q in ("PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
         self._written, marked = 0, self._mark.read()
-        if not tables or version == 1:
-            self._transact(db, lambda: (migrate if tables else create)(db))
-        else:
+        if tables and version > 1:
             self._written = int(self.meta("written") or 0)
+        elif not tables:
+            self._transact(db, lambda: create(db))
         incident = self._incident(damage, bool(tables), marked)
         self._written = max(self._written, marked or 0)  # else the mark would tell of the loss for ever
+        if tables and version < VERSION:
+            self._transact(db, lambda: migrate(db, version))
         if incident:
             self._transact(db, lambda: self._execute(_meta("incident", json.dumps([incident, time.time()]))))
         self._caveat = self._known_caveat()

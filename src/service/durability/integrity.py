@@ -53,7 +53,7 @@ def _damage(db: sqlite3.Connection, path: Path) -> str | None:
     )
     if not tables:
         return None
-    if version not in (1, VERSION):
+    if not 1 <= version <= VERSION:
         raise ServiceError(
             f"{path} is a journal of version {version}, and this server writes {VERSION}: serve from another folder"
         )
@@ -66,7 +66,7 @@ def _damage(db: sqlite3.Connection, path: Path) -> str | None:
     there = set(db.execute(f"SELECT {columns} FROM sqlite_master"))
     if not shape(version) <= there or (version == VERSION and there != shape(version)):
         return f"its tables are not those of version {version}"
-    return _damaged_meta(db) if version == VERSION else None
+    return _damaged_meta(db) if version > 1 else None
 
 
 def _damaged_meta(db: sqlite3.Connection) -> str | None:

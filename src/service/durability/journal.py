@@ -112,9 +112,31 @@ class Journal:
         """Return how many ``sessions``, ``models`` or ``checkpoints`` an owner has."""
         return self.database.total(table, owner)
 
-    def add_sampler(self, sampler: str, owner: str, path: str | None, durable: bool) -> None:
-        """Note a sampling session: on a checkpoint, on the base (no path), or on weights that live in memory only."""
-        self.database.put("samplers", sampler, owner, path, int(durable), time.time())
+    def add_sampler(
+        self,
+        sampler: str,
+        owner: str,
+        path: str | None,
+        durable: bool,
+        *,
+        fingerprint: str | None = None,
+        expires: float | None = None,
+    ) -> None:
+        """Note a sampling session: on a checkpoint, on the base (no path), or on weights that live in memory only.
+
+        Args:
+            sampler, owner: its id, and whose it is.
+            path: of the checkpoint.
+            durable: whether the weights are not in memory only.
+            fingerprint: of the weights; None: not known, as in journals of older versions.
+            expires: when its time to live ends, seconds of the epoch; None: never.
+        """
+        self.database.put("samplers", sampler, owner, path, int(durable), time.time(), fingerprint, expires)
+
+    def bind_sampler(self, sampler: str, fingerprint: str) -> None:
+        """Note which weights a sampling session is on."""
+        for row in self.database.rows("samplers", "WHERE id = ?", sampler):
+            self.database.put("samplers", *{**row, "fingerprint": fingerprint}.values())
 
     def sampler(self, sampler: str) -> Row | None:
         """Return a sampling session's row."""

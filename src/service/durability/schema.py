@@ -1,4 +1,4 @@
-"""The tables of the journal, the checksum of each row, and how a journal of version 1 becomes one of this version."""
+"""The tables of the journal, the checksum of each row, and how journals of older versions become ones of this version."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .checkpoints import Checkpoints
 
 __all__ = ["COLUMNS", "VERSION", "answer_checksum", "checksum", "create", "is_whole", "migrate", "register", "shape"]
 
-VERSION: Final = 2
+VERSION: Final = 3
 COLUMNS: Final[dict[str, tuple[str, ...]]] = {  # what the checksum of a row covers
     "meta": ("key", "value"),
     "sessions": ("id", "owner", "metadata", "created", "ended"),
     "models": ("id", "session", "owner", "lora", "metadata", "origin", "created"),
-    "samplers": ("id", "owner", "path", "durable", "created"),
+    "samplers": ("id", "owner", "path", "durable", "created", "fingerprint", "expires"),
     "checkpoints": ("uri", "model", "kind", "name", "owner", "number", "bytes", "metadata", "created", "expires"),
     "saves": ("model", "number", "uri", "before", "metadata", "expires"),
     "operations": ("request", "owner", "line", "number", "digest", "kind", "created"),
@@ -34,7 +34,7 @@ CREATE INDEX models_of ON models (owner, created DESC, id);
 CREATE INDEX models_in ON models (session, created DESC, id);
 CREATE TABLE samplers (
   id TEXT PRIMARY KEY, owner TEXT NOT NULL, path TEXT, durable INTEGER NOT NULL, created REAL NOT NULL,
-  checksum BLOB NOT NULL);
+  fingerprint TEXT, expires REAL, checksum BLOB NOT NULL);
 CREATE TABLE checkpoints (
   uri TEXT PRIMARY KEY, model TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, owner TEXT NOT NULL,
   number INTEGER NOT NULL, bytes INTEGER NOT NULL, metadata TEXT NOT NULL, created REAL NOT NULL, expires REAL,
@@ -61,8 +61,10 @@ CREATE TABLE IF NOT EXISTS saves (
   model TEXT NOT NULL, number INTEGER NOT NULL, uri TEXT NOT NULL, before TEXT NOT NULL, metadata TEXT NOT NULL,
   PRIMARY KEY (model, number))
 """
-_ADDED: Final = {  # what version 1 does not have, by what it had
+_ADDED: Final = {  # what older versions do not have, by what they had
     ("sessions", "ended"): "NULL",
+    ("samplers", "fingerprint"): "NULL",
+    ("samplers", "expires"): "NULL",
     ("checkpoints", "kind"): "uri_part(uri, 1)",
     ("checkpoints", "name"): "uri_part(uri, 2)",
     ("checkpoints", "expires"): "NULL",
@@ -105,7 +107,7 @@ def create(db: sqlite3.Connection) -> None:
 def shape(version: int) -> set[tuple[str, ...]]:
     """Return what `sqlite_master` must hold in a journal of a version: type, name, table and, of this version, statement."""
     if version != VERSION:
-        return {("table", name, name) for name in _OLD}
+        return {("table", name, name) for name in (_OLD if version == 1 else COLUMNS)}
     db = sqlite3.connect(":memory:", isolation_level=None)
     try:
         create(db)
@@ -114,8 +116,32 @@ def shape(version: int) -> set[tuple[str, ...]]:
         db.close()
 
 
-def migrate(db: sqlite3.Connection) -> None:
-    """Turn a journal of version 1 into one of this version, within a transaction of the caller's."""
+def migrate(db: sqlite3.Connection, version: int) -> None:
+    """Turn a journal of an older version into one of this version, within a transaction of the caller's."""
+    if version == 1:
+        _migrate_all(db)
+    else:
+        _migrate_samplers(db)
+
+
+def _migrate_samplers(db: sqlite3.Connection) -> None:
+    """Add what version 2 does not know of samplers; a row that was damaged before keeps its checksum, which stays wrong."""
+    columns = COLUMNS["samplers"]
+    before = ", ".join(column for column in columns if ("samplers", column) not in _ADDED)
+    after = ", ".join(_ADDED.get(("samplers", column), column) for column in columns)
+    whole = f"row_checksum('samplers', {before}) = checksum"
+    (made,) = (statement for statement in _SCHEMA.split(";") if "CREATE TABLE samplers" in statement)
+    db.execute("ALTER TABLE samplers RENAME TO old_samplers")
+    db.execute(made)
+    db.execute(
+        f"INSERT INTO samplers ({', '.join(columns)}, checksum) SELECT {after}, "
+        f"CASE WHEN {whole} THEN row_checksum('samplers', {after}) ELSE checksum END FROM old_samplers"
+    )
+    db.execute("DROP TABLE old_samplers")
+    db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def _migrate_all(db: sqlite3.Connection) -> None:
     db.execute(_OLD_SAVES)
     indices = db.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL").fetchall()
     for (name,) in indices:

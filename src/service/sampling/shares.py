@@ -52,6 +52,10 @@ class Shares(Generic[T]):
             largest = {whose for whose, count in held.items() if count == most}
             self._drop({owner} if owner in largest and most > 1 else largest)
 
+    def drop(self, name: str) -> None:
+        """Let go of a thing, if it is there."""
+        self._things.pop(name, None)
+
     def forget(self, prefix: str) -> None:
         """Let go of all whose names begin so."""
         for name in [name for name in self._things if name.startswith(prefix)]:

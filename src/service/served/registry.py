@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...backends import TorchBackend
-from ...backends.native.checkpoint import load_weights
+from ...backends.native.checkpoint import fingerprint, load_weights
 from ...backends.native.checkpoint_files import MANIFEST
 from ...backends.native.models.facts.model_facts import read_facts
 from ...backends.native.models.hf import HFModel
@@ -85,6 +85,11 @@ class Base:
         """
         with naming(f"checkpoint {folder.parent.name}/{folder.name}", folder):
             return lora.as_saved(saved_config(folder), self.names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest that another model of the same shapes does not have."""
+        return fingerprint(self.model.named_parameters())
 
     @functools.cached_property
     def context(self) -> int | None:
