@@ -23,6 +23,7 @@ from ..prepared import loss_name
 from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .causal_lm import as_causal_lm
+from .checkpoint import checkpoint_bytes
 from .distributed.ranks import find_mesh
 from .engine import NativeEngine
 from .execution.batching import Layout
@@ -241,6 +242,10 @@ class TorchBackend(Backend):
             return SaveStateOutput(self._everywhere.save_weights(root, name, overwrite, ledger))
 
         return self._run(Call("save_weights", name), work)
+
+    def checkpoint_bytes(self, *, everything: bool = True) -> int:
+        """Return how many bytes `save_state` would write now, or, if not everything, `save_weights`."""
+        return checkpoint_bytes(self._native, self._accumulation.ledger, everything=everything)
 
     def export(
         self,

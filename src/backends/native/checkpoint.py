@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +24,7 @@ from .checkpoint_files import (
     read_manifest,
     read_tensors,
     saved_ledger,
+    tensors_size,
     unfinished,
     write_tensors,
 )
@@ -35,6 +37,7 @@ from .optimizer import Optimizer, forget_casts
 __all__ = [
     "ADAPTER",
     "OUTSIDE",
+    "checkpoint_bytes",
     "fingerprint",
     "frozen_fingerprint",
     "is_lora",
@@ -82,6 +85,18 @@ def save_checkpoint(
     with unfinished(final) as folder:
         _write(state, folder, ledger, everything)
     return str(final)
+
+
+def checkpoint_bytes(state: TrainingState, ledger: Ledger, *, everything: bool = True) -> int:
+    """Return how many bytes `save_checkpoint` would write now; nothing is written where checkpoints lie."""
+    files = _files(state, everything)
+    with tempfile.TemporaryDirectory() as scratch:
+        if is_lora(state.module):
+            state.module.write_adapter_config(Path(scratch))
+        config = sum(file.stat().st_size for file in Path(scratch).iterdir())
+    digest = "0" * 2 * hashlib.sha256().digest_size
+    manifest = _manifest(state, ledger, dict.fromkeys(files, digest), digest)
+    return sum(map(tensors_size, files.values())) + config + len(manifest.encode())
 
 
 def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> Ledger:
@@ -161,7 +176,7 @@ def _checked(module: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> Ca
     return apply
 
 
-def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool) -> None:
+def _files(state: TrainingState, everything: bool) -> dict[str, dict[str, Tensor]]:
     files = trained_weights(state.module)
     if everything:
         files |= {
@@ -169,6 +184,11 @@ def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool)
             "window.safetensors": state.accumulator.gradients,
             "random.safetensors": random_tensors(state),
         }
+    return files
+
+
+def _write(state: TrainingState, folder: Path, ledger: Ledger, everything: bool) -> None:
+    files = _files(state, everything)
     for file, tensors in files.items():
         write_tensors(tensors, folder / file)
     write_manifest(state, folder, ledger, files, frozen_fingerprint(state.module))
@@ -178,15 +198,20 @@ def write_manifest(state: TrainingState, folder: Path, ledger: Ledger, files: It
     """Write what makes files a checkpoint; last, as a folder without it is none."""
     if is_lora(state.module):
         state.module.write_adapter_config(folder)
+    digests = {file: file_digest(folder / file) for file in files}
+    (folder / MANIFEST).write_text(_manifest(state, ledger, digests, fingerprint))
+
+
+def _manifest(state: TrainingState, ledger: Ledger, digests: Mapping[str, str], frozen: str) -> str:
     manifest = {
         "format": FORMAT,
         "weights_version": state.weights_version,
         "operations": ledger.operations,
         "window": ledger.to_json(),
-        "frozen": fingerprint,
-        "files": {file: file_digest(folder / file) for file in files},
+        "frozen": frozen,
+        "files": digests,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return json.dumps(manifest, indent=1)
 
 
 def require_same(folder: Path, what: str, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:

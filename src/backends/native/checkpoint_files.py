@@ -32,6 +32,7 @@ __all__ = [
     "require_there",
     "require_undamaged",
     "saved_ledger",
+    "tensors_size",
     "unfinished",
     "write_tensors",
 ]
@@ -39,6 +40,15 @@ __all__ = [
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 _LONGEST: Final = 255 - len("..") - 8  # characters: a file system's limit, less what `unfinished` adds
+_METADATA: Final = {"format": "pt"}
+_DTYPES: Final = {  # as safetensors spells those that are not of three characters
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -89,7 +99,23 @@ def unfinished(final: Path) -> Iterator[Path]:
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write copies of tensors, which may share memory, as safetensors."""
     copied = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    save_file(copied, file, {"format": "pt"})
+    save_file(copied, file, _METADATA)
+
+
+def tensors_size(tensors: Mapping[str, Tensor]) -> int:
+    """Return the size of the file that `write_tensors` would write, bytes; with several dtypes, within 8 bytes a tensor."""
+    header: dict[str, Any] = {"__metadata__": _METADATA}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        described = {
+            "dtype": _DTYPES.get(tensor.dtype, "F32"),
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        header[name] = described
+    written = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-written // 8) * 8 + end
 
 
 def _replace(folder: Path, final: Path) -> None:
