@@ -236,18 +236,9 @@ class Operations:
         return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 
     def _save(self, owner: str, model_id: str, kind: str, number: int, body: Json, readers: Sequence[Any] = ()) -> str:
-        self._require_space(owner, model_id, self.models.checkpoints.uri(model_id, kind, body["path"]))
         overwrite, metadata = bool(body.get("overwrite", False)), body.get("user_metadata")
         asked = Save(owner, model_id, kind, number, body["path"], overwrite, metadata, body.get("ttl_seconds"), readers)
-        return save(self.models, self.journal, asked)
-
-    def _require_space(self, owner: str, model_id: str, uri: str) -> None:
-        """Check that an owner may write another checkpoint, which takes at least what its trained weights do."""
-        checkpoints = self.models.checkpoints
-        weights = self.models.backend(model_id).model.parameters()
-        size = sum(p.numel() * p.element_size() for p in weights if p.requires_grad)
-        replaced = checkpoints.size(uri) if checkpoints.fingerprint(uri) else 0
-        self.require_space(owner, max(0, size - replaced))
+        return save(self.models, self.journal, asked, self.require_space)
 
     def require_space(self, owner: str, size: int) -> None:
         """Check that an owner may have so many bytes of checkpoints more.

@@ -36,7 +36,7 @@ TOGETHER: Final = frozenset(
         *("save_state", "save_weights", "load_state", "load_state_with_optimizer", "export"),
     )
 )
-LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "hold", "pull"})
+LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "checkpoint_bytes", "hold", "pull"})
 
 
 @final

@@ -53,12 +53,16 @@ class Description:
         known = {ours: model[theirs] for theirs, ours in names.items()}
         return cls(model["owner"], model["id"], number, metadata, created, expires, **known)
 
+    def text(self) -> str:
+        """Return what is written into a checkpoint's folder."""
+        fields = asdict(self)
+        return json.dumps({**fields, "checksum": _checksum(fields)})
+
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's folder, over an earlier one, at once."""
-        fields = asdict(self)
         place, unfinished = folder / _FILE, folder / f".{_FILE}"
         with unfinished.open("w") as file:
-            json.dump({**fields, "checksum": _checksum(fields)}, file)
+            file.write(self.text())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from ...errors import CheckpointError
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
 from ..durability.storage import storage_error
+from ..served.encryption import encrypted_size
 from ..served.registry import ServedModels
 
 __all__ = ["Save", "save"]
@@ -44,8 +45,19 @@ class Save:
     readers: Sequence[Any] = ()
 
 
-def save(models: ServedModels, journal: Journal, asked: Save) -> str:
+def save(
+    models: ServedModels,
+    journal: Journal,
+    asked: Save,
+    require_space: Callable[[str, int], None] = lambda owner, size: None,
+) -> str:
     """Write a checkpoint and return its URI; the journal knows of it before and after, so that a kill between leaves no doubt.
+
+    Args:
+        models: of whom it is one.
+        journal: is told of it.
+        asked: what is saved.
+        require_space: is asked first; raises if the owner may not have so many bytes more.
 
     Raises:
         CheckpointError: the name leaves the folder, or is taken.
@@ -55,22 +67,37 @@ def save(models: ServedModels, journal: Journal, asked: Save) -> str:
     checkpoints, now = models.checkpoints, models.checkpoints.clock()
     expires = expiry(asked.ttl, now)
     uri = checkpoints.uri(asked.model, asked.kind, asked.name)
-    before = checkpoints.fingerprint(uri)
+    row, before = journal.model(asked.model), checkpoints.fingerprint(uri)
+    metadata = json.dumps(asked.metadata)
+    described = None if row is None else Description.of(row, asked.number, metadata, now, expires)
+    replaced = checkpoints.size(uri) if before else 0
+    require_space(asked.owner, max(0, _size(models, asked, described) - replaced))
     journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
-    row = journal.model(asked.model)
     with checkpoints.changing:  # a sweep must not take the new one for the one whose time has passed
-        return _written(models, journal, asked, uri, row, now, expires)
+        return _written(models, journal, asked, uri, described, now, expires)
+
+
+def _size(models: ServedModels, asked: Save, described: Description | None) -> int:
+    """Return how many bytes are about to be written."""
+    size = models.backend(asked.model).checkpoint_bytes(everything=asked.kind == "weights")
+    note = 0 if described is None else len(described.text().encode())
+    return encrypted_size(size, asked.readers) + note
 
 
 def _written(
-    models: ServedModels, journal: Journal, asked: Save, uri: str, row: Any, now: float, expires: float | None
+    models: ServedModels,
+    journal: Journal,
+    asked: Save,
+    uri: str,
+    described: Description | None,
+    now: float,
+    expires: float | None,
 ) -> str:
     checkpoints = models.checkpoints
     try:
         models.save(asked.model, asked.kind, asked.name, asked.overwrite, asked.readers)
-        if row is not None:
-            metadata = json.dumps(asked.metadata)
-            Description.of(row, asked.number, metadata, now, expires).write(checkpoints.place(uri))
+        if described is not None:
+            described.write(checkpoints.place(uri))
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:
