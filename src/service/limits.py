@@ -114,11 +114,15 @@ def check_prompt(prompt: int, max_tokens: object, context: int | None) -> None:
     Raises:
         ConfigError: they do not fit together.
     """
-    most = max_tokens if isinstance(max_tokens, int) else 1
+    if context is None:
+        return
+    if prompt > context:
+        raise ConfigError(f"the prompt has {prompt} tokens; this model's context is {context}")
     # Of a prompt that is scored only, one token is sampled and not read again.
-    if context is not None and prompt + most > context + (most <= 1):
+    if isinstance(max_tokens, int) and max_tokens > 1 and prompt + max_tokens > context:
         raise ConfigError(
-            f"a prompt of {prompt} tokens and max_tokens {most} make {prompt + most}; this model's context is {context}"
+            f"a prompt of {prompt} tokens and max_tokens {max_tokens} make {prompt + max_tokens}; this model's context is "
+            f"{context}"
         )
 
 

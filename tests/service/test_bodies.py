@@ -116,14 +116,16 @@ def test_what_is_over_the_context_fails_before_any_work(web: Any, url: str) -> N
     assert "datum 0 has 17 tokens; this model's context is 16" in answer["error"]
     sampling = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
     sampler = http.post("create_sampling_session", json=sampling).json()["sampling_session_id"]
-    for prompt, most, status in ((10, 6, 200), (10, 7, 400), (16, 1, 200), (17, 1, 400), (16, None, 200)):
+    both, long = "a prompt of 10 tokens and max_tokens 7 make 17", "the prompt has 17 tokens"
+    cases = ((10, 6, ""), (10, 7, both), (16, 1, ""), (17, 1, long), (16, None, ""), (17, None, long), (17, 9, long))
+    for prompt, most, words in cases:
         sent = {"sampling_session_id": sampler, "prompt": {"chunks": [{"tokens": [1] * prompt}]}}
         answer = http.post("asample", json={**sent, "sampling_params": {"max_tokens": most}})
-        assert answer.status_code == status, answer.text
-        if status == 200:
-            assert "error" not in finished(http, answer.json()["request_id"])
+        assert answer.status_code == (400 if words else 200), answer.text
+        if words:
+            assert answer.json()["detail"] == f"{words}; this model's context is 16"
         else:
-            assert "context is 16" in answer.json()["detail"]
+            assert "error" not in finished(http, answer.json()["request_id"])
 
 
 def test_a_context_that_is_not_known_bounds_nothing() -> None:

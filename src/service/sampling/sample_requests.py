@@ -83,8 +83,13 @@ class RequestedScores:
             cells=cells,
         )
 
-    def check(self, vocab: int, tokens: int) -> None:
-        """Check what is asked for against a vocabulary, and the size of the answer for so many tokens.
+    def check(self, vocab: int, prompt: int, completions: int) -> None:
+        """Check what is asked for against a vocabulary, and how large the answer can become.
+
+        Args:
+            vocab: rows of the head.
+            prompt: its tokens.
+            completions: the most tokens that all of them together can have.
 
         Raises:
             ConfigError: a token or a number of tokens beyond the vocabulary, or too large an answer.
@@ -93,8 +98,13 @@ class RequestedScores:
         if most > vocab:
             raise ConfigError(f"the top-{most} tokens were asked for; the vocabulary has {vocab}")
         columns = 0 if self.given is None else self.given.shape[1]
-        if tokens * max(most, self.sampled, columns) > _MOST:
-            raise ConfigError(f"more than {_MOST} numbers were asked for at once; ask for fewer of each position")
+        numbers = prompt * max(self.prompt_top, self.sampled, columns) + completions * self.completion_top
+        if numbers > _MOST:
+            raise ConfigError(
+                f"up to {numbers:,} numbers were asked for at once, for a prompt of {prompt:,} tokens and completions of up to "
+                f"{completions:,} together; this server answers {_MOST:,}: ask for fewer of each position, for fewer "
+                "completions, or for a smaller max_tokens"
+            )
         if self.given is not None and self.given.numel() and int(self.given.max()) >= vocab:
             raise ConfigError(f"target_prompt_logprobs names token {int(self.given.max())} of a vocabulary of {vocab}")
 

@@ -125,9 +125,8 @@ class Samplers:
             )
         requested = RequestedScores.of(body, prompt, params.temperature)
         sampler = self._sampler(owner, session)
-        requested.check(sampler.vocab_size, len(prompt))
+        requested.check(sampler.vocab_size, len(prompt), n * params.max_tokens)
         rollouts = yield from sampler.complete(prompt, n, params, ends, owner)
-        requested.check(sampler.vocab_size, len(prompt) + sum(len(r.tokens) for r in rollouts))
         scores = yield from requested.answer(sampler, prompt, rollouts)
         return encode_sample([(r.stop_reason, r.tokens, r.logprobs) for r in rollouts], scores)
 
