@@ -182,3 +182,15 @@ def test_a_config_that_could_not_be_used_is_refused_without_data() -> None:
         else:
             with pytest.raises(ConfigError, match="kl_coeff"):
                 with_provenance(request, [])
+
+
+@pytest.mark.parametrize("key", ["clip_low_threshold", "clip_high_threshold"])
+def test_thresholds_of_single_tokens_are_refused(client: Any, current: torch.Tensor, key: str) -> None:
+    """The protocol knows them, and no loss here does: the refusal says so, and what takes their place."""
+    datum = sdk_datum(current)
+    datum.loss_fn_inputs[key] = tinker.TensorData.from_torch(torch.full((5,), 0.9))
+    with pytest.raises(
+        tinker.RequestFailedError, match=f"datum 0: {key} for single tokens is not supported .* loss_fn_config"
+    ):
+        loss_of(client, datum, "ppo")
+    assert loss_of(client, sdk_datum(current), "ppo", {key: 0.9 if "low" in key else 1.1})

@@ -15,6 +15,7 @@ __all__ = ["with_provenance"]
 
 _STABLE: Final = "stable_reinforce"
 _NEEDS: Final = ("target_tokens", "advantages", "logprobs")
+_THRESHOLDS: Final = ("clip_low_threshold", "clip_high_threshold")
 _SAYS: Final = {"dro": ("weights",), "gspo": ("weights", "sequence_ratio_mask")}  # inputs that tell prompt from sample
 
 
@@ -26,9 +27,12 @@ def with_provenance(request: GradientRequest, data: Sequence[Datum]) -> list[Dat
     ``stable_reinforce`` are checked here; the registry then says why it is not provided.
 
     Raises:
-        InvalidDatumsError: provenance that does not fit its datum, or inputs that ``stable_reinforce`` could not use.
+        InvalidDatumsError: provenance that does not fit its datum, inputs that ``stable_reinforce`` could not use, or clip
+            thresholds of single tokens, which no loss here takes.
         ConfigError: a config that ``stable_reinforce`` could not use.
     """
+    if request.loss_fn != "custom":  # whose inputs have the names that its sender gives them
+        _raise([_thresholds(datum) for datum in data])
     if request.loss_fn == _STABLE:
         _check_config(request.config)
         _raise([_stable_problems(datum, given) for datum, given in _pairs(request, data)])
@@ -51,6 +55,11 @@ def _raise(problems: Sequence[Sequence[str]]) -> None:
     numbered = [f"datum {i}: {problem}" for i, several in enumerate(problems) for problem in several]
     if numbered:
         raise InvalidDatumsError(numbered)
+
+
+def _thresholds(datum: Datum) -> list[str]:
+    words = "for single tokens is not supported by this server, and would be ignored: give one for all tokens in loss_fn_config"
+    return [f"{key} {words}" for key in _THRESHOLDS if key in datum.loss_fn_inputs]
 
 
 def _misfits(datum: Datum, provenance: Provenance) -> list[str]:
