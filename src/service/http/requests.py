@@ -10,6 +10,7 @@ from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, Sto
 from ..limits import Limits
 from ..wire.framing import WireBounds
 from ..wire.json_bounds import JsonBounds, parse_json
+from ..wire.texts import require_writable, words_of
 from .bodies import HeldBytes
 
 __all__ = ["Bounds", "Call", "json_response", "prompt_length", "refusal"]
@@ -23,8 +24,9 @@ _FIELDS_PER_DATUM: Final = 100
 _SPARSE: Final = 1 << 22
 
 _CUSTOM: Final = "TrainingClient.forward_backward_custom"
+_IDS: Final = ("model_id", "session_id", "request_id", "sampling_session_id")
 _TYPES: Final[dict[str, type]] = {
-    **dict.fromkeys(("model_id", "session_id", "request_id", "sampling_session_id"), str),
+    **dict.fromkeys(_IDS, str),
     **dict.fromkeys(("path", "model_path", "tinker_path", "base_model"), str),
     **dict.fromkeys(("seq_id", "model_seq_id", "custom_loss_seq_id", "sampling_session_seq_id"), int),
     **dict.fromkeys(("forward_input", "forward_backward_input", "adam_params", "lora_config", "user_metadata"), dict),
@@ -79,7 +81,7 @@ class Call:
         """The JSON body, once it is loaded.
 
         Raises:
-            ServiceError: it is no object.
+            ServiceError: it is no object, a field is of another type, or an id holds half of a character.
         """
         content = self._content
         if not isinstance(content, dict):
@@ -87,6 +89,8 @@ class Call:
         for key, kind in _TYPES.items():
             if not isinstance(content.get(key), (kind, type(None))) or isinstance(content.get(key), bool):
                 raise ServiceError(f"{key} must be of type {kind.__name__}, got {type(content[key]).__name__}")
+        for key in _IDS:
+            require_writable(key, content.get(key))
         return content
 
     @property
@@ -143,19 +147,20 @@ def refusal(error: Exception) -> Any:
         Exception: the error itself, where it is not a mistake of the client's.
     """
     if isinstance(error, BusyError):
-        response = json_response({"detail": str(error)}, 429)
+        response = json_response({"detail": words_of(error)}, 429)
         response.headers["retry-after"] = "1"
         return response
     if isinstance(error, TooLargeError):
-        return json_response({"detail": str(error)}, 413)
+        return json_response({"detail": words_of(error)}, 413)
     if isinstance(error, StorageError):
-        response = json_response({"detail": str(error)}, 507)
+        response = json_response({"detail": words_of(error)}, 507)
         response.headers["x-should-retry"] = "false"  # asking again at once would not help
         return response
     if isinstance(error, NotFoundError):
-        return json_response({"detail": str(error)}, 404)
+        return json_response({"detail": words_of(error)}, 404)
     if isinstance(error, PullbackError):
-        return json_response({"detail": str(error)}, 400)
+        return json_response({"detail": words_of(error)}, 400)
     if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)):
-        return json_response({"detail": f"malformed request: {type(error).__name__} {error}"}, 400)
+        what = "" if isinstance(error, UnicodeEncodeError) else f"{type(error).__name__} "
+        return json_response({"detail": f"malformed request: {what}{words_of(error)}"}, 400)
     raise error

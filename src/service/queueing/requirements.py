@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import PullbackError, RankError, ServiceError, StorageError
 from ..durability.answers import Failure
+from ..wire.texts import words_of, writable
 
 __all__ = ["failure_of", "number_of", "optional_number_of", "require_number"]
 
@@ -16,9 +17,9 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, StorageError):
         return Failure(str(error), "server")
     if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)) and not isinstance(error, RankError):
-        message = f"malformed request: no {error}" if isinstance(error, KeyError) else str(error)
+        message = f"malformed request: no {error}" if isinstance(error, KeyError) else words_of(error)
         return Failure(message, "user")
-    return Failure(f"{type(error).__name__}: {error}", "server")
+    return Failure(writable(f"{type(error).__name__}: {error}"), "server")
 
 
 def require_number(name: str, number: object) -> int:
