@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -162,7 +165,9 @@ def test_an_archive_holds_every_byte(tmp_path_factory: pytest.TempPathFactory, s
     files = {f"adapter_{i}": os.urandom(size) for i, size in enumerate(sizes)}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    with tarfile.open(fileobj=io.BytesIO(b"".join(_tar(_opened(folder, list(files)))))) as archive:
+    (folder / "manifest.json").write_bytes(b"what it is")
+    version = hashlib.sha256(b"what it is").hexdigest()[:32]
+    with tarfile.open(fileobj=io.BytesIO(b"".join(_tar(_opened(folder, list(files), version))))) as archive:
         found = {name: archive.extractfile(name) for name in archive.getnames()}
         assert {name: opened.read() for name, opened in found.items() if opened} == {
             **files,
@@ -176,6 +181,60 @@ class Asked:
     owner, request = "me", type("Request", (), {"base_url": "http://127.0.0.1:1/"})
 
 
+def reading(address: str) -> Any:
+    """A request for an address, as far as it is read."""
+    parts = ("expires", "signature", "model", "kind", "checkpoint", "file")
+    return type("Request", (), {"path_params": dict(zip(parts, map(unquote, address.split("/")[-6:]), strict=True))})
+
+
+async def answered(downloads: Downloads, address: str) -> tuple[int, bytes]:
+    """The status and the body of the answer to an address."""
+    response = await downloads.file(reading(address))
+    parts = response.body_iterator if hasattr(response, "body_iterator") else None
+    body = response.body if parts is None else b"".join([part async for part in parts])
+    assert parts is None or "tar" in response.media_type or int(response.headers["content-length"]) == len(body)
+    return response.status_code, body
+
+
+NAMES = ("adapter_config.json", "adapter_model.safetensors", "archive.tar")
+
+
+@pytest.mark.parametrize("trained_between", [True, False])
+def test_an_address_leads_to_the_checkpoint_that_it_was_given_for(direct: Any, trained_between: bool) -> None:
+    """Overwritten between two files, no second one is sent, in words; one that says the same is the same checkpoint."""
+    direct.read(direct.call("save_for_sampler", 1, path="one"))
+    downloads = Downloads(direct.models.checkpoints, Listings(direct.models, direct.journal))
+    uri = "tinker://sess:train:0/sampler_weights/one"
+    call: Any = Asked()
+
+    def addresses() -> list[str]:
+        expires, version = downloads._expiry(), downloads._version(uri)
+        return [downloads._signed(call, uri, name, expires, version) for name in NAMES]
+
+    async def read() -> None:
+        given = addresses()
+        before = [await answered(downloads, address) for address in given]
+        assert [status for status, _ in before] == [200, 200, 200]
+        assert before[1][1] in before[2][1]
+        unread = await downloads.file(reading(given[1]))  # opened, and sent later
+        if trained_between:
+            direct.read(direct.gradient(2))
+            direct.read(direct.call("optim_step", 3))
+        direct.read(direct.call("save_for_sampler", 4 if trained_between else 2, path="one", overwrite=True))
+        assert b"".join([part async for part in unread.body_iterator]) == before[1][1]
+        after = [await answered(downloads, address) for address in given]
+        if not trained_between:
+            assert after == before
+            return
+        assert all(status == 404 and b"was overwritten after it was given" in body for status, body in after)
+        new = [await answered(downloads, address) for address in addresses()]
+        assert [status for status, _ in new] == [200, 200, 200]
+        assert new[1][1] != before[1][1]
+        assert new[1][1] in new[2][1]
+
+    asyncio.run(read())
+
+
 def test_an_address_expires(direct: Any) -> None:
     """It is good until its last second, and no longer."""
     now = [1000.0]
@@ -184,14 +243,10 @@ def test_an_address_expires(direct: Any) -> None:
     uri = "tinker://sess:train:0/external_weights/out"
     call: Any = Asked()
     expires = downloads._expiry()
-    address = downloads._signed(call, uri, "adapter_config.json", expires)
-    kind, name, file = address.split("/")[-3:]
-    given = {"model": "sess:train:0", "kind": kind, "checkpoint": name, "file": file}
-    request: Any = type(
-        "Request", (), {"path_params": {**given, "expires": expires, "signature": address.split("/")[-5]}}
-    )
+    version = downloads._version(uri)
+    request = reading(downloads._signed(call, uri, "adapter_config.json", expires, version))
     now[0] = 1060.0
-    assert downloads._verified(request) == (uri, "adapter_config.json")
+    assert downloads._verified(request) == (uri, "adapter_config.json", version)
     now[0] = 1060.1
     with pytest.raises(NotFoundError, match="expired"):
         downloads._verified(request)

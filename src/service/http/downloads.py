@@ -1,6 +1,8 @@
 """Adapters that leave the server: addresses that are signed and short-lived, and what they lead to.
 
 The SDK fetches them by a program of its own that sends no key: whoever has an address may read that one file until it expires.
+An address leads to the checkpoint as it was then: once another has taken its name, it leads nowhere, so that nobody puts an
+adapter together from two.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import os
 import secrets
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, BinaryIO, Final, final
 from urllib.parse import quote
 
+from ...backends.native.checkpoint_files import MANIFEST
 from ...errors import CheckpointError, NotFoundError
 from ..durability.checkpoints import Checkpoints
 from ..served.listings import Listings
@@ -31,6 +35,10 @@ _ARCHIVE: Final = "archive.tar"
 _COMPLETE: Final = "checkpoint_complete"  # an empty file that the SDK's command looks for in an archive
 _CHUNK: Final = 1 << 20
 _GONE: Final = "this address has expired, or is not one that this server gave: ask for another"
+_REPLACED: Final = (
+    "the checkpoint of this address was overwritten after it was given: ask for new addresses of all its files"
+)
+_VERSION: Final = 32  # characters of a fingerprint, which follow the signature
 Json = dict[str, Any]
 
 
@@ -58,7 +66,8 @@ class Downloads:
     async def urls(self, call: Call) -> Any:
         """Return an address for each file of an adapter."""
         uri, expires = self._listings.own(call.owner, call.path["id"], call.path["checkpoint"]), self._expiry()
-        urls = {name: self._signed(call, uri, name, expires) for name in self._files(uri)}
+        version = self._version(uri)
+        urls = {name: self._signed(call, uri, name, expires, version) for name in self._files(uri)}
         return json_response({"urls": urls, "expires": datetime.fromtimestamp(expires, UTC).isoformat()})
 
     async def archive(self, call: Call) -> Any:
@@ -66,24 +75,28 @@ class Downloads:
         from starlette.responses import Response
 
         uri, expires = self._listings.own(call.owner, call.path["id"], call.path["checkpoint"]), self._expiry()
-        where = {"location": self._signed(call, uri, _ARCHIVE, expires), "expires": formatdate(expires, usegmt=True)}
-        return Response(status_code=302, headers=where)
+        address = self._signed(call, uri, _ARCHIVE, expires, self._version(uri))
+        return Response(status_code=302, headers={"location": address, "expires": formatdate(expires, usegmt=True)})
 
     async def file(self, request: Any) -> Any:
         """Answer a signed address."""
-        from starlette.responses import FileResponse, StreamingResponse
+        from starlette.responses import StreamingResponse
 
         try:
-            uri, name = self._verified(request)
-            folder, files = self._checkpoints.locate(uri), self._files(uri)
-            if name == _ARCHIVE:
-                opened = _opened(folder, files)
-                return StreamingResponse(_tar(opened), media_type="application/x-tar")
-            if name in files:
-                return FileResponse(folder / name, media_type="application/octet-stream", filename=name)
-        except (NotFoundError, CheckpointError):
-            pass
-        return json_response({"detail": _GONE}, 404)
+            uri, name, version = self._verified(request)
+            files = self._files(uri)
+            opened = _opened(self._checkpoints.locate(uri), files if name == _ARCHIVE else [name], version)
+        except NotFoundError as error:
+            return json_response({"detail": str(error)}, 404)
+        except CheckpointError:  # which names what the address may be
+            return json_response({"detail": _GONE}, 404)
+        if name == _ARCHIVE:
+            return StreamingResponse(_tar(opened), media_type="application/x-tar")
+        about = {
+            "content-length": str(os.fstat(opened[name].fileno()).st_size),
+            "content-disposition": f'attachment; filename="{name}"',
+        }
+        return StreamingResponse(_parts(opened[name]), media_type="application/octet-stream", headers=about)
 
     def _expiry(self) -> int:
         return int(self._clock() + self._seconds)
@@ -91,40 +104,61 @@ class Downloads:
     def _files(self, uri: str) -> list[str]:
         return sorted(file.name for file in self._checkpoints.locate(uri).iterdir() if file.name.startswith(_PUBLIC))
 
-    def _signed(self, call: Call, uri: str, name: str, expires: int) -> str:
+    def _version(self, uri: str) -> str:
+        return self._checkpoints.fingerprint(uri)[:_VERSION]
+
+    def _signed(self, call: Call, uri: str, name: str, expires: int, version: str) -> str:
         model, kind, checkpoint = self._checkpoints.parts(uri)
         path = "/".join(quote(part) for part in (model, kind, checkpoint, name))
-        return f"{call.request.base_url}api/v1/downloads/{expires}/{self._signature(uri, name, expires)}/{path}"
+        signature = self._signature(uri, name, expires, version)
+        return f"{call.request.base_url}api/v1/downloads/{expires}/{signature}/{path}"
 
-    def _verified(self, request: Any) -> tuple[str, str]:
+    def _verified(self, request: Any) -> tuple[str, str, str]:
         given = request.path_params
-        uri = self._checkpoints.uri(given["model"], given["kind"], given["checkpoint"])
-        ours = self._signature(uri, given["file"], given["expires"])
+        uri, version = (
+            self._checkpoints.uri(given["model"], given["kind"], given["checkpoint"]),
+            given["signature"][-_VERSION:],
+        )
+        ours = self._signature(uri, given["file"], given["expires"], version)
         # Bytes, as text that is not ASCII cannot be compared; and only what was signed here is read as a number.
         if not hmac.compare_digest(ours.encode(), given["signature"].encode()) or int(given["expires"]) < self._clock():
             raise NotFoundError(_GONE)
-        return uri, given["file"]
+        return uri, given["file"], version
 
-    def _signature(self, uri: str, name: str, expires: int | str) -> str:
-        return hmac.new(self._secret, f"{expires} {uri} {name}".encode(), hashlib.sha256).hexdigest()
+    def _signature(self, uri: str, name: str, expires: int | str, version: str) -> str:
+        signed = hmac.new(self._secret, f"{expires} {uri} {name} {version}".encode(), hashlib.sha256)
+        return signed.hexdigest() + version
 
 
-def _opened(folder: Path, files: list[str]) -> dict[str, BinaryIO]:
-    """Open all files of one folder, whatever takes its name, or its place in the lists, while they are sent."""
-    opened: dict[str, BinaryIO] = {}
-    handle = None
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        for name in files:
-            opened[name] = os.fdopen(os.open(name, os.O_RDONLY, dir_fd=handle), "rb")
-    except OSError as error:
-        for file in opened.values():
-            file.close()
-        raise CheckpointError("it changed, or was deleted, meanwhile") from error
-    finally:
-        if handle is not None:
-            os.close(handle)
-    return opened
+def _opened(folder: Path, files: Sequence[str], version: str) -> dict[str, BinaryIO]:
+    """Open files of one folder, whatever takes its name, or its place in the lists, while they are sent.
+
+    Raises:
+        NotFoundError: another checkpoint has taken its name.
+        CheckpointError: one of them is gone.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, handle)
+            with os.fdopen(os.open(MANIFEST, os.O_RDONLY, dir_fd=handle), "rb") as manifest:
+                found = hashlib.sha256(manifest.read()).hexdigest()[:_VERSION]
+            if found != version:
+                raise NotFoundError(_REPLACED)
+            opened: dict[str, BinaryIO] = {}
+            with ExitStack() as unless_all:
+                for name in files:
+                    opened[name] = unless_all.enter_context(os.fdopen(os.open(name, os.O_RDONLY, dir_fd=handle), "rb"))
+                unless_all.pop_all()
+            return opened
+        except OSError as error:
+            raise CheckpointError("it changed, or was deleted, meanwhile") from error
+
+
+def _parts(opened: BinaryIO) -> Iterator[bytes]:
+    with opened:
+        while part := opened.read(_CHUNK):
+            yield part
 
 
 def _tar(files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
@@ -134,8 +168,7 @@ def _tar(files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
             header, about = tarfile.TarInfo(name), os.fstat(opened.fileno())
             header.size, header.mtime = about.st_size, int(about.st_mtime)
             yield header.tobuf()
-            while part := opened.read(_CHUNK):
-                yield part
+            yield from _parts(opened)
             yield bytes(-header.size % tarfile.BLOCKSIZE)
     yield tarfile.TarInfo(_COMPLETE).tobuf()
     yield bytes(2 * tarfile.BLOCKSIZE)
