@@ -6,11 +6,12 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranked_service import RankedService, asked, gradient, one_process, ranked, trained
-from servers import KEY, SDK_WARNINGS, new_model, rest
+from servers import KEY, SDK_WARNINGS, finished, new_model, rest
 from service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
 
 from pullback.service import serving
@@ -85,6 +86,27 @@ def test_a_skipped_step_is_noticed_and_not_half_made(two: RankedService) -> None
         assert norms[0] == pytest.approx(norms[1], rel=EXACT)
 
 
+def test_a_load_that_fails_has_changed_nothing(two: RankedService) -> None:
+    """On any process: the next steps are those of a model that was not asked to load."""
+    with rest(two.url) as http:
+        norms = []
+        for asked_for in (True, False):
+            _, made = new_model(http, seed=7)
+            model = made["model_id"]
+            half_trained(http, model)
+            path = asked(http, model, "save_weights", 4, path="whole")["path"]
+            if asked_for:
+                (folder,) = two.root.glob(f"{model.replace(':', '_')}/weights/whole")
+                (folder / "optimizer.safetensors").unlink()
+                refused = asked(http, model, "load_weights", 5, path=path, optimizer=True)
+                assert "optimizer.safetensors" in refused["error"]
+            first = asked(http, model, "optim_step", 5 + asked_for, **STEP)
+            asked(http, model, "forward_backward", 6 + asked_for, **GOOD)
+            second = asked(http, model, "optim_step", 7 + asked_for, **STEP)
+            norms.append((first["metrics"]["grad_norm"], second["metrics"]["grad_norm"]))
+        assert norms[0] == pytest.approx(norms[1], rel=EXACT)
+
+
 def test_a_mistake_of_the_client_is_not_the_servers(two: RankedService) -> None:
     """Every process refuses it; the first one's words are the answer, and training goes on."""
     with rest(two.url) as http:
@@ -149,6 +171,36 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
 
 
-def test_both_processes_end_when_the_first_one_does(two: RankedService) -> None:
-    """Asked to end, rank 0 ends by the signal, and rank 1 without an error (this is the last test of these processes)."""
-    assert two.end() == [128 + signal.SIGTERM, 0]
+def test_what_is_in_memory_is_saved_when_they_are_asked_to_end(two: RankedService, tmp_path: Path) -> None:
+    """Asked to end as torchrun asks, rank 0 ends by the signal, and rank 1 without an error; one process goes on from there.
+
+    Weights, moments and the accumulated gradient are those of a model that was never interrupted. This is the last test of these
+    processes.
+    """
+    models, norms = one_process(tmp_path), []
+    with rest(two.url) as http:
+        _, made = new_model(http, seed=7)
+        left = made["model_id"]
+        half_trained(http, left)
+        assert two.end(everyone=True) == [128 + signal.SIGTERM, 0]
+    models.checkpoints.root = two.root
+    with serving(models) as url, rest(url) as http:
+        session, made = new_model(http, seed=7)
+        half_trained(http, made["model_id"])
+        (saved,) = http.get(f"training_runs/{left}/checkpoints").json()["checkpoints"]
+        assert re.fullmatch(rf"tinker://{left}/weights/shutdown-\d{{8}}T\d{{6}}Z", saved["tinker_path"])
+        given = {"session_id": session, "model_seq_id": 1, "path": saved["tinker_path"], "optimizer": True}
+        again = finished(http, http.post("load_weights", json=given).json()["request_id"])
+        for model, number in ((made["model_id"], 4), (again["model_id"], 1)):
+            first = asked(http, model, "optim_step", number, **STEP)
+            asked(http, model, "forward_backward", number + 1, **GOOD)
+            second = asked(http, model, "optim_step", number + 2, **STEP)
+            norms.append([first["metrics"]["grad_norm"], second["metrics"]["grad_norm"]])
+    assert norms[0] == pytest.approx(norms[1], rel=EXACT)
+
+
+def half_trained(http: Any, model: str) -> None:
+    """A step, and a gradient that no step has used."""
+    asked(http, model, "forward_backward", 1, **GOOD)
+    asked(http, model, "optim_step", 2, **STEP)
+    asked(http, model, "forward_backward", 3, **gradient([3, 3, 5], [4, 1]))

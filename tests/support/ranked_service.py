@@ -59,9 +59,10 @@ class RankedService:
                 time.sleep(0.05)
         raise RuntimeError("the service did not start")
 
-    def end(self) -> list[int]:
-        """Ask rank 0 to end, and return how both have ended."""
-        self.processes[0].terminate()
+    def end(self, everyone: bool = False) -> list[int]:
+        """Ask rank 0 to end, or all of them as torchrun does; return how both have ended."""
+        for process in self.processes if everyone else self.processes[:1]:
+            process.terminate()
         for process in self.processes:
             process.communicate(timeout=_SECONDS)
         return [process.returncode for process in self.processes]
