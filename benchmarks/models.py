@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pullback import Datum, ModelInput, TorchBackend
-from pullback.cli.models import smollm2_file
+from pullback.cli.arguments.models import smollm2_file
 from pullback.testing import random_llama
 
 __all__ = ["batch", "load"]

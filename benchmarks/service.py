@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import pullback
 from pullback import AdamParams, Datum, ModelInput, SamplingParams, TorchBackend
 from pullback.backends.native.models.lora import LoraChoice
-from pullback.cli.models import load_named
+from pullback.cli.arguments.models import load_named
 from pullback.service import Base
 
 from .models import batch

@@ -19,8 +19,8 @@ from ..backends.native.execution.forward import score
 from ..backends.prepared import ScoreRequest
 from ..datums import Datum, ModelInput, datum_from_tokens_weights
 from ..testing.agreement import sampling_agreement
-from ..testing.numerics import NumericsRow, head_numerics, hidden_of, model_numerics
-from .models import MODEL_HELP, load_named
+from ..testing.modelcheck.numerics import NumericsRow, head_numerics, hidden_of, model_numerics
+from .arguments.models import MODEL_HELP, load_named
 
 __all__ = ["add_parser", "bench_numerics", "example_text", "load_backend", "prompt_of"]
 

@@ -16,8 +16,8 @@ from ..datums import Datum
 from ..errors import ConfigError, PullbackError
 from ..testing.backend_diff import diff
 from ..testing.examples import example_datums
-from .backends import BACKEND_HELP, NamedBackend, model_of, open_backend
-from .check_loss import load
+from .arguments.backends import BACKEND_HELP, NamedBackend, model_of, open_backend
+from .check.loss import load
 from .explain import DATUMS_HELP, read_datums
 
 __all__ = ["add_parser"]

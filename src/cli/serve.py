@@ -23,7 +23,7 @@ from ..service.durability.storage import lock_folder
 from ..service.http.server import serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, ServedModels
-from .models import MODEL_HELP, default_device, load_named
+from .arguments.models import MODEL_HELP, default_device, load_named
 
 __all__ = ["add_parser", "load_base"]
 

@@ -14,12 +14,12 @@ from .conformance import PROMISES, BackendReport, backend_report, check_backend
 from .datacheck import DataRow, check_builder
 from .examples import example_datums
 from .losscheck import LOSS_PROPERTIES, LossCheckError, LossProperties, LossReport, loss_report
-from .model_checks import ModelRow, check_model
+from .modelcheck.check import ModelRow, check_model
+from .modelcheck.numerics import NumericsRow, head_numerics, model_numerics
 from .models.leaky import FutureLeakLM, PackingLeakLM, RowLeakLM
 from .models.llama import random_llama
 from .models.smollm2 import smollm2_folder
 from .models.tiny import TinyLM
-from .numerics import NumericsRow, head_numerics, model_numerics
 from .properties import check_loss, cotangent
 from .resume import verify_resume
 from .under_test import BackendUnderTest

@@ -12,7 +12,7 @@ from helpers import make_data
 from servers import KEY, SDK_WARNINGS
 
 from pullback.cli import main
-from pullback.cli.backends import open_backend
+from pullback.cli.arguments.backends import open_backend
 from pullback.errors import ConfigError
 from pullback.service import Base, ServedModels, serving
 from pullback.testing import random_llama

@@ -11,11 +11,11 @@ import torch
 from folders import chat_folder
 
 from pullback.cli import main
+from pullback.cli.arguments.models import MODEL_HELP, load_named
 from pullback.cli.demo.backends import native
 from pullback.cli.demo.data import own_tasks
 from pullback.cli.demo.models import pretrained
 from pullback.cli.demo.objectives import objectives
-from pullback.cli.models import MODEL_HELP, load_named
 from pullback.errors import ConfigError
 
 _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 
 from pullback import AdamParams, Datum, ModelInput, connect
 from pullback.cli import main, serve
-from pullback.cli.models import load_named
+from pullback.cli.arguments.models import load_named
 from pullback.cli.serve import load_base
 from pullback.errors import ConfigError
 from pullback.service import ServedModels, serving

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from servers import KEY, SDK_WARNINGS, Direct, adapter, finished, gradient_body, new_model, rest, tiny_models
 
 from pullback import AdamParams
-from pullback.backends.native.checkpoint_files import new_folder, unfinished
+from pullback.backends.native.checkpoints.files import new_folder, unfinished
 from pullback.backends.native.models.lora import LoraChoice
 from pullback.backends.native.optimizer import Optimizer
 from pullback.errors import CheckpointError, ConfigError

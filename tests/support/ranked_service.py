@@ -18,7 +18,7 @@ from ranks import start_ranks
 from safetensors.torch import load_file
 from servers import KEY, finished, json_datum
 
-from pullback.backends.remote.convert import ready
+from pullback.backends.remote.sdk.convert import ready
 from pullback.datums import to_tinker
 from pullback.service import Base, ServedModels
 

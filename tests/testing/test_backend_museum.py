@@ -10,7 +10,7 @@ import pytest
 from pullback.testing import PROMISES, backend_report
 from pullback.testing.museum import Exhibit
 from pullback.testing.museum.backends import BACKENDS
-from pullback.testing.museum.relay import Relay
+from pullback.testing.museum.backends.relay import Relay
 
 
 def test_a_backend_without_a_defect_passes() -> None:

@@ -17,9 +17,9 @@ from pullback.testing.conformance import run_check
 from pullback.testing.conformance.check import refused
 from pullback.testing.conformance.page import checks_table, defects_table, precision_table, results_table
 from pullback.testing.conformance.services import comparable
-from pullback.testing.museum.backend_requests import CustomDoubled, SignLost
 from pullback.testing.museum.backends import BACKENDS
-from pullback.testing.museum.relay import Relay
+from pullback.testing.museum.backends.relay import Relay
+from pullback.testing.museum.backends.requests import CustomDoubled, SignLost
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 FEW = [PROMISES[name] for name in ("scores_are_aligned", "gradients_match_the_loss", "retries_apply_once")]

@@ -19,7 +19,7 @@ from pullback.datums import Datum
 from pullback.losses import CrossEntropy
 from pullback.testing import BackendDiff, PackingLeakLM, TinyLM, diff
 from pullback.testing.backend_diff.numbers import counts_of, named_factor
-from pullback.testing.layouts import laid_out
+from pullback.testing.modelcheck.layouts import laid_out
 
 DATA = make_data([9, 6, 12, 8])
 WEIGHTED = [d.with_inputs(weights=0.5 * d.loss_fn_inputs["weights"].to_torch()) for d in DATA]

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from pullback.backends.native.models import packed_attention
 from pullback.backends.native.models.facts import probes
 from pullback.cli import main
-from pullback.testing import model_rows
-from pullback.testing.model_checks import ModelRow, check_model
+from pullback.testing.modelcheck import rows
+from pullback.testing.modelcheck.check import ModelRow, check_model
 from pullback.testing.models import zoo
 
 
@@ -80,8 +80,8 @@ def test_a_model_is_loaded_three_times() -> None:
 
 def test_a_difference_that_is_no_number_is_wrong() -> None:
     """NaN is no agreement."""
-    (figure,) = {model_rows.largest([torch.tensor(x)], [torch.zeros(2)]) for x in ([0.0, math.nan], [math.nan, 0.0])}
-    assert model_rows.judged(figure, 1.0, "single")[0] == "wrong"
+    (figure,) = {rows.largest([torch.tensor(x)], [torch.zeros(2)]) for x in ([0.0, math.nan], [math.nan, 0.0])}
+    assert rows.judged(figure, 1.0, "single")[0] == "wrong"
 
 
 def test_command_on_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from servers import SDK_WARNINGS, served
 from torch import Tensor
 
 from pullback.datums import Datum, to_tinker
-from pullback.testing.own_forward import own_logprobs
+from pullback.testing.modelcheck.own_forward import own_logprobs
 
 tinker = pytest.importorskip("tinker", reason="the SDK of Tinker is not installed: pip install 'pullback[remote]'")
 import tinker_sdk  # noqa: E402

@@ -17,20 +17,20 @@ from ...losses.base import Loss
 from ..base import Backend
 from ..engine import Call
 from ..futures import Answer, Future
-from ..given_cotangents import given_loss
 from ..operations import sized
 from ..prepared import loss_name
 from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .causal_lm import as_causal_lm
-from .checkpoint import checkpoint_bytes
+from .checkpoints.checkpoint import checkpoint_bytes
+from .checkpoints.export import export_model
 from .distributed.ranks import find_mesh
 from .engine import NativeEngine
 from .execution.batching import Layout
 from .execution.forward import model_device
 from .execution.memory import Overflow
 from .execution.retained import RetainedForward
-from .export import export_model
+from .given_cotangents import given_loss
 
 if TYPE_CHECKING:
     from .distributed.engine import DistributedEngine

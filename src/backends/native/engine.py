@@ -19,7 +19,8 @@ from ..prepared import PreparedCall, ScoreRequest
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import Accumulator
 from .causal_lm import CausalLM, as_causal_lm
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from .decoding.sampling import draw
 from .dtensors import require_whole
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
@@ -34,7 +35,6 @@ from .models.facts.model_facts import ModelFacts
 from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer
 from .plan import plan_call
-from .sampling import draw
 from .snapshot import Snapshot
 
 __all__ = ["NativeEngine"]

@@ -9,7 +9,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from .checkpoint import TrainingState
+from .checkpoints.checkpoint import TrainingState
 from .optimizer import forget_casts
 
 __all__ = ["Snapshot"]

@@ -5,6 +5,6 @@ from __future__ import annotations
 from .backend import RemoteBackend
 from .capabilities import Capabilities
 from .connect import connect
-from .futures import RemoteFuture
+from .connection.futures import RemoteFuture
 
 __all__ = ["Capabilities", "RemoteBackend", "RemoteFuture", "connect"]

@@ -8,10 +8,10 @@ from ...errors import RemoteError
 from ..base import Backend
 from ..protocol import ReferenceModel
 from .capabilities import Capabilities
+from .connection.liveness import Liveness
 from .engine import RemoteEngine
-from .error_mapping import at_service
-from .liveness import Liveness
-from .sdks import sdk_of
+from .sdk.error_mapping import at_service
+from .sdk.sdks import sdk_of
 
 __all__ = ["RemoteBackend"]
 

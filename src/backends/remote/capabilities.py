@@ -15,7 +15,7 @@ from ...errors import UnsupportedError
 from ...losses.base import Loss
 from ...losses.config import config_keys
 from ...losses.registry import config_of
-from .probe import ask_capabilities
+from .connection.probe import ask_capabilities
 
 __all__ = ["PROTOCOL_LOSSES", "Capabilities", "detect", "named_config", "named_data"]
 

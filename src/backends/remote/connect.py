@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from ..native.models.lora import LoraChoice
 from .backend import RemoteBackend
 from .capabilities import detect
-from .convert import ready
-from .error_mapping import at_service
-from .liveness import Liveness
-from .probe import ask_capabilities
-from .sdks import sdk_named
+from .connection.liveness import Liveness
+from .connection.probe import ask_capabilities
+from .sdk.convert import ready
+from .sdk.error_mapping import at_service
+from .sdk.sdks import sdk_named
 
 __all__ = ["connect"]
 

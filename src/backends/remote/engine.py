@@ -18,13 +18,13 @@ from ..protocol import NormalizationMode
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import RemoteAccumulator, weighted_datums
 from .capabilities import Capabilities, named_config, named_data
-from .convert import bare, logprobs_of, output_of, rollouts_of
-from .dispatch import Dispatch
-from .error_mapping import at_service
-from .liveness import Liveness
+from .connection.dispatch import Dispatch
+from .connection.liveness import Liveness
 from .local_loss import LocalLoss
 from .reduction_check import SumAudit
-from .sdks import Sdk
+from .sdk.convert import bare, logprobs_of, output_of, rollouts_of
+from .sdk.error_mapping import at_service
+from .sdk.sdks import Sdk
 
 __all__ = ["RemoteEngine"]
 

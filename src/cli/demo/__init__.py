@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..models import MODEL_HELP
+from ..arguments.models import MODEL_HELP
 
 __all__ = ["add_parser"]
 

@@ -10,7 +10,7 @@ from typing import Any, final
 from ...backends.native.models.lora import LoraChoice
 from ...errors import ConfigError, require_extra
 from ...service.served.registry import Base
-from ..models import NamedModel, load_named
+from ..arguments.models import NamedModel, load_named
 from .tasks import Reward, Sum, digit_reward, sum_reward
 
 __all__ = ["DemoModel", "pretrained", "tiny"]

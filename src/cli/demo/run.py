@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, require_extra
-from ..models import default_device
+from ..arguments.models import default_device
 from ..processes import ALONE, Processes
 from .backends import MakeBackend, backend_maker, native
 from .data import DemoData, own_tasks, rows_of_files

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, final
 
-from ...backends.native.checkpoint_files import MANIFEST, require_name
+from ...backends.native.checkpoints.files import MANIFEST, require_name
 from ...errors import CheckpointError
 from .descriptions import Description
 

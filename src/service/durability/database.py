@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-from ...backends.native.checkpoint_files import MANIFEST
+from ...backends.native.checkpoints.files import MANIFEST
 from ...errors import StorageError
 from .integrity import Mark, damage_of, set_aside
 from .schema import COLUMNS, VERSION, checksum, create, is_whole, migrate, register

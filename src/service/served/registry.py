@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ...backends import TorchBackend
-from ...backends.native.checkpoint import fingerprint, load_weights
-from ...backends.native.checkpoint_files import MANIFEST
+from ...backends.native.checkpoints.checkpoint import fingerprint, load_weights
+from ...backends.native.checkpoints.files import MANIFEST
 from ...backends.native.models.facts.model_facts import read_facts
 from ...backends.native.models.hf import HFModel
 from ...backends.native.models.layers import LLAMA, LayerNames, layer_names

@@ -13,12 +13,12 @@ from torch import Tensor
 from ...backends import SamplingParams
 from ...backends.native.decoding.batch import ContinuousBatch
 from ...backends.native.decoding.lane import LaneLimits
+from ...backends.native.decoding.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.decoding.requests import Ends
+from ...backends.native.decoding.sampling import rollouts_of
 from ...backends.native.execution.forward import model_device, score
 from ...backends.native.execution.memory import available_bytes
 from ...backends.native.models.hf import HFModel
-from ...backends.native.next_tokens import given_tokens, sampled_tokens, top_k_tokens
-from ...backends.native.sampling import rollouts_of
 from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
 from ...datums.types import ModelInput

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
-from ...backends.native.checkpoint_files import read_manifest
+from ...backends.native.checkpoints.files import read_manifest
 from ...errors import CheckpointError, ConfigError, ServiceError, UnsupportedError
 from ..durability.checkpoints import Checkpoints
 from ..durability.descriptions import Description, expiry

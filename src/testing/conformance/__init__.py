@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from ..under_test import BackendUnderTest
-from .accumulation import ACCUMULATION
 from .check import Check, CheckResult
-from .failures import FAILURES
-from .gradients import GRADIENTS
-from .optimizer import OPTIMIZER
-from .precision import PRECISION
+from .checks.accumulation import ACCUMULATION
+from .checks.failures import FAILURES
+from .checks.gradients import GRADIENTS
+from .checks.optimizer import OPTIMIZER
+from .checks.precision import PRECISION
+from .checks.scoring import SCORING
+from .checks.state import STATE
 from .report import BackendReport
 from .run import backend_report, run_check
-from .scoring import SCORING
-from .state import STATE
 
 __all__ = [
     "PROMISES",

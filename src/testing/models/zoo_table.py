@@ -29,7 +29,7 @@ from ...backends.native.models.hf import HFModel
 from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum
 from ...errors import PullbackError
-from ..layouts import laid_out
+from ..modelcheck.layouts import laid_out
 from . import zoo
 
 __all__ = ["PROMPTS", "VARIANTS", "WINDOW", "ZooRow", "examine", "markdown"]

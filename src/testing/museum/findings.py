@@ -10,7 +10,7 @@ from ..conformance import PROMISES, run_check
 from ..datacheck import TinyTokenizer, check_builder
 from ..losscheck.check import check_property
 from ..losscheck.forms import loss_under_test
-from ..model_checks import check_model
+from ..modelcheck.check import check_model
 from ..under_test import BackendUnderTest
 from .exhibit import Exhibit, Kind
 

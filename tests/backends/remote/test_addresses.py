@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from servers import KEY, SDK_WARNINGS
 
 import pullback
-from pullback.backends.remote import Capabilities, probe
-from pullback.backends.remote.sdks import TinkerSdk
+from pullback.backends.remote import Capabilities
+from pullback.backends.remote.connection import probe
+from pullback.backends.remote.sdk.sdks import TinkerSdk
 from pullback.errors import ConfigError, RemoteError
 
 pytestmark = SDK_WARNINGS

@@ -17,9 +17,9 @@ from servers import KEY, SDK_WARNINGS, tiny_models
 
 import pullback
 from pullback.backends import AdamParams, RemoteBackend, TorchBackend
-from pullback.backends.remote import liveness
-from pullback.backends.remote.futures import Sent
-from pullback.backends.remote.liveness import Liveness
+from pullback.backends.remote.connection import liveness
+from pullback.backends.remote.connection.futures import Sent
+from pullback.backends.remote.connection.liveness import Liveness
 from pullback.errors import ClosedError, RemoteError, UnretrievedFailureError
 from pullback.service import serving
 from pullback.service.limits import Limits

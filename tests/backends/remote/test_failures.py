@@ -19,8 +19,8 @@ from tinker.lib.retryable_exception import RetryableException
 import pullback
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.remote import Capabilities, RemoteBackend
-from pullback.backends.remote.error_mapping import at_service, remote_error
-from pullback.backends.remote.futures import Sent
+from pullback.backends.remote.connection.futures import Sent
+from pullback.backends.remote.sdk.error_mapping import at_service, remote_error
 from pullback.errors import (
     BackendError,
     ConfigError,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import pullback
 from pullback.backends import AdamParams, RemoteBackend, SamplingParams, with_reference
-from pullback.backends.remote import Capabilities, probe
+from pullback.backends.remote import Capabilities
+from pullback.backends.remote.connection import probe
 from pullback.datums import Datum, ModelInput, datum_from_rollout
 from pullback.errors import RemoteError
 from pullback.losses import GRPO, KL

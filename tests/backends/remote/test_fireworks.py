@@ -14,6 +14,7 @@ from servers import KEY, SDK_WARNINGS, adapter, served, twin
 
 import pullback
 from pullback.backends import RemoteBackend, SamplingParams
+from pullback.backends.remote.sdk.sdks import FireworksSdk
 from pullback.datums import ModelInput, from_tinker, to_fireworks
 from pullback.errors import (
     ConfigError,
@@ -52,7 +53,7 @@ def _script(backend: Any) -> None:
 
 WAYS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "theirs": {"capabilities": pullback.backends.remote.sdks.FireworksSdk.plain},
+    "theirs": {"capabilities": FireworksSdk.plain},
     "deferred": {"defer_backward": True},
 }
 

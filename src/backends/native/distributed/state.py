@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ....errors import CheckpointError, UnsupportedError
 from ...normalization import Ledger
-from ..checkpoint import (
+from ..checkpoints.checkpoint import (
     ADAPTER,
     OUTSIDE,
     TrainingState,
@@ -31,7 +31,7 @@ from ..checkpoint import (
     trained_weights,
     write_manifest,
 )
-from ..checkpoint_files import (
+from ..checkpoints.files import (
     new_folder,
     read_manifest,
     read_tensors,

@@ -14,8 +14,9 @@ import peft
 from own_model import sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.native import HFModel, checkpoint
-from pullback.backends.native.checkpoint_files import read_manifest
+from pullback.backends.native import HFModel
+from pullback.backends.native.checkpoints import checkpoint
+from pullback.backends.native.checkpoints.files import read_manifest
 from pullback.backends.native.models import adapters
 from pullback.errors import CheckpointError, UnsupportedError
 from pullback.testing.models import zoo

@@ -18,7 +18,8 @@ from folders import byte_tokenizer
 from own_model import largest_error, sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
-from pullback.backends.native import HFModel, checkpoint_files, export
+from pullback.backends.native import HFModel
+from pullback.backends.native.checkpoints import export, files
 from pullback.backends.native.models.lora import LoraChoice, add_lora
 from pullback.errors import CheckpointError, ConfigError, UnsupportedError
 from pullback.testing import TinyLM
@@ -221,7 +222,7 @@ def test_a_crash_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monke
     backend = trained("llama", False, 4)
     backend.export(tmp_path / "out").result()
     before = json.loads((tmp_path / "out" / "config.json").read_text())
-    monkeypatch.setattr(checkpoint_files, "_sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files, "_sync", lambda path: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         backend.export(tmp_path / "out", overwrite=True).result()
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == before

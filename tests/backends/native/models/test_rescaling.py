@@ -18,7 +18,7 @@ from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models.facts import rescaling
 from pullback.errors import UnsupportedError
-from pullback.testing.layouts import laid_out
+from pullback.testing.modelcheck.layouts import laid_out
 from pullback.testing.models import zoo
 
 

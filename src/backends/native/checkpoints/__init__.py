@@ -1,0 +1,1 @@
+"""Checkpoints of a model that this process trains, and its weights for other libraries."""

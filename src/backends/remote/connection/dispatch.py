@@ -1,0 +1,45 @@
+"""Sends operations to a service, in order, and knows which are still under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, final
+
+from ....errors import RemoteError
+from .futures import RemoteFuture, Sent, all_arrived
+from .liveness import Liveness
+
+__all__ = ["Dispatch"]
+
+T = TypeVar("T")
+
+
+@final
+class Dispatch:
+    """The operations that one backend has under way.
+
+    Args:
+        timeout: seconds that a result waits where it is not told; None = for ever.
+        on_failure: is told of an operation that may have changed the accumulation without our knowing.
+        liveness: of the service.
+    """
+
+    def __init__(self, timeout: float | None, on_failure: Callable[[BaseException], None], liveness: Liveness) -> None:
+        self._timeout, self._on_failure, self._liveness = timeout, on_failure, liveness
+        self._under_way: list[Sequence[Any]] = []
+
+    def sent(self, requests: Sequence[Any], read: Callable[[list[Any]], T]) -> Sent[T]:
+        """Return what an engine answers for requests that an SDK has sent."""
+        before = self._under_way = [one for one in self._under_way if not all_arrived(one)]
+        self._under_way = [*before, requests]
+        return Sent(requests, read, before, self._timeout, self._liveness)
+
+    def wait(self, request: Any, operation: str, changes: bool = True) -> Any:
+        """Wait, inside a call, for a request; ``changes``: it may have changed what has accumulated."""
+        future: RemoteFuture[Any] = self.sent([request], lambda answers: answers[0]).future(operation)
+        try:
+            return future.result()
+        except (TimeoutError, RemoteError) as error:
+            if changes:
+                self._on_failure(error)
+            raise

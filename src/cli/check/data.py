@@ -1,0 +1,57 @@
+"""``pullback check data``: does a builder of training examples train the answers, their ends, and nothing else?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from ...errors import ConfigError
+from ...testing.datacheck import BUILDER_ROWS, DataRow, TinyTokenizer, check_builder
+from ..arguments.places import object_at
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to a parser."""
+    data = commands.add_parser("data", help="which tokens a builder of training examples trains")
+    data.add_argument(
+        "builder", help="package.module:function, from messages (and a tokenizer) to a datum or input_ids"
+    )
+    data.add_argument("--tokenizer", default="tiny", help="tiny (characters, ChatML), or a folder with a chat template")
+    data.add_argument("--only", action="append", choices=list(BUILDER_ROWS), help="a row; may be given several times")
+    data.add_argument("--json", action="store_true", help="print the rows as JSON")
+    data.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Print the table; status 1 if a row is wrong."""
+    build, tokenizer = object_at(arguments.builder), _tokenizer(arguments.tokenizer)
+    rows = check_builder(build, tokenizer, only=arguments.only)
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _print(rows)
+    return int(any(row.verdict == "wrong" for row in rows))
+
+
+def _print(rows: list[DataRow]) -> None:
+    for row in rows:
+        print(f"{row.name:12} {row.verdict:15} {row.reason}".rstrip())
+        for line in row.example.splitlines():
+            print(f"    {line}")
+    print(", ".join(f"{count} {verdict}" for verdict, count in Counter(row.verdict for row in rows).items()))
+
+
+def _tokenizer(name: str) -> Any:
+    if name == "tiny":
+        return TinyTokenizer()
+    from ...backends.native.models.tokenizers import load_tokenizer
+
+    found = load_tokenizer(name)
+    if found is None or not getattr(found, "chat_template", None):
+        raise ConfigError(f"--tokenizer must be tiny, or a folder with a tokenizer and a chat template, got {name!r}")
+    return found

@@ -1,0 +1,68 @@
+"""``pullback check loss``: is a loss sound? Anybody's, by its place in a module, or a registered one by its name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, get_args
+
+from ...errors import ConfigError, require_extra, suggestion
+from ...losses import loss_names, registry
+from ...losses.base import GradientKind
+from ...testing.losscheck import FORMS, INVARIANCES, LOSS_PROPERTIES, loss_report
+from ..arguments.places import object_at
+
+__all__ = ["add_parser", "load"]
+
+_EXAMPLES, _FAST = 60, 6
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to a parser."""
+    loss = commands.add_parser(
+        "loss",
+        help="every property of a loss",
+        description="Properties: " + "; ".join(f"{name}: {each.proves}" for name, each in LOSS_PROPERTIES.items()),
+    )
+    loss.add_argument("loss", help="package.module:function, or the name of a registered loss")
+    loss.add_argument("--form", choices=FORMS[1:], help="how it is called, if its signature does not tell")
+    loss.add_argument("--kind", choices=get_args(GradientKind), help="the gradient kind that it claims to have")
+    loss.add_argument("--detached", action="append", default=[], help="an argument that no gradient may flow into")
+    loss.add_argument("--invariant", action="append", choices=INVARIANCES, help="what a shift may not change")
+    loss.add_argument("--only", action="append", help="a property; may be given several times")
+    loss.add_argument("--examples", type=int, default=_EXAMPLES, help="random batches per property")
+    loss.add_argument("--fast", action="store_true", help=f"{_FAST} batches per property: a few seconds")
+    loss.add_argument("--json", action="store_true", help="print the results as JSON")
+    loss.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Print the table; status 1 if a property fails."""
+    require_extra("hypothesis", "test", "pullback check loss")
+    report = loss_report(
+        load(arguments.loss),
+        form=arguments.form,
+        kind=arguments.kind,
+        detached=arguments.detached,
+        invariant=arguments.invariant,
+        only=arguments.only,
+        examples=_FAST if arguments.fast else arguments.examples,
+    )
+    print(json.dumps(report.as_json(), indent=1) if arguments.json else report)
+    return int(bool(report.failed))
+
+
+def load(place: str) -> Any:
+    """Return what stands at ``package.module:name``, found from the current folder too, or a registered loss.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    if ":" not in place:
+        if place not in loss_names():
+            close = suggestion(place, loss_names())
+            raise ConfigError(
+                f"no loss is registered as {place!r}{close}; a function is given as package.module:function"
+            )
+        return registry.build(place)
+    return object_at(place)

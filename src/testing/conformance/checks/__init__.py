@@ -1,0 +1,1 @@
+"""The checks of the suite, a file for each theme."""
