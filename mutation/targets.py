@@ -93,7 +93,7 @@ TARGETS: Final = {
             "tests/backends/native/test_half_applied.py",
             "tests/backends/native/test_invariance.py",
             "tests/backends/native/test_step.py",
-            "tests/backends/native/test_resume.py",
+            "tests/backends/native/checkpoints/test_resume.py",
         ),
         {},
     ),

@@ -141,7 +141,7 @@ def test_70b_by_hand() -> None:
 @pytest.mark.slow
 def test_70b_table() -> None:
     """The table of docs/memory.md is what the formulas say."""
-    rows = (Path(__file__).parents[3] / "docs" / "memory.md").read_text().split("\n## 70 billion")[1].splitlines()
+    rows = (Path(__file__).parents[4] / "docs" / "memory.md").read_text().split("\n## 70 billion")[1].splitlines()
     cells = {
         row.split("|")[1].strip(" *"): [float(x) for x in row.split("|")[2:6]]
         for row in rows

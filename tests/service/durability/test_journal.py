@@ -21,7 +21,7 @@ from pullback.service.durability.descriptions import Description
 from pullback.service.durability.journal import Journal
 from pullback.service.durability.storage import lock_folder
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "journal_v1"
+GOLDEN = Path(__file__).parents[2] / "golden" / "journal_v1"
 ONE = f"tinker://{MODEL}/weights/one"
 TWO = f"tinker://{MODEL}/sampler_weights/two"
 

@@ -27,7 +27,7 @@ pytest.importorskip("transformers", reason="needs transformers and peft (extra h
 pytest.importorskip("tinker", reason="needs the official SDK (extra remote)")
 pytestmark = SDK_WARNINGS
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 OLD = GOLDEN / "old_state"
 URI = "tinker://sess:train:0/weights/old"
 

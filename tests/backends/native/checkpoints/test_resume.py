@@ -59,7 +59,7 @@ def finish(backend: TorchBackend) -> tuple[dict[str, torch.Tensor], list[int]]:
 @pytest.mark.parametrize("kind", [k if k == "full" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_resume_in_a_new_process(kind: str, tmp_path: Path) -> None:
     """A process saves and is killed; a new one makes the very step the first would have made, and samples the same."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     saved = f"test_resume.until_saved({kind!r}, test_resume.Path({str(tmp_path)!r}))"
     code = f"import os, torch, test_resume; torch.set_num_threads(1); {saved}; os.kill(os.getpid(), 9)"
     folders = [Path(__file__).parent, root / ".alias", root / "tests" / "support"]
