@@ -127,7 +127,7 @@ def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def fireworks(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Fireworks' client."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    from fireworks_sdk import finish, sdk
+    from clients.fireworks_sdk import finish, sdk
     from servers import KEY
 
     client = sdk.ServiceClient(base_url=url, api_key=KEY)

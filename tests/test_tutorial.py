@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import chat_folder
+from pretrained.folders import chat_folder
 
 from pullback.errors import MissingExtraError
 from pullback.testing import smollm2_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import chat_folder
+from pretrained.folders import chat_folder
 
 from pullback.cli import main
 from pullback.cli.demo.data import DemoData, rows_of_files

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import chat_folder
+from pretrained.folders import chat_folder
 
 from pullback.cli import main
 from pullback.cli.arguments.models import MODEL_HELP, load_named

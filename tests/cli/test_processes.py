@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import command_ranks
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks import command_ranks
+from many_ranks.ranks import run_ranks
 
 from pullback.testing import PROMISES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import chat_folder
+from pretrained.folders import chat_folder
 from servers import new_model
 
 from pullback.cli.serve import add_parser, load_base

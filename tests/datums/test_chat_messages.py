@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, CHATML_MARKED, LLAMA3, THINKING
-from chat_tokenizer import chat_tokenizer
+from pretrained.chat_templates import CHATML, CHATML_MARKED, LLAMA3, THINKING
+from pretrained.chat_tokenizer import chat_tokenizer
 
 from pullback.datums import datum_from_messages
 from pullback.datums.chat import Span, encode

@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from chat_templates import SHAPES, Message
-from chat_tokenizer import SPECIAL, chat_tokenizer, overlapping
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pretrained.chat_templates import SHAPES, Message
+from pretrained.chat_tokenizer import SPECIAL, chat_tokenizer, overlapping
 
 from pullback.datums import datum_from_messages
 

@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, CHATML_MARKED
-from chat_tokenizer import chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from pretrained.chat_templates import CHATML, CHATML_MARKED
+from pretrained.chat_tokenizer import chat_tokenizer
 
 from pullback.datums import (
     Datum,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import SHAPES
-from chat_tokenizer import SPECIAL, chat_tokenizer
+from pretrained.chat_templates import SHAPES
+from pretrained.chat_tokenizer import SPECIAL, chat_tokenizer
 
 from pullback.datums import Datum, from_rows
 

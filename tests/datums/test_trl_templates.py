@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_tokenizer import chat_tokenizer
+from pretrained.chat_tokenizer import chat_tokenizer
 
 from pullback.datums.chat import ChatReader, Encoded, read_chat
 from pullback.errors import DatumError

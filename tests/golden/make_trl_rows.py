@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tokenizers
 import transformers
 import trl
-from chat_templates import SHAPES
-from chat_tokenizer import chat_tokenizer
 from datasets import Dataset
+from pretrained.chat_templates import SHAPES
+from pretrained.chat_tokenizer import chat_tokenizer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_trainer import SFTTrainer

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+from example_losses.loss_inputs import DEFAULTS, VARIANTS, ids
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_inputs import DEFAULTS, VARIANTS, ids
 
 from pullback.errors import ConfigError
 from pullback.losses import GRPO, KL, Loss, get_loss, registry

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data_parallel
 import pytest
 import torch
-from data_parallel import LOSSES, trained_alone
+from many_ranks import data_parallel
+from many_ranks.data_parallel import LOSSES, trained_alone
 from torch import Tensor
 
 import pullback

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_case import Case
-from golden_table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, documented_table, inputs_of
+from golden.case import Case
+from golden.table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, documented_table, inputs_of
 from torch import Tensor
 
 from pullback.losses import GRPO, Loss, TokenBatch
@@ -135,5 +135,5 @@ def test_entries_are_complete() -> None:
 
 
 def test_documented_table() -> None:
-    """docs/losses.md has the table; `PYTHONPATH=.alias:tests/support python tests/support/golden_table.py` prints it."""
+    """docs/losses.md has the table; `PYTHONPATH=.alias:tests/support python tests/support/golden/table.py` prints it."""
     assert documented_table() in (ROOT / "docs" / "losses.md").read_text()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import value_oracles as values
+from oracles import value_oracles as values
 from tiers import SOAK
 
 from pullback.losses import DPO, GRPO, KL, ORPO, PPO, CrossEntropy, ImportanceSampling, Loss, fixed_length

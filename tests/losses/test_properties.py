@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from example_losses.loss_cases import IDS, LOSSES, away_from_kinks, suited
 from hypothesis import example, given
 from hypothesis import strategies as st
-from loss_cases import IDS, LOSSES, away_from_kinks, suited
 from torch import Tensor
 
 from pullback.errors import (

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from example_losses.loss_inputs import VARIANTS, Inputs, ids, make
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_inputs import VARIANTS, Inputs, ids, make
 from torch import Tensor
 
 from pullback.errors import ConfigError, DatumError

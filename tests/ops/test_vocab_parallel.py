@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
+from many_ranks.ranks import run_ranks
 
 WORKER = Path(__file__).parent / "vocab_parallel_worker.py"
 COUNT, WIDTH = 40, 6

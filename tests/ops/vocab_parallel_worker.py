@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import AllocationTracker
-from payload import Payload
+from many_ranks.payload import Payload
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

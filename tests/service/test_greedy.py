@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bodies import JSON, PROTOBUF
-from graphs import loss_body
-from planted_graphs import PLANTED
+from clients.bodies import JSON, PROTOBUF
+from clients.graphs import loss_body
+from clients.planted_graphs import PLANTED
 from servers import SDK_WARNINGS, finished, json_datum, new_model, rest
 
 pytestmark = [*SDK_WARNINGS, pytest.mark.soak]
@@ -42,7 +42,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    command = [sys.executable, "-m", "planted_requests", str(tmp_path_factory.mktemp("greedy"))]
+    command = [sys.executable, "-m", "clients.planted_requests", str(tmp_path_factory.mktemp("greedy"))]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths) as process:
         assert process.stdout is not None

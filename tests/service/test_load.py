@@ -16,8 +16,8 @@ import pytest
 import tinker
 import torch
 from helpers import make_data
-from processes import ServerProcess
 from safetensors.torch import load_file
+from served.processes import ServerProcess
 from servers import KEY, SDK_WARNINGS
 from tiers import SOAK
 

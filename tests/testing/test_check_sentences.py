@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from example_losses.more_sound_losses import kto, leave_one_out, reward_weighted, slic
 from hypothesis import given
-from more_sound_losses import kto, leave_one_out, reward_weighted, slic
 from torch import Tensor
 
 from pullback.cli import main

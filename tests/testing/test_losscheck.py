@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from more_sound_losses import MORE_SOUND
+from example_losses.more_sound_losses import MORE_SOUND
+from example_losses.sound_losses import SOUND
 from seed_examples import run
-from sound_losses import SOUND
 from tiers import TIER
 from torch import Tensor
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from example_losses.sound_losses import SOUND
 from hypothesis import given
 from hypothesis import strategies as st
-from sound_losses import SOUND
 from torch import Tensor
 
 from pullback.errors import ConfigError

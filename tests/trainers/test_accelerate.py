@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks.ranks import run_ranks
+from other_trainers.trainer_checks import TOLERANCE, error, gradient, token_mean
 from toy_rows import rows, toy_model
-from trainer_checks import TOLERANCE, error, gradient, token_mean
 
 pytest.importorskip("accelerate", reason="needs Accelerate: make trainers TRAINERS=accelerate")
 pytestmark = pytest.mark.slow

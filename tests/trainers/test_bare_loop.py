@@ -5,8 +5,8 @@ from __future__ import annotations
 import bare_loop
 import pytest
 import torch
+from other_trainers.trainer_checks import TOLERANCE, Recording, error, gradient, mean_of_means, token_mean
 from toy_rows import micro_batches, rows, toy_model
-from trainer_checks import TOLERANCE, Recording, error, gradient, mean_of_means, token_mean
 
 from pullback.losses import CrossEntropy, TokenBatch
 from pullback.ops import logprobs_of

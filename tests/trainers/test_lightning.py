@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks.ranks import run_ranks
+from other_trainers.trainer_checks import TOLERANCE, Recording, error, gradient, token_mean
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toy_rows import micro_batches, rows, toy_model
-from trainer_checks import TOLERANCE, Recording, error, gradient, token_mean
 
 lightning = pytest.importorskip("lightning", reason="needs Lightning: make trainers TRAINERS=lightning")
 import lightning_module  # noqa: E402

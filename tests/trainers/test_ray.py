@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import SEARCHED
+from many_ranks.ranks import SEARCHED
+from other_trainers.trainer_checks import TOLERANCE, error, gradient, mean_of_means, token_mean
 from toy_rows import rows, toy_model
-from trainer_checks import TOLERANCE, error, gradient, mean_of_means, token_mean
 
 from pullback.backends import AdamParams, HFModel, TorchBackend
 from pullback.datums import from_rows

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from other_trainers.trainer_checks import TOLERANCE, equal_rows, error, gradient, token_mean
 from torch import Tensor
 from toy_rows import Row, micro_batches, rows, toy_model
-from trainer_checks import TOLERANCE, equal_rows, error, gradient, token_mean
 
 from pullback.errors import ConfigError
 from pullback.losses import CrossEntropy, TokenBatch

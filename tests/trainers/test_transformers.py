@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from other_trainers.trainer_checks import TOLERANCE, Recording, dpo, equal_rows, error, gradient, token_mean
 from toy_rows import collate, preferences, rows, toy_model
-from trainer_checks import TOLERANCE, Recording, dpo, equal_rows, error, gradient, token_mean
 
 from pullback.errors import ConfigError
 from pullback.losses import CrossEntropy, TokenBatch

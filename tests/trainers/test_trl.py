@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from other_trainers.trainer_checks import TOLERANCE, Recording, dpo, error, gradient
 from toy_rows import VOCABULARY, preferences, toy_model
-from trainer_checks import TOLERANCE, Recording, dpo, error, gradient
 
 from pullback.backends import AdamParams, HFModel, TorchBackend
 from pullback.losses import DPO

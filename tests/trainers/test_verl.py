@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from other_trainers.trainer_checks import TOLERANCE, error
 from torch import Tensor
-from trainer_checks import TOLERANCE, error
 
 from pullback.errors import ConfigError
 from pullback.losses import TokenBatch, preset

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks.ranks import run_ranks
 
 from pullback.backends import AdamParams
 from pullback.errors import MissingReferenceError, UnsupportedError
@@ -18,8 +18,8 @@ from pullback.testing import PROMISES, BackendUnderTest, backend_report
 REASON = "needs verl: make trainers TRAINERS=verl"
 pytest.importorskip("verl", reason=REASON)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of verl, and of what it imports
-import verl_tiny as tiny  # noqa: E402
-from verl_tiny import make  # noqa: E402
+from other_trainers import verl_tiny as tiny  # noqa: E402
+from other_trainers.verl_tiny import make  # noqa: E402
 
 from pullback.backends.verl import VerlEngineBackend  # noqa: E402
 
@@ -77,7 +77,11 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tiny.write_model(tmp_path / "model"),
         WORKER.parents[3] / "examples" / "trainers" / "verl_engine.py",
     )
-    plugin = {"VERL_USE_EXTERNAL_MODULES": "verl_cpu", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
+    plugin = {
+        "VERL_USE_EXTERNAL_MODULES": "other_trainers.verl_cpu",
+        "VERL_PLATFORM": "cpu",
+        "VERL_ENGINE_DEVICE": "cuda",
+    }
     for name, value in plugin.items():
         monkeypatch.setenv(name, value)
     written = "\n".join(run_ranks(script, str(folder), "--attention", "sdpa", "--steps", "8"))

@@ -23,8 +23,8 @@ from pullback.errors import (
 
 pytest.importorskip("verl", reason="needs verl: make trainers TRAINERS=verl")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of verl, and of what it imports
-import verl_tiny as tiny  # noqa: E402
-from verl_tiny import make  # noqa: E402
+from other_trainers import verl_tiny as tiny  # noqa: E402
+from other_trainers.verl_tiny import make  # noqa: E402
 
 STEP = AdamParams(learning_rate=1e-2)
 

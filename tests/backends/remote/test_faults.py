@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from clients.hurried import hurry
 from helpers import make_data
-from hurried import hurry
 from servers import KEY, SDK_WARNINGS, adapter, served, tiny_models
 from torch import Tensor
 

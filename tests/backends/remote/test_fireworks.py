@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fireworks_sdk import DATA, PARAMS, confidence, finish, given
+from clients.fireworks_sdk import DATA, PARAMS, confidence, finish, given
 from helpers import distance
 from servers import KEY, SDK_WARNINGS, adapter, served, twin
 

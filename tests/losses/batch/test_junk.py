@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from example_losses.loss_inputs import DEFAULTS, VARIANTS, Inputs, ids, make
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_inputs import DEFAULTS, VARIANTS, Inputs, ids, make
 from reads import pretend_device
 from torch import Tensor
 

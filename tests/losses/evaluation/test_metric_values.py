@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import plain_metrics
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from plain_metrics import average
+from oracles import plain_metrics
+from oracles.plain_metrics import average
 from torch import Tensor
 
 from pullback.losses import (

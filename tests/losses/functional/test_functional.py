@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import (
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracles.formulas import (
     ADVANTAGES,
     EDGES,
     FORMULAS,
@@ -23,8 +25,6 @@ from formulas import (
     shares_memory,
     tensors,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward
-from formulas import (
+from oracles.formulas import (
     EDGES,
     FORMULAS,
     PAIRS,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from example_losses.loss_cases import IDS, LOSSES
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import IDS, LOSSES
 from torch import Tensor
 
 from pullback.errors import ConfigError, DatumError, EmptyUnitError, MissingFieldError, UnknownLossError

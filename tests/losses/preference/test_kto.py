@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import plain_metrics
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracles import plain_metrics
 from torch import Tensor
 
 from pullback.backends import AdamParams, FakeBackend, TorchBackend, with_reference, with_reference_point

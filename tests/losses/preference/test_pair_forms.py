@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import PAIRS
+from example_losses.loss_inputs import make
 from hypothesis import example, given
 from hypothesis import strategies as st
-from loss_inputs import make
+from oracles.formulas import PAIRS
 from torch import Tensor
 
 from pullback.losses import AGGREGATIONS, DPO, ORPO, Loss, TokenBatch

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import DEFAULTS, EXTRA, VARIANTS, Inputs, ids, make
+from example_losses.loss_inputs import DEFAULTS, EXTRA, VARIANTS, Inputs, ids, make
 from torch import Tensor
 
 from pullback.losses import GRPO, PPO, CrossEntropy, Loss, TokenBatch

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_inputs import DEFAULTS, VARIANTS, Inputs, ids, make
+from example_losses.loss_inputs import DEFAULTS, VARIANTS, Inputs, ids, make
 from reads import CountedReads, ForbiddenReads, pretend_device
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 import pytest
 import torch
-from loss_inputs import VARIANTS, Inputs, ids, make
+from example_losses.loss_inputs import VARIANTS, Inputs, ids, make
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 

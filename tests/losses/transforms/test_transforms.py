@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_inputs import DEFAULTS, EXTRA, Inputs, ids, make
+from example_losses.loss_inputs import DEFAULTS, EXTRA, Inputs, ids, make
 from torch import Tensor
 
 from pullback.losses import Loss

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import chat_folder
+from pretrained.folders import chat_folder
 from servers import KEY, SDK_WARNINGS, rest
 
 from pullback.cli.serve import load_base

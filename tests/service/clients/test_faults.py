@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import tinker
 import torch
+from clients.hurried import hurry
 from helpers import make_data
-from hurried import hurry
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test

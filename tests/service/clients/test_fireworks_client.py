@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fireworks_sdk import MEANS, PARAMS, SUMS, confidence, given, sdk, trainer
+from clients.fireworks_sdk import MEANS, PARAMS, SUMS, confidence, given, sdk, trainer
 from helpers import distance
 from servers import SDK_WARNINGS, adapter, served, twin
 from torch import Tensor

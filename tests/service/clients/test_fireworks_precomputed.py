@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fireworks_sdk import DATA, PARAMS, confidence, given, sdk, trainer
+from clients.fireworks_sdk import DATA, PARAMS, confidence, given, sdk, trainer
 from helpers import distance
 from servers import SDK_WARNINGS, Counting, adapter, served, twin
 

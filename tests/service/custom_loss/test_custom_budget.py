@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import REF, Meter, call, loss_body
-from planted_graphs import PLANTED
+from clients.graphs import REF, Meter, call, loss_body
+from clients.planted_graphs import PLANTED
 from tiers import SOAK
 from torch import Tensor
 

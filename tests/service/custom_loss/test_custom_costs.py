@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from graphs import Meter
+from clients.graphs import Meter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import SOAK, TIER

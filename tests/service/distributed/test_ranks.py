@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranked_service import RankedService, asked, gradient, one_process, ranked, trained
+from served.ranked_service import RankedService, asked, gradient, one_process, ranked, trained
+from served.service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
 from servers import KEY, SDK_WARNINGS, finished, new_model, rest
-from service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
 
 from pullback.service import serving
 

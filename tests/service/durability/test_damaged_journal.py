@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import FILES, Golden, cut, flipped, letter, settled
+from served.damage import FILES, Golden, cut, flipped, letter, settled
 from tiers import SOAK, TIER
 
 from pullback.service.durability import answers, database, integrity, journal

@@ -16,10 +16,10 @@ import httpx
 import pytest
 import tinker
 import torch
+from clients.hurried import hurry
 from helpers import make_data, tiny_llama
-from hurried import hurry
-from processes import CommandProcess, ServerProcess
 from safetensors.torch import load_file
+from served.processes import CommandProcess, ServerProcess
 from servers import KEY, SDK_WARNINGS, rest
 from tiers import SOAK
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from damage import KEYS, Client, serving_from
 from helpers import tiny_llama
-from processes import CommandProcess
+from served.damage import KEYS, Client, serving_from
+from served.processes import CommandProcess
 from servers import KEY, MODEL, Direct, finished, gradient_body, new_model, rest, tiny_models
 
 from pullback.backends import AdamParams

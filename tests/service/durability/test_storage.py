@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from damage import KEYS, Client, serving_from
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from served.damage import KEYS, Client, serving_from
 from servers import Direct, tiny_models
 
 from pullback.backends import TorchBackend

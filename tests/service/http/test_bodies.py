@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import zstandard
-from bodies import JSON, PROTOBUF
+from clients.bodies import JSON, PROTOBUF
 from helpers import VOCAB
 from servers import KEY, SDK_WARNINGS, finished, gradient_body, json_datum, new_model, tiny_models
 

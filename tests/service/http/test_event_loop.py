@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from damage import KEYS, serving_from
-from journal_rows import rows_of, written
+from served.damage import KEYS, serving_from
+from served.journal_rows import rows_of, written
 from servers import tiny_models
 
 from pullback.service.durability.database import Database

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bodies import BODIES, JUNK_VALUES
+from clients.bodies import BODIES, JUNK_VALUES
 from servers import KEY, SDK_WARNINGS, finished, new_model, rest, tiny_models
 from tiers import SOAK
 

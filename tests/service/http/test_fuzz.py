@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
-from bodies import BODIES, GETS, JSON, PROTOBUF, json_bodies, packed_bodies, proto_bodies
+from clients.bodies import BODIES, GETS, JSON, PROTOBUF, json_bodies, packed_bodies, proto_bodies
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from servers import KEY, SDK_WARNINGS, adapter, finished, gradient_body, new_model, rest, tiny_models

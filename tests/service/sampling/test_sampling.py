@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tinker
 import torch
-from folders import chat_folder
+from pretrained.folders import chat_folder
 from servers import KEY, SDK_WARNINGS, finished
 
 from pullback.backends import TorchBackend

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journal_rows import rows_of, written
+from served.journal_rows import rows_of, written
 from servers import Direct, tiny_models
 
 from pullback.backends.native.models.lora import LoraChoice

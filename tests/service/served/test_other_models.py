@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers and peft (extra hf)")
 
-from own_model import sharing_prompt
+from pretrained.own_model import sharing_prompt
 
 from pullback.backends import AdamParams
 from pullback.backends.native import HFModel

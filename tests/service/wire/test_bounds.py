@@ -7,7 +7,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from bodies import POSTS, json_bodies, proto_bodies
+from clients.bodies import POSTS, json_bodies, proto_bodies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import SDK_WARNINGS, add_datum

@@ -8,8 +8,8 @@ from pathlib import Path
 import accelerate_loop
 import torch
 from accelerate import Accelerator
+from other_trainers.trainer_checks import Recording
 from toy_rows import micro_batches, rows, toy_model
-from trainer_checks import Recording
 
 from pullback.losses import TokenBatch
 from pullback.ops import logprobs_of

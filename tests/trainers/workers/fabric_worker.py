@@ -10,8 +10,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning_module import fabric_step
+from other_trainers.trainer_checks import Recording
 from toy_rows import micro_batches, rows, toy_model
-from trainer_checks import Recording
 
 
 def main(folder: str, steps: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 warnings.simplefilter("ignore")
-import verl_tiny as tiny  # noqa: E402
+from other_trainers import verl_tiny as tiny  # noqa: E402
 
 from pullback.backends import AdamParams  # noqa: E402
 from pullback.backends.verl import VerlEngineBackend  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
-from own_model import sharing_prompt
+from pretrained.own_model import sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel

@@ -14,8 +14,8 @@ pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
 import transformers
-from folders import byte_tokenizer
-from own_model import largest_error, sharing_prompt
+from pretrained.folders import byte_tokenizer
+from pretrained.own_model import largest_error, sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel

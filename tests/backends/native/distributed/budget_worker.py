@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from payload import Payload
+from many_ranks.payload import Payload
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 

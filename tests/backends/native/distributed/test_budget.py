@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks.ranks import run_ranks
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend

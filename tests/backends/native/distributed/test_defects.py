@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import many_defects
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks import many_defects
+from many_ranks.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import many_exact
 import pytest
 import torch
-from ranks import run_ranks
+from many_ranks import many_exact
+from many_ranks.ranks import run_ranks
 
 Found = dict[str, dict[str, float]]
 pytestmark = pytest.mark.skipif(

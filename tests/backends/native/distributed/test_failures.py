@@ -13,12 +13,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import failing_ranks
 import pytest
 import torch
-from failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
-from failing_ranks import ALONE, Told
-from ranks import run_ranks
+from many_ranks import failing_ranks
+from many_ranks.failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
+from many_ranks.failing_ranks import ALONE, Told
+from many_ranks.ranks import run_ranks
 from tiers import TIER
 
 pytestmark = pytest.mark.skipif(

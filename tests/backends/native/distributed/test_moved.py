@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import moved_ranks
 import pytest
 import torch
-from failing_cases import make
-from moved_ranks import trained
-from ranks import run_ranks
+from many_ranks import moved_ranks
+from many_ranks.failing_cases import make
+from many_ranks.moved_ranks import trained
+from many_ranks.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.slow,

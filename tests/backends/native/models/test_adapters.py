@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
-from own_model import sharing_prompt
+from pretrained.own_model import sharing_prompt
 
 from pullback.backends import TorchBackend, with_reference
 from pullback.backends.native import HFModel

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="caches are transformers' own (extra hf)")
 
-from ropes import CONTEXT, ROPES
+from pretrained.ropes import CONTEXT, ROPES
 
 from pullback.backends import SamplingParams
 from pullback.backends.native import HFModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_model import largest_error, own_logprobs, sharing_prompt
+from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the architectures are transformers' (extra hf)")

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the layers are transformers' own (extra hf)")
 
-from own_model import sharing_prompt
+from pretrained.own_model import sharing_prompt
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
-from own_model import largest_error, own_logprobs, sharing_prompt
+from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel

@@ -12,7 +12,7 @@ pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
 import transformers
-from own_model import largest_error, sharing_prompt
+from pretrained.own_model import largest_error, sharing_prompt
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import transformers
-from own_model import largest_error, sharing_prompt
+from pretrained.own_model import largest_error, sharing_prompt
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="the architectures are transformers' (extra hf)")
 
 import transformers
-from own_model import sharing_prompt
+from pretrained.own_model import sharing_prompt
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("transformers", reason="these rotary embeddings are transformers' own (extra hf)")
 
-from own_model import largest_error, own_logprobs, sharing_prompt
-from ropes import CONTEXT, ROPES
+from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
+from pretrained.ropes import CONTEXT, ROPES
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel

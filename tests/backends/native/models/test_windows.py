@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="windowed models are transformers' own (extra hf)")
 
-from own_model import largest_error, own_logprobs, sharing_prompt
+from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
 
 from pullback.backends import TorchBackend
 from pullback.backends.native import HFModel

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from failing_cases import (
+from many_ranks.failing_cases import (
     CASES,
     DATA,
     FEW_CASES,

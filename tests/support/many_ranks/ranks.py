@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["run_ranks", "start_ranks"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "trainers")
 
 

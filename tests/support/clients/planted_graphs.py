@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphs import REF, call, node
+from clients.graphs import REF, call, node
 
 VIEW = ("call_method", "reshape", [REF, -1, 1])
 SQUARE = [VIEW, call("operator.mul", node(0), REF), call("torch.cat", [node(1)] * 16)]  # 1,600 x 100

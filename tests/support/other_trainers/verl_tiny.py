@@ -12,7 +12,7 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-import verl_cpu  # noqa: F401  # registers the platform
+from other_trainers import verl_cpu  # noqa: F401  # registers the platform
 
 from pullback.backends import AdamParams, HFModel, TorchBackend
 from pullback.backends.verl import VerlEngineBackend

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from many_cases import LOSSES, MODELS, Given, apart, batch, steps
+from many_ranks.many_cases import LOSSES, MODELS, Given, apart, batch, steps
 from torch.distributed.device_mesh import init_device_mesh
 
 from pullback.backends import TorchBackend

@@ -1,4 +1,4 @@
-"""The golden values of peers that no loss of ours computes yet, by what is missing; see `golden_table`."""
+"""The golden values of peers that no loss of ours computes yet, by what is missing; see `golden.table`."""
 
 from __future__ import annotations
 

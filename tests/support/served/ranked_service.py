@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import service_rank
 import tinker
 import torch
 from helpers import make_data, tiny_llama
-from ranks import start_ranks
+from many_ranks.ranks import start_ranks
 from safetensors.torch import load_file
+from served import service_rank
 from servers import KEY, finished, json_datum
 
 from pullback.backends.remote.sdk.convert import ready

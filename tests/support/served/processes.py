@@ -16,7 +16,7 @@ import httpx
 
 __all__ = ["CommandProcess", "ServerProcess"]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Imported once in the fork server, so that a server process starts in a fraction of a second.
 _HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from failing_cases import DATA, NEXT, PARAMS, make
+from many_ranks.failing_cases import DATA, NEXT, PARAMS, make
 
 from pullback.backends import TorchBackend
 

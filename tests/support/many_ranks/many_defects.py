@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from many_cases import LOSSES, MODELS, apart, batch, steps
+from many_ranks.many_cases import LOSSES, MODELS, apart, batch, steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from golden_case import ALL_ROWS, FP32, Case
-from golden_pending import NOT_RECORDED, NOT_YET
-from golden_policies import REJECTED, rejected, skyrl_policies, trl_policies, verl_policies
+from golden.case import ALL_ROWS, FP32, Case
+from golden.pending import NOT_RECORDED, NOT_YET
+from golden.policies import REJECTED, rejected, skyrl_policies, trl_policies, verl_policies
 
 from pullback.losses import (
     DPO,
@@ -34,7 +34,7 @@ from pullback.losses.parts.kl import KLGradient
 
 __all__ = ["DIFFERS", "ENTRIES", "HELD", "NOT_YET", "PEERS", "Case", "documented_table", "inputs_of"]
 
-FOLDER: Final = Path(__file__).parents[1] / "golden"
+FOLDER: Final = Path(__file__).parents[2] / "golden"
 PEERS: Final = {
     peer: json.loads((FOLDER / f"{peer}.json").read_text()) for peer in ("verl", "trl", "skyrl", "cookbook")
 }

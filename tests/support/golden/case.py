@@ -1,4 +1,4 @@
-"""One of our losses beside one of a peer's recorded answers; see `golden_table`."""
+"""One of our losses beside one of a peer's recorded answers; see `golden.table`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from golden_case import ALL_ROWS, FP32, Case
+from golden.case import ALL_ROWS, FP32, Case
 
 from pullback.losses import CISPO, DRO, GRPO, GSPO, PPO, ClipRange, Correction, Loss, Rejection, SimPO, preset
 from pullback.losses.parts.correction import Level
