@@ -14,7 +14,9 @@ import torch
 
 from pullback.cli.bench import bench_numerics
 
-from . import backends, custom, distributed, head, layouts, losses, rows, sampling, service, splits, step
+from . import backends, custom, distributed, head, layouts, rows, splits, step
+from .loss_functions import losses
+from .serving import sampling, service
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pullback.testing import smollm2_folder
 
 from .custom import nll
 from .models import batch, load
-from .services import Wire, own_service, relay
+from .serving.services import Wire, own_service, relay
 from .timing import Report, Times, interleave
 
 __all__ = ["run"]

@@ -21,8 +21,8 @@ from pullback.service import serving
 if not (Path(__file__).parent.parent / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
 
-from benchmarks.service import CASES, KEYS, Place, Sizes
-from benchmarks.service_load import Measured, at_once, probing, resident
+from benchmarks.serving.load import Measured, at_once, probing, resident
+from benchmarks.serving.service import CASES, KEYS, Place, Sizes
 
 pytestmark = SDK_WARNINGS
 SIZES = Sizes((1, 2), 2, 2, 6, 2, 12, 3, 2, 3, operations=20, rounds=1)

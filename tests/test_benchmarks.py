@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 if not (Path(__file__).parent.parent / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
 
-from benchmarks import losses, peers
-from benchmarks.hand_written import Inputs, MaskKind
-from benchmarks.loss_works import HAND, ROWS, works
+from benchmarks.loss_functions import losses, peers
+from benchmarks.loss_functions.hand_written import Inputs, MaskKind
+from benchmarks.loss_functions.works import HAND, ROWS, works
 from benchmarks.timing import Times, interleave
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from packaging.requirements import Requirement
 
-from ..services import own_service
+from ..serving.services import own_service
 from .one_round import STEPS
 
 _RELEASES: Final = """

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..timing import Report, interleave
 from .services import own_service
-from .timing import Report, interleave
 
 __all__ = ["measure", "run"]
 

@@ -1,4 +1,4 @@
-"""Asks a service for ``healthz`` until its input ends, then prints the seconds of each answer: ``python -m benchmarks.probe``.
+"""Asks a service for ``healthz`` until its input ends, then prints the seconds of each answer.
 
 It is a process of its own, so that what it measures is the service and not the threads of the clients.
 """

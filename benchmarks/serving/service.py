@@ -18,10 +18,10 @@ from pullback.backends.native.models.lora import LoraChoice
 from pullback.cli.arguments.models import load_named
 from pullback.service import Base
 
-from .models import batch
-from .service_load import Measured, at_once, probing, resident, timed
+from ..models import batch
+from ..timing import environment
+from .load import Measured, at_once, probing, resident, timed
 from .services import own_service, relay
-from .timing import environment
 
 __all__ = ["Place", "Sizes", "run"]
 

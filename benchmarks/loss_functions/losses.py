@@ -8,10 +8,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..timing import Report, Times, interleave
 from . import peers
 from .hand_written import Inputs, MaskKind
-from .loss_works import HAND, ROWS, Row, Work, work, works
-from .timing import Report, Times, interleave
+from .works import HAND, ROWS, Row, Work, work, works
 
 __all__ = ["check", "figures", "run"]
 

@@ -73,9 +73,9 @@ def at_once(works: Sequence[Work], times: int) -> Measured:
 @contextmanager
 def probing(url: str, key: str) -> Iterator[list[float]]:
     """Ask for ``healthz`` again and again from a process of its own; at the end the list holds the seconds of each answer."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "benchmarks.probe", url, key]
+    command = [sys.executable, "-m", "benchmarks.serving.probe", url, key]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     latencies: list[float] = []
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes) as process:

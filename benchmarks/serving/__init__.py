@@ -1,0 +1,1 @@
+"""Benchmarks of a service: its clients, and what passes between."""
