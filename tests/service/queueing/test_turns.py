@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served.endless import EndlessWork
 from servers import Direct
 
 from pullback.backends import TorchBackend
@@ -248,18 +249,9 @@ def test_the_end_of_a_queue_stops_what_is_in_slices(journal: Journal) -> None:
 
 def test_closing_stops_what_is_in_slices(tmp_path: Path) -> None:
     """A work that pauses when the server stops is cleaned up, and not run to its end."""
-    sequencer, begun, events = Sequencer(Journal(tmp_path / "journal.sqlite")), threading.Event(), []
-
-    def endless() -> Generator[None, None, Answer]:
-        try:
-            while True:
-                begun.set()
-                yield
-        finally:
-            events.append("cleaned up")
-
+    sequencer, endless = Sequencer(Journal(tmp_path / "journal.sqlite")), EndlessWork()
     sequencer.open("queue")
     sequencer.submit("me", "queue", 1, b"", "kind", endless)
-    assert begun.wait(30)
+    assert endless.begun.wait(30)
     sequencer.close()
-    assert events == ["cleaned up"]
+    assert endless.stopped == 1

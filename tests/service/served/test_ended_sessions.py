@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served.endless import EndlessWork
 from servers import Direct, gradient_body, tiny_models
 
 from pullback.backends import TorchBackend
-from pullback.service.durability.answers import Answer, Failure
+from pullback.service.durability.answers import Failure
 from pullback.service.limits import Limits
 from pullback.service.queueing import queues
 from pullback.service.queueing.sequencer import Sequencer
@@ -189,24 +189,15 @@ def test_a_model_that_ended_long_ago_says_so(tmp_path: Path, monkeypatch: pytest
 
 def test_an_unordered_work_in_slices_ends_with_its_session(tmp_path: Path) -> None:
     """Sampling in slices stops at its next pause when its session has ended, and nothing new of it is begun."""
-    sessions, begun, events = Sessions(tmp_path), threading.Event(), list[str]()
+    sessions, endless = Sessions(tmp_path), EndlessWork()
     sequencer: Sequencer = sessions.direct.sequencer
-
-    def endless() -> Generator[None, None, Answer]:
-        try:
-            while True:
-                begun.set()
-                yield
-        finally:
-            events.append("stopped")
-
     request = sequencer.submit("me", "s9:sample:0:asample", None, b"", "sample", endless, ordered=False)
-    assert begun.wait(30)
+    assert endless.begun.wait(30)
     sessions.finish("s9")
     answer = sessions.direct.read(request)
     assert isinstance(answer, Failure)
     assert "the session s9 was finished by its client" in answer.text
-    assert events == ["stopped"]
+    assert endless.stopped == 1
     refused = sequencer.submit("me", "s9:sample:1:asample", None, b"", "sample", endless, ordered=False)
     assert sessions.direct.read(refused) == answer
     sessions.close()
