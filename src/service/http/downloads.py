@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, final
 from urllib.parse import quote
 
-from ...backends.native.checkpoint_files import MANIFEST
+from ...backends.native.checkpoints.files import MANIFEST
 from ...errors import CheckpointError, NotFoundError
 from ..durability.checkpoints import Checkpoints
 from ..served.listings import Listings

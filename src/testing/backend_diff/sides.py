@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...backends.base import Backend
+from ...backends.preserve import has_accumulated, last_cotangents, preserved
 from ...backends.protocol import CustomLoss, TrainerBackend
 from ...backends.types import AdamParams, ForwardBackwardOutput
 from ...datums.types import Datum
 from ...errors import BackendError, UnsupportedError
 from ...losses.base import Loss
 from .layers import forward_order
-from .preserve import has_accumulated, last_cotangents, preserved
 
 __all__ = ["Side", "Signal", "dtype_of"]
 

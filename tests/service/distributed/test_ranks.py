@@ -174,8 +174,8 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
 def test_what_is_in_memory_is_saved_when_they_are_asked_to_end(two: RankedService, tmp_path: Path) -> None:
     """Asked to end as torchrun asks, rank 0 ends by the signal, and rank 1 without an error; one process goes on from there.
 
-    Weights, moments and the accumulated gradient are those of a model that was never interrupted. This is the last test of these
-    processes.
+    Weights, moments and the accumulated gradient are those of a model that was never interrupted. This is the last test
+    of these processes.
     """
     models, norms = one_process(tmp_path), []
     with rest(two.url) as http:

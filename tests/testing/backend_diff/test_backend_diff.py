@@ -19,12 +19,12 @@ from planted import TableLM, detached, reporting, scaled, scoring, signalling, s
 from torch import Tensor
 
 from pullback.backends import AdamParams, FakeBackend, TorchBackend
+from pullback.backends.preserve import preserved
 from pullback.datums import Datum
 from pullback.errors import BackendError, DatumError, UnsupportedError
 from pullback.losses import GRPO, get_loss
 from pullback.testing import TOLERANCES, TinyLM, diff
 from pullback.testing.backend_diff import STAGES
-from pullback.testing.backend_diff.preserve import preserved
 
 LOSSES = ["cross_entropy", "ppo", "grpo", "dpo", "orpo"]
 

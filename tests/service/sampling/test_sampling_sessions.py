@@ -21,7 +21,7 @@ from pullback.service.durability.integrity import damage_of
 from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "journal_v2"
+GOLDEN = Path(__file__).parents[2] / "golden" / "journal_v2"
 TWO = f"tinker://{MODEL}/sampler_weights/two"
 HOUR = 3600
 SLOW = pytest.mark.slow

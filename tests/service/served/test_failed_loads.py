@@ -11,7 +11,7 @@ import torch
 from servers import MODEL, Direct
 
 from pullback.backends import TorchBackend
-from pullback.backends.native import checkpoint
+from pullback.backends.native.checkpoints import checkpoint
 from pullback.backends.preserve import has_accumulated
 from pullback.service.durability.answers import Failure
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ...backends.accumulation import Accumulation
-from ...backends.base import Backend
+from .accumulation import Accumulation
+from .base import Backend
 
 __all__ = ["has_accumulated", "last_cotangents", "preserved", "restored_after_failure"]
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import MODEL, Direct
 
-from pullback.backends.native.checkpoint_files import tensors_size, write_tensors
+from pullback.backends.native.checkpoints.files import tensors_size, write_tensors
 from pullback.service.durability.answers import Failure
 from pullback.service.limits import Limits
 from pullback.service.quotas import Quota
