@@ -1,28 +1,33 @@
-"""Whether a model's cache may be decoded with: it must give what the model's own forward gives."""
+"""Whether a model's cache may be decoded with, and whether rows of adapters may be among its own: tried, not assumed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ....errors import UnsupportedError
 from ..models.facts.probes import probe_sequences
-from ..models.facts.probing import in_float32
+from ..models.facts.probing import in_float32, perturbed_adapters
 from ..models.hf import HFModel
 from .cached import CachedDecoder
 from .decoders import Decoder, PlainDecoder
+from .low_rank import low_rank
+from .requests import Text
 
-__all__ = ["cache_agrees"]
+__all__ = ["adapter_agrees", "cache_agrees"]
 
 _logger = logging.getLogger(__name__)
 _TOLERANCE: Final = 1e-3  # of logits, relative
 _HALF_TOLERANCE: Final = 1e-2  # where the head itself rounds to half precision
 _PROBED: Final = 64  # tokens of a window up to which sampling is tried beyond it
 _agrees: WeakKeyDictionary[HFModel, bool] = WeakKeyDictionary()  # by model
+_adapters: WeakKeyDictionary[HFModel, dict[frozenset[str], bool]] = WeakKeyDictionary()  # by base, then by layers
 
 
 def cache_agrees(model: HFModel) -> bool:
@@ -32,14 +37,8 @@ def cache_agrees(model: HFModel) -> bool:
     are used.
     """
     if model not in _agrees:
-        difference: float | str
-        try:
-            with torch.no_grad(), in_float32(model):
-                difference = _decoding_difference(CachedDecoder(model), PlainDecoder(model), _probe_prompts(model))
-        except Exception as error:  # whatever a model raises that knows no such cache
-            difference = f"{type(error).__name__}: {error}"
-        limit = _HALF_TOLERANCE if model.head().weight.element_size() < 4 else _TOLERANCE
-        _agrees[model] = isinstance(difference, float) and difference <= limit
+        difference = _tried(model, [model, model, model])
+        _agrees[model] = _is_small(difference, model)
         if not _agrees[model]:
             _logger.warning(
                 "%s is sampled without a cache, at quadratic cost: with one its logits are not those of its forward (%s)",
@@ -49,15 +48,54 @@ def cache_agrees(model: HFModel) -> bool:
     return _agrees[model]
 
 
+def adapter_agrees(base: HFModel, model: HFModel) -> bool:
+    """Return whether rows of a model may be decoded by its base, with what its adapter adds to each of them.
+
+    It may if the adapter is a low-rank product on linear layers, if all other weights are the base's own, and if the logits are
+    then those of whole forwards of the model. The last is tried once for each set of layers, beside rows of the base.
+    """
+    try:
+        layers = frozenset(low_rank(model, base))
+    except UnsupportedError as error:
+        _logger.info("an adapter is decoded in a batch of its own: %s", error)
+        return False
+    known = _adapters.setdefault(base, {})
+    if layers not in known:
+        difference = _tried(base, [model, base, model]) if cache_agrees(base) else "without a cache"
+        known[layers] = _is_small(difference, base)
+        if not known[layers]:
+            _logger.info("adapters are decoded in batches of their own: beside others they differ (%s)", difference)
+    return known[layers]
+
+
+def _tried(model: HFModel, models: Sequence[HFModel]) -> float | str:
+    """Return how far the logits of a decoder of a model are from those of whole forwards of the models of its texts."""
+    texts = [Text(one, prompt) for one, prompt in zip(models, _probe_prompts(model), strict=True)]
+    try:
+        with torch.no_grad(), ExitStack() as state:
+            for one in {model, *models}:
+                state.enter_context(in_float32(one))
+            for adapted in {*models} - {model}:  # a fresh adapter would add nothing
+                state.enter_context(perturbed_adapters(adapted))
+            return _decoding_difference(CachedDecoder(model), PlainDecoder(), texts)
+    except Exception as error:  # whatever a model raises that knows no such cache
+        return f"{type(error).__name__}: {error}"
+
+
+def _is_small(difference: float | str, model: HFModel) -> bool:
+    limit = _HALF_TOLERANCE if model.head().weight.element_size() < 4 else _TOLERANCE
+    return isinstance(difference, float) and difference <= limit
+
+
 def _probe_prompts(model: HFModel) -> list[Tensor]:
     vocab = model.head().weight.shape[0]
     window = max((n for n in model.facts.thresholds if n <= _PROBED), default=None)
     return [request.tokens for request in probe_sequences(vocab, window)[:3]]
 
 
-def _decoding_difference(cached: Decoder, plain: Decoder, prompts: Sequence[Tensor]) -> float:
+def _decoding_difference(cached: Decoder, plain: Decoder, texts: Sequence[Text]) -> float:
     """Return the largest relative difference of logits over a few steps; NaN if one is not finite."""
-    first, second, late = prompts
+    first, second, late = texts
     logits = [_joined((cached, plain), [first, second])]
     for keep, entering in ([0, 1, 2, 3], []), ([0, 2, 3], [late]), ([0, 1, 2, 4], []), ([1, 2, 3], [first]):
         tokens = logits[-1][1][keep].argmax(-1).tolist()
@@ -70,7 +108,7 @@ def _decoding_difference(cached: Decoder, plain: Decoder, prompts: Sequence[Tens
     return max(differences) if all(d == d for d in differences) else float("nan")
 
 
-def _joined(decoders: tuple[Decoder, Decoder], texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _joined(decoders: tuple[Decoder, Decoder], texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
     """Return both decoders' logits of two rows of each text."""
     first, second = (decoder.join(texts, [2] * len(texts)) for decoder in decoders)
     return first, second

@@ -1,9 +1,10 @@
-"""Continuous batching: requests of any number of callers on the same weights are decoded together."""
+"""Continuous batching: requests of any number of callers on one model, and on its adapters, are decoded together."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Final, final
+from weakref import WeakSet
 
 import torch
 
@@ -41,6 +42,8 @@ class ContinuousBatch:
         model: the weights, which must not change.
         limits: what is decoded at once.
 
+    Requests on adapters of the model may be among the others, see `accepts`: each row has its own adapter.
+
     Attributes:
         steps: that were done.
     """
@@ -49,6 +52,7 @@ class ContinuousBatch:
         self._model, self._limits = model, limits or LaneLimits()
         self._cached: Lane | None = None
         self._plain: Lane | None = None
+        self._adapted: WeakSet[CausalLM] = WeakSet()
         self.steps = 0
 
     @property
@@ -61,6 +65,15 @@ class ContinuousBatch:
         """Whether a step would do anything."""
         return any(lane.busy for lane in self._lanes())
 
+    def accepts(self, model: CausalLM) -> bool:
+        """Return whether it gives a model's requests what that model itself gives: its own, or an adapter of it."""
+        own = self._model
+        if model is not own and model not in self._adapted:
+            if not (isinstance(own, HFModel) and isinstance(model, HFModel) and agreement.adapter_agrees(own, model)):
+                return False
+            self._adapted.add(model)
+        return True
+
     def add(
         self,
         prompt: ModelInput,
@@ -70,6 +83,7 @@ class ContinuousBatch:
         *,
         ends: Ends | None = None,
         owner: str = "",
+        model: CausalLM | None = None,
     ) -> GenerationRequest:
         """Accept a request; its completions begin at the next steps.
 
@@ -80,14 +94,19 @@ class ContinuousBatch:
             seed: what their random numbers follow from.
             ends: says of a completion's tokens whether they end it, beside the stop tokens.
             owner: owners share the batch fairly.
+            model: one that it accepts; None: the batch's own.
 
         Raises:
+            BackendError: the model is not accepted.
             InvalidDatumsError: the prompt is empty, has tokens outside the vocabulary, or leaves the model's context.
         """
+        if model is not None and not self.accepts(model):
+            raise BackendError("this batch decodes for one model and adapters of it, and this is neither")
         vocab, facts = self._model.head().weight.shape[0], facts_of(self._model)
         check_prompts([prompt], n, vocab, facts.max_length, params.max_tokens)
         stop = params.stop if params.stop is not None else getattr(self._model, "eos_token_ids", ())
-        request = GenerationRequest(prompt.tokens, n, params, seed, frozenset(stop), ends, owner)
+        whose = self._model if model is None else model
+        request = GenerationRequest(whose, prompt.tokens, n, params, seed, frozenset(stop), ends, owner)
         self._lane(len(prompt) + params.max_tokens).add(request)
         return request
 
@@ -120,5 +139,5 @@ class ContinuousBatch:
                 self._cached = self._cached or Lane(CachedDecoder(model), self._limits)
                 return self._cached
         limits = replace(self._limits, rows=min(_PLAIN_ROWS, self._limits.rows))
-        self._plain = self._plain or Lane(PlainDecoder(model), limits)
+        self._plain = self._plain or Lane(PlainDecoder(), limits)
         return self._plain

@@ -6,7 +6,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from torch.nn.functional import pad
 
 from ....errors import UnsupportedError, require_extra
 from ....ops.logprobs import head_logits
+from ..causal_lm import CausalLM
 from ..execution.forward import model_device
 from ..models.hf import HFModel
+from .requests import Text
+from .row_adapters import RowAdapters
 
 __all__ = ["CachedDecoder"]
 
@@ -26,7 +30,7 @@ _PARTS: Final = {  # what a layer holds for each token, with the dimensions of r
     "indexer_keys": (0, 1),
     "indexer_position_ids": (1, 2),
 }
-_KEPT_TOKENS: Final = 8192  # of texts whose caches are kept for rows that come later
+_KEPT_TOKENS: Final = 8192  # of a model's texts whose caches are kept for rows that come later
 
 
 @final
@@ -39,81 +43,100 @@ class _ReadText:
     logits: Tensor
 
 
+class _Row(NamedTuple):
+    """A row of the cache: its tokens, and the model whose row it is."""
+
+    length: int
+    model: CausalLM
+
+
 @final
 class CachedDecoder:
     """transformers models: each text is read once, and its cache is copied for its rows, also for those that come later.
 
-    The cache of all rows is as wide as the longest one; shorter rows begin with columns that the mask hides. The model's
-    weights must not change meanwhile.
+    The cache of all rows is as wide as the longest one; shorter rows begin with columns that the mask hides.
+
+    Args:
+        model: it runs all rows, also those of its adapters. Its weights, and theirs, must not change meanwhile.
     """
 
     def __init__(self, model: HFModel) -> None:
         self._model, self._device = model, model_device(model)
+        self._adapters = RowAdapters(model)
         self._cache: Any = None
-        self._lengths: list[int] = []
-        self._texts: OrderedDict[bytes, _ReadText] = OrderedDict()
+        self._rows: list[_Row] = []
+        self._texts: WeakKeyDictionary[CausalLM, OrderedDict[bytes, _ReadText]] = WeakKeyDictionary()
 
     @property
     def bytes_per_token(self) -> int:
         return 0 if self._cache is None else sum(map(_token_bytes, _layers(self._cache)))
 
-    def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
+    def join(self, texts: Sequence[Text], copies: Sequence[int]) -> Tensor:
         read = self._read(texts)
-        width = max([*self._lengths, *(text.length for text in read)])
+        for text, count in zip(texts, copies, strict=True):
+            self._rows += [_Row(len(text), text.model)] * count
+        width = max(row.length for row in self._rows)
         for i, layer in enumerate(_layers(self._cache)):
             _append(layer, [(text.layers[i], count) for text, count in zip(read, copies, strict=True)], width)
-        self._lengths += [text.length for text, count in zip(read, copies, strict=True) for _ in range(count)]
         return torch.cat([text.logits.expand(count, -1) for text, count in zip(read, copies, strict=True)])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        self._lengths = [length + 1 for length in self._lengths]
-        return self._logits(torch.tensor(tokens, device=self._device)[:, None], self._lengths, self._cache)
+        self._rows = [row._replace(length=row.length + 1) for row in self._rows]
+        return self._logits(torch.tensor(tokens, device=self._device)[:, None], self._rows, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if self._cache is None or (rows and len(rows) == len(self._lengths)):
+        if not rows:
+            self._adapters.clear()
+        if self._cache is None or (rows and len(rows) == len(self._rows)):
             return
-        self._lengths = [self._lengths[i] for i in rows]
-        width, index = max(self._lengths, default=0), torch.tensor(rows, dtype=torch.int64, device=self._device)
+        self._rows = [self._rows[i] for i in rows]
+        width = max((row.length for row in self._rows), default=0)
+        index = torch.tensor(rows, dtype=torch.int64, device=self._device)
         for layer in _layers(self._cache):
             _select(layer, index, width)
 
-    def _read(self, texts: Sequence[Tensor]) -> list[_ReadText]:
+    def _read(self, texts: Sequence[Text]) -> list[_ReadText]:
         """Return the caches of texts, after reading those that are not kept."""
-        keys = [text.numpy().tobytes() for text in texts]
-        new = [i for i, key in enumerate(keys) if key not in self._texts]
-        if new:
-            for i, read in zip(new, self._run([texts[i] for i in new]), strict=True):
-                self._texts[keys[i]] = read
-        for key in keys:
-            self._texts.move_to_end(key)
-        caches = [self._texts[key] for key in keys]
-        while self._texts and sum(text.length for text in self._texts.values()) > _KEPT_TOKENS:
-            self._texts.popitem(last=False)
+        new = [text for text in texts if text.content not in self._texts.setdefault(text.model, OrderedDict())]
+        for text, read in zip(new, self._run(new) if new else [], strict=True):
+            self._texts[text.model][text.content] = read
+        caches = []
+        for text in texts:
+            self._texts[text.model].move_to_end(text.content)
+            caches.append(self._texts[text.model][text.content])
+        for kept in self._texts.values():
+            while kept and sum(text.length for text in kept.values()) > _KEPT_TOKENS:
+                kept.popitem(last=False)
         return caches
 
-    def _run(self, texts: Sequence[Tensor]) -> list[_ReadText]:
+    def _run(self, texts: Sequence[Text]) -> list[_ReadText]:
         """Read texts by one forward, each ending at the last column."""
         transformers = require_extra("transformers", "hf", "sampling")
-        lengths = [len(text) for text in texts]
-        tokens = torch.stack([pad(text, (max(lengths) - len(text), 0)) for text in texts]).to(self._device)
+        rows = [_Row(len(text), text.model) for text in texts]
+        width = max(row.length for row in rows)
+        tokens = torch.stack([pad(text.tokens, (width - len(text), 0)) for text in texts]).to(self._device)
         cache = transformers.DynamicCache(config=self._model.config)
-        logits = self._logits(tokens, lengths, cache)
+        logits = self._logits(tokens, rows, cache)
         unknown = {type(layer).__name__ for layer in _layers(cache)} - set(_LAYERS)
         if unknown:
             raise UnsupportedError(f"rows cannot enter a cache with layers of the kind {', '.join(sorted(unknown))}")
-        read = [_ReadText(n, [_row(x, i, n) for x in _layers(cache)], logits[i : i + 1]) for i, n in enumerate(lengths)]
+        read = [
+            _ReadText(row.length, [_row(x, i, row.length) for x in _layers(cache)], logits[i : i + 1])
+            for i, row in enumerate(rows)
+        ]
         if self._cache is None:
             self._cache = cache
             for layer in _layers(cache):
                 _select(layer, torch.empty(0, dtype=torch.int64, device=self._device), 0)
         return read
 
-    def _logits(self, tokens: Tensor, lengths: Sequence[int], cache: Any) -> Tensor:
-        """Return the logits after the last of ``tokens`` [R, L], of rows that are ``lengths`` tokens long by then."""
-        width, ends = max(lengths), torch.tensor(lengths, device=self._device)[:, None]
-        places = torch.arange(width, device=self._device) - width + ends  # negative before the row begins
+    def _logits(self, tokens: Tensor, rows: Sequence[_Row], cache: Any) -> Tensor:
+        """Return the logits after the last of ``tokens`` [R, L], of rows that are as long as they say by then."""
+        width, ends = max(row.length for row in rows), torch.tensor([row.length for row in rows], device=self._device)
+        places = torch.arange(width, device=self._device) - width + ends[:, None]  # negative before the row begins
         positions = places.clamp(min=0)[:, -tokens.shape[1] :]
-        hidden = self._model.cached_states(tokens, (places >= 0).long(), positions, cache)
+        with self._adapters.of([row.model for row in rows]):
+            hidden = self._model.cached_states(tokens, (places >= 0).long(), positions, cache)
         return head_logits(hidden[:, -1], self._model.head())
 
 

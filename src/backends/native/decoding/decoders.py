@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ....ops.logprobs import head_logits
-from ..causal_lm import CausalLM
 from ..execution.forward import model_device
+from .requests import Text
 
 __all__ = ["Decoder", "PlainDecoder"]
 
@@ -23,11 +23,11 @@ class Decoder(Protocol):
         """Memory that a row takes for each of its tokens; 0 = not known before the first."""
         ...
 
-    def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
+    def join(self, texts: Sequence[Text], copies: Sequence[int]) -> Tensor:
         """Read texts and add rows after those that are there: ``copies[i]`` rows of ``texts[i]``, each text's together.
 
         Args:
-            texts: int64 [L], on the CPU.
+            texts: each is read, and goes on, by its own model.
             copies: at least 1 each.
 
         Returns:
@@ -46,30 +46,33 @@ class Decoder(Protocol):
 
 @final
 class PlainDecoder:
-    """Runs each whole row again at every step: for any model, at quadratic cost."""
+    """Runs each whole row again at every step: for any models, at quadratic cost."""
 
     bytes_per_token = torch.int64.itemsize
 
-    def __init__(self, model: CausalLM) -> None:
-        self._model, self._device = model, model_device(model)
-        self._rows: list[Tensor] = []
+    def __init__(self) -> None:
+        self._rows: list[Text] = []
 
-    def join(self, texts: Sequence[Tensor], copies: Sequence[int]) -> Tensor:
-        moved = [text.to(self._device) for text in texts]
+    def join(self, texts: Sequence[Text], copies: Sequence[int]) -> Tensor:
+        moved = [Text(text.model, text.tokens.to(model_device(text.model))) for text in texts]
         self._rows += [text for text, count in zip(moved, copies, strict=True) for _ in range(count)]
-        return self._logits(moved).repeat_interleave(torch.tensor(copies, device=self._device), 0)
+        logits = self._logits(moved)
+        return logits.repeat_interleave(torch.tensor(copies, device=logits.device), 0)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        added = torch.tensor(tokens, device=self._device)
-        self._rows = [torch.cat([row, token[None]]) for row, token in zip(self._rows, added, strict=True)]
+        self._rows = [
+            Text(row.model, torch.cat([row.tokens, row.tokens.new_tensor([token])]))
+            for row, token in zip(self._rows, tokens, strict=True)
+        ]
         return self._logits(self._rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[i] for i in rows]
 
-    def _logits(self, rows: Sequence[Tensor]) -> Tensor:
-        last = []
+    def _logits(self, rows: Sequence[Text]) -> Tensor:
+        heads, logits = {row.model: row.model.head() for row in rows}, []
         for row in rows:
-            positions = torch.arange(row.numel(), device=row.device)[None]
-            last.append(self._model.hidden_states(row[None], positions)[0, -1])
-        return head_logits(torch.stack(last), self._model.head())
+            positions = torch.arange(len(row), device=row.tokens.device)[None]
+            hidden = row.model.hidden_states(row.tokens[None], positions)[:, -1]
+            logits.append(head_logits(hidden, heads[row.model]))
+        return torch.cat(logits)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...sampling import RowParams, choose_tokens
 from .decoders import Decoder
-from .requests import GenerationRequest, Row
+from .requests import GenerationRequest, Row, Text
 
 __all__ = ["Lane", "LaneLimits"]
 
@@ -157,31 +157,30 @@ class Lane:
         counts = Counter(row.request.owner for row in self._rows)
         longest = max((row.length + 1 for row in self._rows), default=0)
         entering: list[Row] = []
-        texts, tokens = set[bytes](), 0
+        texts, tokens = set[object](), 0
         while queues := self._queues():
             owner = min(queues, key=lambda name: counts[name])
             text = queues[owner][0].next_text
             longest = max(longest, len(text) + _MARGIN)
-            key = text.numpy().tobytes()
-            tokens += 0 if key in texts else len(text)
+            tokens += 0 if text.key in texts else len(text)
             if not self._fits(len(self._rows) + len(entering) + 1, longest):
                 break
             if entering and tokens > self._limits.prefill_tokens:
                 break
-            texts.add(key)
+            texts.add(text.key)
             entering.append(queues[owner][0].enter())
             counts[owner] += 1
         return entering
 
 
-def _together(rows: Sequence[Row]) -> list[tuple[list[Tensor], list[list[Row]]]]:
+def _together(rows: Sequence[Row]) -> list[tuple[list[Text], list[list[Row]]]]:
     """Group rows by text, and texts by length: each group's texts are read by one forward, each text once."""
-    same: dict[bytes, tuple[Tensor, list[Row]]] = {}
+    same: dict[object, tuple[Text, list[Row]]] = {}
     for row in rows:
         text = row.text
-        same.setdefault(text.numpy().tobytes(), (text, []))[1].append(row)
+        same.setdefault(text.key, (text, []))[1].append(row)
 
-    def size(pair: tuple[Tensor, list[Row]]) -> int:
+    def size(pair: tuple[Text, list[Row]]) -> int:
         return max(_SHORT, len(pair[0]).bit_length())
 
     groups = [list(pairs) for _, pairs in groupby(sorted(same.values(), key=size), size)]

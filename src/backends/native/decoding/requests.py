@@ -12,10 +12,38 @@ from torch import Tensor
 
 from ....errors import BackendError
 from ...types import SamplingParams
+from ..causal_lm import CausalLM
 
-__all__ = ["Ends", "GenerationRequest", "Row"]
+__all__ = ["Ends", "GenerationRequest", "Row", "Text"]
 
 Ends = Callable[[Sequence[int]], bool]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Tokens, and the model that reads them.
+
+    Attributes:
+        model: whose text it is.
+        tokens: int64 [L], on the CPU.
+    """
+
+    model: CausalLM
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def content(self) -> bytes:
+        """The tokens, so that they can be looked up."""
+        return self.tokens.numpy().tobytes()
+
+    @property
+    def key(self) -> tuple[CausalLM, bytes]:
+        """What equal texts have in common."""
+        return self.model, self.content
 
 
 @final
@@ -24,6 +52,7 @@ class GenerationRequest:
     """Completions of one prompt that a batch was asked for.
 
     Args:
+        model: that completes it.
         prompt: int64 [T], on the CPU.
         n: how many completions.
         params: how they are sampled; the seed is not read.
@@ -38,6 +67,7 @@ class GenerationRequest:
         error: why there will be no completions; None while all is well.
     """
 
+    model: CausalLM
     prompt: Tensor
     n: int
     params: SamplingParams
@@ -64,9 +94,9 @@ class GenerationRequest:
         return self.error is None and (len(self.rows) < self.n or bool(self._returned))
 
     @property
-    def next_text(self) -> Tensor:
-        """The text of the row that would enter next, int64 [L]."""
-        return self._returned[-1].text if self._returned else self.prompt
+    def next_text(self) -> Text:
+        """The text of the row that would enter next."""
+        return self._returned[-1].text if self._returned else Text(self.model, self.prompt)
 
     def enter(self) -> Row:
         """Return the row that enters next: one that had to leave, or the next one that has not begun."""
@@ -130,11 +160,10 @@ class Row:
         return len(self.request.prompt) + len(self.tokens)
 
     @property
-    def text(self) -> Tensor:
-        """The prompt and the completion so far, int64 [L]."""
-        if not self.tokens:
-            return self.request.prompt
-        return torch.cat([self.request.prompt, torch.tensor(self.tokens)])
+    def text(self) -> Text:
+        """The prompt and the completion so far."""
+        prompt = self.request.prompt
+        return Text(self.request.model, torch.cat([prompt, torch.tensor(self.tokens)]) if self.tokens else prompt)
 
     def take(self, token: int, logprob: float, tempered: float) -> None:
         """Append a token, and see whether it ends the completion; a log-prob that is not a number fails the request."""

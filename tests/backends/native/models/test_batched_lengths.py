@@ -46,7 +46,7 @@ def own_logprobs(plain: Any, request: GenerationRequest) -> list[float]:
     """Log-probs of the completions by whole forwards of the model itself."""
     found = []
     for row in request.result():
-        text = row.text
+        text = row.text.tokens
         with torch.no_grad():
             logits = plain(input_ids=text[None, :-1], use_cache=False).logits[0].log_softmax(-1)
         found += logits.gather(-1, text[1:, None])[-len(row.tokens) :, 0].tolist()
@@ -79,7 +79,7 @@ def test_a_cache_that_is_kept_beyond_the_length_is_noticed(monkeypatch: pytest.M
     crossing = range(5, 6)
     one = ContinuousBatch(model)
     found = drawn(one, requests(one, crossing))
-    monkeypatch.setattr(batching, "PlainDecoder", CachedDecoder)
+    monkeypatch.setattr(batching, "PlainDecoder", lambda: CachedDecoder(model))
     other = ContinuousBatch(model)
     wrong = drawn(other, requests(other, crossing))
     assert max(abs(a - b) for x, y in zip(found, wrong, strict=True) for a, b in zip(x, y, strict=True)) > 1e-3
