@@ -25,6 +25,7 @@ from ...backends.native.optimizer import forget_casts
 from ...backends.preserve import restored_after_failure
 from ...errors import CheckpointError, ConfigError, ServiceError, require_extra
 from ..durability.checkpoints import Checkpoints
+from .batches import Batches
 from .encryption import encrypt_files
 from .naming import naming
 from .sampler import Sampler
@@ -133,6 +134,7 @@ class ServedModels:
         self.backends: dict[str, TorchBackend] = {}
         self.choices: dict[str, LoraChoice] = {}
         self._explicit: dict[str, frozenset[str]] = {}
+        self._batches = Batches(lambda: HFModel(base.copy()))
 
     def create(self, model_id: str, lora: LoraChoice, explicit: Iterable[str] = ()) -> None:
         """Make a model with a fresh adapter.
@@ -236,7 +238,7 @@ class ServedModels:
         backend = self.backend(model_id)
         frozen = self.base.adapted(self.choices[model_id])
         _copy_adapter(backend.model, frozen)
-        return Sampler(frozen, backend.weights_version)
+        return self._sampler(frozen, backend.weights_version)
 
     def saved_sampler(self, uri: str) -> Sampler:
         """Return what samples from a checkpoint.
@@ -248,11 +250,14 @@ class ServedModels:
         with naming(uri, folder):
             model = self.base.adapted(folder)
             load_weights(model, folder)
-        return Sampler(model, 0)
+        return self._sampler(model, 0)
 
     def base_sampler(self) -> Sampler:
         """Return what samples from the base."""
-        return Sampler(HFModel(self.base.copy()), 0)
+        return self._sampler(self._batches.base, 0)
+
+    def _sampler(self, model: HFModel, version: int) -> Sampler:
+        return Sampler(model, version, self._batches.of(model))
 
     def _backend(self, model_id: str, lora: LoraChoice | Path) -> TorchBackend:
         folder = self.checkpoints.folder(model_id, "weights")

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from ...backends import SamplingParams
 from ...backends.native.decoding.batch import ContinuousBatch
-from ...backends.native.decoding.lane import LaneLimits
 from ...backends.native.decoding.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.decoding.requests import Ends
 from ...backends.native.decoding.sampling import rollouts_of
 from ...backends.native.execution.forward import model_device, score
-from ...backends.native.execution.memory import available_bytes
 from ...backends.native.models.hf import HFModel
 from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
@@ -26,7 +24,6 @@ from ...datums.types import ModelInput
 __all__ = ["Sampler"]
 
 _SLICE_SECONDS: Final = 0.05  # a slice begins no further step after these
-_MEMORY: Final = 0.25  # of what is free, for the cache of one sampler
 
 
 @final
@@ -36,12 +33,11 @@ class Sampler:
     Args:
         model: the weights.
         version: optimizer steps they had seen.
+        batch: where its requests are decoded.
     """
 
-    def __init__(self, model: HFModel, version: int) -> None:
-        self.model, self.version = model, version
-        memory = _MEMORY * available_bytes(model_device(model))
-        self.batch = ContinuousBatch(model, LaneLimits(memory=memory))
+    def __init__(self, model: HFModel, version: int, batch: ContinuousBatch) -> None:
+        self.model, self.version, self.batch = model, version, batch
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +47,7 @@ class Sampler:
     def complete(
         self, prompt: ModelInput, n: int, params: SamplingParams, ends: Ends | None = None, owner: str = ""
     ) -> Generator[None, None, list[Rollout]]:
-        """Sample n completions, in slices, together with all other requests on these weights.
+        """Sample n completions, in slices, together with all other requests of the batch.
 
         Args:
             prompt: what is completed.
@@ -61,7 +57,7 @@ class Sampler:
             owner: owners share the batch fairly.
         """
         seed = secrets.randbits(62) if params.seed is None else params.for_prompt(0).seed
-        request = self.batch.add(prompt, n, params, seed or 0, ends=ends, owner=owner)
+        request = self.batch.add(prompt, n, params, seed or 0, ends=ends, owner=owner, model=self.model)
         try:
             while not request.done:
                 seen = self.batch.steps
