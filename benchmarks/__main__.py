@@ -102,14 +102,14 @@ def _backends(commands: Any) -> None:
 
 
 def _service(commands: Any) -> None:
-    words = "many clients of one service, turns between keys, an RL loop, bytes and memory"
+    words = "many clients of one service, turns between keys, an RL loop, adapters sampled together, bytes and memory"
     parser, usual = commands.add_parser("service", help=words), service.Sizes()
     parser.add_argument("--cases", default=",".join(service.CASES))
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--clients", default=",".join(map(str, usual.clients)), help="numbers of clients at once")
-    for name in ("steps", "sequences", "length", "heavy", "heavy_length", "behind", "completions", "operations"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
-    parser.add_argument("--rounds", type=int, default=usual.rounds)
+    for name in service.Sizes.__dataclass_fields__:
+        if name != "clients":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
     parser.add_argument("--token-budget", type=int, default=4096)
     parser.set_defaults(run=service.run)
 

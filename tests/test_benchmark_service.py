@@ -43,6 +43,7 @@ ROWS = {
     "rl": {
         f"{s}: {p}" for s in ("native", "service") for p in ("sample", "forward_backward", "optim_step", "whole loop")
     },
+    "adapters": {"one after another", "together", "all on one adapter"},
     "healthz": {"idle", "2 clients train"},
 }
 
