@@ -10,7 +10,7 @@ import pytest
 from helpers import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_service import Forwards, Sampling, Steps
+from served.sampling_service import Forwards, Sampling, Steps
 
 from pullback.backends.native.decoding.batch import ContinuousBatch
 from pullback.service.durability.answers import Failure

@@ -10,7 +10,7 @@ import pytest
 from helpers import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampling_service import Forwards, Sampling
+from served.sampling_service import Forwards, Sampling
 from servers import MODEL
 
 from pullback.backends import SamplingParams, TorchBackend
