@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ...errors import ConfigError
 __all__ = ["MISTAKES", "differentiated"]
 
 # What an operation raises when it is given the wrong thing; in a graph that was sent, all of it is the sender's mistake.
-MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+MISTAKES: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def differentiated(name: str, loss: Tensor, logprobs: Sequence[Tensor]) -> Tensor:

@@ -33,10 +33,10 @@ TOGETHER: Final = frozenset(
     (
         *("forward", "forward_backward", "forward_backward_custom", "forward_retain", "backward", "optim_step"),
         *("discard_gradients", "gradients", "gather_weights", "sample", "plan", "close"),
-        *("save_state", "save_weights", "load_state", "load_state_with_optimizer", "export"),
+        *("save_state", "save_weights", "load_state", "load_state_with_optimizer", "export", "checkpoint_bytes"),
     )
 )
-LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "checkpoint_bytes", "hold", "pull"})
+LOCAL: Final = frozenset({"layouts", "from_pretrained", "reference", "hold", "pull"})
 
 
 @final

@@ -88,7 +88,7 @@ class Downloads:
             opened = _opened(self._checkpoints.locate(uri), files if name == _ARCHIVE else [name], version)
         except NotFoundError as error:
             return json_response({"detail": str(error)}, 404)
-        except CheckpointError:  # which names what the address may be
+        except OSError:  # it is gone, or is going; a `CheckpointError` is one too
             return json_response({"detail": _GONE}, 404)
         if name == _ARCHIVE:
             return StreamingResponse(_tar(opened), media_type="application/x-tar")

@@ -22,6 +22,7 @@ from ..queueing.requirements import number_of
 from ..queueing.sequencer import Sequencer
 from ..served.listings import Listings
 from ..served.sessions import Sessions
+from ..wire.texts import require_writable
 
 __all__ = ["Copies"]
 
@@ -73,6 +74,7 @@ class Copies:
         self._listings.own(owner, model, f"{kind}/{name}")
         if body.get("weights_access_token") is not None:
             raise UnsupportedError("weights_access_token: a key of this server copies its own checkpoints only")
+        require_writable("destination_project_id", body.get("destination_project_id"))
         expires = expiry(body.get("ttl_seconds"), self._checkpoints.clock())
         session, copied = self._place(owner, body, key)
         with self._checkpoints.changing:  # the same request may come twice at once

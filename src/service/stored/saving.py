@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ...errors import CheckpointError
 from ..durability.descriptions import Description, expiry
 from ..durability.journal import Journal
-from ..durability.storage import storage_error
+from ..durability.storage import explained, storage_error
 from ..served.encryption import encrypted_size
 from ..served.registry import ServedModels
 
@@ -49,7 +49,7 @@ def save(
     models: ServedModels,
     journal: Journal,
     asked: Save,
-    require_space: Callable[[str, int], None] = lambda owner, size: None,
+    require_space: Callable[[str, int], None] | None = None,
 ) -> str:
     """Write a checkpoint and return its URI; the journal knows of it before and after, so that a kill between leaves no doubt.
 
@@ -57,7 +57,7 @@ def save(
         models: of whom it is one.
         journal: is told of it.
         asked: what is saved.
-        require_space: is asked first; raises if the owner may not have so many bytes more.
+        require_space: is asked first, and raises if the owner may not have so many bytes more; None: nobody is asked.
 
     Raises:
         CheckpointError: the name leaves the folder, or is taken.
@@ -70,8 +70,10 @@ def save(
     row, before = journal.model(asked.model), checkpoints.fingerprint(uri)
     metadata = json.dumps(asked.metadata)
     described = None if row is None else Description.of(row, asked.number, metadata, now, expires)
-    replaced = checkpoints.size(uri) if before else 0
-    require_space(asked.owner, max(0, _size(models, asked, described) - replaced))
+    if require_space is not None:
+        with explained():
+            size = _size(models, asked, described) - (checkpoints.size(uri) if before else 0)
+        require_space(asked.owner, max(0, size))
     journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
     with checkpoints.changing:  # a sweep must not take the new one for the one whose time has passed
         return _written(models, journal, asked, uri, described, now, expires)

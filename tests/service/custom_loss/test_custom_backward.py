@@ -58,12 +58,14 @@ def test_whose_mistake_it_is(direct: Direct) -> None:
     assert direct.read(direct.call("optim_step", 3))["metrics"]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_without_it_the_server_would_be_blamed(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: differentiated by the backend alone, the same graph is a failure of the server's."""
     monkeypatch.setattr(interpreter, "differentiated", lambda name, loss, logprobs: loss)
     assert sent(direct, 1, HUBER).category == "server"
 
 
+@pytest.mark.slow
 def test_the_models_own_backward_is_not_the_users(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault behind the loss stays the server's."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from served.ranked_service import RankedService, asked, gradient, one_process, ranked, trained
+from served.ranked_service import DISK, RankedService, asked, gradient, one_process, ranked, trained
 from served.service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
 from servers import KEY, SDK_WARNINGS, finished, new_model, rest
 
@@ -84,6 +84,19 @@ def test_a_skipped_step_is_noticed_and_not_half_made(two: RankedService) -> None
             second = asked(http, made["model_id"], "optim_step", 4 + skipped, **STEP)
             norms.append((first["metrics"]["grad_norm"], second["metrics"]["grad_norm"]))
         assert norms[0] == pytest.approx(norms[1], rel=EXACT)
+
+
+def test_a_save_that_finds_no_room_is_refused_everywhere(two: RankedService) -> None:
+    """It is counted by all processes, between a gradient and its step; both go on, and the next save has room."""
+    with rest(two.url) as http:
+        _, made = new_model(http)
+        model = made["model_id"]
+        half_trained(http, model)
+        full = asked(http, model, "save_weights", 4, path="full", user_metadata={"text": "x" * DISK})
+        assert "bytes of checkpoints" in full["error"]
+        assert asked(http, model, "optim_step", 5, **STEP)["metrics"]["grad_norm"] > 0
+        assert "metrics" in asked(http, model, "forward_backward", 6, **GOOD)
+        assert asked(http, model, "save_weights", 7, path="full")["path"]
 
 
 def test_a_load_that_fails_has_changed_nothing(two: RankedService) -> None:

@@ -210,6 +210,7 @@ def test_weights_in_memory_have_a_time_to_live(direct: Direct, seconds: int | No
     assert isinstance(sampled(direct, longer), bytes)
 
 
+@SLOW
 def test_a_time_to_live_that_is_none(direct: Direct) -> None:
     """The save fails before a sampler is made."""
     answer = direct.read(direct.call("save_for_sampler", 1, sampling_session_seq_id=0, ttl_seconds=5))

@@ -60,9 +60,7 @@ def state(backend: TorchBackend) -> dict[str, torch.Tensor]:
     return {f"{kind} {name}": tensor.clone() for kind, held in kinds.items() for name, tensor in held.items()}
 
 
-@pytest.mark.parametrize(
-    "damage", [name if name in ("no optimizer", "half-way") else pytest.param(name, marks=SLOW) for name in DAMAGES]
-)
+@pytest.mark.parametrize("damage", [name if name == "half-way" else pytest.param(name, marks=SLOW) for name in DAMAGES])
 def test_nothing_has_changed(direct: Direct, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit; the step that follows is made of the gradient that had accumulated."""
     backend = prepared(direct)
@@ -82,7 +80,8 @@ def test_nothing_has_changed(direct: Direct, damage: str, monkeypatch: pytest.Mo
     assert metrics["tokens"] == 12
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(False, marks=SLOW), True])
+@SLOW
+@pytest.mark.parametrize("optimizer", [False, True])
 def test_a_load_that_succeeds_takes_their_place(direct: Direct, optimizer: bool) -> None:
     """The negative control: weights of the checkpoint, and no gradient of those that were there before."""
     backend = prepared(direct)

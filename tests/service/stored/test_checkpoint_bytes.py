@@ -57,7 +57,10 @@ def both(direct: Direct) -> int:
     return 4
 
 
-@pytest.mark.parametrize("before", [pytest.param(nothing, marks=SLOW), pytest.param(gradient, marks=SLOW), step, both])
+@pytest.mark.parametrize(
+    "before",
+    [pytest.param(nothing, marks=SLOW), pytest.param(gradient, marks=SLOW), pytest.param(step, marks=SLOW), both],
+)
 def test_it_is_what_is_written(
     direct: Direct, before: Callable[[Direct], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +76,7 @@ def test_it_is_what_is_written(
     assert counted == [0], "what is replaced is larger"
 
 
+@SLOW
 def test_an_export_that_is_encrypted(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least what is written, and at most 5 kB more for one reader."""
     pyrage = pytest.importorskip("pyrage", reason="exports are encrypted by pyrage (extra serve)")
@@ -84,7 +88,7 @@ def test_an_export_that_is_encrypted(direct: Direct, monkeypatch: pytest.MonkeyP
     assert size <= counted[0] <= size + 5000
 
 
-@pytest.mark.parametrize("short", [0, 1])
+@pytest.mark.parametrize("short", [pytest.param(0, marks=SLOW), 1])
 def test_the_quota_is_asked_for_the_moments_too(direct: Direct, short: int, tmp_path: Path) -> None:
     """With room for all that is written it is; with a byte less nothing is, though the weights alone would fit."""
     number = step(direct)
@@ -108,6 +112,7 @@ def test_the_quota_is_asked_for_the_moments_too(direct: Direct, short: int, tmp_
     assert not short or f"its quota is {asked[0] - 1:,}" in answer.text
 
 
+@SLOW
 def test_without_a_quota_nothing_is_refused(direct: Direct) -> None:
     """The negative control: what ends a server asks for no space."""
     direct.operations.limits = Limits(disk_per_key=1)

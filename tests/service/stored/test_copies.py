@@ -55,6 +55,14 @@ def test_the_same_request_copies_once(direct: Any) -> None:
     assert len(direct.journal.checkpoints("me")) == 4
 
 
+def test_a_project_with_half_of_a_character(direct: Any) -> None:
+    """It is refused before anything is linked."""
+    source = direct.read(direct.call("save_weights", 1, path="one"))["path"]
+    with pytest.raises(ServiceError, match="destination_project_id holds half of a character"):
+        copies(direct).copy("me", {"source_path": source, "destination_project_id": "\ud800"}, "key")
+    assert len(list(direct.models.checkpoints.all())) == 1
+
+
 def test_a_copy_counts_as_what_its_key_holds(direct: Any) -> None:
     """With room for two checkpoints one can be copied; a byte less, and it cannot, and nothing is left of it."""
     source = direct.read(direct.call("save_weights", 1, path="one"))["path"]

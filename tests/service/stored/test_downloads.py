@@ -199,7 +199,7 @@ async def answered(downloads: Downloads, address: str) -> tuple[int, bytes]:
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "archive.tar")
 
 
-@pytest.mark.parametrize("trained_between", [True, False])
+@pytest.mark.parametrize("trained_between", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_address_leads_to_the_checkpoint_that_it_was_given_for(direct: Any, trained_between: bool) -> None:
     """Overwritten between two files, no second one is sent, in words; one that says the same is the same checkpoint."""
     direct.read(direct.call("save_for_sampler", 1, path="one"))

@@ -22,8 +22,9 @@ from pullback.backends.remote.sdk.convert import ready
 from pullback.datums import to_tinker
 from pullback.service import Base, ServedModels
 
-__all__ = ["RankedService", "asked", "one_process", "ranked", "trained"]
+__all__ = ["DISK", "RankedService", "asked", "one_process", "ranked", "trained"]
 
+DISK = 2_000_000  # bytes of all checkpoints
 _SECONDS = 240.0
 _TIMEOUT = 20.0  # of the processes for each other
 _KEPT = ("target_tokens", "weights", "logprobs", "advantages")
@@ -44,7 +45,7 @@ class RankedService:
             port = free.getsockname()[1]
         self.url, self.root = f"http://127.0.0.1:{port}", folder / "checkpoints"
         options = {"model": folder / "model", "name": "tiny", "port": port, "checkpoints": self.root}
-        options |= {"token-budget": 64, "dtype": "float64", "timeout": _TIMEOUT}
+        options |= {"token-budget": 64, "dtype": "float64", "timeout": _TIMEOUT, "disk-per-key": DISK}
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         self.processes = start_ranks(Path(service_rank.__file__), "serve", *given)
 
