@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ from pullback.losses import Loss
 from pullback.testing import TinyLM, example_datums, random_llama
 
 VOCAB = 17  # of `make_data` and of the tiny models
+TINY: Final[Mapping[str, int]] = {  # what transformers calls the sizes of a model
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
 make_data = example_datums
 
 
@@ -88,15 +97,7 @@ def tiny_llama(dtype: torch.dtype = torch.float64, *, lora: Any = None, vocab: i
     from pullback.backends.native.models.lora import add_lora
 
     model: nn.Module = random_llama(
-        vocab_size=vocab,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype=dtype,
+        vocab_size=vocab, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, dtype=dtype, **TINY
     )
     if lora is not None:
         with torch.random.fork_rng():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, accumulate, cut, distance, make_data, sharing, tiny_llama
+from helpers import TINY, VOCAB, accumulate, cut, distance, make_data, sharing, tiny_llama
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,15 +107,7 @@ def test_sliding_window_keeps_its_mask(window: int) -> None:
     """A window shorter than a sequence is not lost by attending to segments."""
     import transformers
 
-    config = transformers.MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=window,
-    )
+    config = transformers.MistralConfig(vocab_size=VOCAB, sliding_window=window, **TINY)
     torch.manual_seed(0)
     model = HFModel(transformers.MistralForCausalLM(config).double())
     data = make_data(LENGTHS)
@@ -225,12 +217,8 @@ def test_models_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="adapter with hidden_states and head"):
         HFModel(causal)
     capped = transformers.Gemma2Config(
+        **TINY,
         vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=8,
         final_logit_softcapping=0.5,
         bos_token_id=1,

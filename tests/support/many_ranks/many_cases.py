@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from helpers import tiny_llama
+from helpers import TINY, tiny_llama
 from torch import Tensor, nn
 
 from pullback.backends import AdamParams, TorchBackend
@@ -23,15 +23,7 @@ Given = str | Callable[[Any, list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
 
 def _untied() -> nn.Module:
-    model: nn.Module = random_llama(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        dtype=torch.float64,
-    )
+    model: nn.Module = random_llama(vocab_size=VOCAB, tie_word_embeddings=False, dtype=torch.float64, **TINY)
     return model
 
 
@@ -41,17 +33,12 @@ def _experts() -> HFModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.Qwen3MoeConfig(
+            **TINY,
             vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=32,
             moe_intermediate_size=8,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             head_dim=8,
             num_experts=4,
             num_experts_per_tok=2,
-            max_position_embeddings=128,
             experts_implementation="eager",
         )
         return HFModel(transformers.Qwen3MoeForCausalLM(config).double())
