@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
 import peft
-from adapters import adapted, rank
+from pretrained.adapters import adapted, rank
 
 from pullback.backends import SamplingParams
 from pullback.backends.native import HFModel

@@ -26,7 +26,7 @@ from pullback.errors import BackendError
 
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
-from adapters import adapted, rank
+from pretrained.adapters import adapted, rank
 
 from pullback.testing import random_llama
 from pullback.testing.models import zoo
