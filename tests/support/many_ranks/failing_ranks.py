@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ from many_ranks.failing_cases import (
     summed,
     with_token,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pullback.backends import TorchBackend
@@ -130,7 +132,40 @@ def constructed(folder: Path) -> Iterator[tuple[str, Told]]:
     backend = make(folder)
     (folder / "empty").mkdir(exist_ok=True)
     yield "missing checkpoint", tried(lambda: backend.load_state(folder / "empty"))
+    yield from other_files(folder, backend)
     yield "nothing trained", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
+
+
+def other_files(folder: Path, backend: TorchBackend) -> Iterator[tuple[str, Told]]:
+    """Load checkpoints whose tensors have other dtypes or shapes than this model's."""
+    alone = folder / f"alone-{dist.get_rank()}"
+    models = {"other dtype": TinyLM(tied=True, dtype=torch.float32), "other shape": TinyLM(tied=True, max_positions=32)}
+    for name, model in models.items():
+        TorchBackend(model, mesh=None, checkpoint_dir=alone).save_state(saved(name)).result()
+    one = make(alone, mesh=None)
+    train(one, range(1))
+    one.save_state(saved("other moments")).result()
+    halve(alone / saved("other moments"))
+    dist.barrier()
+    for name in (*models, "other moments"):
+        before = weights(backend)
+        told = tried(partial(backend.load_state_with_optimizer, folder / "alone-0" / saved(name)))
+        yield name, told | {"moved": difference(weights(backend), before)}
+
+
+def saved(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def halve(folder: Path) -> None:
+    """Make one second moment of a checkpoint float32, with the digest that goes with it."""
+    file, manifest = folder / "optimizer.safetensors", folder / "manifest.json"
+    moments = load_file(file)
+    moments["exp_avg_sq:norm"] = moments["exp_avg_sq:norm"].float()
+    save_file(moments, file)
+    said = json.loads(manifest.read_text())
+    said["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(said))
 
 
 def silent(folder: Path) -> Told:

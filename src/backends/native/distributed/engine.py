@@ -26,6 +26,9 @@ from ..execution.gradient import summary
 from ..execution.retained import RetainedForward, backward_retained, reuse
 from ..execution.scaling import GradientScale
 from .agreement import Agreement
+from .checkpoints.files import ShardedFiles
+from .checkpoints.load import load_sharded
+from .checkpoints.save import save_sharded
 from .digest import tensor_digest
 from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
 from .passes import Passes
@@ -33,7 +36,6 @@ from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule
 from .sharding import Shards
-from .state import ShardedFiles, load_sharded, save_sharded
 
 __all__ = ["DistributedEngine"]
 

@@ -84,6 +84,15 @@ EXPECTED: dict[str, Expected] = {
     "other seed": both(".*'seed': 1.* instead of .*'seed': 0"),
     "nothing trained": both("model .*its parameter embedding differs"),
     "missing checkpoint": (("CheckpointError", "has no manifest.json"),) * 2,
+    "other dtype": (("CheckpointError", "differs in: .*torch.float32, here .*torch.float64"),) * 2,
+    "other shape": (("CheckpointError", r"differs in: .*positions \[32, 8\] .*, here \[64, 8\]"),) * 2,
+    "other moments": (
+        (
+            "CheckpointError",
+            "optimizer.safetensors of .*differs in: .*exp_avg_sq:norm .*torch.float32, here .*torch.float64",
+        ),
+    )
+    * 2,
     "kill": (("LostRankError", f"forward_backward_custom: {LOST}"),),
     "stall": (("LostRankError", f"forward_backward_custom: {LOST}"),) * 2,
     "layer": (("LostRankError", f"forward_backward: {LOST}"), ("ValueError", "in the second layer")),
@@ -158,6 +167,13 @@ def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: l
 def test_other_models_settings_and_folders_are_refused(case: str, together: list[Told]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         require_told(found[case], expected, 2 * SECONDS)
+
+
+@pytest.mark.parametrize("case", ["other dtype", "other shape", "other moments"])
+def test_files_of_other_tensors_are_refused_before_any_work(case: str, together: list[Told]) -> None:
+    for found, expected in zip(together, EXPECTED[case], strict=True):
+        require_told(found[case], expected, 2 * SECONDS)
+        assert found[case]["moved"] == 0.0
 
 
 def test_without_agreements_other_data_on_one_rank_goes_unnoticed(together: list[Told]) -> None:
