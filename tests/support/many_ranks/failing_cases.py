@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, final
 from unittest import mock
 
 import torch
@@ -14,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native.execution.gradient import streams_in_one_pass
 from pullback.backends.types import SamplingParams
 from pullback.datums import Datum, ModelInput
+from pullback.losses import CrossEntropy, Loss, TokenBatch
+from pullback.losses.evaluation.terms import Summand
 from pullback.testing import TinyLM, example_datums
 from pullback.testing.models import tiny
 from pullback.testing.models.tiny import causal_mask
@@ -59,6 +63,36 @@ def raising_on(rank: int) -> Callable[..., tuple[Tensor, Mapping[str, float]]]:
         return summed(data, logprobs)
 
     return loss
+
+
+@final
+@dataclass(frozen=True)
+class Strict(Loss):
+    """Cross-entropy that fails on rank 1, once it is told to, at the first tokens that it is asked about."""
+
+    fails: ClassVar[bool] = False
+    name: ClassVar[str] = "strict"
+    gradient_kind: ClassVar[Any] = "token"
+    sources: ClassVar[tuple[str, ...]] = ("this test",)
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+    optional_inputs: ClassVar[tuple[str, ...]] = ("weights",)
+    aggregation: str = "sum"
+
+    @classmethod
+    def from_config(cls) -> Strict:
+        return cls()
+
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        if self.fails and dist.get_rank() == 1:
+            raise ValueError("no such token")
+        return CrossEntropy().terms(batch)
+
+
+def registered_raises(backend: TorchBackend) -> Any:
+    """A registered loss that fails between a forward and its backward, in the one pass of a trained head."""
+    assert streams_in_one_pass(backend._native.model, backend._prepare(DATA, Strict(), by_name=True))
+    with mock.patch.object(Strict, "fails", True):
+        return backend.forward_backward(DATA, Strict())
 
 
 def random(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
@@ -130,6 +164,7 @@ BAD: Final = with_token(DATA, 2, 99)
 # What is asked of each rank; it must fail on both.
 CASES: Final[dict[str, Callable[[TorchBackend], Any]]] = {
     "loss raises": lambda b: b.forward_backward_custom(DATA, raising_on(1)),
+    "registered loss raises": registered_raises,
     "loss raises on rank 0": lambda b: b.forward_backward_custom(DATA, raising_on(0)),
     "invalid data": lambda b: b.forward_backward(on_one(BAD, DATA), "ppo"),
     "no data": lambda b: b.forward_backward(on_one([], DATA), "ppo"),
@@ -171,5 +206,12 @@ WORKS: Final[dict[str, Callable[[TorchBackend], Any]]] = {
     "inside a loss": starved_inside,
     "retained": lambda b: b.backward({b.forward_retain(DATA).result(): range(len(DATA))}, DATA, "ppo").result(),
 }
-FEW_CASES: Final = ("loss raises", "invalid data", "other tokens", "other operation", "random loss")
+FEW_CASES: Final = (
+    "loss raises",
+    "registered loss raises",
+    "invalid data",
+    "other tokens",
+    "other operation",
+    "random loss",
+)
 FEW_WORKS: Final = ("streamed",)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....errors import NonFiniteError
 from ....losses.evaluation.metrics import Metric
+from ....losses.evaluation.output import LossOutput
 from ....losses.evaluation.streaming import TokenStream
 from ...cotangents import Cotangents, evaluate, summarize
 from ...engine import Gradient
@@ -151,11 +152,10 @@ def _in_one_pass(
         return scored, guard(lambda: NOTHING)
     dtype = torch.float64 if graphs.exact else torch.float32
     given = torch.zeros(index.shape, dtype=dtype, device=index.at.device)
-    stream = TokenStream(loss, call.batch(batch.members, given), call.counts)
+    stream = _InPass(lambda: TokenStream(loss, call.batch(batch.members, given), call.counts))
 
     def cotangent(logprobs: Tensor, at: slice) -> Tensor:
-        with running_loss():
-            given[index.at[at]] = stream.cotangent(logprobs, index.at[at])
+        given[index.at[at]] = stream.cotangent(logprobs, index.at[at])
         return given[index.at[at]]
 
     scored = graphs.one_pass(batch, cotangent)
@@ -174,6 +174,39 @@ def _in_one_pass(
         return Cotangents(by_datum, denominator, count, output.metrics)
 
     return scored, guard(finish)
+
+
+@final
+class _InPass:
+    """A loss that is asked in the middle of a pass. What it raises there is kept until the pass is over.
+
+    Other processes may run the same pass, and would wait for this one in the next layer.
+    """
+
+    def __init__(self, make: Callable[[], TokenStream]) -> None:
+        self._failure: Exception | None = None
+        self._stream: TokenStream | None = None
+        try:
+            self._stream = make()
+        except Exception as failure:
+            self._failure = failure
+
+    def cotangent(self, logprobs: Tensor, at: Tensor) -> Tensor:
+        """Return those of some tokens; 0 once the loss has failed."""
+        if self._stream is not None and self._failure is None:
+            try:
+                with running_loss():
+                    return self._stream.cotangent(logprobs, at)
+            except Exception as failure:
+                self._failure = failure
+        return torch.zeros_like(logprobs)
+
+    def output(self) -> LossOutput:
+        """Return the value of the loss, or raise what it has raised."""
+        if self._failure is not None:
+            raise self._failure
+        assert self._stream is not None
+        return self._stream.output()
 
 
 def summary(

@@ -49,6 +49,7 @@ def rank_1(kind: str, words: str, operation: str = "") -> Expected:
 # The errors of rank 0 and rank 1: type, and words.
 EXPECTED: dict[str, Expected] = {
     "loss raises": rank_1("ValueError", "no such reward"),
+    "registered loss raises": rank_1("ValueError", "no such token"),
     "loss raises on rank 0": (
         ("ValueError", "no such reward"),
         ("RankFailedError", r"failed on rank 0 \(nothing .*ValueError: no such reward"),
