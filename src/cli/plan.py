@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> None:
     plan.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward")
     plan.add_argument("--graph-bytes-per-token", type=float, help="as measured, for layers that are not Llama's")
     plan.add_argument("--reshard", choices=sorted(_CHOICES), default="both", help="layers are freed after use")
+    plan.add_argument("--vocab-parallel", action="store_true", help="each process holds some rows of the head")
     plan.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     plan.add_argument("--json", action="store_true", help="print one JSON object a line")
     plan.set_defaults(run=_run)
@@ -69,6 +70,7 @@ def _budget(config: Any, placement: Placement, arguments: argparse.Namespace) ->
         retained=arguments.micro_batches if arguments.function else 1,
         calls=arguments.calls,
         graph_bytes_per_token=arguments.graph_bytes_per_token,
+        vocab_parallel=arguments.vocab_parallel,
         gpu=arguments.device == "cuda",
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 
-__all__ = ["Head", "head_weight", "require_linear", "unwrapped"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Head", "head_weight", "require_linear", "require_whole_head", "unwrapped"]
 
 _PEFT_WRAPPERS: Final = ("get_delta_weight", "modules_to_save", "token_adapter")
 _TRAINER_WRAPPERS: Final = ("module", "_orig_mod")  # of data parallelism, and of torch.compile
@@ -22,12 +25,14 @@ class Head(NamedTuple):
         bias: [V], or None.
         softcap: bound on the logits, or None.
         scale: factor on the product.
+        group: the processes that have the other rows, where this one has only some; None: these are all.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    group: ProcessGroup | None = None
 
     @property
     def trainable(self) -> bool:
@@ -60,6 +65,19 @@ class Head(NamedTuple):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def require_whole_head(head: Head) -> None:
+    """Check that all rows of a head are here.
+
+    Raises:
+        UnsupportedError: others are on other processes.
+    """
+    if head.group is not None:
+        raise UnsupportedError(
+            f"this process has {len(head.weight)} rows of the head, and others have the rest: score with "
+            "own_positions_logprobs on all of them, or make the backend with vocab_parallel=False"
+        )
 
 
 def unwrapped(model: Any) -> Any:

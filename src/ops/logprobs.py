@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from .autograd import FrozenHead, OnePassHead, RecomputedHead
 from .chunked import HeadPass
-from .head import Head
+from .head import Head, require_whole_head
 
 __all__ = [
     "chunk_bytes",
@@ -28,6 +28,7 @@ _CPU_BYTES, _GPU_BYTES = 12 * 2**20, 512 * 2**20
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:
     """Return the logits of ``hidden`` [N, H] in fp32 or better, [N, V]: all of them, so only for a few positions."""
+    require_whole_head(head)
     product = hidden.to(head.weight.dtype) @ head.weight.T
     logits = product if product.dtype == torch.float64 else product.float()
     if head.scale != 1.0:
@@ -111,6 +112,7 @@ def selected_logprobs(
         ConfigError: temperature or budget is not positive.
         UnsupportedError: a trainable weight is sharded.
     """
+    require_whole_head(head)
     flat, chosen, shape = flatten(hidden, head, targets, needed)
     head_pass = prepare(flat, head, chosen, temperature, entropy, memory_budget)
     if torch.is_grad_enabled() and (head.trainable or (flat.requires_grad and chosen.shape[1] > 1)):
@@ -153,6 +155,7 @@ def logprob_surrogate(
         ShapeError: shapes do not fit.
         ConfigError: temperature or budget is not positive.
     """
+    require_whole_head(head)
     flat, chosen, _ = flatten(hidden, head, targets, None)
     if chosen.shape[1] != 1 or targets.dim() != 1:
         raise ShapeError(f"targets must be [N], one per position, got {tuple(targets.shape)}")

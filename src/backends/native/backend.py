@@ -63,6 +63,8 @@ class TorchBackend(Backend):
         reshard: whether each layer's weights are freed after use and gathered again; ``auto``: only where memory asks for it.
         shard_frozen: whether weights that are not trained are spread over the processes too; False: each process keeps them
             whole, as they were given, so that the adapters of several backends can share them.
+        vocab_parallel: whether each process holds some rows of the head, on which all score together, and never the whole;
+            ``auto``: only where memory asks for it. A head of its own is needed, without an adapter.
         timeout: seconds that a process waits for the others before it gives up; None: PyTorch's default.
 
     Raises:
@@ -86,6 +88,7 @@ class TorchBackend(Backend):
         mesh: DeviceMesh | Literal["auto"] | None = "auto",
         reshard: bool | Literal["auto"] = "auto",
         shard_frozen: bool = True,
+        vocab_parallel: bool | Literal["auto"] = "auto",
         timeout: float | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -109,6 +112,7 @@ class TorchBackend(Backend):
             from .distributed.start import distributed_engine
 
             options: dict[str, Any] = {"reshard": reshard, "shard_frozen": shard_frozen, "timeout": timeout}
+            options["vocab_parallel"] = vocab_parallel
             engine = distributed_engine(model, reference, found, build=build, **options)
             self._everywhere, self._native = engine, engine.local  # of all processes, and this one's part of it
         super().__init__(self._everywhere)

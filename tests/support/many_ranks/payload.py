@@ -18,11 +18,12 @@ _REDUCE: Final = ("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 class Message(NamedTuple):
-    """One collective: its name, the dtype of its tensors, and the bytes that this process receives."""
+    """One collective: its name, the dtype of its tensors, the bytes that this process receives, and in which group."""
 
     name: str
     dtype: torch.dtype
     received: float
+    group: Any = None
 
 
 @dataclass
@@ -31,9 +32,11 @@ class Payload:
 
     Attributes:
         messages: those so far.
+        head: the group that scores with one head; what it says in the middle of a pass counts for itself.
     """
 
     messages: list[Message] = field(default_factory=list)
+    head: Any = None
     _before: dict[str, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -48,8 +51,20 @@ class Payload:
             setattr(dist, name, function)
 
     def received(self, *names: str) -> float:
-        """Bytes of the collectives of these names."""
-        return sum(message.received for message in self.messages if message.name in names)
+        """Bytes of the collectives of these names, but for those of the head."""
+        return sum(message.received for message in self._others if message.name in names)
+
+    @property
+    def scored(self) -> float:
+        """Bytes of the head: FSDP moves the weights of the same group by other collectives."""
+        return sum(message.received for message in self.messages if self._is_head(message))
+
+    @property
+    def _others(self) -> list[Message]:
+        return [message for message in self.messages if not self._is_head(message)]
+
+    def _is_head(self, message: Message) -> bool:
+        return self.head is not None and message.group is self.head and message.name not in (*_GATHER, *_REDUCE)
 
     @property
     def gathered(self) -> float:
@@ -68,13 +83,13 @@ class Payload:
 
     def told(self, *dtypes: torch.dtype) -> float:
         """Bytes that ranks tell each other beside weights and gradients, of these dtypes."""
-        return sum(m.received for m in self.messages if m.name in ("all_gather", "broadcast") and m.dtype in dtypes)
+        return sum(m.received for m in self._others if m.name in ("all_gather", "broadcast") and m.dtype in dtypes)
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             size = dist.get_world_size(kwargs.get("group"))
-            self.messages.append(Message(name, tensors[0].dtype, _received(name, tensors, size)))
+            self.messages.append(Message(name, tensors[0].dtype, _received(name, tensors, size), kwargs.get("group")))
             return function(*args, **kwargs)
 
         return call

@@ -26,6 +26,7 @@ class Weight:
         bytes_each: of a number, as the model computes with it.
         trained: it gets a gradient.
         layer: which layer it is in; None: in none (embeddings, last norm, head).
+        in_parts: each rank computes with its own rows, which are never gathered: a vocabulary-parallel head.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class Weight:
     bytes_each: int
     trained: bool
     layer: int | None = None
+    in_parts: bool = False
 
     @property
     def half(self) -> bool:
@@ -49,12 +51,12 @@ class Weight:
         return -(-self.rows // shards) * self.row
 
     def gathered(self, shards: int) -> int:
-        """Bytes of the whole, put together of shards."""
-        return self.shard(shards) * shards * self.bytes_each
+        """Bytes of the whole, put together of shards; 0 where it never is."""
+        return 0 if self.in_parts else self.shard(shards) * shards * self.bytes_each
 
     def gradient(self, shards: int) -> int:
-        """Bytes of the whole gradient; 0 where it is frozen."""
-        return self.shard(shards) * shards * self.gradient_each if self.trained else 0
+        """Bytes of the whole gradient; 0 where it is frozen, or there never is a whole one."""
+        return self.shard(shards) * shards * self.gradient_each if self.trained and not self.in_parts else 0
 
 
 @final
@@ -100,6 +102,7 @@ class Step:
     Args:
         graph_bytes: of the graphs that it retains at once.
         head_bytes: that the head needs beside them.
+        head_received: bytes that a vocabulary-parallel head receives: hidden states, sums, and their gradients.
         forwards, backwards: passes through the model; a forward that runs twice counts twice.
         calls: gradient operations, each of which reduces once where weights stay gathered.
         targets: target tokens of the rank that has most of them, over all calls.
@@ -112,6 +115,7 @@ class Step:
 
     graph_bytes: float = 0.0
     head_bytes: float = 0.0
+    head_received: float = 0.0
     forwards: int = 1
     backwards: int = 1
     calls: int = 1
@@ -178,17 +182,18 @@ class Traffic:
         reductions: of gradients, within a group of shards.
         replicas: of reduced gradients, between replicas.
         logprobs: of log-probs and cotangents.
+        head: of a vocabulary-parallel head.
     """
 
     gathers: float
     reductions: float
     replicas: float
     logprobs: float
+    head: float = 0.0
 
     @property
-    def total(self) -> float:
-        """All of them."""
-        return self.gathers + self.reductions + self.replicas + self.logprobs
+    def total(self) -> float:  # of all of them
+        return self.gathers + self.reductions + self.replicas + self.logprobs + self.head
 
     def to_json(self) -> dict[str, float]:
         """Return the parts and their total by name."""
@@ -198,7 +203,8 @@ class Traffic:
 def rank_memory(model: Sequence[Weight], placement: Placement, step: Step) -> RankMemory:
     """Return what one process holds.
 
-    With s shards, P weights and T trained ones of b bytes each, and g = max(4, b) bytes for what is fp32::
+    With s shards, P weights and T trained ones of b bytes each, and g = max(4, b) bytes for what is fp32 (``gathered`` leaves a
+    head in parts out, but for its rows in b bytes where shards are masters)::
 
         weights            P b / s      (P 4 / s where trained ones are in half precision and sharded)
         masters            T 4          (half precision, one process)
@@ -240,7 +246,8 @@ def traffic(model: Sequence[Weight], placement: Placement, step: Step) -> Traffi
 
         without resharding   G (s - 1) / s gathered,  c R (s - 1) / s reduced
         with resharding      (G_root + (forwards + backwards) G_layers) (s - 1) / s,  backwards R (s - 1) / s
-        between replicas     2 (R / s) (r - 1) / r with each reduction
+        between replicas     2 (R / s) (r - 1) / r with each reduction; a head in parts: once a call
+        head in parts        see `exchange_bytes`; neither gathered nor reduced
         log-probs            2 m l (n - 1): they and their cotangents, filled up to those of the rank with most;
                              m l (n - 1) + N l for a function of all N, whose cotangents rank 0 sends
 
@@ -255,13 +262,15 @@ def traffic(model: Sequence[Weight], placement: Placement, step: Step) -> Traffi
     layers = sum(size for w, size in gathered if w.layer is not None)
     passes = step.forwards + step.backwards if placement.reshard else 1
     gradients = sum(w.gradient(shards) for w in model)
+    rows = sum(w.shard(shards) * w.gradient_each for w in model if w.in_parts and w.trained)
     reductions = step.backwards if placement.reshard else step.calls
     entries = (1 if step.broadcast else 2) * step.targets * (placement.ranks - 1) + step.broadcast
     return Traffic(
         gathers=(sum(size for _, size in gathered) + (passes - 1) * layers) * others,
         reductions=reductions * gradients * others,
-        replicas=reductions * 2.0 * gradients / shards * (replicas - 1) / replicas,
+        replicas=2.0 * (reductions * gradients / shards + step.calls * rows) * (replicas - 1) / replicas,
         logprobs=float(entries * step.logprob_bytes),
+        head=step.head_received,
     )
 
 
@@ -269,6 +278,7 @@ def _whole(model: Sequence[Weight], placement: Placement) -> float:
     """Return bytes of the weights that are whole on a rank at once."""
     sizes = _by_layer((w, w.gathered(placement.shards)) for w in model)
     outside, layers = sizes.pop(None), sorted(sizes.values(), reverse=True)
+    outside += sum(w.shard(placement.shards) * w.bytes_each for w in model if w.in_parts and any(x.half for x in model))
     return float(outside + sum(layers[:_LAYERS_AT_ONCE] if placement.reshard else layers))
 
 

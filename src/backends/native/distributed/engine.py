@@ -64,7 +64,7 @@ class DistributedEngine(Engine):
         self._agreement = agreement
         self._files = ShardedFiles(ranks, agreement, shards.masters)
         local.memory.agreed = ranks.least
-        self._schedule = Schedule(local.scheduler, ranks, in_step=shards.reshard)
+        self._schedule = Schedule(local.scheduler, ranks, in_step=shards.in_step)
         self._passes = Passes(local, shards, ranks, agreement, self._schedule)
 
     @property
@@ -116,7 +116,7 @@ class DistributedEngine(Engine):
 
     def plan(self, call: PreparedCall) -> Plan:
         share = self._schedule.datums(call) if call.needs_all_datums else self._schedule.units(call)
-        return plan_rank(self.local.plan(call), call, share, self.local, self._shards.reshard)
+        return plan_rank(self.local.plan(call), call, share, self.local, self._shards)
 
     def reference(self) -> Scorer:
         frozen = self._reference
@@ -135,7 +135,8 @@ class DistributedEngine(Engine):
         given = [*(prompt.tokens for prompt in prompts), self.local.generator.get_state()]
         self._agreement.meet("list of prompts", tensor_digest(given), text=f"{n} each, {params}")
         self._passes.gather(self._shards)
-        return self.local.sample(prompts, n, params)
+        with self._shards.whole_head():
+            return self.local.sample(prompts, n, params)
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
         return self._saved(self.local.directory, name, overwrite, ledger, everything=True)
@@ -170,7 +171,16 @@ class DistributedEngine(Engine):
         self.local.close(timeout)
 
     def gather(self) -> None:
-        """Hold the weights whole on every rank until they change."""
+        """Hold the weights whole on every rank until they change.
+
+        Raises:
+            UnsupportedError: the head is cut.
+        """
+        if self._shards.rows is not None:
+            raise UnsupportedError(
+                "the head is cut over the processes, and each has only some rows of it; make the backend with "
+                "vocab_parallel=False for weights that every process holds whole"
+            )
         self._passes.gather(self._shards)
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:

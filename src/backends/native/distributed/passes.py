@@ -103,13 +103,13 @@ class Passes:
             shards.gather()
 
     def act(self, stage: str, work: Callable[[], T], check: Callable[[T], None] = lambda done: None) -> T:
-        """Run forwards or backwards, in whose layers ranks wait for each other if these are resharded; then check."""
+        """Run forwards or backwards, then check; if layers are resharded, or the head is cut, ranks wait inside."""
 
         def checked(done: T) -> T:
             check(done)
             return done
 
-        if not self._shards.reshard:
+        if not self._shards.in_step:
             return self._agreement.attempt(stage, lambda: checked(work()))
         with self._agreement.together(stage):
             done = work()
@@ -120,12 +120,12 @@ class Passes:
         return share.settings(self._local.memory)
 
     def _guard(self, work: Callable[[], T]) -> T:
-        """Evaluate a loss between a forward and a backward of layers that are resharded: ranks meet after it."""
-        return self._agreement.attempt("loss", work) if self._shards.reshard else work()
+        """Evaluate a loss between a forward and a backward that all ranks run in step: they meet after it."""
+        return self._agreement.attempt("loss", work) if self._shards.in_step else work()
 
     def _require_finite_here(self, call: PreparedCall, share: Share) -> None:
         """Check this rank's own gradients before they are added up, while it can still be said which datum is to blame."""
-        if not self._shards.reshard:
+        if not self._shards.in_step:
             Accumulator(trainable(self._local.module)).require_finite(
                 lambda: self._local.blame(call.requests, share.own)
             )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from ....errors import UnsupportedError
+from ....ops.own_positions import Positions, exchange_bytes
 from ...prepared import PreparedCall
 from ...types import Plan
 from ..engine import NativeEngine
@@ -20,7 +22,8 @@ from ..plan import recomputed
 from .budget import Placement, RankMemory, Step, Traffic, Weight, rank_memory, traffic
 from .outline import graph_shape, model_outline
 from .schedule import Share
-from .sharding import gathered_dtype, sharded_units
+from .sharding import Shards, gathered_dtype, sharded_units
+from .vocabulary.cost import positions_together, rows_bytes, shard_group
 
 __all__ = ["TrainingBudget", "plan_rank", "plan_training", "weights_of"]
 
@@ -70,6 +73,7 @@ def plan_training(
     retained: int = 1,
     calls: int = 1,
     graph_bytes_per_token: float | None = None,
+    vocab_parallel: bool = False,
     gpu: bool = True,
 ) -> TrainingBudget:
     """Return what training takes on one process, from a config alone: no weight is made or loaded.
@@ -85,31 +89,36 @@ def plan_training(
         retained: micro-batches whose graphs wait at once: 1 for a registered loss, all for a function of all log-probs.
         calls: gradient operations of a step.
         graph_bytes_per_token: as measured; None: by `GraphShape`, for a Llama-shaped model.
+        vocab_parallel: each process of a replica holds some rows of the head.
         gpu: the model lies on one, where chunks of logits are larger.
 
     Raises:
-        UnsupportedError: no number of bytes per token is known for such a model, or it is none that can be planned.
+        UnsupportedError: no number of bytes per token is known for such a model, it is none that can be planned, or its head
+            cannot be cut.
         ConfigError: a number is out of range.
     """
     text = config.get_text_config()
     model = model_outline(config, dtype=dtype, lora=lora)
-    weights = weights_of(model)
+    cut = _head_of(model) if vocab_parallel and placement.sharded else []
+    weights = weights_of(model, cut)
     if any(w.half for w in weights) and dtype in ("float16", torch.float16) and placement.sharded:
         raise UnsupportedError("float16 is not trained on several processes; use bfloat16")
     per_token, again = graph_bytes_per_token, 0.0
     if per_token is None:
         shape = graph_shape(model, text, checkpointed=gradient_checkpointing)
         per_token, again = shape.per_token, shape.again
+    each, where = min(w.bytes_each for w in weights), {"trained": lora is None, "gpu": gpu}
+    together = [tokens] * placement.shards
+    if cut:
+        rows = -(-text.vocab_size // placement.shards)
+        head = rows_bytes([together] * retained, 0, text.hidden_size, rows, each, **where)
+        received = exchange_bytes([*map(Positions, together)], text.hidden_size, each, each)
+    else:
+        head, received = head_bytes(retained * tokens, text.hidden_size, text.vocab_size, each, **where), 0.0
     step = Step(
         graph_bytes=tokens * (retained * per_token + again),
-        head_bytes=head_bytes(
-            retained * tokens,
-            text.hidden_size,
-            text.vocab_size,
-            min(w.bytes_each for w in weights),
-            trained=lora is None,
-            gpu=gpu,
-        ),
+        head_bytes=head,
+        head_received=micro_batches * received,
         forwards=micro_batches,
         backwards=micro_batches,
         calls=calls,
@@ -125,7 +134,7 @@ def plan_training(
     )
 
 
-def plan_rank(plan: Plan, call: PreparedCall, share: Share, local: NativeEngine, reshard: bool) -> Plan:
+def plan_rank(plan: Plan, call: PreparedCall, share: Share, local: NativeEngine, shards: Shards) -> Plan:
     """Return the plan of a call with what this process holds, and what it receives in a step of this call alone.
 
     Args:
@@ -133,18 +142,26 @@ def plan_rank(plan: Plan, call: PreparedCall, share: Share, local: NativeEngine,
         call: the call.
         share: what this process does of it.
         local: this process's part of the engine.
-        reshard: layers are freed after use.
+        shards: of its model.
     """
-    weights = weights_of(local.module)
+    weights = weights_of(local.module, [] if shards.rows is None else shards.rows.parameters)
     step = _step(call, share, local, weights)
-    placement = _placement(local, reshard)
+    if shards.rows is not None:
+        step = _with_rows(step, call, share, local, weights)
+    placement = _placement(local, shards.reshard)
     moved = traffic(weights, placement, step)
     held = rank_memory(weights, placement, step)
     return replace(plan, rank_bytes=held.to_json(), bytes_moved=moved.to_json())
 
 
-def weights_of(module: nn.Module) -> list[Weight]:
-    """Return each parameter of a model once, with the layer in which it is sharded, or will be."""
+def weights_of(module: nn.Module, in_parts: Sequence[Tensor] = ()) -> list[Weight]:
+    """Return each parameter of a model once, with the layer in which it is sharded, or will be.
+
+    Args:
+        module: the model.
+        in_parts: weight and bias of a vocabulary-parallel head.
+    """
+    rows = set(in_parts)
     units = [part for part in module.modules() if isinstance(part, FSDPModule) and part is not module]
     layers = {p: i for i, layer in enumerate(units or sharded_units(module)) for p in layer.parameters()}
     computes = gathered_dtype(module)
@@ -155,13 +172,32 @@ def weights_of(module: nn.Module) -> list[Weight]:
             bytes_each=(computes or p.dtype).itemsize,
             trained=p.requires_grad,
             layer=layers.get(p),
+            in_parts=p in rows,
         )
         for p in module.parameters()
     ]
 
 
+def _head_of(model: Any) -> list[Tensor]:
+    """Return what is cut of the head of an outline.
+
+    Raises:
+        UnsupportedError: it is none of its own.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        raise UnsupportedError(
+            "vocab_parallel=True cannot cut this head: it is the embedding too, or has an adapter on it"
+        )
+    return [*head.parameters(recurse=False)]
+
+
+def _mesh(local: NativeEngine) -> DeviceMesh:
+    return cast(DeviceMesh, cast(Any, next(iter(local.parameters.values()))).device_mesh)
+
+
 def _placement(local: NativeEngine, reshard: bool) -> Placement:
-    mesh = cast(DeviceMesh, cast(Any, next(iter(local.parameters.values()))).device_mesh)
+    mesh = _mesh(local)
     return Placement(mesh.size(), mesh.size(0) if mesh.ndim == 2 else 1, reshard)
 
 
@@ -192,4 +228,26 @@ def _step(call: PreparedCall, share: Share, local: NativeEngine, weights: list[W
         targets=max(targets),
         broadcast=sum(targets) if keeps else 0,
         logprob_bytes=8 if any(w.bytes_each == 8 for w in weights) else 4,
+    )
+
+
+def _with_rows(step: Step, call: PreparedCall, share: Share, local: NativeEngine, weights: list[Weight]) -> Step:
+    """Return a step whose head is cut, so that ranks score each forward together."""
+    mesh, sizes = _mesh(local), local.scheduler.sizes
+    group = shard_group(mesh)
+    weight = max((w for w in weights if w.in_parts), key=lambda w: w.row)
+    each, rows = min(w.bytes_each for w in weights), weight.shard(len(group)) // weight.row
+    forwards = iter([positions_together(call, forward, group) for forward in share.together])
+    batches = [[next(forwards) for _ in batch] for batch in share.batches]
+    if call.needs_all_datums:
+        batches = [[forward for batch in batches for forward in batch]]
+    form = {"trained": weight.trained, "gpu": local.memory.device.type == "cuda"}
+    counts = [[[one.count for one in forward] for forward in batch] for batch in batches]
+    own = group.index(share.ranks.rank)
+    return replace(
+        step,
+        head_bytes=max(rows_bytes(kept, own, sizes.hidden, rows, each, **form) for kept in counts),
+        head_received=sum(
+            exchange_bytes(forward, sizes.hidden, each, weight.bytes_each) for batch in batches for forward in batch
+        ),
     )

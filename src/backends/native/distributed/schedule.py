@@ -52,6 +52,7 @@ class Share:
         members: the datums of each rank, in order.
         ranks: the processes.
         in_step: every rank runs the same forwards, some of them dummies.
+        together: where they do, the datums of each rank in each forward; none: a dummy.
     """
 
     batches: Sequence[Sequence[MicroBatch]]
@@ -59,6 +60,7 @@ class Share:
     members: Sequence[Sequence[int]]
     ranks: Ranks
     in_step: bool
+    together: Sequence[Sequence[Sequence[int]]] = ()
 
     @property
     def forwards(self) -> list[MicroBatch]:
@@ -98,7 +100,7 @@ class Schedule:
     Attributes:
         scheduler: cuts what one rank has into forwards.
         ranks: the processes.
-        in_step: every rank must run as many forwards, as layers are gathered and freed in them.
+        in_step: every rank must run as many forwards, as in them layers are gathered and freed, or ranks score together.
     """
 
     scheduler: Scheduler
@@ -124,32 +126,29 @@ class Schedule:
         self, call: PreparedCall, units: Sequence[_Units], cut: Callable[[_Units], tuple[Layout, _Batches]]
     ) -> Share:
         """Lay out what this rank is dealt; what the others are matters only where all keep step."""
-        layout, own = cut(units[self.ranks.rank])
-        tokens: list[list[int]] = []
-        if self.in_step:
-            own, tokens = _in_step([cut(each)[1] for each in units], self.ranks.rank, call.lengths)
-        laid_out = [
-            [
-                self.scheduler.micro_batch(call, members, layout, tokens[k][f] if tokens else 0)
-                for f, members in enumerate(batch)
-            ]
-            for k, batch in enumerate(own)
-        ]
+        rank = self.ranks.rank
+        layout, own = cut(units[rank])
         members = [sorted(i for unit in each for i in unit) for each in units]
-        return Share(laid_out, layout, members, self.ranks, self.in_step)
+        if not self.in_step:
+            alone = [[self.scheduler.micro_batch(call, forward, layout) for forward in batch] for batch in own]
+            return Share(alone, layout, members, self.ranks, False)
+
+        def laid_out(forward: Sequence[Sequence[int]]) -> MicroBatch:
+            most = max(sum(call.lengths[i] for i in each) for each in forward)
+            return self.scheduler.micro_batch(call, forward[rank], layout, most)
+
+        every = _in_step([cut(each)[1] for each in units])
+        batches = [[laid_out(forward) for forward in batch] for batch in every]
+        return Share(batches, layout, members, self.ranks, True, [forward for batch in every for forward in batch])
 
 
-def _in_step(every: list[_Batches], rank: int, lengths: Sequence[int]) -> tuple[_Batches, list[list[int]]]:
-    """Return the batches of one rank with empty forwards where only others have some, and the most tokens of each forward."""
+def _in_step(every: list[_Batches]) -> list[list[list[list[int]]]]:
+    """Return batches of forwards, each with the datums of every rank: none where only others have some."""
 
     def forward(rank: int, k: int, f: int) -> list[int]:
         batches = every[rank]
         return batches[k][f] if k < len(batches) and f < len(batches[k]) else []
 
     most = [max(len(b[k]) if k < len(b) else 0 for b in every) for k in range(max(map(len, every)))]
-    own = [[forward(rank, k, f) for f in range(count)] for k, count in enumerate(most)]
-    tokens = [
-        [max(sum(lengths[i] for i in forward(r, k, f)) for r in range(len(every))) for f in range(count)]
-        for k, count in enumerate(most)
-    ]
-    return own, tokens
+    ranks = range(len(every))
+    return [[[forward(rank, k, f) for rank in ranks] for f in range(count)] for k, count in enumerate(most)]

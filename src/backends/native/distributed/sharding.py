@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, final
 
 import torch
@@ -16,6 +16,7 @@ from ..causal_lm import CausalLM
 from ..dtensors import local_part
 from ..execution.memory import GraphMeter
 from ..models.hf import HFModel
+from .vocabulary.rows import HeadRows
 
 __all__ = ["Reshard", "Shards", "forget_pass", "gathered_dtype", "shard_model", "sharded_units", "whole_bytes"]
 
@@ -24,7 +25,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _FORWARDS = ("hidden_states", "cached_states")
 
 
-def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True) -> None:
+def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True, rows: HeadRows | None = None) -> None:
     """Shard each layer, and one root over the base model and the head; gradients are summed over ranks, not averaged.
 
     Trained weights in bfloat16 become fp32 shards, which compute in bfloat16: the shard is what an optimizer on one process
@@ -34,6 +35,7 @@ def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True) -> Non
         module: a `CausalLM`; its adapters must be there already.
         mesh: one dimension (shards) or two (replicas, shards).
         frozen: frozen weights are sharded too; False: each rank keeps them as they are.
+        rows: of its head, if that is to be cut and never gathered.
 
     Raises:
         UnsupportedError: float16, or weights of several dtypes that are trained.
@@ -42,7 +44,10 @@ def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True) -> Non
         # Found by where they lie in memory, which is no longer known once they are sharded.
         module.outside = frozenset(module.trained_outside())
     policy = _as_masters(module)
-    kept = set() if frozen else {p for p in module.parameters() if not p.requires_grad}
+    if rows is not None:
+        rows.cut(mesh, policy.param_dtype)
+    kept: set[Any] = set() if frozen else {p for p in module.parameters() if not p.requires_grad}
+    kept |= set() if rows is None else {*rows.parameters}
     for layer in sharded_units(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=kept)
     fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept)
@@ -113,10 +118,19 @@ class Shards:
         model: the same.
         reshard: whether layers are freed after each forward and backward.
         meter: is told where weights lie.
+        rows: of the head, where it is cut: every rank must then run as many forwards in any case, as ranks score together.
     """
 
-    def __init__(self, module: nn.Module, model: CausalLM, reshard: bool, meter: GraphMeter | None) -> None:
-        self.reshard, self.module, self.model, self._meter = reshard, module, model, meter
+    def __init__(
+        self,
+        module: nn.Module,
+        model: CausalLM,
+        reshard: bool,
+        meter: GraphMeter | None,
+        rows: HeadRows | None = None,
+    ) -> None:
+        self.reshard, self.module, self.model, self._meter, self.rows = reshard, module, model, meter, rows
+        self.in_step = reshard or rows is not None
         self._root = cast(FSDPModule, module)
         self._gathered = False
         self.masters = gathered_dtype(module) is not None  # fp32 shards that compute in half precision
@@ -149,6 +163,10 @@ class Shards:
             unit.reshard()
         self._gathered = False
 
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Hold all rows of the head on every rank."""
+        return nullcontext() if self.rows is None else self.rows.gathered()
+
     @contextmanager
     def keeping_trained(self) -> Iterator[None]:
         """Keep which weights are trained, of each of which FSDP has two; PEFT switches the one of the moment off and on."""
@@ -162,6 +180,8 @@ class Shards:
 
     def reduce(self) -> None:
         """Add the gradients of all ranks up, each rank keeping its shards; they are there already with resharding."""
+        if self.rows is not None:
+            self.rows.reduce()
         if self.reshard:
             return
         for p in self.module.parameters():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....ops.logprobs import selected_logprobs
+from ....ops.own_positions import own_positions_logprobs
 from ...prepared import ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import Layout, MicroBatch
@@ -36,7 +37,11 @@ def batch_logprobs(model: CausalLM, hidden: Tensor, batch: MicroBatch) -> Tensor
         hidden: of the needed positions, [M, H]; see `batch_hidden`.
         batch: the micro-batch.
     """
-    logprobs = selected_logprobs(hidden, model.head(), batch.index.targets, temperature=batch.temperature)
+    head, targets = model.head(), batch.index.targets
+    if head.group is None:
+        logprobs = selected_logprobs(hidden, head, targets, temperature=batch.temperature)
+    else:
+        logprobs = own_positions_logprobs(hidden, head, targets, head.group, temperature=batch.temperature)
     return batch.index.scatter(logprobs)
 
 

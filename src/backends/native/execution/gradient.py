@@ -43,7 +43,8 @@ def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     """Whether the cotangent can be had in the pass that scores, which saves a trainable head a product."""
     kind = call.gradient_kind
     one_target = all(r.targets.dim() == 1 for r in call.requests)
-    return model.head().trainable and kind in ("constant", "token") and one_target
+    head = model.head()
+    return head.trainable and head.group is None and kind in ("constant", "token") and one_target
 
 
 class Guard(Protocol):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import ConfigError, UnsupportedError
+from ..dtensors import local_part
 from ..models.facts.quantized import plain_tensors
 from .batching import Layout, MicroBatch
 
@@ -43,7 +44,7 @@ class GraphMeter:
     @classmethod
     def of(cls, module: nn.Module) -> GraphMeter:
         """Return a meter for graphs through this model."""
-        tensors = [plain for t in (*module.parameters(), *module.buffers()) for plain in plain_tensors(t)]
+        tensors = [plain for t in (*module.parameters(), *module.buffers()) for plain in plain_tensors(local_part(t))]
         return cls(frozenset(t.untyped_storage().data_ptr() for t in tensors if t.layout == torch.strided))
 
     @contextmanager

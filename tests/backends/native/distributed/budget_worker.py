@@ -59,12 +59,14 @@ def whole_gradients(module: torch.nn.Module) -> int:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Make one step; return numbers by name."""
     dtype = getattr(torch, case["dtype"])
-    model = random_llama(dtype=dtype, vocab_size=512, num_hidden_layers=4, num_key_value_heads=2)
+    sizes = {"vocab_size": 510 if case["vocab_parallel"] else 512, "tie_word_embeddings": not case["vocab_parallel"]}
+    model = random_llama(dtype=dtype, **sizes, num_hidden_layers=4, num_key_value_heads=2)
     torch.manual_seed(0)  # of the adapter, which must be the same on every process
     module = HFModel(add_lora(model, 4) if case["lora"] else model)
     names = ("replicas", "shards")[-len(case["mesh"]) :]
     mesh = init_device_mesh("cpu", tuple(case["mesh"]), mesh_dim_names=names)
-    backend = TorchBackend(module, mesh=mesh, reshard=case["reshard"], token_budget=32)
+    options = {"reshard": case["reshard"], "vocab_parallel": case["vocab_parallel"]}
+    backend = TorchBackend(module, mesh=mesh, **options, token_budget=32)
     engine: Any = backend._everywhere
     peaks = {"gathered_weights": 0, "gathered_gradients": 0}
 
@@ -86,10 +88,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         reduce()
 
     engine._shards.reduce = look_and_reduce
-    data = example_datums(list(LENGTHS), seed=3, vocab_size=512)
+    data = example_datums(list(LENGTHS), seed=3, vocab_size=500)
     loss: Any = "cross_entropy" if case["streamed"] else (lambda data, logprobs: (-sum(x.sum() for x in logprobs), {}))
     plan = backend.plan(loss, data)
-    with Payload() as payload:
+    with Payload(head=mesh.get_group(mesh.ndim - 1) if case["vocab_parallel"] else None) as payload:
         act = backend.forward_backward if case["streamed"] else backend.forward_backward_custom
         result = act(data, loss).result()
         gradients = storages([local_part(p.grad) for p in engine.local.parameters.values()])
@@ -112,6 +114,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             "reductions": payload.reduced,
             "replicas": payload.replicated,
             "logprobs": payload.told(torch.float32),
+            "head": payload.scored,
         },
         "agreements": payload.told(torch.uint8, torch.int64, torch.float64),
         "targets": sum(LENGTHS),

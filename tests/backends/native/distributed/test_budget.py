@@ -26,16 +26,20 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 WORKER = Path(__file__).parent / "budget_worker.py"
 LENGTHS = (30, 25, 41)
 CASES = [
-    {"dtype": dtype, "lora": lora, "reshard": reshard, "mesh": mesh, "streamed": streamed}
-    for dtype, lora, reshard, mesh, streamed in (
-        ("float32", False, False, [2], True),
-        ("float32", False, True, [2], True),
-        ("bfloat16", True, False, [2], False),
-        ("bfloat16", True, True, [2], False),
-        ("bfloat16", False, False, [2], True),
-        ("bfloat16", False, True, [2], True),
-        ("float32", False, False, [2, 1], True),
-        ("float32", True, True, [2, 1], True),
+    {"dtype": dtype, "lora": lora, "reshard": reshard, "mesh": mesh, "streamed": streamed, "vocab_parallel": head}
+    for dtype, lora, reshard, mesh, streamed, head in (
+        ("float32", False, False, [2], True, False),
+        ("float32", False, True, [2], True, False),
+        ("bfloat16", True, False, [2], False, False),
+        ("bfloat16", True, True, [2], False, False),
+        ("bfloat16", False, False, [2], True, False),
+        ("bfloat16", False, True, [2], True, False),
+        ("float32", False, False, [2, 1], True, False),
+        ("float32", True, True, [2, 1], True, False),
+        ("float32", False, False, [2], True, True),
+        ("bfloat16", True, True, [2], False, True),
+        ("bfloat16", False, False, [2], True, True),
+        ("float32", False, False, [2, 1], True, True),
     )
 ]
 
