@@ -23,7 +23,7 @@ from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .causal_lm import as_causal_lm
 from .checkpoints.checkpoint import checkpoint_bytes
-from .checkpoints.export import export_model
+from .checkpoints.export import Export
 from .distributed.ranks import find_mesh
 from .engine import NativeEngine
 from .execution.batching import Layout
@@ -261,6 +261,8 @@ class TorchBackend(Backend):
     ) -> Future[SaveStateOutput]:
         """Write the model as a folder that transformers loads: weights, config, and the tokenizer if there is one; atomically.
 
+        On several processes the first one writes, in whose main memory there must be room for the whole model.
+
         An adapter is added to the weights below it in fp32, and each sum is rounded once to the dtype that is written. In
         bfloat16 that is an error of up to 2^-8 of each weight, which can be as large as what the adapter has learned; the log
         says how large it is, relative to the adapter's change.
@@ -280,12 +282,9 @@ class TorchBackend(Backend):
         from .models.load import torch_dtype
 
         def work() -> Answer[SaveStateOutput]:
-            model, folder = self._native.module, Path(path)
             written = None if dtype is None else torch_dtype(dtype)
-            write = partial(
-                export_model, model, self.tokenizer, folder, merged=merged, overwrite=overwrite, dtype=written
-            )
-            return SaveStateOutput(self._everywhere.export(write))
+            export = Export(self._native.module, self.tokenizer, Path(path), merged, overwrite, written)
+            return SaveStateOutput(self._everywhere.export(export))
 
         return self._run(Call("export", str(path)), work)
 

@@ -31,6 +31,7 @@ from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
 from .execution.scaling import GradientScale
 from .execution.scheduler import Scheduler
+from .export import Export
 from .models.facts.model_facts import ModelFacts
 from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer
@@ -98,8 +99,7 @@ class NativeEngine(Engine):
         self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
 
     @property
-    def vocab_size(self) -> int:
-        """V: rows of the head."""
+    def vocab_size(self) -> int:  # V: rows of the head
         return self.limits.vocab_size or 0
 
     def score(self, call: PreparedCall) -> list[Tensor]:
@@ -238,9 +238,10 @@ class NativeEngine(Engine):
         """Write the weights alone into a folder below ``root``; return the folder."""
         return save_checkpoint(self, root, name, overwrite, ledger, everything=False)
 
-    def export(self, write: Callable[[], str]) -> str:
-        """Let ``write`` read the whole weights, and write them; return where."""
-        return write()
+    def export(self, export: Export) -> str:
+        """Write the model for others; return where."""
+        export.check()
+        return export.write(export.weights())
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
         return draw(self.model, prompts, n, params, self.generator, self.weights_version)
@@ -274,8 +275,7 @@ class NativeEngine(Engine):
         """Name the first datum (of ``members``; default: all) whose own gradient is not finite."""
         parameters = list(trainable(self.module).values())
         for i in range(len(requests)) if members is None else members:
-            request = requests[i]
-            logprobs = score(self.model, [request], "single")
+            logprobs = score(self.model, [requests[i]], "single")
             gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
             if any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):
                 return f"datum {i}"

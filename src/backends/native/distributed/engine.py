@@ -25,6 +25,7 @@ from ..execution.forward import score_forwards
 from ..execution.gradient import summary
 from ..execution.retained import RetainedForward, backward_retained, reuse
 from ..execution.scaling import GradientScale
+from ..export import Export
 from .agreement import Agreement
 from .checkpoints.files import ShardedFiles
 from .checkpoints.load import load_sharded
@@ -145,12 +146,22 @@ class DistributedEngine(Engine):
         """Write the weights alone into a folder below ``root``; return the folder."""
         return self._saved(root, name, overwrite, ledger, everything=False)
 
-    def export(self, write: Callable[[], str]) -> str:
-        """Refuse: only one process has whole weights to write."""
-        raise UnsupportedError(
-            "a model is exported from one process: save_state here (which writes an adapter in PEFT's format), and in a "
-            "script without torchrun load_state and export"
-        )
+    def export(self, export: Export) -> str:
+        """Gather the weights, one after the other, on rank 0, which writes them; return where."""
+        self._agreement.meet("export", text=export.described)
+        self._agreement.attempt("model and folder", export.check)
+        self._shards.release()
+        whole = {}
+        with self._agreement.together("gathering of weights"):
+            for name, tensor in export.weights().items():
+                gathered = full(tensor.detach())
+                if self._ranks.rank == 0:
+                    whole[name] = gathered.cpu()
+
+        def write() -> str:
+            return export.write(self._files.as_saved(whole)) if self._ranks.rank == 0 else str(export.folder)
+
+        return self._agreement.attempt("writing", write)
 
     def load(self, path: str, everything: bool) -> Ledger:
         self._agreement.meet("checkpoint", text=f"{path} {everything}")
