@@ -59,8 +59,8 @@ def whole_gradients(module: torch.nn.Module) -> int:
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Make one step; return numbers by name."""
     dtype = getattr(torch, case["dtype"])
-    sizes = {"vocab_size": 510 if case["vocab_parallel"] else 512, "tie_word_embeddings": not case["vocab_parallel"]}
-    model = random_llama(dtype=dtype, **sizes, num_hidden_layers=4, num_key_value_heads=2)
+    vocab = 510 if case["vocab_parallel"] else 512
+    model = random_llama(dtype=dtype, vocab_size=vocab, num_hidden_layers=4, num_key_value_heads=2)
     torch.manual_seed(0)  # of the adapter, which must be the same on every process
     module = HFModel(add_lora(model, 4) if case["lora"] else model)
     names = ("replicas", "shards")[-len(case["mesh"]) :]
@@ -70,8 +70,12 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     engine: Any = backend._everywhere
     peaks = {"gathered_weights": 0, "gathered_gradients": 0}
 
+    own = {p.untyped_storage().data_ptr() for p in map(local_part, module.parameters())}
+    rows = [module.head().weight] if case["vocab_parallel"] else []  # where shards are masters, a copy
+    copied = storages([w for w in rows if w.untyped_storage().data_ptr() not in own])
+
     def look(_: Any = None) -> None:
-        peaks["gathered_weights"] = max(peaks["gathered_weights"], gathered(module))
+        peaks["gathered_weights"] = max(peaks["gathered_weights"], gathered(module) + copied)
         peaks["gathered_gradients"] = max(peaks["gathered_gradients"], whole_gradients(module))
 
     def look_in_both(part: torch.nn.Module, inputs: Any, output: Any) -> None:
