@@ -20,6 +20,7 @@ from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import Accumulator
 from .causal_lm import CausalLM, as_causal_lm
 from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from .checkpoints.export import Export
 from .decoding.sampling import draw
 from .dtensors import require_whole
 from .execution.batching import Layout
@@ -31,7 +32,6 @@ from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
 from .execution.scaling import GradientScale
 from .execution.scheduler import Scheduler
-from .export import Export
 from .models.facts.model_facts import ModelFacts
 from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer

@@ -18,6 +18,7 @@ from ...normalization import Divisor, Ledger
 from ...prepared import PreparedCall
 from ...types import AdamParams, Plan, Rollout, SamplingParams
 from ..causal_lm import CausalLM
+from ..checkpoints.export import Export
 from ..dtensors import full
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward
@@ -25,7 +26,6 @@ from ..execution.forward import score_forwards
 from ..execution.gradient import summary
 from ..execution.retained import RetainedForward, backward_retained, reuse
 from ..execution.scaling import GradientScale
-from ..export import Export
 from .agreement import Agreement
 from .checkpoints.files import ShardedFiles
 from .checkpoints.load import load_sharded

@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import exporting_ranks
 import pytest
 import torch
-from exporting_ranks import CASES, FEW
-from ranks import run_ranks
+from many_ranks import exporting_ranks
+from many_ranks.exporting_ranks import CASES, FEW
+from many_ranks.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import vocabulary_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run_ranks
-from vocabulary_ranks import CASES, FEW, name_of
+from many_ranks import vocabulary_ranks
+from many_ranks.ranks import run_ranks
+from many_ranks.vocabulary_ranks import CASES, FEW, name_of
 
 from pullback.backends import TorchBackend
 from pullback.backends.native.distributed.budget import Placement

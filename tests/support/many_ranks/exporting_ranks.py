@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from many_cases import MODELS, PARAMS, batch
+from many_ranks.many_cases import MODELS, PARAMS, batch
 from torch import nn
 
 from pullback.backends import TorchBackend

@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from many_cases import LOSSES, PARAMS, apart, steps
-from payload import Payload
+from many_ranks.many_cases import LOSSES, PARAMS, apart, steps
+from many_ranks.payload import Payload
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
