@@ -32,6 +32,8 @@ LAYOUTS: dict[str, tuple[Layout, tuple[int, ...]]] = {
 ROWS = {"packed": [[0], [1, 2, 3]], "padded": [[0, 1], [2, 3]]}
 Tokens = Sequence[tuple[float, float, float, float]]
 
+DENORMAL = 1e-307  # below the smallest number of full precision, where products are rounded in another order
+
 
 def columns(tokens: Tokens, shape: tuple[int, ...], scaled: bool = True) -> list[Tensor]:
     """Values and what is subtracted, with junk where the weight is 0, and the weights, or a mask of ones and zeros."""
@@ -56,7 +58,7 @@ def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[lis
 def same(found: list[tuple[list[float], list[float]]], value: list[float], slope: list[float]) -> None:
     for have in found:
         assert have[0] == pytest.approx(value, rel=1e-12, abs=1e-12)
-        assert have[1] == pytest.approx(slope, rel=1e-12, abs=0)
+        assert have[1] == pytest.approx(slope, rel=1e-12, abs=DENORMAL)
         assert all(x == 0.0 for x, y in zip(have[1], slope, strict=True) if y == 0.0)
 
 
@@ -142,12 +144,14 @@ def test_token_sums(definition: str, coefficient: float, tokens: Tokens) -> None
     leaf = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), leaf)
-    assert second.tolist() == pytest.approx(factor, rel=1e-12, abs=0)
+    assert second.tolist() == pytest.approx(factor, rel=1e-12, abs=DENORMAL)
     each = token_values(leaf, function, (minus, *arguments), weights)
     want = [beta * 0.5 * (a - b) ** 2 if w else 0.0 for a, b, w, _ in tokens]
     assert each.tolist() == pytest.approx(want, rel=1e-12, abs=1e-14)
     (slopes,) = torch.autograd.grad(each.sum(), leaf)
-    assert slopes.tolist() == pytest.approx([beta * (a - b) if w else 0.0 for a, b, w, _ in tokens], rel=1e-12, abs=0)
+    assert slopes.tolist() == pytest.approx(
+        [beta * (a - b) if w else 0.0 for a, b, w, _ in tokens], rel=1e-12, abs=DENORMAL
+    )
 
 
 def test_a_sum_of_a_constant_has_a_zero_second_derivative() -> None:
@@ -230,7 +234,7 @@ def test_what_a_compiler_runs(coefficient: float, tokens: Tokens) -> None:
     value = math.fsum(f * 0.5 * (a - b) ** 2 for f, (a, b, _, _) in zip(factor, tokens, strict=True))
     assert total.item() == pytest.approx(value, rel=1e-12, abs=1e-12)
     want = [3.0 * f * (a - b) for f, (a, b, _, _) in zip(factor, tokens, strict=True)]
-    assert slope.tolist() == pytest.approx(want, rel=1e-12, abs=0)
+    assert slope.tolist() == pytest.approx(want, rel=1e-12, abs=DENORMAL)
     assert not slope.requires_grad
 
 

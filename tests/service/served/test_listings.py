@@ -157,7 +157,7 @@ def old_session(journal: Journal, session: str, age: float, *, ended: bool, chec
     put = journal.database.put
     put("sessions", session, "me", "null", moment, moment if ended else None)
     put("models", model, session, "me", '{"rank": 2}', "null", None, moment)
-    put("samplers", f"{session}:sample:0", "me", None, 1, moment)
+    put("samplers", f"{session}:sample:0", "me", None, 1, moment, None, None)
     for queue, number in ((f"{session}:models", 0), (model, 1), (f"{session}:sample:0:asample", 0)):
         request = f"req-{queue}"
         journal.accept(request, "me", queue, number, "digest", "kind")
