@@ -65,7 +65,13 @@ for z in ("*fp32", "*bf16", "*fp16"):
 
 
 @needs_triton
-@pytest.mark.parametrize("code", [INTERPRETED, COMPILED], ids=["interpreted", "compiled for sm_90"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(INTERPRETED, id="interpreted"),
+        pytest.param(COMPILED, id="compiled for sm_90", marks=pytest.mark.slow),
+    ],
+)
 def test_kernel(code: str) -> None:
     """It gives what PyTorch's operators give, and compiles to a binary."""
     path = str(Path(softmax.__file__).parents[2])

@@ -70,6 +70,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow  # what runs on two ranks in the quick tier: tests/backends/native/distributed/test_exact.py
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
 def test_inside_a_sharded_module(tmp_path: Path) -> None:
     """Late and known cotangents reduce like every other gradient; a sharded trainable weight is refused, a frozen gathered."""
