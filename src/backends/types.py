@@ -230,7 +230,7 @@ class Plan:
 
     Attributes:
         route: ``native`` (registered loss, streamed), ``single_pass`` (function of all log-probs, one forward),
-            ``two_passes`` (the same beyond the activation budget: some trunks run again) or ``refuse``.
+            ``two_passes`` (the same beyond the memory budget: some forwards of the base model are recomputed) or ``refuse``.
         reason: why.
         micro_batches: datum indices of each forward.
         layout: ``packed``, ``padded`` or ``single``.

@@ -1,4 +1,4 @@
-"""``pullback diff``: where two backends part."""
+"""``pullback diff``: where two backends diverge."""
 
 from __future__ import annotations
 
@@ -29,20 +29,32 @@ _VOCAB_SIZE: Final = 17  # where neither side tells; every real vocabulary is la
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
-    parser = commands.add_parser("diff", help="where two backends part: log-probs, loss, cotangent, gradient, update")
+    parser = commands.add_parser(
+        "diff", help="where two backends diverge: log-probs, loss, cotangent, gradient, update"
+    )
     for side in "ab":
         parser.add_argument(f"--{side}", required=True, help=BACKEND_HELP)
-        parser.add_argument(f"--dtype-{side}", default="float32", help=f"of the weights of {side}")
+        parser.add_argument(f"--dtype-{side}", default="float32", help=f"dtype of the weights of {side}")
     parser.add_argument("--loss", default="cross_entropy", help="registered name, or package.module:function")
     parser.add_argument("--loss-config", type=_mapping, help='hyperparameters as JSON, e.g. {"kl_beta": 0.1}')
     parser.add_argument("--data", help=f"JSON Lines: {DATUMS_HELP}; default: random tokens, near the policy of a")
-    parser.add_argument("--lengths", default=_LENGTHS, help="tokens of the random datums; go beyond a window to see it")
-    parser.add_argument("--base-model", help="its name at a service; default: MODEL of the other side")
-    parser.add_argument("--rank", type=int, help=f"of adapters; default: {_RANK} if a side is a service, else none")
-    parser.add_argument("--seed", type=int, default=0, help="of adapters and random datums")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the update that is compared")
-    parser.add_argument("--allow-step", action="store_true", help="train a service, which cannot be put back")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument(
+        "--lengths",
+        default=_LENGTHS,
+        help="tokens of the random datums; choose lengths beyond a sliding window to test it",
+    )
+    parser.add_argument("--base-model", help="name of the base model at a service (default: MODEL of the other side)")
+    parser.add_argument(
+        "--rank", type=int, help=f"rank of adapters (default: {_RANK} if a side is a service, else none)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of adapters and random datums")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="learning rate of the update that is compared"
+    )
+    parser.add_argument(
+        "--allow-step", action="store_true", help="allow a step at a service, whose model cannot be restored"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON too")
     parser.set_defaults(run=_run)
 
 

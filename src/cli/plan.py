@@ -24,20 +24,28 @@ def add_parser(commands: Any) -> None:
     plan = commands.add_parser("plan", help="memory and traffic of training on each process; no weight is loaded")
     plan.add_argument("--model", required=True, help="a folder with a config.json of transformers, or such a file")
     plan.add_argument("--ranks", type=int, default=1, help="processes that train the model together")
-    plan.add_argument("--replicas", type=int, default=1, help="groups of them that hold the whole model each")
-    plan.add_argument("--tokens", type=int, default=4096, help="of one micro-batch on a process")
-    plan.add_argument("--micro-batches", type=int, default=1, help="of one process in a step")
+    plan.add_argument("--replicas", type=int, default=1, help="groups of processes that hold the whole model each")
+    plan.add_argument("--tokens", type=int, default=4096, help="tokens of one micro-batch on a process")
+    plan.add_argument("--micro-batches", type=int, default=1, help="micro-batches of one process in a step")
     plan.add_argument("--calls", type=int, default=1, help="gradient operations of a step")
     plan.add_argument(
-        "--function", action="store_true", help="the loss is a function of all log-probs: all graphs wait"
+        "--function",
+        action="store_true",
+        help="the loss is a function of all log-probs: the graphs of all micro-batches are retained",
     )
-    plan.add_argument("--dtype", default="float32", help="of the weights; adapters are fp32")
+    plan.add_argument("--dtype", default="float32", help="dtype of the weights; adapters are fp32")
     plan.add_argument(
         "--lora", type=int, help="rank of an adapter on all linear layers; default: everything is trained"
     )
-    plan.add_argument("--gradient-checkpointing", action="store_true", help="layers run again in the backward")
-    plan.add_argument("--graph-bytes-per-token", type=float, help="as measured, for layers that are not Llama's")
-    plan.add_argument("--reshard", choices=sorted(_CHOICES), default="both", help="layers are freed after use")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="layers are recomputed in the backward")
+    plan.add_argument(
+        "--graph-bytes-per-token",
+        type=float,
+        help="bytes per token as measured, for layers that are not Llama's",
+    )
+    plan.add_argument(
+        "--reshard", choices=sorted(_CHOICES), default="both", help="whether gathered layers are freed after use"
+    )
     plan.add_argument("--vocab-parallel", action="store_true", help="each process holds some rows of the head")
     plan.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     plan.add_argument("--json", action="store_true", help="print one JSON object a line")

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     serve = commands.add_parser("serve", help="serve a model to clients of the Tinker training API")
     serve.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    serve.add_argument("--name", help="what clients call it (default: the model as given)")
+    serve.add_argument("--name", help="the model's name for clients (default: the model as given)")
     serve.add_argument(
         "--tokenizer",
         help="what clients are told to load its tokenizer by: the id of a public repository, or a folder that they have "
@@ -53,7 +53,9 @@ def add_parser(commands: Any) -> None:
     serve.add_argument("--port", type=int, default=8765)
     serve.add_argument("--dtype", default="float32")
     serve.add_argument("--device", default=None)
-    serve.add_argument("--checkpoints", default="checkpoints", help="folder (default: checkpoints)")
+    serve.add_argument(
+        "--checkpoints", default="checkpoints", help="folder of checkpoints and journal (default: checkpoints)"
+    )
     serve.add_argument("--keys", type=Path, help="file of SHA-256 digests of API keys, a line each; see also --new-key")
     serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
     serve.add_argument("--max-models", type=int, default=Limits().models)

@@ -1,1 +1,1 @@
-"""What the commands' arguments name: models, backends, and objects by their place in a module."""
+"""What the commands' arguments name: models, backends, and objects of a module."""

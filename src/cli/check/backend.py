@@ -20,7 +20,7 @@ from ...errors import ConfigError, suggestion
 from ...testing import PROMISES, BackendUnderTest, TinyLM
 from ...testing.conformance import Check, backend_report
 from ...testing.conformance.report import line_of
-from ...testing.conformance.services import TOLERANCES, here, service_under_test
+from ...testing.conformance.services import TOLERANCES, client_versions, service_under_test
 from ..arguments.models import MODEL_HELP, load_named
 from ..processes import ALONE, Processes
 
@@ -37,27 +37,31 @@ def add_parser(checks: Any) -> None:
         help="every promise of a backend, by its verbs alone",
         description="Checks: " + " ".join(f"{name}: {each.promise}" for name, each in PROMISES.items()),
     )
-    backend.add_argument("--url", help="of a service (default: the native backend)")
-    backend.add_argument("--base-model", help="its name there")
-    backend.add_argument("--api-key", help="of the service (default: what its SDK finds)")
-    backend.add_argument("--rank", type=int, default=8, help="of the adapter there")
-    held = "hold cotangents until the step, so that a service which only adds gradients up can divide by anything"
-    backend.add_argument("--defer-backward", action="store_true", help=held)
-    backend.add_argument("--timeout", type=float, default=300.0, help="seconds that an answer of the service may take")
-    backend.add_argument("--kind", choices=("native", "fake"), default="native", help="without --url")
+    backend.add_argument("--url", help="address of a service (default: the native backend is checked)")
+    backend.add_argument("--base-model", help="name of the base model at the service")
+    backend.add_argument("--api-key", help="API key of the service (default: the one that its SDK finds)")
+    backend.add_argument("--rank", type=int, default=8, help="rank of the adapters at the service")
+    deferred = (
+        "send cotangents at the step, so that they can be divided by any count where a service only adds gradients up"
+    )
+    backend.add_argument("--defer-backward", action="store_true", help=deferred)
+    backend.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for an answer of the service")
     backend.add_argument(
-        "--dtype", choices=tuple(TOLERANCES), default="float32", help="it computes in; sets the tolerances"
+        "--kind", choices=("native", "fake"), default="native", help="the backend to check where no --url is given"
+    )
+    backend.add_argument(
+        "--dtype", choices=tuple(TOLERANCES), default="float32", help="the backend's dtype, which sets the tolerances"
     )
     backend.add_argument(
         "--tolerance", type=float, help="largest relative difference of two updates that should be equal"
     )
     reference = (
-        f"to compare log-probs with: the address of another service, or a model that is run in fp64: {MODEL_HELP}"
+        f"what to compare log-probs with: the address of another service, or a model that is run in fp64: {MODEL_HELP}"
     )
     backend.add_argument("--reference", help=reference)
-    backend.add_argument("--only", action="append", help="a check; may be given several times")
-    backend.add_argument("--markdown", type=Path, metavar="FILE", help="write the report for a tracker")
-    backend.add_argument("--json", type=Path, metavar="FILE", help="write the report for a program")
+    backend.add_argument("--only", action="append", help="name of a check to run; may be given several times")
+    backend.add_argument("--markdown", type=Path, metavar="FILE", help="write the report as Markdown")
+    backend.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     backend.set_defaults(run=_run)
 
 
@@ -131,7 +135,7 @@ def _own(arguments: argparse.Namespace, processes: Processes) -> BackendUnderTes
     if arguments.kind == "fake":
         exact = FakeBackend
         return BackendUnderTest(
-            exact, name="FakeBackend", facts=here(), seeded=_fake, reference=exact, reference_trains=True
+            exact, name="FakeBackend", facts=client_versions(), seeded=_fake, reference=exact, reference_trains=True
         )
     dtype = arguments.dtype or "float64"
     tolerance, nats = TOLERANCES[dtype]
@@ -146,7 +150,7 @@ def _own(arguments: argparse.Namespace, processes: Processes) -> BackendUnderTes
         tolerance,
         nats=nats,
         name=f"TorchBackend on TinyLM in {dtype}",
-        facts=here() | ({"processes": str(processes.ranks.size)} if processes.ranks is not None else {}),
+        facts=client_versions() | ({"processes": str(processes.ranks.size)} if processes.ranks is not None else {}),
         seeded=lambda seed: native(seed, dtype),
         reference=partial(_native, ALONE, mesh=None),
         reference_trains=True,

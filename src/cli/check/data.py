@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...testing.datacheck import BUILDER_ROWS, DataRow, TinyTokenizer, check_builder
-from ..arguments.places import object_at
+from ..arguments.object_references import load_object
 
 __all__ = ["add_parser"]
 
@@ -19,17 +19,19 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     data = commands.add_parser("data", help="which tokens a builder of training examples trains")
     data.add_argument(
-        "builder", help="package.module:function, from messages (and a tokenizer) to a datum or input_ids"
+        "builder", help="package.module:function that turns messages (and a tokenizer) into a datum or input_ids"
     )
     data.add_argument("--tokenizer", default="tiny", help="tiny (characters, ChatML), or a folder with a chat template")
-    data.add_argument("--only", action="append", choices=list(BUILDER_ROWS), help="a row; may be given several times")
+    data.add_argument(
+        "--only", action="append", choices=list(BUILDER_ROWS), help="name of a row to check; may be given several times"
+    )
     data.add_argument("--json", action="store_true", help="print the rows as JSON")
     data.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     """Print the table; status 1 if a row is wrong."""
-    build, tokenizer = object_at(arguments.builder), _tokenizer(arguments.tokenizer)
+    build, tokenizer = load_object(arguments.builder), _tokenizer(arguments.tokenizer)
     rows = check_builder(build, tokenizer, only=arguments.only)
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

@@ -10,7 +10,7 @@ from ...errors import ConfigError, require_extra, suggestion
 from ...losses import loss_names, registry
 from ...losses.base import GradientKind
 from ...testing.losscheck import FORMS, INVARIANCES, LOSS_PROPERTIES, loss_report
-from ..arguments.places import object_at
+from ..arguments.object_references import load_object
 
 __all__ = ["add_parser", "load"]
 
@@ -25,11 +25,16 @@ def add_parser(commands: Any) -> None:
         description="Properties: " + "; ".join(f"{name}: {each.proves}" for name, each in LOSS_PROPERTIES.items()),
     )
     loss.add_argument("loss", help="package.module:function, or the name of a registered loss")
-    loss.add_argument("--form", choices=FORMS[1:], help="how it is called, if its signature does not tell")
-    loss.add_argument("--kind", choices=get_args(GradientKind), help="the gradient kind that it claims to have")
+    loss.add_argument("--form", choices=FORMS[1:], help="how the loss is called, where its signature does not tell")
+    loss.add_argument("--kind", choices=get_args(GradientKind), help="the gradient kind that the loss declares")
     loss.add_argument("--detached", action="append", default=[], help="an argument that no gradient may flow into")
-    loss.add_argument("--invariant", action="append", choices=INVARIANCES, help="what a shift may not change")
-    loss.add_argument("--only", action="append", help="a property; may be given several times")
+    loss.add_argument(
+        "--invariant",
+        action="append",
+        choices=INVARIANCES,
+        help="a shift of the inputs that may not change the gradient",
+    )
+    loss.add_argument("--only", action="append", help="name of a property to check; may be given several times")
     loss.add_argument("--examples", type=int, default=_EXAMPLES, help="random batches per property")
     loss.add_argument("--fast", action="store_true", help=f"{_FAST} batches per property: a few seconds")
     loss.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -65,4 +70,4 @@ def load(place: str) -> Any:
                 f"no loss is registered as {place!r}{close}; a function is given as package.module:function"
             )
         return registry.build(place)
-    return object_at(place)
+    return load_object(place)

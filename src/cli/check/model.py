@@ -18,11 +18,13 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     model = commands.add_parser("model", help="log-probs, gradients, adapters, sampling against the model's own code")
     model.add_argument("path", help=MODEL_HELP)
-    model.add_argument("--dtype", default="float32", help="that training would use")
-    model.add_argument("--rank", type=int, default=8, help="of the adapter in the rows on LoRA")
-    model.add_argument("--device", help="default: a GPU where there is one")
-    model.add_argument("--long", action="store_true", help="go beyond windows and contexts of more than 1,024 tokens")
-    model.add_argument("--only", action="append", help="a row; may be given several times")
+    model.add_argument("--dtype", default="float32", help="dtype that training would use")
+    model.add_argument("--rank", type=int, default=8, help="rank of the adapter in the rows on LoRA")
+    model.add_argument("--device", help="device to run on (default: a GPU where there is one)")
+    model.add_argument(
+        "--long", action="store_true", help="test lengths beyond windows and contexts of more than 1,024 tokens too"
+    )
+    model.add_argument("--only", action="append", help="name of a row to check; may be given several times")
     model.add_argument("--json", action="store_true", help="print the rows as JSON")
     model.set_defaults(run=_run)
 

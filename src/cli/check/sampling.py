@@ -19,7 +19,7 @@ def add_parser(checks: Any) -> None:
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--tolerance", type=float, help="largest difference in nats")
+    parser.add_argument("--tolerance", type=float, help="largest difference of a log-prob that passes, nats")
     parser.set_defaults(run=_check_sampling)
 
 

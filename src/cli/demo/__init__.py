@@ -15,7 +15,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("demo", help="train SFT, DPO, ORPO and GRPO on a real model")
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument(
-        "--backend", choices=("native", "remote"), default="native", help="remote: on a service, started for the demo"
+        "--backend",
+        choices=("native", "remote"),
+        default="native",
+        help="remote: train at a service that is started for the demo",
     )
     parser.add_argument(
         "--minutes", type=float, default=12.0, help="time that the demo may take, without installation (default 12)"
@@ -27,7 +30,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="rows of your own, JSON Lines: texts, chats, pairs, questions with answers",
     )
-    parser.add_argument("--only", help="some of sft,dpo,orpo,grpo")
+    parser.add_argument("--only", help="objectives to train, some of sft,dpo,orpo,grpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", default="demo-results", help="folder for the picture and the figures")

@@ -19,7 +19,7 @@ from ..network.faults import Fault, misbehaving
 from ..under_test import BackendUnderTest, closing
 from .actions import train
 
-__all__ = ["TOLERANCES", "here", "service_under_test"]
+__all__ = ["TOLERANCES", "client_versions", "service_under_test"]
 
 # relative difference of updates, and nats, between two ways to compute the same thing in a dtype
 TOLERANCES: Final[Mapping[str, tuple[float, float]]] = {
@@ -84,7 +84,7 @@ def service_under_test(
         tolerance,
         nats=nats,
         name=f"{base_model} at {url}",
-        facts={**here(), **_told(url, api_key), "rank": str(rank), "dtype": dtype, **_told_of(options)},
+        facts={**client_versions(), **_told(url, api_key), "rank": str(rank), "dtype": dtype, **_told_of(options)},
         seeded=make,
         unreliable=unreliable,
     )
@@ -125,8 +125,8 @@ def _known(under_test: BackendUnderTest, how: str) -> BackendUnderTest:
     return replace(under_test, facts={**under_test.facts, "new models begin alike": how})
 
 
-def here() -> dict[str, str]:
-    """Return what runs on this side."""
+def client_versions() -> dict[str, str]:
+    """Return the versions of what runs in this process."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("pullback", "tinker", "transformers", "peft"):
         with suppress(importlib.metadata.PackageNotFoundError):

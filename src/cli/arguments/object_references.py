@@ -1,4 +1,4 @@
-"""Objects that the command line names by their place: ``package.module:name``."""
+"""Objects that the command line names as entry points do: ``package.module:name``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from ...errors import ConfigError
 
-__all__ = ["object_at"]
+__all__ = ["load_object"]
 
 
-def object_at(place: str) -> Any:
-    """Return what stands at ``package.module:name``, found from the current folder too.
+def load_object(reference: str) -> Any:
+    """Return the object that ``package.module:name`` refers to, found from the current folder too.
 
     Raises:
         ConfigError: there is no such thing.
     """
-    module, colon, name = place.partition(":")
+    module, colon, name = reference.partition(":")
     if not colon:
-        raise ConfigError(f"give package.module:name, got {place!r}")
+        raise ConfigError(f"give package.module:name, got {reference!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -28,5 +28,5 @@ def object_at(place: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigError(f"there is no {place}: {error}") from error
+        raise ConfigError(f"there is no {reference}: {error}") from error
     return found
