@@ -20,7 +20,7 @@ LAYOUTS = ("packed", "forked", "padded", "single")
 
 
 def sharing(data: list[Datum], share: float) -> list[Datum]:
-    """Give the second of each pair the beginning of the first, so much of the shorter one."""
+    """Give the second of each pair the prefix of the first, so much of the shorter one."""
     found = []
     for first, second in zip(data[0::2], data[1::2], strict=True):
         size = int(share * min(len(first.model_input), len(second.model_input)))

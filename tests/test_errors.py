@@ -242,9 +242,9 @@ def test_bad_input(bad: Bad) -> None:
 
 @pytest.mark.parametrize("bad", [*DATUM_ROWS, *LOSS_ROWS], ids=lambda bad: bad.name)
 def test_gradients_before_bad_input_survive(bad: Bad) -> None:
-    """What a window held before the bad call, it holds after."""
+    """What had accumulated before the bad call is there after it."""
     if bad.action is mixed:
-        pytest.skip("this one opens a window of its own")
+        pytest.skip("this one begins an accumulation of its own")
     backend = tiny_backend()
     backend.forward_backward(DATA, PPO()).result()
     before = backend.gradients()
@@ -268,7 +268,7 @@ def test_broken_weights_name_datum_and_token() -> None:
 
 
 def test_overflowing_gradient_names_layer_and_datum() -> None:
-    """A gradient that overflows in the model is refused before it joins the window."""
+    """A gradient that overflows in the model is refused before it is accumulated."""
     from pullback.testing import TinyLM
 
     backend = TorchBackend(TinyLM(dtype=torch.float32))

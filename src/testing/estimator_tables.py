@@ -70,7 +70,7 @@ def _ratio(draws: Draws) -> Tensor:
 
 
 def _score(draws: Draws, weights: Tensor | float) -> Tensor:
-    """Return ``-w R logprob`` of each token: the policy gradient, weighed by constants."""
+    """Return ``-w R logprob`` of each token: the policy gradient, weighted by constants."""
     return -weights * draws.rewards[:, None] * draws.logprobs
 
 

@@ -64,7 +64,7 @@ def test_failures_at_the_end() -> None:
 
 
 def test_calls_are_entered_with_what_they_wait_for() -> None:
-    """A mean is remembered as the one that waits, a sum or a loss that was divided is not; a new beginning knows neither."""
+    """A mean is remembered as the one that waits, a sum or a loss that was divided is not; a new accumulation knows neither."""
     data, output = make_data([3, 2]), ForwardBackwardOutput([], {})
     accumulation = Accumulation()
     accumulation.record(prepare(data, CrossEntropy()), Gradient(output, 5, 2, "none", 1.0))

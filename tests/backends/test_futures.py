@@ -27,7 +27,7 @@ def test_await() -> None:
 
 
 def test_forgotten_failure_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A future that dies with an unread error says so in the log; one that was read is silent."""
+    """A future that dies with an unretrieved error says so in the log; one that was retrieved is silent."""
     backend = tiny_backend()
     with caplog.at_level(logging.ERROR):
         assert backend.forward([], "ppo").exception() is not None

@@ -70,7 +70,7 @@ def vllm(completions: list[Any]) -> Any:
 
 
 def test_vllm() -> None:
-    """Of each position's log-probs the drawn token's is taken, whatever others are there and whichever is likeliest."""
+    """Of each position's log-probs the drawn token's is taken, whatever others are there and whichever is most probable."""
     positions = [
         {9: SimpleNamespace(logprob=-0.1), 5: SimpleNamespace(logprob=-2.0)},
         {6: SimpleNamespace(logprob=-0.5)},

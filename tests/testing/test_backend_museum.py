@@ -18,7 +18,7 @@ def test_a_backend_without_a_defect_passes() -> None:
     report = backend_report(Relay.under_test(), PROMISES.values())
     assert not report.failed
     assert report["retries_apply_once"].verdict == "passed"
-    assert report["seeds_decide_the_start"].verdict == "passed"
+    assert report["seeds_determine_initial_weights"].verdict == "passed"
 
 
 def test_every_check_can_fail() -> None:

@@ -99,7 +99,7 @@ def test_models_that_begin_alike_by_a_checkpoint() -> None:
     found = comparable(BackendUnderTest(Forgetful, seeded=lambda seed: Forgetful()))
     assert "by a checkpoint" in found.facts["new models begin alike"]
     assert run_check(PROMISES["raw_sums_add_up"], found).verdict == "passed"
-    assert run_check(PROMISES["seeds_decide_the_start"], found).verdict == "failed"
+    assert run_check(PROMISES["seeds_determine_initial_weights"], found).verdict == "failed"
     assert comparable(BackendUnderTest(FakeBackend)).facts["new models begin alike"] == "by their seed"
 
 

@@ -80,8 +80,10 @@ def test_a_model_is_loaded_three_times() -> None:
 
 def test_a_difference_that_is_no_number_is_wrong() -> None:
     """NaN is no agreement."""
-    (figure,) = {rows.largest([torch.tensor(x)], [torch.zeros(2)]) for x in ([0.0, math.nan], [math.nan, 0.0])}
-    assert rows.judged(figure, 1.0, "single")[0] == "wrong"
+    (figure,) = {
+        rows.largest_difference([torch.tensor(x)], [torch.zeros(2)]) for x in ([0.0, math.nan], [math.nan, 0.0])
+    }
+    assert rows.verdict_on(figure, 1.0, "single")[0] == "wrong"
 
 
 def test_command_on_a_named_model(capsys: pytest.CaptureFixture[str]) -> None:

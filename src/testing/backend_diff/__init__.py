@@ -1,4 +1,4 @@
-"""Where two backends part: log-probs, loss, cotangent, gradient, update, in this order."""
+"""Where two backends diverge: log-probs, loss, cotangent, gradient, update, in this order."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def diff(
     tokenizer: Any = None,
     allow_step: bool = False,
 ) -> BackendDiff:
-    """Compare two backends that should be the same; say where they part first, and what it may come from.
+    """Compare two backends that should be the same; say where they diverge first, and what it may come from.
 
     Stages: log-probs; the value of the loss; the cotangent dL/dlogprob; the gradient, by parameter where both can be read, else
     as the change of log-probs by a step along it; the change by an optimizer step. Each is compared only where those before it

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cases import Case, CaseSequence
 
-__all__ = ["INVARIANCES", "MOVES", "centred", "differs", "recognised", "unweighted"]
+__all__ = ["INVARIANCES", "MOVES", "centred", "differs", "invariances_of", "unweighted"]
 
 INVARIANCES: Final = ("anchors", "pair", "group")
 _ANCHORS: Final = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
@@ -22,8 +22,8 @@ _LOOSE: Final = (
 )
 
 
-class Comparing(Protocol):
-    """What is asked of a loss under test."""
+class DeclaredInputs(Protocol):
+    """What a loss under test says of its inputs, and how it is evaluated."""
 
     @property
     def invariant(self) -> tuple[str, ...] | None: ...
@@ -94,7 +94,7 @@ MOVES: Final[Mapping[str, Callable[[Case, float], Case]]] = {
 }
 
 
-def recognised(loss: Comparing) -> tuple[str, ...]:
+def invariances_of(loss: DeclaredInputs) -> tuple[str, ...]:
     """Return the moves that may not change the gradient of a loss: as declared, or as its inputs and its gradient tell.
 
     Sums of chosen and rejected that come with those of a reference, and rewards that come with their groups, leave no choice.
@@ -132,13 +132,13 @@ def differs(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
     return ~((before - after).abs() <= tolerance * size)
 
 
-def _variant(loss: Comparing, name: str) -> str:
+def _variant(loss: DeclaredInputs, name: str) -> str:
     if name == "pair":
         return "pair means" if _holds(loss, "pair means") else "pair sums"
     return "batch" if name == "group" and not loss.grouped else name
 
 
-def _holds(loss: Comparing, name: str) -> bool:
+def _holds(loss: DeclaredInputs, name: str) -> bool:
     """Return whether a move changes nothing at ordinary log-probs."""
     try:
         for case in _ordinary_cases():

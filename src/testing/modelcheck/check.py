@@ -23,9 +23,9 @@ from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum, ModelInput
 from ...errors import InvalidDatumsError, UnsupportedError
 from ...losses.checks import choice
-from .layouts import laid_out
-from .own_forward import each_own, own_logprobs
-from .rows import CAUSES, Found, ModelRow, judged, largest, row, scored, trained
+from .layouts import using_layout
+from .own_forward import own_logprobs, own_logprobs_of
+from .rows import CAUSES, Found, ModelRow, largest_difference, row, scored, trained_share, verdict_on
 
 __all__ = ["ModelRow", "check_model"]
 
@@ -103,7 +103,7 @@ class _Check:
         found["gradient, LoRA"] = lambda: self._gradient(self._adapted)
         found["log-probs, adapter moved"] = self._adapter
         found["reference"] = self._reference
-        found["what is trained"] = lambda: trained(self._adapted.model)
+        found["what is trained"] = lambda: trained_share(self._adapted.model)
         found["checkpoint and resume"] = self._resume
         return found
 
@@ -172,9 +172,9 @@ class _Check:
             words = f"not used, texts go {', '.join(layouts)}: {reason}. Likely cause: {CAUSES[layout]}"
             return "refused", None, words
         if prompt not in self._own:
-            self._own[prompt] = each_own(self._plain.model, data)
-        with laid_out(self._plain, layout):
-            return judged(largest(scored(self._plain, data), self._own[prompt]), _TOLERANCE, layout)
+            self._own[prompt] = own_logprobs_of(self._plain.model, data)
+        with using_layout(self._plain, layout):
+            return verdict_on(largest_difference(scored(self._plain, data), self._own[prompt]), _TOLERANCE, layout)
 
     def _beyond_context(self) -> Found:
         most = self._plain.model.facts.max_length
@@ -192,7 +192,9 @@ class _Check:
     def _in_dtype(self) -> Found:
         lora = self._lora if self._quantized(self._plain) else None
         backend, data = self._make(dtype=self._dtype, lora=lora), self._data()
-        return judged(largest(scored(backend, data), each_own(backend.model, data)), _HALF, "dtype")
+        return verdict_on(
+            largest_difference(scored(backend, data), own_logprobs_of(backend.model, data)), _HALF, "dtype"
+        )
 
     def _full_gradient(self) -> Found:
         if self._quantized(self._plain):
@@ -211,13 +213,15 @@ class _Check:
         backend.model.zero_grad()
         off = sum((found[n].double() - x.double()).square().sum() for n, x in expected.items())
         size = sum(x.double().square().sum() for x in expected.values())
-        return judged(float(off / size) ** 0.5, 1e-4, "gradient")
+        return verdict_on(float(off / size) ** 0.5, 1e-4, "gradient")
 
     def _adapter(self) -> Found:
         data = self._data()
         with perturbed_adapters(self._adapted.model):
-            return judged(
-                largest(scored(self._adapted, data), each_own(self._adapted.model, data)), _TOLERANCE, "adapter"
+            return verdict_on(
+                largest_difference(scored(self._adapted, data), own_logprobs_of(self._adapted.model, data)),
+                _TOLERANCE,
+                "adapter",
             )
 
     def _reference(self) -> Found:
@@ -225,7 +229,7 @@ class _Check:
         with perturbed_adapters(self._adapted.model):
             scored = with_reference(data, self._adapted.reference())
         found = [d.loss_fn_inputs["ref_logprobs"].to_torch() for d in scored]
-        return judged(largest(found, each_own(self._plain.model, data)), _TOLERANCE, "reference")
+        return verdict_on(largest_difference(found, own_logprobs_of(self._plain.model, data)), _TOLERANCE, "reference")
 
     def _sampling(self) -> Found:
         prompts = [ModelInput.from_ints(d.model_input.tokens[: 4 + 3 * i]) for i, d in enumerate(self._data()[1:])]
@@ -233,10 +237,12 @@ class _Check:
         wholes = [
             datum_from_prompt_completion(prompts[one.prompt_index].tokens.tolist(), one.tokens) for one in rollouts
         ]
-        own = [x[-len(one.tokens) :] for one, x in zip(rollouts, each_own(self._plain.model, wholes), strict=True)]
+        own = [
+            x[-len(one.tokens) :] for one, x in zip(rollouts, own_logprobs_of(self._plain.model, wholes), strict=True)
+        ]
         how = "with a cache" if cache_agrees(self._plain.model) else "without a cache, at quadratic cost"
-        verdict, figure, cause = judged(
-            largest([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3, "sampling"
+        verdict, figure, cause = verdict_on(
+            largest_difference([torch.tensor(one.logprobs) for one in rollouts], own), 1e-3, "sampling"
         )
         return verdict, figure, f"{how}: {cause}" if cause else how
 
@@ -248,9 +254,9 @@ class _Check:
         second = self._make(lora=self._lora)
         second.load_state_with_optimizer(first.save_state("checked").result().path).result()
         after = scored(first, data)
-        if not largest(after, start) > 0:
+        if not largest_difference(after, start) > 0:
             return "wrong", 0.0, "a step changes nothing"
-        return judged(largest(scored(second, data), after), 1e-6, "resume")
+        return verdict_on(largest_difference(scored(second, data), after), 1e-6, "resume")
 
 
 def _loss(_: Any, logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:

@@ -10,11 +10,11 @@ from ...backends.native.backend import TorchBackend
 from ...backends.native.execution.batching import Layout
 from ...backends.native.models.facts.probes import LayoutLimits
 
-__all__ = ["laid_out"]
+__all__ = ["using_layout"]
 
 
 @contextmanager
-def laid_out(backend: TorchBackend, layout: Layout) -> Iterator[None]:
+def using_layout(backend: TorchBackend, layout: Layout) -> Iterator[None]:
     """Let a backend use one layout for a while, known to be exact or not; its model is not probed anew."""
     engine = backend._native
     before = engine.scheduler

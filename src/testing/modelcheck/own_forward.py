@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backends.native.models.facts.rope import reset_dynamic_rope
 from ...datums.types import Datum
 
-__all__ = ["each_own", "own_logprobs"]
+__all__ = ["own_logprobs", "own_logprobs_of"]
 
 
 def own_logprobs(model: Any, datum: Datum) -> Tensor:
@@ -25,6 +25,6 @@ def own_logprobs(model: Any, datum: Datum) -> Tensor:
 
 
 @torch.no_grad()
-def each_own(model: Any, data: Sequence[Datum]) -> list[Tensor]:
+def own_logprobs_of(model: Any, data: Sequence[Datum]) -> list[Tensor]:
     """Return them for several texts, without a gradient."""
     return [own_logprobs(model, datum) for datum in data]

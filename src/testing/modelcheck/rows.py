@@ -12,7 +12,7 @@ from torch import Tensor
 from ...datums.types import Datum
 from ...errors import PullbackError
 
-__all__ = ["CAUSES", "Found", "ModelRow", "judged", "largest", "row", "scored", "trained"]
+__all__ = ["CAUSES", "Found", "ModelRow", "largest_difference", "row", "scored", "trained_share", "verdict_on"]
 
 Verdict = Literal["right", "refused", "wrong", "not applicable"]
 Found = tuple[Verdict, float | None, str]
@@ -60,7 +60,7 @@ def row(name: str, one: Callable[[], Found]) -> ModelRow:
         return ModelRow(name, "wrong", None, f"{type(error).__name__}: {error}")
 
 
-def judged(figure: float, most: float, cause: str) -> Found:
+def verdict_on(figure: float, most: float, cause: str) -> Found:
     """Return the verdict on a difference.
 
     Args:
@@ -73,7 +73,7 @@ def judged(figure: float, most: float, cause: str) -> Found:
     return "wrong", figure, f"more than {most:g}. Likely cause: {CAUSES[cause]}"
 
 
-def largest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of any log-prob; infinity where one is NaN."""
     pairs = zip(found, expected, strict=True)
     differences = torch.stack([(a.detach().cpu().double() - b.detach().cpu().double()).abs().max() for a, b in pairs])
@@ -85,7 +85,7 @@ def scored(backend: Any, data: Sequence[Datum]) -> list[Tensor]:
     return [o["logprobs"].to_torch() for o in backend.forward(data).result().loss_fn_outputs]
 
 
-def trained(model: Any) -> Found:
+def trained_share(model: Any) -> Found:
     """Return the share of the weights that is trained; wrong where no matrix within the layers has an adapter."""
     head = model.causal.get_output_embeddings()
     adapted, left = 0, set()

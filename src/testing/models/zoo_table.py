@@ -29,7 +29,7 @@ from ...backends.native.models.hf import HFModel
 from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum
 from ...errors import PullbackError
-from ..modelcheck.layouts import laid_out
+from ..modelcheck.layouts import using_layout
 from . import zoo
 
 __all__ = ["PROMPTS", "VARIANTS", "WINDOW", "ZooRow", "examine", "markdown"]
@@ -114,7 +114,7 @@ def _compared(name: str, first: TorchBackend, plain: Any, prompts: Sequence[int]
         own, slopes = _own(plain, data)
         for layout in layouts[n]:
             try:
-                with laid_out(first, layout):
+                with using_layout(first, layout):
                     off, slope = _off(first, data, own), _slope_off(first, data, slopes)
             except Exception as error:
                 reasons.append(f"{layout}, prompt of {n} tokens: {_words(error)}")

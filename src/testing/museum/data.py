@@ -146,7 +146,7 @@ DATA = (
         _KIND,
     ),
     Exhibit(
-        "beginning doubled",
+        "BOS token doubled",
         "huggingface/open-r1#462 (2025), huggingface/alignment-handbook#127 (2024)",
         "Every text began with two beginning-of-text tokens, which at sampling time it did not: prompts that the model had "
         "never seen.",
@@ -157,7 +157,7 @@ DATA = (
         _KIND,
     ),
     Exhibit(
-        "end doubled",
+        "EOS token doubled",
         "huggingface/trl#3318 (2025)",
         "The template ends with a newline after its end token, so a second end token was appended and trained: after stopping, "
         "say newline and stop.",
@@ -168,7 +168,7 @@ DATA = (
         _KIND,
     ),
     Exhibit(
-        "end masked as padding",
+        "EOS token masked as padding",
         "huggingface/trl#1623 (2024)",
         "With pad_token = eos_token the collator masked the real end too, and fine-tuned models did not stop generating.",
         _end_is_padding,

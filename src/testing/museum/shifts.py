@@ -98,9 +98,9 @@ SHIFTS = (
         options=_AS,
     ),
     Exhibit(
-        "KL weighed by a probability",
+        "KL weighted by a probability",
         "the sum over a vocabulary, F.kl_div, taken of the sampled token alone",
-        "Sampled tokens were weighed by their probability twice, so the penalty hardly acted on unlikely ones.",
+        "Sampled tokens were weighted by their probability twice, so the penalty hardly acted on unlikely ones.",
         _weighed_by_probability,
         _sampled,
         "shift",

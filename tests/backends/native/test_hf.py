@@ -44,7 +44,7 @@ def test_packed_equals_single_on_transformers(options: dict[str, Any], loss: Los
 
 @pytest.mark.parametrize("options", HF_CASES.values(), ids=HF_CASES.keys())
 def test_forked_equals_single_on_transformers(options: dict[str, Any]) -> None:
-    """A beginning that runs once gives what each sequence gives alone, in any order, checkpointed too."""
+    """A shared prefix that runs once gives what each sequence gives alone, in any order, checkpointed too."""
     data = sharing([[9, 7], [5, 12, 8], [11, 6, 6, 7]])
     expected = accumulate(TorchBackend(tiny_llama(**options), layout="single"), GRPO(), [data])
     for order in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [4, 8, 2, 0, 6, 1, 3, 7, 5]):
@@ -58,7 +58,7 @@ def test_forked_equals_single_on_transformers(options: dict[str, Any]) -> None:
     "backend", [pytest.param("eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.soak)]
 )
 def test_compiled_trunk(backend: str) -> None:
-    """A compiled trunk gives the same gradient, packed or alone, kept or run again; its parameters have their names."""
+    """A compiled base model gives the same gradient, packed or alone, kept or run again; its parameters have their names."""
     data = make_data(LENGTHS[:4])
     plain = TorchBackend(tiny_llama(lora=2), layout="single")
     expected = accumulate(plain, DPO(), [data])

@@ -60,7 +60,7 @@ def test_split_invariance(loss: Loss, order: list[int], calls: int, budget: int,
     data=st.data(),
 )
 def test_together_as_alone(layout: Any, groups: list[list[int]], budget: int, seed: int, data: Any) -> None:
-    """Packed in any order, and forked where beginnings are shared: the log-probs and gradient of each alone, to 1e-12."""
+    """Packed in any order, and forked where prefixes are shared: the log-probs and gradient of each alone, to 1e-12."""
     datums = sharing(groups, seed)
     order = data.draw(st.permutations(range(len(datums))))
     alone, together = tiny_backend(layout="single"), tiny_backend(layout=layout, token_budget=budget)
@@ -159,7 +159,7 @@ def test_untrained_positions_have_no_influence() -> None:
 
 
 def test_trainable_parts_only() -> None:
-    """Frozen parameters get no gradient and are not in the window."""
+    """Frozen parameters get no gradient and are not accumulated."""
     model = TinyLM()
     model.embedding.requires_grad_(False)
     backend = TorchBackend(model)

@@ -185,7 +185,7 @@ class _Dropout(TinyLM):  # type: ignore[misc]  # final for users; a test may spo
 
 
 def test_a_model_that_changes_its_mind_is_noticed() -> None:
-    """Running a trunk again is refused where it does not give the same hidden states (dropout switched on)."""
+    """Recomputing the base model's forward is refused where it does not give the same hidden states (dropout switched on)."""
     model = _Dropout()
     backend = TorchBackend(model, token_budget=40, activation_budget=0)
     backend.forward_backward_custom(make_data(LENGTHS), nll).result()

@@ -1,4 +1,4 @@
-"""The optimizer step: AdamW to the bit, one normalisation, spoiled and empty windows."""
+"""The optimizer step: AdamW to the bit, one normalisation, failed and empty accumulations."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_auto() -> None:
 
 
 def test_mixed_denominators_need_counts() -> None:
-    """Two denominators in one window raise, until the totals of the step are given."""
+    """Two denominators in one accumulation raise, until the totals of the step are given."""
     backend = tiny_backend()
     backend.forward_backward(DATA, DPO()).result()
     with pytest.raises(MixedDenominatorsError, match="counts"):
@@ -169,7 +169,7 @@ def test_mixed_denominators_need_counts() -> None:
 
 
 def test_failed_call_spoils_the_window_until_read() -> None:
-    """A step after an unread failure is refused; the gradients before it are untouched."""
+    """A step after an unretrieved failure is refused; the gradients before it are untouched."""
     backend, clean = tiny_backend(), tiny_backend()
     for b in (backend, clean):
         b.forward_backward(DATA, "dpo").result()
@@ -182,7 +182,7 @@ def test_failed_call_spoils_the_window_until_read() -> None:
 
 
 def test_failure_in_the_middle_adds_nothing() -> None:
-    """A function that raises after the forward leaves the window as it was."""
+    """A function that raises after the forward leaves the accumulation as it was."""
 
     def broken(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         raise KeyError("mine")

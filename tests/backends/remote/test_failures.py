@@ -148,7 +148,7 @@ def test_the_backends_deadline_is_everybodys(connect: Callable[..., RemoteBacken
 
 
 def test_a_gradient_of_unknown_fate_stops_everything(connect: Callable[..., RemoteBackend]) -> None:
-    """No step is made on a window of which nobody knows what it holds; a checkpoint is the way out."""
+    """No step is made on an accumulation of which nobody knows what it holds; a checkpoint is the way out."""
     backend = connect()
     path = backend.save_state("before").result().path
     trainer = backend.trainer

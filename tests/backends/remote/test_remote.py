@@ -112,7 +112,7 @@ def test_every_normalisation_when_deferred(connect: Any, models: Any, mode: Any,
 
 
 def test_means_are_split_as_natively_where_the_service_divides(connect: Any, models: Any) -> None:
-    """Our service divides once, by the window's count; a plain one cannot, and that is refused before any work."""
+    """Our service divides once, by the accumulation's count; a plain one cannot, and that is refused before any work."""
     ours, plain = connect(), connect(capabilities=PLAIN)
     native = twin(models, ours.trainer)
     mean = {"aggregation": "token_mean"}
@@ -137,7 +137,7 @@ def test_means_are_split_as_natively_where_the_service_divides(connect: Any, mod
 
 
 def test_two_denominators_do_not_meet(connect: Any) -> None:
-    """What the native window refuses is refused here too, in both ways."""
+    """What the native accumulation refuses is refused here too, in both ways."""
     for way in ("ours", "deferred"):
         backend = connect(**WAYS[way])
         backend.forward_backward(DATA, "cross_entropy", {"aggregation": "token_mean"}).result()
@@ -236,7 +236,7 @@ def test_mistakes_are_refused_before_any_byte(connect: Any) -> None:
 
 
 def test_a_window_that_lacks_a_batch_makes_no_step(connect: Any) -> None:
-    """An unread failure stops the step, here or at the service; at the end it is raised."""
+    """An unretrieved failure stops the step, here or at the service; at the end it is raised."""
     backend = connect()
     backend.forward_backward(DATA, "cross_entropy").result()
     failed = backend.forward_backward(DATA, "pqo")
@@ -258,7 +258,7 @@ def test_a_window_that_lacks_a_batch_makes_no_step(connect: Any) -> None:
 
 
 def test_held_gradients_can_be_dropped(connect: Any, models: Any) -> None:
-    """With defer_backward a window is emptied without a trace."""
+    """With defer_backward an accumulation is emptied without a trace."""
     backend = connect(defer_backward=True)
     before = adapter(served(models, backend.trainer))
     backend.forward_backward(DATA, "dpo").result()

@@ -19,7 +19,7 @@ from pullback.datums import Datum
 from pullback.losses import CrossEntropy
 from pullback.testing import BackendDiff, PackingLeakLM, TinyLM, diff
 from pullback.testing.backend_diff.numbers import counts_of, named_factor
-from pullback.testing.modelcheck.layouts import laid_out
+from pullback.testing.modelcheck.layouts import using_layout
 
 DATA = make_data([9, 6, 12, 8])
 WEIGHTED = [d.with_inputs(weights=0.5 * d.loss_fn_inputs["weights"].to_torch()) for d in DATA]
@@ -104,7 +104,7 @@ def test_a_model_whose_sequences_see_each_other() -> None:
     leaky = TorchBackend(PackingLeakLM(TinyLM()), layout="single")
     apart = found(leaky, other=TorchBackend(TinyLM()))
     assert not apart.diverges
-    with laid_out(leaky, "packed"):
+    with using_layout(leaky, "packed"):
         assert "b gives datum" in found(leaky, other=TorchBackend(TinyLM())).cause
 
 

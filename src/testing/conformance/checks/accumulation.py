@@ -116,7 +116,7 @@ def masked_inputs_are_ignored(under_test: BackendUnderTest, evidence: Evidence) 
 
 
 @check("a gradient that is not cleared by the step")
-def steps_use_gradients_up(under_test: BackendUnderTest, evidence: Evidence) -> None:
+def steps_clear_gradients(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """The gradient of one step has no part in the next."""
     data, params = under_test.data(), descent(under_test)
     first, second = data[:2], data[2:]
@@ -180,7 +180,7 @@ ACCUMULATION: Final = (
     zero_weights_change_nothing,
     empty_steps_change_nothing,
     masked_inputs_are_ignored,
-    steps_use_gradients_up,
+    steps_clear_gradients,
     discarded_gradients_are_gone,
     operations_keep_their_order,
 )

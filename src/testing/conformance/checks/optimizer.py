@@ -23,7 +23,7 @@ _STILL: Final = 1e-12  # a learning rate that moves no weight
 
 
 @check("a bias correction that is missing or counts from 0, betas of an earlier step, or an eps inside the root")
-def steps_are_adams(under_test: BackendUnderTest, evidence: Evidence) -> None:
+def steps_match_adamw(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """Moments, bias correction and eps are torch.optim.AdamW's: a step after others is a first step of another size."""
     data, params = under_test.data(), under_test.params
     for factors in ((1.0,), (3.0, 1.0), (0.5, 4.0, 1.0)):
@@ -132,7 +132,7 @@ def _as_first_step(steps: Sequence[tuple[float, AdamParams]]) -> AdamParams:
 
 
 OPTIMIZER: Final = (
-    steps_are_adams,
+    steps_match_adamw,
     hyperparameters_are_of_each_step,
     epsilon_stands_beside_the_root,
     decay_is_decoupled,

@@ -1,4 +1,4 @@
-"""State: checkpoints that hold everything, and beginnings that a seed decides."""
+"""State: checkpoints that hold everything, and initial weights that a seed determines."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def checkpoints_restore_log_probs(under_test: BackendUnderTest, evidence: Eviden
 
 
 @check("a seed that no part of the server reads")
-def seeds_decide_the_start(under_test: BackendUnderTest, evidence: Evidence) -> None:
+def seeds_determine_initial_weights(under_test: BackendUnderTest, evidence: Evidence) -> None:
     """Two models made with one seed train alike, and one made with another seed does not."""
     if under_test.seeded is None:
         raise NotApplicable("there is no choice of seed")
@@ -139,7 +139,7 @@ def _sampling(backend: Any) -> Any:
 STATE: Final = (
     checkpoints_hold_everything,
     checkpoints_restore_log_probs,
-    seeds_decide_the_start,
+    seeds_determine_initial_weights,
     samples_carry_the_policys_log_probs,
     sampling_seeds_repeat,
 )

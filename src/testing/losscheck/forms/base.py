@@ -15,7 +15,7 @@ from ....losses.base import GradientKind
 from ....losses.kind import dependence
 from ...cases import Case, CaseSequence
 from ..failures import Failed
-from ..invariance import recognised
+from ..invariance import invariances_of
 from ..rerun import Rerun
 
 __all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "first_scalar"]
@@ -109,7 +109,7 @@ class LossUnderTest(abc.ABC):
     @cached_property
     def invariances(self) -> tuple[str, ...]:
         """The moves that may not change its gradient."""
-        return recognised(self)
+        return invariances_of(self)
 
     @final
     def spread(self, case: Case) -> Case:

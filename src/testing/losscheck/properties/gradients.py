@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ....losses.kind import wider
 from ...cases import Case
+from ..detached import Detached, DetachedPartsVary
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
 from ..forms.base import kind_case, leaves_of
-from ..held import Detached, Unheld
 from ..invariance import centred
 from ..results import Property
 
@@ -28,26 +28,26 @@ _COARSE: Final = 2e-2  # nats, where a loss computes in single precision
 
 def _differences(under_test: LossUnderTest, case: Case) -> str | None:
     gradient = under_test.measure(case).flat
-    held = Detached()
+    detached = Detached()
     try:
-        with held.record():
+        with detached.record():
             under_test.value(case)
-        with held.hold():
+        with detached.hold():
             under_test.value(case)
-    except Unheld:
-        held = Detached()
+    except DetachedPartsVary:
+        detached = Detached()
     flat = _positions(case)
     places = _spread([(i, j) for i, s in enumerate(case.sequences) for j in s.trained()])
     gradients = {place: float(gradient[flat[place]]) for place in places}
-    slopes = {place: _slope(under_test, case, place, gradients[place], held) for place in places}
+    slopes = {place: _slope(under_test, case, place, gradients[place], detached) for place in places}
     for (i, j), (slope, agrees) in slopes.items():
         if not agrees:
             raise Failed(
                 f"token {j} of sequence {i} has gradient {gradients[i, j]:.6g}, but the value rises by {slope:.6g} per nat"
-                + (" (with what is detached held fixed)" if held.parts else ""),
+                + (" (with what is detached held fixed)" if detached.parts else ""),
                 _cause([gradients[p] for p in places], [slopes[p][0] for p in places]),
             )
-    if not held.parts or all(_slope(under_test, case, p, gradients[p], Detached())[1] for p in places[:2]):
+    if not detached.parts or all(_slope(under_test, case, p, gradients[p], Detached())[1] for p in places[:2]):
         return None
     return "with what is detached held fixed; the value itself has another slope"
 
@@ -60,20 +60,20 @@ def _spread(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _slope(
-    under_test: LossUnderTest, case: Case, place: tuple[int, int], gradient: float, held: Detached
+    under_test: LossUnderTest, case: Case, place: tuple[int, int], gradient: float, detached: Detached
 ) -> tuple[float, bool]:
     """Return the slope of the value at a token, and whether the gradient is it (at a kink: lies between both sides')."""
     behind = ahead = math.nan
     for step, tolerance in ((_STEP, 1e-5), (_COARSE, 3e-3)):
         if step == _COARSE and not (_single(gradient) or all(_single(x) for x in (behind, ahead))):
             break
-        behind, ahead = (_value(under_test, case, place, step * k, held) for k in (-1, 1))
+        behind, ahead = (_value(under_test, case, place, step * k, detached) for k in (-1, 1))
         central = (ahead - behind) / (2 * step)
         rounding = (1e-15 if step == _STEP else 2e-7) * max(abs(ahead), 1.0) / step
         allowed = tolerance * max(abs(central), abs(gradient)) + 10 * rounding
         if abs(central - gradient) <= allowed:
             return central, True
-        at = _value(under_test, case, place, 0.0, held)
+        at = _value(under_test, case, place, 0.0, detached)
         left, right = (at - behind) / step, (ahead - at) / step
         low, high = min(left, right), max(left, right)
         steepest = max(abs(low), abs(high))
@@ -83,15 +83,15 @@ def _slope(
     return central, False
 
 
-def _value(under_test: LossUnderTest, case: Case, place: tuple[int, int], by: float, held: Detached) -> float:
+def _value(under_test: LossUnderTest, case: Case, place: tuple[int, int], by: float, detached: Detached) -> float:
     moved = case.edited("logprobs", lambda i, j, x: x + by if (i, j) == place else x)
-    context: AbstractContextManager[None] = held.hold() if held.parts else nullcontext()
+    context: AbstractContextManager[None] = detached.hold() if detached.parts else nullcontext()
     try:
         leaves = leaves_of(moved)
         with context:
             loss = under_test.value(moved, leaves)
         return float(loss.detach())
-    except Unheld:
+    except DetachedPartsVary:
         return math.nan
 
 

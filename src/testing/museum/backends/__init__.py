@@ -10,11 +10,11 @@ from .relay import Relay
 
 __all__ = ["BACKENDS"]
 
-_ROOMS: Final = (requests, scores, steps, state)
+_MODULES: Final = (requests, scores, steps, state)
 
 BACKENDS: Final[tuple[Exhibit, ...]] = tuple(
     piece.exhibit
-    for room in _ROOMS
-    for piece in vars(room).values()
+    for module in _MODULES
+    for piece in vars(module).values()
     if isinstance(piece, type) and issubclass(piece, Relay) and "exhibit" in vars(piece)
 )

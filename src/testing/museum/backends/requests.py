@@ -123,7 +123,7 @@ class FirstCandidateOnly(EditedCalls):
     "services of the plain protocol, given weights",
     "Masked tokens, such as tool output, are trained by their junk advantages.",
 )
-class WeightsUnread(EditedCalls):
+class WeightsIgnored(EditedCalls):
     losses = ("importance_sampling", "ppo")
 
     def edited_weights(self, weights: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class SavedInHalfPrecision(Relay):
 
 
 @planted(
-    "seeds_decide_the_start",
+    "seeds_determine_initial_weights",
     "GMISWE/tinker-cloud#38",
     "No run can be repeated, though every request carries its seed.",
 )

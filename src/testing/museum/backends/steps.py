@@ -27,7 +27,7 @@ class EditedSteps(Relay):
 
 
 @planted(
-    "steps_are_adams",
+    "steps_match_adamw",
     "optimizers written anew",
     "The first steps are less than half as long as they should be at the usual betas.",
 )
@@ -176,7 +176,7 @@ class StepsOnMomentum(Relay):
 
 
 @planted(
-    "steps_use_gradients_up",
+    "steps_clear_gradients",
     "trainers that forget zero_grad",
     "Every step repeats all gradients before it.",
 )

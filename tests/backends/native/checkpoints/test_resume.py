@@ -37,7 +37,7 @@ def make(kind: str, folder: Path) -> TorchBackend:
 
 
 def until_saved(kind: str, folder: Path) -> TorchBackend:
-    """Two steps, then half of the next window, then a checkpoint."""
+    """Two steps, then half of the next accumulation, then a checkpoint."""
     backend = make(kind, folder)
     for _ in range(2):
         backend.forward_backward(DATA, "dpo").result()

@@ -42,7 +42,7 @@ def test_logprobs_are_those_of_forward(make: Any, how: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 def test_greedy_is_the_argmax(make: Any) -> None:
-    """Temperature 0 takes the likeliest token at every step."""
+    """Temperature 0 takes the most probable token at every step."""
     backend = make()
     (greedy,) = backend.sample(PROMPTS[:1], 1, SamplingParams(max_tokens=4, temperature=0.0, stop=[])).result()
     tokens = PROMPTS[0].to_ints()

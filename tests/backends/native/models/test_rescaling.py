@@ -18,7 +18,7 @@ from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models.facts import rescaling
 from pullback.errors import UnsupportedError
-from pullback.testing.modelcheck.layouts import laid_out
+from pullback.testing.modelcheck.layouts import using_layout
 from pullback.testing.models import zoo
 
 
@@ -66,7 +66,7 @@ def test_logprobs_and_gradients(prompt: int, has_run: bool) -> None:
     assert backend.layouts() == ("padded", "single")  # a state runs on from one sequence of a row to the next
     expected, slopes = own(rwkv(), data)
     for layout in backend.layouts():
-        with laid_out(backend, layout):
+        with using_layout(backend, layout):
             found = [o["logprobs"].to_torch() for o in backend.forward(data).result().loss_fn_outputs]
             backend.forward_backward_custom(data, nll).result()
         gradients = {n.removeprefix("model."): g for n, g in backend.gradients().items()}

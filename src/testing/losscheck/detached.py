@@ -1,4 +1,4 @@
-"""Detached parts, held: the numbers that a loss weighs with stay what they were while its log-probs are moved."""
+"""Detached parts, held fixed: the numbers that a loss weights with stay what they were while its log-probs are moved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...losses.evaluation import token_sum
 
-__all__ = ["Detached", "Unheld"]
+__all__ = ["Detached", "DetachedPartsVary"]
 
 _DETACHING: Final = (
     Tensor.detach,
@@ -25,7 +25,7 @@ _DETACHING: Final = (
 )
 
 
-class Unheld(Exception):
+class DetachedPartsVary(Exception):
     """The detached parts differ from one call to the next, so they cannot be held fixed."""
 
 
@@ -61,13 +61,13 @@ class Detached(TorchFunctionMode):
         """Give back what was kept, in order.
 
         Raises:
-            Unheld: something else is detached.
+            DetachedPartsVary: something else is detached.
         """
         self._position = 0
         with self._watching():
             yield
         if self._position != len(self._kept):
-            raise Unheld
+            raise DetachedPartsVary
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -93,11 +93,11 @@ class Detached(TorchFunctionMode):
             self._kept.append(out.clone() if isinstance(out, Tensor) else out)
             return out
         if self._position >= len(self._kept):
-            raise Unheld
+            raise DetachedPartsVary
         kept = self._kept[self._position]
         self._position += 1
         if type(kept) is not type(out) or (isinstance(out, Tensor) and kept.shape != out.shape):
-            raise Unheld
+            raise DetachedPartsVary
         return kept
 
 
