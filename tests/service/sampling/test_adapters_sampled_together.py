@@ -81,7 +81,7 @@ ASKED = st.fixed_dictionaries(
 )
 
 
-@given(asked=st.lists(st.tuples(st.integers(-1, CLIENTS - 1), ASKED), min_size=2, max_size=4))
+@given(asked=st.lists(st.tuples(st.integers(-1, CLIENTS - 1), ASKED), min_size=2, max_size=3))
 @settings(deadline=None)
 def test_clients_get_what_each_gets_alone(clients: Clients, asked: list[tuple[int, dict[str, Any]]]) -> None:
     """In fp64 the tokens that a backend draws on the same weights, the base's among them; -1 is the base."""

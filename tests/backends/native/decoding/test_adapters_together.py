@@ -31,18 +31,24 @@ from pretrained.adapters import adapted, rank
 from pullback.testing import random_llama
 from pullback.testing.models import zoo
 
-KINDS: dict[str, Any] = {  # GPT-2 computes in fp64 all through; its layers are Conv1D, and have a bias
+KINDS: dict[str, Any] = {  # the layers of GPT-2 are Conv1D, and have a bias
     "gpt2": lambda: zoo.build("gpt2", vocab_size=VOCAB, eos_token_id=2, bos_token_id=1),
+    "gpt_neox": lambda: zoo.build("gpt_neox", vocab_size=VOCAB, eos_token_id=2, bos_token_id=1),
     "llama": lambda: random_llama(vocab_size=VOCAB, hidden_size=16, num_attention_heads=2, num_key_value_heads=1),
 }
-LAYERS = {"gpt2": ("c_attn", "c_fc"), "llama": ("q_proj", "down_proj")}
+LAYERS = {
+    "gpt2": ("c_attn", "c_fc"),
+    "gpt_neox": ("query_key_value", "dense_4h_to_h"),
+    "llama": ("q_proj", "down_proj"),
+}
+EXACT = ("gpt2", "gpt_neox")  # computes in fp64 all through, where the norms of Llama compute in fp32
 
 
 @functools.cache
 def models_of(kind: str, dtype: torch.dtype = torch.float64) -> list[HFModel]:
     """Return a base without an adapter, and with several: of other ranks and scales, and on other layers."""
     base, (attention, mlp) = KINDS[kind]().to(dtype), LAYERS[kind]
-    chosen = (rank(3), rank(3), rank(1, attention), rank(5, mlp, use_rslora=True))
+    chosen = (rank(3), rank(1, attention), rank(5, mlp, use_rslora=True))
     return [adapted(base, None), *(adapted(base, lora, seed) for seed, lora in enumerate(chosen))]
 
 
@@ -68,7 +74,7 @@ class Asked:
 TOKENS = st.integers(1, VOCAB - 1)
 ASKED = st.builds(
     Asked,
-    model=st.integers(0, 4),
+    model=st.integers(0, 3),
     prompt=st.one_of(st.just((5, 6, 7)), st.lists(TOKENS, min_size=1, max_size=12).map(tuple)),
     n=st.integers(1, 3),
     seed=st.integers(0, 2**40),
@@ -109,7 +115,7 @@ def scores(request: GenerationRequest) -> list[float]:
     return [x for row in request.result() for x in (*row.logprobs, *row.tempered)]
 
 
-@given(kind=st.sampled_from(list(KINDS)), asked=st.lists(ASKED, min_size=2, max_size=6), limits=LIMITS)
+@given(kind=st.sampled_from(EXACT), asked=st.lists(ASKED, min_size=2, max_size=4), limits=LIMITS)
 def test_each_adapter_gives_what_it_gives_alone(kind: str, asked: list[Asked], limits: LaneLimits) -> None:
     """In fp64 the same tokens and log-probs, whatever is decoded beside it, comes late, or has to wait."""
     models = models_of(kind)
@@ -120,10 +126,10 @@ def test_each_adapter_gives_what_it_gives_alone(kind: str, asked: list[Asked], l
 
 
 @pytest.mark.slow
-@given(kind=st.sampled_from(list(KINDS)), asked=st.lists(ASKED, min_size=2, max_size=5))
-def test_in_fp32_log_probs_are_close(kind: str, asked: list[Asked]) -> None:
+@given(asked=st.lists(ASKED, min_size=2, max_size=2))
+def test_in_fp32_log_probs_are_close(asked: list[Asked]) -> None:
     """Within 1e-5 nats up to the first token that differs, if one does."""
-    models = models_of(kind, torch.float32)
+    models = models_of("llama", torch.float32)
     for one, request in zip(asked, together(models, asked, LaneLimits()), strict=True):
         for row, own in zip(request.result(), alone(models[one.model], one).result(), strict=True):
             pairs = list(zip(row.tokens, own.tokens, row.logprobs, own.logprobs, strict=False))
