@@ -25,16 +25,7 @@ from .protocol import CustomLoss
 from .types import ForwardBackwardOutput, as_mapping
 from .units import by_group, loss_units
 
-__all__ = [
-    "Positions",
-    "PreparedCall",
-    "ScoreRequest",
-    "as_loss",
-    "loss_name",
-    "missing_inputs",
-    "prepare",
-    "scored",
-]
+__all__ = ["Positions", "PreparedCall", "ScoreRequest", "as_loss", "loss_name", "missing_inputs", "prepare", "scored"]
 
 Positions = Literal["all", "trained"]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DatumError, LengthError
+from ..errors import ConfigError, DatumError, LengthError, MissingFieldError
 from .batch.problems import Problem
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "SEQUENCE_INPUTS",
     "TOKEN_INPUTS",
     "as_inputs",
+    "check_inputs",
     "check_shape",
     "check_token_shape",
     "require_tensor",
@@ -54,6 +56,24 @@ def as_inputs(logprobs: Tensor, given: dict[str, Tensor | None]) -> dict[str, Te
         if name not in INPUTS:
             raise TypeError(f"TokenBatch has no input {name!r}; it has {sorted(INPUTS)}")
     return {name: _constant(name, value, logprobs.device) for name, value in given.items() if value is not None}
+
+
+def check_inputs(given: Mapping[str, Tensor | None], shape: tuple[int, ...], sequences: int) -> None:
+    """Check the shapes of all inputs of a batch.
+
+    Raises:
+        LengthError: one has another shape.
+    """
+    for name in TOKEN_INPUTS:
+        check_token_shape(name, given[name], shape)
+    for name in SEQUENCE_INPUTS:
+        check_shape(name, given[name], (sequences,), "one number per sequence")
+
+
+def missing_input(name: str) -> MissingFieldError:
+    """Return the error of a batch that lacks a per-token input, with the key that a datum has for it."""
+    key = "logprobs" if name == "rollout_logprobs" else name  # the batch's own are the current policy's
+    return MissingFieldError(f"missing required field {key!r}: the TokenBatch has no {name}")
 
 
 def check_token_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -278,7 +278,6 @@ class TorchBackend(Backend):
             ConfigError: no floating-point dtype, or one for an adapter alone.
             UnsupportedError: not a model of transformers, or one whose adapter cannot be written so.
         """
-
         from .models.load import torch_dtype
 
         def work() -> Answer[SaveStateOutput]:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from ...deprecation import renamed_keyword
-from ...errors import MissingFieldError
-from ..inputs import (
-    SEQUENCE_INPUTS,
-    TOKEN_INPUTS,
-    as_inputs,
-    check_shape,
-    check_token_shape,
-    label_problems,
-    require_tensor,
-)
+from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problems, missing_input, require_tensor
 from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
@@ -30,7 +21,6 @@ from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_
 
 __all__ = ["TokenBatch"]
 
-_DATUM_KEYS: Final = {"rollout_logprobs": "logprobs"}  # the batch's own `logprobs` are the current policy's
 Cached = TypeVar("Cached")
 
 
@@ -74,11 +64,7 @@ class TokenBatch:
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        shape = tuple(self.logprobs.shape)
-        for name in TOKEN_INPUTS:
-            check_token_shape(name, getattr(self, name), shape)
-        for name in SEQUENCE_INPUTS:
-            check_shape(name, getattr(self, name), (self.num_sequences,), "one number per sequence")
+        check_inputs({name: getattr(self, name) for name in INPUTS}, tuple(self.logprobs.shape), self.num_sequences)
         raise_readable(label_problems(self.weights))
 
     @classmethod
@@ -228,9 +214,7 @@ class TokenBatch:
         """
         values: Tensor | None = getattr(self, name)
         if values is None:
-            raise MissingFieldError(
-                f"missing required field {_DATUM_KEYS.get(name, name)!r}: the TokenBatch has no {name}"
-            )
+            raise missing_input(name)
         return wide(values)
 
     def weighted_row_sum(self, relative_to: str | None = None) -> Tensor:
