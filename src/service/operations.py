@@ -177,8 +177,11 @@ class Operations:
         def work() -> Json:
             uri = self.names.resolve(owner, model_id, body["path"])
             self.sessions.lora_of(owner, self.models.checkpoints.parts(uri)[0])
-            lora = self.models.load(model_id, uri, bool(body.get("optimizer", False)))
-            self.journal.set_lora(model_id, lora.to_json())
+
+            def record(choice: LoraChoice) -> None:
+                self.journal.set_lora(model_id, choice.to_json())
+
+            self.models.load(model_id, uri, bool(body.get("optimizer", False)), record)
             self.training.graphs.drop(model_id)
             return {"path": body["path"], "model_id": model_id, "type": "load_weights"}
 

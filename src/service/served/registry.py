@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -203,20 +203,28 @@ class ServedModels:
             encrypt_files([file for file in saved.iterdir() if file.name != MANIFEST], readers)
             os.rename(saved, root / name)
 
-    def load(self, model_id: str, uri: str, optimizer: bool) -> LoraChoice:
-        """Load a checkpoint into a model: weights, or everything; return the choice of its adapter.
+    def load(
+        self, model_id: str, uri: str, optimizer: bool, record: Callable[[LoraChoice], None] = lambda choice: None
+    ) -> None:
+        """Load a checkpoint into a model: weights, or everything.
 
         The adapter becomes what the checkpoint's own configuration says, and gradients that have accumulated are forgotten. If
-        the checkpoint cannot be loaded, weights, optimizer and gradients are as they were.
+        the checkpoint cannot be loaded, or what it is cannot be recorded, weights, optimizer and gradients are as they were.
+
+        Args:
+            model_id: the model.
+            uri: of the checkpoint.
+            optimizer: load everything.
+            record: is told the choice of the adapter that was loaded.
 
         Raises:
             CheckpointError: there is none, or the client chose another adapter than it has.
         """
         path = self.checkpoints.loadable(uri)
         with naming(uri, path):
-            return self._load(model_id, uri, path, optimizer)
+            self._load(model_id, uri, path, optimizer, record)
 
-    def _load(self, model_id: str, uri: str, path: Path, optimizer: bool) -> LoraChoice:
+    def _load(self, model_id: str, uri: str, path: Path, optimizer: bool, record: Callable[[LoraChoice], None]) -> None:
         backend, choice = self.backend(model_id), self.choices[model_id]
         saved = self.base.saved_choice(choice, path)
         theirs, ours = saved.to_json(), choice.to_json()
@@ -230,8 +238,8 @@ class ServedModels:
             backend = self._backend(model_id, path)
         with restored_after_failure(backend):
             (backend.load_state_with_optimizer(path) if optimizer else backend.load_state(path)).result()
+            record(saved)
         self.backends[model_id], self.choices[model_id] = backend, saved
-        return saved
 
     def sampler(self, model_id: str) -> Sampler:
         """Return what samples from a model's present weights, of which it has a copy."""

@@ -13,7 +13,9 @@ from servers import MODEL, Direct
 from pullback.backends import TorchBackend
 from pullback.backends.native.checkpoints import checkpoint
 from pullback.backends.preserve import has_accumulated
+from pullback.errors import StorageError
 from pullback.service.durability.answers import Failure
+from pullback.service.durability.journal import Journal
 
 URI = f"tinker://{MODEL}/weights/one"
 SLOW = pytest.mark.slow
@@ -29,12 +31,22 @@ def half_way(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint, "restore_random", fail)
 
 
+def full_disk(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is in place, and the journal cannot note it."""
+
+    def fail(*_: Any) -> None:
+        raise StorageError("the server's disk is full")
+
+    patch.setattr(Journal, "set_lora", fail)
+
+
 DAMAGES: dict[str, Damage] = {
     "no optimizer": lambda folder, patch: (folder / "optimizer.safetensors").unlink(),
     "damaged weights": lambda folder, patch: (folder / "adapter_model.safetensors").write_bytes(b"no weights"),
     "no checkpoint": lambda folder, patch: folder.rename(folder.with_name("other")),
     "another base": lambda folder, patch: patch.setattr(checkpoint, "frozen_fingerprint", lambda module: "other"),
     "half-way": half_way,
+    "full disk": full_disk,
 }
 
 
