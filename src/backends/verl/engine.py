@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -19,7 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import BackendError, CheckpointError, MissingReferenceError, NonFiniteError, UnsupportedError
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..native.accumulator import Accumulator
+from ..native.checkpoint_files import new_folder
 from ..native.distributed.agreement import Agreement
+from ..native.distributed.checkpoints.save import shared_folder
 from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.ranks import Ranks
 from ..native.distributed.schedule import Share, share_out
@@ -88,11 +89,8 @@ class VerlEngine(Engine):
         require_finite_logprobs(scored, call.requests)
         found = agreed_cotangents(self._agreement, self._ranks, call, [*scored.values()])
         _, _, batch = self._dealt(call, found.by_datum)
-        with (
-            self.accumulator.adding(),
-            torch.enable_grad(),
-            self._running(self.verl.train_mode(zero_grad_on_exit=False)),
-        ):
+        mode = self._running(self.verl.train_mode(zero_grad_on_exit=False))
+        with self.accumulator.adding(), torch.enable_grad(), mode:
             self._switch_dropout_off()
             self.verl.forward_backward_batch(batch, self._surrogate)
             cause = f"the backward of {call.name} through the model"
@@ -105,9 +103,8 @@ class VerlEngine(Engine):
         require_finite_gradients(self._ranks, gradients, "the sum of calls that are finite one by one")
         norm = float(full(torch.nn.utils.get_total_norm(gradients.values()))) / divisor.value
         if not norm < 1e19:  # its square overflows
-            raise NonFiniteError(
-                f"the norm of the gradient is {norm}, though each number is finite; nothing has changed"
-            )
+            words = f"the norm of the gradient is {norm}, though each number is finite; nothing has changed"
+            raise NonFiniteError(words)
         for group in self.verl.optimizer.param_groups:
             group |= {"lr": params.learning_rate, "betas": (params.beta1, params.beta2)}
             group |= {"eps": params.eps, "weight_decay": params.weight_decay}
@@ -140,9 +137,8 @@ class VerlEngine(Engine):
 
     def reference(self) -> Scorer:
         if not self.verl.model_config.lora_rank:
-            raise MissingReferenceError(
-                "this engine trains all weights; put ref_logprobs into the datums, or train with LoRA"
-            )
+            words = "this engine trains all weights; put ref_logprobs into the datums, or train with LoRA"
+            raise MissingReferenceError(words)
 
         def score_base(call: PreparedCall) -> list[Tensor]:
             with self.verl.disable_adapter():
@@ -151,26 +147,16 @@ class VerlEngine(Engine):
         return score_base
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
-        final, part = self.directory / name, self.directory / f".{name}.part"
         if ledger.entries:
-            raise UnsupportedError(
-                "verl's checkpoints hold no accumulated gradients; call optim_step or discard_gradients()"
-            )
-        if final.parent != self.directory or name.startswith(".") or (final.exists() and not overwrite):
-            raise CheckpointError(
-                f"checkpoint {final} exists, or is no plain name; choose another, or pass overwrite=True"
-            )
-        self._agreement.meet("checkpoint", name.encode())
-        self.verl.save_checkpoint(str(part))  # of all processes, then their meeting
-        if self._ranks.rank == 0:
-            known = {
-                "weights_version": self.weights_version,
-                "operations": ledger.operations,
-                "ranks": self._ranks.size,
-            }
-            (part / _MANIFEST).write_text(json.dumps(known))
-            shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
+            words = "verl's checkpoints hold no accumulated gradients; call optim_step or discard_gradients()"
+            raise UnsupportedError(words)
+        final = new_folder(self.directory, name, overwrite)
+        known = {"weights_version": self.weights_version, "operations": ledger.operations, "ranks": self._ranks.size}
+        self._agreement.meet("checkpoint", text=f"{final} {known}")
+        with shared_folder(self._ranks, self._agreement, final) as folder:
+            self.verl.save_checkpoint(str(folder))
+            if self._ranks.rank == 0:
+                (folder / _MANIFEST).write_text(json.dumps(known))
         return str(final)
 
     def load(self, path: str, everything: bool) -> Ledger:
@@ -179,9 +165,8 @@ class VerlEngine(Engine):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is no checkpoint of this backend: {error}") from error
         if known["ranks"] != self._ranks.size:
-            raise CheckpointError(
-                f"{path} is of {known['ranks']} processes, here are {self._ranks.size}; verl needs as many"
-            )
+            words = f"{path} is of {known['ranks']} processes, here are {self._ranks.size}; verl needs as many"
+            raise CheckpointError(words)
         self._agreement.meet("checkpoint", path.encode())
         manager, self._half_stepped = self.verl.checkpoint_manager, True
         kept = manager.checkpoint_load_contents
@@ -240,21 +225,13 @@ class VerlEngine(Engine):
 def _require_trainable(verl: Any) -> None:
     """Raise `UnsupportedError` if the engine's gradients are not what they seem, or its step is not ours to name."""
     optimizer, config = verl.optimizer, text_config(verl.model_config.hf_config)
-    reasons = [
-        (
-            not isinstance(verl.module, FSDPModule),
-            "its module is not sharded by FSDP2 (strategy fsdp2)",
-        ),
-        (
-            type(optimizer) is not torch.optim.AdamW,
-            f"its optimizer is {type(optimizer).__name__}, not torch.optim.AdamW",
-        ),
-        (getattr(verl, "scaler", None) is not None, "float16 scales the loss; use bfloat16"),
-        (
-            getattr(config, "output_router_logits", False),
-            "config.output_router_logits adds an auxiliary loss, which it drops",
-        ),
-    ]
-    for applies, reason in reasons:
+    auxiliary = "config.output_router_logits adds an auxiliary loss, which it drops"
+    reasons = {
+        "its module is not sharded by FSDP2 (strategy fsdp2)": not isinstance(verl.module, FSDPModule),
+        f"its optimizer is {type(optimizer).__name__}, not torch.optim.AdamW": type(optimizer) is not torch.optim.AdamW,
+        "float16 scales the loss; use bfloat16": getattr(verl, "scaler", None) is not None,
+        auxiliary: getattr(config, "output_router_logits", False),
+    }
+    for reason, applies in reasons.items():
         if applies:
             raise UnsupportedError(f"{type(verl).__name__} cannot train what losses on log-probs say: {reason}")

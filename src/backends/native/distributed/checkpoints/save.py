@@ -21,9 +21,11 @@ from ...checkpoints.checkpoint import (
 )
 from ...checkpoints.files import new_folder, unfinished, write_tensors
 from ...dtensors import full
+from ..agreement import Agreement
+from ..ranks import Ranks
 from .files import OPTIMIZER, RANDOM, WINDOW, ShardedFiles
 
-__all__ = ["save_sharded"]
+__all__ = ["save_sharded", "shared_folder"]
 
 
 def save_sharded(
@@ -43,7 +45,7 @@ def save_sharded(
     """
     final_folder = files.agreement.attempt("name", lambda: new_folder(root, name, overwrite))
     fingerprint = frozen_fingerprint(state.module)
-    with _shared_folder(files, final_folder) as folder:
+    with shared_folder(files.ranks, files.agreement, final_folder) as folder:
         written = _write_weights(state, files, folder)
         if everything:
             files.write(_moments(state, files.masters), folder / OPTIMIZER)
@@ -57,18 +59,19 @@ def save_sharded(
                 write_manifest(state, folder, ledger, written, fingerprint)
 
         files.agreement.attempt("manifest", finish)
-    files.agreement.meet("checkpoint in place")
     return str(final_folder)
 
 
 @contextmanager
-def _shared_folder(files: ShardedFiles, final_folder: Path) -> Iterator[Path]:
+def shared_folder(ranks: Ranks, agreement: Agreement, final_folder: Path) -> Iterator[Path]:
     """Give every rank the folder that rank 0 makes, and that takes its place when all have written."""
     with ExitStack() as stack:
-        own = files.agreement.attempt(
-            "folder", lambda: str(stack.enter_context(unfinished(final_folder))) if files.first else ""
+        own = agreement.attempt(
+            "folder", lambda: str(stack.enter_context(unfinished(final_folder))) if ranks.rank == 0 else ""
         )
-        yield Path(files.ranks.broadcast_text(own))
+        yield Path(ranks.broadcast_text(own))
+        agreement.meet("all written")
+    agreement.meet("checkpoint in place")
 
 
 def _write_weights(state: TrainingState, files: ShardedFiles, folder: Path) -> list[str]:
