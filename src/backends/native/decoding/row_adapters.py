@@ -45,6 +45,7 @@ class RowAdapters:
     def __init__(self, base: HFModel) -> None:
         self._base, self._layers = base, list[_Layer]()
         self._places: WeakKeyDictionary[CausalLM, int] = WeakKeyDictionary()  # of each model's adapter in the matrices
+        self._held = 0  # adapters that the matrices hold; of those that nobody has any more, the places are gone
 
     @contextmanager
     def of(self, models: Sequence[CausalLM]) -> Iterator[None]:
@@ -58,7 +59,7 @@ class RowAdapters:
             return
         if any(model not in self._places for model in models):
             self._stack(list(dict.fromkeys(models)))
-        pieces = _Pieces([self._places[model] for model in models], len(self._places), self._base.device)
+        pieces = _Pieces([self._places[model] for model in models], self._held, self._base.device)
         with ExitStack() as hooks:
             for layer in self._layers:
                 hooks.callback(layer.module.register_forward_hook(partial(_add, pieces, layer)).remove)
@@ -77,6 +78,7 @@ class RowAdapters:
             a, b = _stacked([adapter.get(path) for adapter in adapters])
             self._layers.append(_Layer(self._base.causal.get_submodule(path), a, b))
         self._places.update({model: i for i, model in enumerate(models)})
+        self._held = len(models)
 
 
 def _stacked(products: Sequence[LowRank | None]) -> tuple[Tensor, Tensor]:

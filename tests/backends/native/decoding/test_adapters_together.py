@@ -238,6 +238,22 @@ def test_an_adapter_goes_with_its_last_row() -> None:
     assert not batch._cached._decoder._adapters._layers  # type: ignore[union-attr]
 
 
+def test_an_adapter_that_goes_leaves_the_others_as_they_are() -> None:
+    """Nobody may have it any more while rows of several others, which came before it, go on."""
+    base = KINDS["gpt2"]().double()
+    models = [adapted(base, None), *(adapted(base, rank(2, "c_attn"), seed) for seed in range(3))]
+    asked = [Asked(i, (5, 6), 1, i, 1.0, most, 0, "") for i, most in ((1, 6), (2, 6), (3, 1))]
+    batch, gone = ContinuousBatch(models[0]), weakref.ref(models[3])
+    kept = [one.add(batch, models[one.model]) for one in asked][:2]
+    batch.advance()
+    models.pop()
+    gc.collect()
+    assert gone() is None
+    while batch.busy:
+        batch.advance()
+    assert [tokens(request) for request in kept] == [tokens(alone(models[one.model], one)) for one in asked[:2]]
+
+
 @given(adapters=st.lists(st.integers(0, 4), min_size=1, max_size=30), length=st.integers(1, 3), seed=st.integers(0, 99))
 def test_pieces_give_each_row_its_own_product(adapters: list[int], length: int, seed: int) -> None:
     """As row by row; and what is computed is less than twice the rows."""
