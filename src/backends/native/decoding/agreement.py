@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....errors import UnsupportedError
 from ..models.facts.probes import probe_sequences
-from ..models.facts.probing import in_float32, perturbed_adapters
+from ..models.facts.probing import drawn_adapters, in_float32
 from ..models.hf import HFModel
 from .cached import CachedDecoder
 from .decoders import Decoder, PlainDecoder
@@ -52,7 +52,8 @@ def adapter_agrees(base: HFModel, model: HFModel) -> bool:
     """Return whether rows of a model may be decoded by its base, with what its adapter adds to each of them.
 
     It may if the adapter is a low-rank product on linear layers, if all other weights are the base's own, and if the logits are
-    then those of whole forwards of the model. The last is tried once for each set of layers, beside rows of the base.
+    then those of whole forwards of the model. The last is tried once for each set of layers, beside rows of the base, with
+    weights that are drawn for it.
     """
     try:
         layers = frozenset(low_rank(model, base))
@@ -75,8 +76,10 @@ def _tried(model: HFModel, models: Sequence[HFModel]) -> float | str:
         with torch.no_grad(), ExitStack() as state:
             for one in {model, *models}:
                 state.enter_context(in_float32(one))
-            for adapted in {*models} - {model}:  # a fresh adapter would add nothing
-                state.enter_context(perturbed_adapters(adapted))
+            for adapted in {*models} - {
+                model
+            }:  # a fresh adapter would add nothing, and one that diverged speaks for no other
+                state.enter_context(drawn_adapters(adapted))
             return _decoding_difference(CachedDecoder(model), PlainDecoder(), texts)
     except Exception as error:  # whatever a model raises that knows no such cache
         return f"{type(error).__name__}: {error}"

@@ -221,6 +221,19 @@ def test_a_diverged_adapter_ends_its_own_requests(broken: float) -> None:
     assert [tokens(found[i]) for i in (0, 1, 3)] == [sound[i] for i in (0, 1, 3)]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), 1e30])
+def test_a_diverged_adapter_that_comes_first_decides_nothing_for_others(broken: float) -> None:
+    """Whether adapters on these layers can be decoded together is tried with weights that are nobody's."""
+    base = KINDS["gpt2"]()
+    models = [adapted(base, None), *(adapted(base, rank(2, "c_attn"), seed) for seed in range(2))]
+    trained = [p for p in models[1].parameters() if p.requires_grad]
+    for p in trained:
+        p.data[:] = broken
+    batch = ContinuousBatch(models[0])
+    assert [batch.accepts(model) for model in models] == [True] * 3
+    assert all(torch.equal(p, torch.full_like(p, broken)) or bool(p.isnan().all()) for p in trained)
+
+
 @pytest.mark.slow
 def test_an_adapter_goes_with_its_last_row() -> None:
     """A batch holds neither weights nor texts of a model that nobody samples from any more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Final
@@ -12,7 +12,7 @@ from torch import nn
 
 from .model_facts import ModelFacts, text_config
 
-__all__ = ["SHORT", "in_float32", "perturbed_adapters", "shortened"]
+__all__ = ["SHORT", "drawn_adapters", "in_float32", "perturbed_adapters", "shortened"]
 
 SHORT: Final = 8  # tokens of a window that stands for a long one; half of it is still worth a shared prefix
 _HALVES: Final = (torch.bfloat16, torch.float16)
@@ -54,6 +54,23 @@ def _no_autocast(model: nn.Module) -> Any:
 @contextmanager
 def perturbed_adapters(model: nn.Module, scale: float = 0.05) -> Iterator[None]:
     """Move an adapter's weights away from their start, where it changes nothing; the caller's generator is left alone."""
+    with _changed_adapter(model, lambda p, noise: p + scale * noise):
+        yield
+
+
+@contextmanager
+def drawn_adapters(model: nn.Module) -> Iterator[None]:
+    """Give an adapter weights that change the model, whatever it was trained to: it may have diverged.
+
+    Each matrix has entries of standard deviation ``1 / (2 sqrt(columns))``: about half of what it is multiplied with is left.
+    """
+    with _changed_adapter(model, lambda p, noise: noise / (2 * p.shape[-1] ** 0.5)):
+        yield
+
+
+@contextmanager
+def _changed_adapter(model: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Change each trained weight of an adapter, given standard normal noise; afterwards it is as it was."""
     config = getattr(getattr(model, "model", model), "peft_config", None)
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()] if config else []
     before = [p.detach().clone() for p in trained]
@@ -61,8 +78,7 @@ def perturbed_adapters(model: nn.Module, scale: float = 0.05) -> Iterator[None]:
         with torch.no_grad():
             for number, p in enumerate(trained):
                 generator = torch.Generator().manual_seed(number)
-                noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-                p.add_(noise, alpha=scale)
+                p.copy_(change(p, torch.randn(p.shape, generator=generator).to(p.device, p.dtype)))
         yield
     finally:
         with torch.no_grad():
