@@ -140,8 +140,7 @@ class RequestedScores:
         return ids.masked_fill(unscored, 0), logprobs.masked_fill(unscored, NOT_SCORED)
 
     def _completion_top(self, sampler: Sampler, prompt: Tensor, tokens: Sequence[int]) -> TopK:
-        ids, logprobs = sampler.top_k(torch.cat([prompt, torch.tensor(tokens)]), self.completion_top)
-        return ids[len(prompt) - 1 :], logprobs[len(prompt) - 1 :]
+        return sampler.top_k(torch.cat([prompt, torch.tensor(tokens)]), self.completion_top, len(prompt) - 1)
 
     def _blank(self, logprobs: Tensor) -> Tensor:
         if self.last:

@@ -74,9 +74,9 @@ class Sampler:
         while self.batch.busy and time.monotonic() < until:
             self.batch.advance()
 
-    def top_k(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def top_k(self, tokens: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
         """See `top_k_tokens`."""
-        return top_k_tokens(self.model, tokens, k)
+        return top_k_tokens(self.model, tokens, k, first)
 
     def sampled(self, tokens: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """See `sampled_tokens`."""

@@ -6,14 +6,19 @@ import json
 from typing import Any
 
 import pytest
-from helpers import VOCAB
+import torch
+from helpers import VOCAB, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import Direct
+from torch import Tensor
 
+from pullback.backends.native.decoding import next_tokens
 from pullback.backends.native.decoding.batch import ContinuousBatch
+from pullback.backends.native.decoding.next_tokens import top_k_tokens
 from pullback.datums import ModelInput
 from pullback.errors import ConfigError
+from pullback.ops import head_logits
 from pullback.service.durability.answers import Failure
 from pullback.service.sampling import sample_requests
 from pullback.service.sampling.sample_requests import RequestedScores
@@ -52,6 +57,34 @@ def test_too_large_an_answer_is_refused_before_it_is_decoded(direct: Direct, mon
     assert "completions of up to 15 together; this server answers 38: ask for fewer" in refused[0].text
     assert f"the top-{VOCAB + 1} tokens were asked for; the vocabulary has {VOCAB}" == refused[3].text
     assert not steps
+
+
+def test_tokens_beside_completions_take_no_more_than_is_answered(
+    direct: Direct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt beside which nothing was asked for, however long, no row over the vocabulary is made."""
+    rows = list[int]()
+
+    def counted(hidden: Tensor, head: Any) -> Tensor:
+        rows.append(len(hidden))
+        return head_logits(hidden, head)
+
+    monkeypatch.setattr(next_tokens, "head_logits", counted)
+    direct.operations.samplers.create("sess:sample:0", "me", {"base_model": "tiny"})
+    for number, prompt_top in enumerate((0, 2)):
+        scores = {"topk_sample_logprobs": VOCAB, "topk_prompt_logprobs": prompt_top}
+        assert isinstance(asked(direct, number, 2, 3, **scores), bytes)
+    assert rows == [3, 3, 3, 3, len(PROMPT) - 1]
+
+
+@given(tokens=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9), first=st.integers(0, 9), k=st.integers(1, 3))
+def test_the_last_rows_are_those_of_all(tokens: list[int], first: int, k: int) -> None:
+    """Looking from a token on gives what looking from the first one gives there."""
+    model, text = tiny_llama(torch.float64), torch.tensor(tokens)
+    every, found = top_k_tokens(model, text, k), top_k_tokens(model, text, k, first)
+    assert torch.equal(found[0], every[0][first:])
+    assert torch.allclose(found[1], every[1][first:], atol=1e-6, rtol=0)
+    assert found[0].shape == (max(0, len(tokens) - 1 - first), k)
 
 
 @given(

@@ -17,18 +17,19 @@ __all__ = ["given_tokens", "sampled_tokens", "top_k_tokens"]
 _ROWS = 256  # positions whose logits exist together
 
 
-def top_k_tokens(model: CausalLM, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k_tokens(model: CausalLM, tokens: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Return the ``k`` most probable tokens after each but the last, the most probable first.
 
     Args:
         model: the model.
         tokens: int64 [T].
         k: at most the vocabulary.
+        first: of the tokens after which they are looked for; those before it take neither work of the head nor memory.
 
     Returns:
-        Their ids, int64 [T - 1, k], and log-probs, fp32 [T - 1, k].
+        Their ids, int64 [T - 1 - first, k], and log-probs, fp32 [T - 1 - first, k].
     """
-    found = [logprobs.topk(k, -1) for logprobs in _logprobs(model, tokens)]
+    found = [logprobs.topk(k, -1) for logprobs in _logprobs(model, tokens, first)]
     return torch.cat([one.indices for one in found]).cpu(), torch.cat([one.values for one in found]).float().cpu()
 
 
@@ -61,11 +62,11 @@ def given_tokens(model: CausalLM, tokens: Tensor, given: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _logprobs(model: CausalLM, tokens: Tensor) -> Iterator[Tensor]:
-    """Yield log-probs of the whole vocabulary after each token but the last, some rows at a time, [R, V]."""
-    if len(tokens) < 2:
+def _logprobs(model: CausalLM, tokens: Tensor, first: int = 0) -> Iterator[Tensor]:
+    """Yield log-probs of the whole vocabulary after each token from one on but the last, some rows at a time, [R, V]."""
+    if len(tokens) - 1 <= first:
         yield torch.empty(0, model.head().weight.shape[0])
         return
-    request = ScoreRequest(tokens[:-1], tokens[1:], torch.ones(len(tokens) - 1, dtype=torch.bool))
+    request = ScoreRequest(tokens[:-1], tokens[1:], torch.arange(len(tokens) - 1) >= first)
     for hidden in needed_hidden(model, [request], "single").split(_ROWS):
         yield torch.log_softmax(head_logits(hidden, model.head()), -1)
