@@ -159,6 +159,9 @@ class Samplers:
         """Return what samples from a session's checkpoint or the base: the same for all sessions that are open on it."""
         path = row["path"]
         fingerprint = self._base if path is None else self._require_checkpoint(owner, path)
+        sampler = self._shared.get(f"{path} {row['fingerprint']}")
+        if sampler is not None:  # another session has them in memory, whatever the path holds by now
+            return sampler
         self._require_same(row, fingerprint)
         weights = f"{path} {fingerprint}"
         sampler = self._shared.get(weights)

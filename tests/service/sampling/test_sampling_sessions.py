@@ -96,6 +96,20 @@ def test_it_is_bound_when_it_is_made(saved: Direct) -> None:
     assert "was overwritten" in sampled(saved, session).text
 
 
+def test_what_another_session_has_in_memory_is_not_gone(saved: Direct) -> None:
+    """A session that has left memory goes on with its weights while another one has them, though the path holds others."""
+    first, second = (made(saved, number, model_path=TWO) for number in (0, 1))
+    before = sampled(saved, first)
+    assert sampled(saved, second) == before
+    saved.read(saved.call("save_for_sampler", stepped(saved, 2), path="two", overwrite=True))
+    saved.operations.samplers._loaded.drop(first)
+    assert saved.operations.samplers.names() == [second]
+    assert sampled(saved, first) == before
+    for session in (first, second):
+        saved.operations.samplers._loaded.drop(session)
+    assert "are not in memory any more" in sampled(saved, first).text
+
+
 def on_base(folder: Path, scale: float) -> Direct:
     """A service on a base of the same shapes."""
     model: Any = tiny_llama(torch.float32).model
