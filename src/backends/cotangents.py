@@ -108,7 +108,7 @@ def _of_function(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     if all(g is None for g in gradients):
         raise NotDifferentiableError(_no_path(call.loss))
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)]
+    filled = [torch.zeros_like(x) if g is None else g.to_dense() for x, g in zip(leaves, gradients, strict=True)]
     return Cotangents(dict(enumerate(filled)), "none", 1.0, {"loss": Metric(float(loss.detach()), 1.0, "sum")}, own)
 
 

@@ -37,6 +37,7 @@ def loss(*nodes: tuple[str, str, list[Any]]) -> dict[str, Any]:
 DOUBLE = ("call_method", "double", [REF])
 HUBER = loss(DOUBLE, ("call_function", "torch.nn.functional.huber_loss", [REF, LAST]))  # its gradient wants one dtype
 GOOD = loss(("call_method", "exp", [REF]))
+GATHERED = loss(("call_method", "argsort", [REF]), ("call_method", "gather", [REF, 0, LAST]))
 
 
 def sent(direct: Direct, number: int, body: dict[str, Any]) -> Any:
@@ -56,6 +57,18 @@ def test_whose_mistake_it_is(direct: Direct) -> None:
     assert not direct.models.backends[MODEL].gradients()
     assert not isinstance(sent(direct, 2, GOOD), Failure)
     assert direct.read(direct.call("optim_step", 3))["metrics"]["grad_norm"] > 0
+
+
+def test_a_sparse_gradient_is_taken_as_any_other(direct: Direct) -> None:
+    """``gather`` may be asked for one, which says the same in another form."""
+    dense = sent(direct, 1, GATHERED)
+    assert not isinstance(dense, Failure)
+    expected = {name: gradient.clone() for name, gradient in direct.models.backends[MODEL].gradients().items()}
+    sparse = json.loads(json.dumps(GATHERED))
+    sparse["graph"]["nodes"][2]["kwargs"] = {"sparse_grad": True}
+    assert not isinstance(sent(direct, 2, sparse), Failure)
+    for name, gradient in direct.models.backends[MODEL].gradients().items():
+        assert torch.equal(gradient, 2 * expected[name])
 
 
 @pytest.mark.slow
