@@ -193,6 +193,8 @@ def flatten(
     if needed is not None and (tuple(needed.shape) != shape or needed.dtype != torch.bool):
         raise ShapeError(f"needed must be bool {list(shape)}, got {needed.dtype} {list(needed.shape)}")
     candidates = targets.shape[-1] if targets.dim() > len(shape) else 1
+    if not candidates:
+        raise ShapeError(f"targets must name a token of each position, got {list(targets.shape)}: none of any")
     flat, chosen = hidden.reshape(-1, width), targets.reshape(-1, candidates)
     if needed is not None and not bool(needed.all()):
         flat, chosen = flat[needed.reshape(-1)], chosen[needed.reshape(-1)]

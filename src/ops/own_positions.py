@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,10 @@ from torch.autograd.function import once_differentiable
 from ..errors import PullbackError, RanksDifferError
 from .head import Head
 from .logprobs import flatten
-from .vocab_parallel import vocab_parallel_logprobs
+from .vocab_parallel import DTYPES, require_told_dtype, vocab_parallel_logprobs
 
 __all__ = ["Positions", "exchange_bytes", "own_positions_logprobs"]
 
-_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SAID, _ASKED, _ID, _SUM = (
     48,
     120,
@@ -82,12 +81,13 @@ def own_positions_logprobs(
         Log-probs in nats, shape of ``targets``, fp32 (fp64 for an fp64 head).
 
     Raises:
-        ShapeError, ConfigError: as for `vocab_parallel_logprobs`.
+        ShapeError, ConfigError, UnsupportedError: as for `vocab_parallel_logprobs`.
         RanksDifferError: ranks have hidden states of another dtype or width, or one was refused what it asked.
     """
     whole = head._replace(group=None)
     try:
         flat, chosen, _ = flatten(hidden, whole, targets, None, bounded=False)
+        require_told_dtype(flat, whole)
         refused: PullbackError | None = None
     except PullbackError as error:
         flat, chosen, refused = hidden, targets, error
@@ -146,7 +146,7 @@ def _tell(
     """
     told = [0.0] * 5
     if refused is None:
-        width, dtype = float(hidden.shape[-1]), float(_DTYPES.index(hidden.dtype))
+        width, dtype = float(hidden.shape[-1]), float(DTYPES.index(hidden.dtype))
         told = [float(len(hidden)), float(targets.shape[1]), temperature, width, dtype]
     own = torch.tensor([float(refused is not None), *told], dtype=torch.float64, device=hidden.device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -161,8 +161,8 @@ def _tell(
             )
         if each[4:] != said[0][4:]:
             raise RanksDifferError(
-                f"rank {rank} has hidden states of width {each[4]:g} in {_DTYPES[int(each[5])]}, rank 0 of width "
-                f"{said[0][4]:g} in {_DTYPES[int(said[0][5])]}; every rank must run the same model"
+                f"rank {rank} has hidden states of width {each[4]:g} in {DTYPES[int(each[5])]}, rank 0 of width "
+                f"{said[0][4]:g} in {DTYPES[int(said[0][5])]}; every rank must run the same model"
             )
     return [Positions(int(each[1]), int(each[2]), each[3]) for each in said]
 

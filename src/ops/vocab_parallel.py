@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import PullbackError, RanksDifferError, ShapeError
+from ..errors import PullbackError, RanksDifferError, ShapeError, UnsupportedError
 from .chunked import GradientSums, HeadPass
 from .head import Head
 from .logprobs import flatten, prepare
 from .softmax import TileSoftmax, Transform, softmax_
 
-__all__ = ["vocab_parallel_logprobs"]
+__all__ = ["DTYPES", "require_told_dtype", "vocab_parallel_logprobs"]
 
-_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALIKE: Final = (
     "width of the head",
     "number of positions",
@@ -83,7 +83,7 @@ def vocab_parallel_logprobs(
     Raises:
         ShapeError: shapes do not fit on this rank, or a target lies outside of the vocabulary.
         ConfigError: temperature or budget is not positive.
-        UnsupportedError: a trainable weight is a DTensor.
+        UnsupportedError: a trainable weight is a DTensor, or a dtype is not of floats of 16 bits or more.
         RanksDifferError: ranks are asked different things, or one was refused what it asked.
 
     Source: the vocabulary-parallel cross entropy of Megatron-LM (Shoeybi et al., arXiv:1909.08053, section 3).
@@ -199,6 +199,7 @@ def _ask(
     """Return what this rank is asked, or why it is refused: the others must hear of that before it is raised."""
     try:
         flat, chosen, _ = flatten(hidden, head, targets, None, bounded=False)
+        require_told_dtype(flat, head)
         if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
             raise ShapeError(
                 f"head.bias must be [{len(head.weight)}], as head.weight has rows, got {list(head.bias.shape)}"
@@ -206,6 +207,17 @@ def _ask(
         return prepare(flat, head, chosen, temperature, False, memory_budget)
     except PullbackError as error:
         return error
+
+
+def require_told_dtype(hidden: Tensor, head: Head) -> None:
+    """Check that ranks can tell each other the dtypes of hidden states and weight.
+
+    Raises:
+        UnsupportedError: they cannot.
+    """
+    for name, x in (("hidden", hidden), ("head.weight", head.weight)):
+        if x.dtype not in DTYPES:
+            raise UnsupportedError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
 
 
 def _agree(asked: HeadPass | PullbackError, hidden: Tensor, group: dist.ProcessGroup | None) -> list[int]:
@@ -245,8 +257,8 @@ def _described(asked: HeadPass, hidden: Tensor) -> list[float]:
     return [
         float(head.weight.shape[1]),
         *map(float, targets.shape),
-        float(_DTYPES.index(head.weight.dtype)),
-        float(_DTYPES.index(hidden.dtype)),
+        float(DTYPES.index(head.weight.dtype)),
+        float(DTYPES.index(hidden.dtype)),
         head.scale,
         -1.0 if head.softcap is None else head.softcap,
         asked.temperature,

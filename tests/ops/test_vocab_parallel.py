@@ -59,6 +59,10 @@ def test_refusals(found: list[dict[str, Any]]) -> None:
         for name, own in (
             ("width", "ShapeError: hidden must be"),
             ("refused", "ConfigError: temperature must be positive"),
+            ("no target", "ShapeError: targets must name a token of each position"),
+            ("integers", "UnsupportedError: hidden must be one of"),
+            ("no target of its own", "ShapeError: targets must name a token of each position"),
+            ("integers of its own", "UnsupportedError: hidden must be one of"),
         ):
             expected = own if rank == 1 else "RanksDifferError: rank 1 was refused"
             assert each["refusals"][name].startswith(expected)

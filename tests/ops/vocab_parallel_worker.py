@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.errors import PullbackError
-from pullback.ops import Head, selected_logprobs, vocab_parallel_logprobs
+from pullback.ops import Head, own_positions_logprobs, selected_logprobs, vocab_parallel_logprobs
 
 VOCAB, WIDTH, COUNT = 23, 6, 40
 PARTS = {2: [[9, 14], [23, 0]], 4: [[3, 0, 15, 5], [6, 6, 6, 5]]}
@@ -151,7 +151,7 @@ def refusals() -> dict[str, str]:
     given, rank = inputs(), dist.get_rank()
     hidden, targets, head = given["hidden"], given["targets"], Head(given["weight"])
     one = rank == 1
-    bad = torch.full_like(targets, VOCAB * dist.get_world_size())
+    bad, none = torch.full_like(targets, VOCAB * dist.get_world_size()), targets[:, None][:, :0]
     calls: dict[str, Callable[[], Tensor]] = {
         "targets": lambda: vocab_parallel_logprobs(hidden, head, targets.roll(1) if one else targets),
         "temperature": lambda: vocab_parallel_logprobs(hidden, head, targets, temperature=2.0 if one else 1.0),
@@ -162,6 +162,10 @@ def refusals() -> dict[str, str]:
         ),
         "width": lambda: vocab_parallel_logprobs(hidden[:, 1:] if one else hidden, head, targets),
         "refused": lambda: vocab_parallel_logprobs(hidden, head, targets, temperature=-1.0 if one else 1.0),
+        "no target": lambda: vocab_parallel_logprobs(hidden, head, none if one else targets),
+        "integers": lambda: vocab_parallel_logprobs(hidden.long() if one else hidden, head, targets),
+        "no target of its own": lambda: own_positions_logprobs(hidden, head, none if one else targets),
+        "integers of its own": lambda: own_positions_logprobs(hidden.long() if one else hidden, head, targets),
         "bias": lambda: vocab_parallel_logprobs(hidden, head._replace(bias=given["bias"][1:]), targets),
         "outside": lambda: vocab_parallel_logprobs(hidden, head, bad),
         "negative": lambda: vocab_parallel_logprobs(hidden, head, targets - 1),
