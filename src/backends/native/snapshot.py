@@ -24,12 +24,14 @@ class Snapshot:
         gradients: that had accumulated; they are set aside, not copied.
         weights, optimizer: copies, empty where no step will be made.
         weights_version: optimizer steps so far.
+        half_stepped: a step had failed when it had changed some weights.
     """
 
     gradients: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     weights_version: int
+    half_stepped: bool
 
     @classmethod
     def take(cls, state: TrainingState, weights: bool) -> Self:
@@ -43,6 +45,7 @@ class Snapshot:
             {name: p.detach().clone() for name, p in trained.items()},
             {name: tensor.clone() for name, tensor in moments.items()},
             state.weights_version,
+            state.optimizer.half_stepped,
         )
 
     @torch.no_grad()
@@ -52,6 +55,7 @@ class Snapshot:
             state.parameters[name].copy_(tensor)
         forget_casts()
         state.optimizer.restore(self.optimizer)
+        state.optimizer.half_stepped = self.half_stepped
         state.weights_version = self.weights_version
 
     def restore_gradients(self, state: TrainingState) -> None:

@@ -92,6 +92,19 @@ def test_nothing_has_changed(direct: Direct, damage: str, monkeypatch: pytest.Mo
     assert metrics["tokens"] == 12
 
 
+def test_weights_of_half_a_step_stay_refused(direct: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed step has left between two steps is that again after the load; one that succeeds ends it."""
+    backend, folder = prepared(direct), direct.models.checkpoints.folder(MODEL, "weights") / "one"
+    backend._native.optimizer.half_stepped = True
+    for number, damaged in ((7, True), (9, False)):
+        with monkeypatch.context() as patch:
+            if damaged:
+                half_way(folder, patch)
+            answer = direct.read(direct.call("load_weights", number, path=URI, optimizer=True))
+        assert isinstance(answer, Failure) == damaged
+        assert isinstance(direct.read(direct.gradient(number + 1)), Failure) == damaged
+
+
 @SLOW
 @pytest.mark.parametrize("optimizer", [False, True])
 def test_a_load_that_succeeds_takes_their_place(direct: Direct, optimizer: bool) -> None:
