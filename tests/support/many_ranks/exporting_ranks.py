@@ -64,7 +64,7 @@ def tried(name: str, folder: Path) -> dict[str, Any]:
     one.optim_step(PARAMS).result()
     one.save_state("trained").result()
     dist.barrier()
-    many = TorchBackend(make(), timeout=60, **spread)
+    many = TorchBackend(make(), timeout=60, checkpoint_dir=place / "of-many", **spread)
     many.load_state(place / "of-0" / "trained").result()
     before = [many.forward(batch()).result(), many.forward_backward(batch(), "ppo").result()][0]
     path = many.export(place / "many", **options).result().path
@@ -72,7 +72,13 @@ def tried(name: str, folder: Path) -> dict[str, Any]:
     expected = one.export(place / f"one-{dist.get_rank()}", **options).result().path
     pairs = zip(before.loss_fn_outputs, after.loss_fn_outputs, strict=True)
     many.optim_step(PARAMS).result()
+    said = [many.checkpoint_bytes(), many.checkpoint_bytes(everything=False)]
+    saved = [many.save_state("all").result().path, many.save_weights("weights").result().path]
     return {
+        "bytes": [
+            (size, sum(file.stat().st_size for file in Path(at).iterdir()))
+            for size, at in zip(said, saved, strict=True)
+        ],
         "same path": path == str(place / "many"),
         "differ": sorted(n for n, digest in files(Path(expected)).items() if files(place / "many").get(n) != digest),
         "files": sorted(files(place / "many")),

@@ -55,6 +55,7 @@ __all__ = [
 _WEIGHTS: Final = "weights.safetensors"
 ADAPTER: Final = "adapter_model.safetensors"
 OUTSIDE: Final = "trained_beside_adapter.safetensors"
+_OPTIMIZER: Final = "optimizer.safetensors"
 
 
 class TrainingState(Protocol):
@@ -88,8 +89,11 @@ def save_checkpoint(
 
 
 def checkpoint_bytes(state: TrainingState, ledger: Ledger, *, everything: bool = True) -> int:
-    """Return how many bytes `save_checkpoint` would write now; nothing is written where checkpoints lie."""
-    files = _files(state, everything)
+    """Return how many bytes `save_checkpoint` would write now; nothing is written where checkpoints lie.
+
+    Of weights that several processes train, what they would write together; the heads of their files are a little longer.
+    """
+    files = _with_masters(state, _files(state, everything))
     with tempfile.TemporaryDirectory() as scratch:
         if is_lora(state.module):
             state.module.write_adapter_config(Path(scratch))
@@ -180,10 +184,26 @@ def _files(state: TrainingState, everything: bool) -> dict[str, dict[str, Tensor
     files = trained_weights(state.module)
     if everything:
         files |= {
-            "optimizer.safetensors": state.optimizer.to_tensors(),
+            _OPTIMIZER: state.optimizer.to_tensors(),
             "window.safetensors": state.accumulator.gradients,
             "random.safetensors": random_tensors(state),
         }
+    return files
+
+
+def _with_masters(state: TrainingState, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return what is written where fp32 shards stand for bfloat16 weights: these, and the shards beside the moments."""
+    if not any(hasattr(p, "full_tensor") for p in state.parameters.values()):
+        return files
+    from ..distributed.sharding import gathered_dtype
+
+    half = gathered_dtype(state.module)
+    if half is None:
+        return files
+    for file in trained_weights(state.module).keys() - {ADAPTER, OUTSIDE}:
+        files[file] = {name: torch.empty(w.shape, dtype=half, device="meta") for name, w in files[file].items()}
+    if _OPTIMIZER in files:
+        files[_OPTIMIZER] |= {f"master:{name}": p.detach() for name, p in state.parameters.items()}
     return files
 
 

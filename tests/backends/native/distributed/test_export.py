@@ -49,6 +49,14 @@ def test_files_are_those_of_one_process(found: list[Found]) -> None:
             assert each[name]["unchanged"]
 
 
+def test_the_bytes_of_a_checkpoint_are_known_before(found: list[Found]) -> None:
+    """Of everything, and of the weights alone: to 2 %, also where fp32 shards stand for bfloat16 weights."""
+    for each in found:
+        for name in each.keys() - {"failures"}:
+            for said, written in each[name]["bytes"]:
+                assert said <= written <= 1.02 * said, (name, said, written)
+
+
 def test_failures_are_everybodys(found: list[Found]) -> None:
     """All ranks have an error, whichever of them has failed; nothing is written, and gradients are as they were."""
     both = {
