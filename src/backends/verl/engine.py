@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import BackendError, CheckpointError, MissingReferenceError, NonFiniteError, UnsupportedError
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..native.accumulator import Accumulator
-from ..native.checkpoint_files import new_folder
+from ..native.checkpoints.files import new_folder
 from ..native.distributed.agreement import Agreement
 from ..native.distributed.checkpoints.save import shared_folder
 from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients, require_same_call
