@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, cast, final
@@ -156,10 +156,13 @@ class _LeadingModels:
         """See `ServedModels.save`: what a backend writes is written by all, the rest by this process."""
         return ServedModels.save(cast(ServedModels, self), *args, **kwargs)
 
-    def load(self, model_id: str, uri: str, optimizer: bool) -> Any:
-        """See `ServedModels.load`."""
+    def load(
+        self, model_id: str, uri: str, optimizer: bool, record: Callable[[LoraChoice], None] = lambda choice: None
+    ) -> None:
+        """See `ServedModels.load`; what all processes have loaded stays, though this one cannot record it."""
         self._models.backend(model_id)
-        return self._leader.call("load", model_id, uri, optimizer)
+        self._leader.call("load", model_id, uri, optimizer)
+        record(self._models.choices[model_id])
 
     def sampler(self, model_id: str) -> Sampler:
         """See `ServedModels.sampler`; this process alone samples."""
