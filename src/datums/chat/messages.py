@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias, final
 
 from ...errors import DatumError, suggestion
+from .roles import ASSISTANT, is_assistant_in_other_words
 
 __all__ = ["REASONING_KEYS", "Chat", "Messages", "Turns", "read_chat"]
 
@@ -148,12 +149,22 @@ def _weight_of(i: int, message: Mapping[str, Any], roles: frozenset[str]) -> flo
         raise DatumError(f"message {i}: 'weight' must be a finite number, 0 or above, got {weight!r}")
     if message["role"] in roles:
         return 1.0 if given is None else float(given)
+    if given is None or given:
+        _check_role(i, message["role"], roles)
     if given:
         raise DatumError(
             f"message {i} ({message['role']}) asks to be trained, but trained are the turns of {', '.join(sorted(roles))}; "
             f"name its role in train_on, or leave its {'train' if weight is None else 'weight'!r} out"
         )
     return 0.0
+
+
+def _check_role(i: int, role: str, trained: frozenset[str]) -> None:
+    if ASSISTANT in trained and is_assistant_in_other_words(role):
+        raise DatumError(
+            f"message {i} has the role {role!r}: did you mean {ASSISTANT!r}? its turn would not be trained; if the template "
+            "knows this role, name it in train_on to train it, or give the message 'train': False"
+        )
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from ...errors import DatumError, suggestion
+from ..chat.roles import ROLE_OF
 
 __all__ = ["is_chat", "messages_of", "shared_messages", "tools_of"]
-
-_ROLES: Final = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 
 
 def is_chat(name: str, value: Any) -> bool:
@@ -84,10 +70,10 @@ def _message(place: str, message: Any) -> dict[str, Any]:
     if not {"from", "value"} <= kept.keys():
         raise DatumError(f"{place} needs both from and value, got {', '.join(map(str, kept))}")
     sender = kept.pop("from")
-    if sender not in _ROLES:
-        hint = suggestion(str(sender), _ROLES)
+    if sender not in ROLE_OF:
+        hint = suggestion(str(sender), ROLE_OF)
         raise DatumError(
-            f"{place} is from {sender!r}, of which the role is not known{hint}; known are {', '.join(_ROLES)}"
+            f"{place} is from {sender!r}, of which the role is not known{hint}; known are {', '.join(ROLE_OF)}"
         )
     kept.pop("content", None)
-    return {"role": _ROLES[sender], "content": kept.pop("value"), **kept}
+    return {"role": ROLE_OF[sender], "content": kept.pop("value"), **kept}

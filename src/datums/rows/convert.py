@@ -92,6 +92,7 @@ def from_rows(
         truncated=tuple(built.truncated),
         merged_tokens=built.merged,
         unused_columns=tuple(read.unused),
+        untrained_roles=tuple(reader.untrained_roles),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 from ...errors import DatumError
 from ..chat import Chat, ChatReader, Encoded, read_chat
 from ..chat.messages import Turns
+from ..chat.roles import unusual_roles
 from .columns import RowKind
 from .conversations import is_chat, messages_of, shared_messages, tools_of
 from .sources import RowSource, Source, whole_text
@@ -35,11 +36,15 @@ class RowReader:
     Args:
         tokenizer: of transformers.
         options: what is trained of a chat, and whether texts are ended.
+
+    Attributes:
+        untrained_roles: roles beside those that nobody expects to be trained, of which turns were read and not trained.
     """
 
     def __init__(self, tokenizer: Any, options: ReadOptions) -> None:
         self._tokenizer, self._options = tokenizer, options
         self._chats: ChatReader | None = None
+        self.untrained_roles: dict[str, None] = {}
         self._end = _end_of_text(tokenizer) if options.append_eos and tokenizer is not None else ""
 
     def read(self, number: int, row: Mapping[str, Any], kind: RowKind) -> RowSource:
@@ -113,6 +118,7 @@ class RowReader:
         tools = tools_of(row.get("tools")) or options.tools
         arguments = {**(options.chat_template_kwargs or {}), **_arguments(row)}
         chat = read_chat([*prompt, *answer], options.train_on, tools, arguments)
+        self.untrained_roles.update(dict.fromkeys(unusual_roles((m["role"] for m in chat.messages), options.train_on)))
         return self._rendered(chat.untrained_before(len(prompt)))
 
     def _rendered(self, chat: Chat) -> Source:

@@ -40,6 +40,7 @@ class RowsReport:
         truncated: rows that were shortened.
         merged_tokens: trained tokens that hold characters of the prompt or the template as well.
         unused_columns: columns that were not read.
+        untrained_roles: roles, beside system, user, tool and developer, whose turns are not trained.
     """
 
     kind: RowKind
@@ -51,6 +52,7 @@ class RowsReport:
     truncated: tuple[RowNote, ...] = ()
     merged_tokens: int = 0
     unused_columns: tuple[str, ...] = ()
+    untrained_roles: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -62,6 +64,8 @@ class RowsReport:
             lines.append(f"trained tokens that begin or end in text that is not trained: {self.merged_tokens:,}")
         if self.unused_columns:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
+        if self.untrained_roles:
+            lines.append(f"roles whose turns are not trained: {', '.join(map(repr, self.untrained_roles))}")
         return "\n".join(lines)
 
 
