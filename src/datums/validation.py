@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidDatumsError, suggestion
 from ..losses.batch.keys import INPUT_KEYS, ROLE_CHOSEN, ROLE_GOLD, ROLE_REJECTED
+from ..losses.batch.labels import IGNORED
 from .types import Datum
 
 __all__ = ["validate"]
@@ -18,6 +19,17 @@ __all__ = ["validate"]
 _MOST_SHOWN = 20
 _FINITE_WHERE_TRAINED = ("advantages", "logprobs", "old_logprobs", "ref_logprobs")
 _LOGPROBS = ("logprobs", "old_logprobs", "ref_logprobs")
+# other libraries' names of what a datum has
+_SYNONYMS: Final = {
+    **dict.fromkeys(("labels", "targets", "target_ids", "label_ids"), "target_tokens"),
+    **dict.fromkeys(("mask", "loss_mask", "response_mask", "completion_mask", "loss_weights"), "weights"),
+    **dict.fromkeys(
+        [f"{policy}_logprobs" for policy in ("rollout", "sampling", "sampler", "behavior", "behaviour", "inference")],
+        "logprobs",
+    ),
+    **dict.fromkeys(("prev_logprobs", "prox_logprobs", "proximal_logprobs"), "old_logprobs"),
+    **dict.fromkeys(("reference_logprobs", "base_logprobs", "teacher_logprobs"), "ref_logprobs"),
+}
 
 
 def validate(
@@ -87,10 +99,14 @@ def _problems(
     if known_keys:
         for key in inputs:
             if key not in INPUT_KEYS:
-                yield f"unknown field {key!r}{suggestion(key, INPUT_KEYS)}; registered losses would ignore it"
+                yield f"unknown field {key!r}{_meant(key)}; registered losses would ignore it"
     yield from _shape_problems(datum, length)
     yield from _value_problems(datum, vocab_size)
     yield from _label_problems(datum, required)
+
+
+def _meant(key: str) -> str:
+    return f" (did you mean {_SYNONYMS[key]!r}?)" if key in _SYNONYMS else suggestion(key, INPUT_KEYS)
 
 
 def _token_problems(name: str, tokens: Tensor, vocab_size: int | None) -> Iterator[str]:
@@ -137,6 +153,11 @@ def _value_problems(datum: Datum, vocab_size: int | None) -> Iterator[str]:
         weights = inputs["weights"].to_torch()
         if bool((~torch.isfinite(weights)).any()):
             yield f"'weights' is not finite at {_places(~torch.isfinite(weights))}; use 0 for what is not trained"
+        if bool((weights == IGNORED).any()):
+            yield (
+                f"'weights' is {IGNORED} at {_places(weights == IGNORED)}: that is transformers' label of an untrained token; "
+                "give weight 0 there"
+            )
         trained = weights != 0
         trained = trained if trained.dim() == 1 else trained.any(-1)
     for key in _FINITE_WHERE_TRAINED:

@@ -238,3 +238,38 @@ def test_explain() -> None:
         "logprob",
     ]
     assert [cell.strip() for cell in lines[2].split("|")] == ["1", "8", "9", "1", "2", "-0.5"]
+
+
+@given(st.floats(-1000, 1000, width=32), st.booleans())
+def test_only_the_label_is_no_weight(weight: float, wide: bool) -> None:
+    """Weights below 0 are weights, whatever their size; the label of an untrained token, -100, is none."""
+    shape: Any = [[2, 3], [4, 5]] if wide else [2, 3]
+
+    def datum(w: float) -> Datum:
+        return Datum(ModelInput.from_ints([1, 2]), {"target_tokens": shape, "weights": [[1.0, 0.0], [0.0, w]] if wide else [0.0, w]})
+
+    for near in (-99.99999, -100.00001):
+        validate([datum(near)])
+    if weight != -100:
+        validate([datum(weight)])
+    with pytest.raises(InvalidDatumsError, match="'weights' is -100 at position .*transformers' label.*give weight 0 there"):
+        validate([datum(-100)])
+
+
+@pytest.mark.parametrize(
+    ("given_name", "meant"),
+    [
+        ("rollout_logprobs", "logprobs"),
+        ("behaviour_logprobs", "logprobs"),
+        ("labels", "target_tokens"),
+        ("mask", "weights"),
+        ("reference_logprobs", "ref_logprobs"),
+        ("advantage", "advantages"),
+    ],
+)
+def test_names_of_other_libraries(given_name: str, meant: str) -> None:
+    """A key that another library has for the same thing is answered with ours; one of a user's own is not guessed at."""
+    for name, hint in ((given_name, f" \\(did you mean '{meant}'\\?\\)"), ("xyzzy", "")):
+        datum = Datum(ModelInput.from_ints([1, 2]), {name: [0.0, 1.0]})
+        with pytest.raises(InvalidDatumsError, match=f"unknown field '{name}'{hint}; registered losses would ignore it"):
+            validate([datum], known_keys=True)

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, final
 
 from ...datums.types import Datum
 from ...datums.validation import validate
+from ...losses.batch.labels import IGNORED
 from ...losses.checks import choice
 from .example import BuiltExample, built_example
 from .regions import Regions
@@ -101,5 +102,13 @@ def _row(name: str, built: Sequence[Built]) -> DataRow:
 
 def _valid(returned: Any) -> BuiltExample:
     if isinstance(returned, Datum):
-        validate([returned])
+        validate([_without_labels(returned)])
     return built_example(returned)
+
+
+def _without_labels(datum: Datum) -> Datum:
+    """Return the datum with weights of 0 in the place of -100, for which there is a row."""
+    if "weights" not in datum.loss_fn_inputs:
+        return datum
+    weights = datum.loss_fn_inputs["weights"].to_torch()
+    return datum.with_inputs(weights=weights.where(weights != IGNORED, 0.0))
