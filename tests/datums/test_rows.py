@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +168,9 @@ BAD: list[tuple[Any, str]] = [
     ({"instruction": "a", "output": "b"}, "no known format.*instruction, output.*rename instruction"),
     ({"prompt": "a", "complettion": "b"}, "did you mean 'completion'"),
     ({"prompt": "a"}, "prompts alone are for sampling"),
+    ({"prompt": "a", "chosen": "b"}, "its columns are prompt, chosen; it has 'chosen' but no 'rejected': give both"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "it has 'chosen' but no 'rejected'"),
+    ({"prompt": "a", "rejected": "b"}, "it has 'rejected' but no 'chosen'"),
     ({"messages": [user(), says()], "text": "x"}, "may be read as messages or as text"),
     ({"messages": [user(), says()], "conversations": []}, "both messages and conversations"),
     ({"messages": [user(), says()], "weight": 0.5}, "column 'weight' would change what is trained"),
@@ -231,7 +235,10 @@ def test_all_bad_rows_at_once() -> None:
     [
         ([], {}, "there are no rows"),
         ({"train": []}, {}, "one split"),
-        ("rows", {}, "must be a list of dicts"),
+        ("chats.jsonl", {}, r"got str; .*rows = \[json.loads\(line\) for line in open\('chats.jsonl'\)\]"),
+        (Path("chats.jsonl"), {}, r"for line in open\('chats.jsonl'\)"),
+        ("{" + 100 * " ", {}, r"got str; .*for line in open\(path\)"),
+        (3, {}, "must be a list of dicts or a data set, got int"),
         ([["a"]], {}, "row 0 must be a dict"),
         ([{"text": "a"}], {"kind": "txt"}, "did you mean 'text'"),
         ([{"text": "a"}], {"kind": "messages"}, "row 0: is not of kind 'messages'"),

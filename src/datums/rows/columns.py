@@ -32,6 +32,8 @@ _MATTERS: Final = {
     *("image", "images", "audio", "audios", "video", "videos", *_CHAT, *_MASKS),
 }
 _ELSEWHERE: Final = {
+    frozenset({"chosen"}): "it has 'chosen' but no 'rejected': give both, or rename chosen to completion",
+    frozenset({"rejected"}): "it has 'rejected' but no 'chosen': a preference needs both",
     frozenset({"instruction", "output"}): "rename instruction (with input) to prompt and output to completion",
     frozenset({"question", "answer"}): "rename question to prompt and answer to completion",
     frozenset({"prompt", "response"}): "rename response to completion",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -21,6 +22,7 @@ from .sources import RowSource
 __all__ = ["from_rows"]
 
 _AT_ONCE: Final = 256  # texts that are tokenized together
+_LONGEST_SHOWN: Final = 100  # characters of a path
 
 
 def from_rows(
@@ -213,12 +215,22 @@ def _rows(rows: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, list(rows)[:5]))
         raise DatumError(f"rows is a dict ({names}); give one split of it, or a list with a dict for each row")
-    if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+    if isinstance(rows, (str, bytes, os.PathLike)):
+        raise DatumError(
+            f"rows must be a list of dicts or a data set, got {type(rows).__name__}; read a file of JSON Lines by "
+            f"rows = [json.loads(line) for line in open({_shortened(rows)})]"
+        )
+    if not isinstance(rows, Iterable):
         raise DatumError(f"rows must be a list of dicts or a data set, got {type(rows).__name__}")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DatumError(f"row {number} must be a dict, got {type(row).__name__}")
         yield row
+
+
+def _shortened(path: Any) -> str:
+    shown = repr(os.fspath(path))
+    return shown if len(shown) <= _LONGEST_SHOWN else "path"
 
 
 def _same_kind(found: RowKind, kinds: list[RowKind]) -> RowKind:
