@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from ..errors import ConfigError
 __all__ = ["DATUMS_HELP", "add_parser", "read_datums"]
 
 DATUMS_HELP: Final = 'one {"model_input": [...], "loss_fn_inputs": {...}} per line; the latter may be left out'
+_EXPECTED: Final = 'a line is {"model_input": [...], "loss_fn_inputs": {...}}, the latter if there is any'
 
 
 def add_parser(commands: Any) -> None:
@@ -39,15 +40,29 @@ def read_datums(file: str) -> Iterator[Datum]:
         lines = Path(file).read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    return (_datum(f"{file}, line {number + 1}", line) for number, line in enumerate(lines))
+    return (_datum(file, number + 1, line) for number, line in enumerate(lines))
 
 
-def _datum(place: str, line: str) -> Datum:
+def _datum(file: str, number: int, line: str) -> Datum:
+    place = f"{file}, line {number}"
     try:
         record = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {_EXPECTED}; got {line[:60]!r}, which is no JSON: {error}") from error
+    if not isinstance(record, Mapping) or "model_input" not in record:
+        raise ConfigError(f"{place}: {_EXPECTED}; got {_found(file, record)}")
+    try:
         return Datum(ModelInput.from_ints(record["model_input"]), record.get("loss_fn_inputs", {}))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{place}: a line is {{"model_input": [...], "loss_fn_inputs": {{...}}}}, the latter if there is any; got '
-            f"{line[:60]!r} ({type(error).__name__}: {error})"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{place}: {_EXPECTED}; got {line[:60]!r}: {error}") from error
+
+
+def _found(file: str, record: Any) -> str:
+    """Return what stands in the place of a datum; for the row of a data set, how datums are made of it."""
+    if not isinstance(record, Mapping):
+        return type(record).__name__
+    return (
+        f"the keys {', '.join(map(str, record)) or '(none)'}. Rows of a data set become datums in Python: "
+        f"rows = [json.loads(line) for line in open({file!r})], then data, report = from_rows(rows, tokenizer) of "
+        "pullback.datums; data[0].explain(tokenizer) is the table"
+    )

@@ -18,6 +18,7 @@ _COLUMNS: Final = {
     "sequence_ratio_mask": "in ratio",
 }
 _TARGET: Final = 2  # which column is the target's
+_DEFAULT: Final = "1 (default)"  # the weight of a target to which no weight is given
 _MORE, _LESS, _PLAIN, _END = "\x1b[32m", "\x1b[31m", "\x1b[2m", "\x1b[0m"  # green, red, faint
 
 
@@ -33,9 +34,10 @@ def explain(datum: Any, tokenizer: Any = None, color: bool | None = None) -> str
     inputs, tokens = datum.loss_fn_inputs, datum.model_input.to_ints()
     targets = inputs["target_tokens"].tolist() if "target_tokens" in inputs else tokens[1:]
     columns = {title: inputs[key].tolist() for key, title in _COLUMNS.items() if key in inputs}
-    rows = [["position", "token", "target", *columns]]
+    shown = columns if "weights" in inputs else {"weight": [_DEFAULT] * len(targets), **columns}
+    rows = [["position", "token", "target", *shown]]
     for j, target in enumerate(targets):
-        numbers = [_number(column[j]) if j < len(column) else "missing" for column in columns.values()]
+        numbers = [_number(column[j]) if j < len(column) else "missing" for column in shown.values()]
         rows.append([str(j), _token(tokens[j], tokenizer), _token(target, tokenizer), *numbers])
     widths = [*(max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)), 0]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
@@ -64,6 +66,8 @@ def _entry(columns: Mapping[str, Sequence[Any]], title: str, j: int, missing: fl
 
 
 def _number(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return " ".join(_number(v) for v in value) if isinstance(value, list) else f"{value:g}"
 
 

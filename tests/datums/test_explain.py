@@ -53,3 +53,16 @@ def test_color_is_for_terminals(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     assert (GREEN in datum_from_tokens_weights([1, 2], [0, 1]).explain()) == colored
+
+
+def test_weights_that_are_not_given() -> None:
+    """Where a datum has no weights, the table says which one its targets have."""
+    inputs = {"target_tokens": [2, 3], "advantages": [0.5, -1.0]}
+    datum = Datum(ModelInput.from_ints([1, 2]), inputs)
+    cells = [[cell.strip() for cell in line.split("|")] for line in explain(datum, color=False).splitlines()]
+    assert cells[0] == ["position", "token", "target", "weight", "advantage"]
+    assert cells[2] == ["1", "2", "3", "1 (default)", "-1"]
+    assert plain(explain(datum, color=True)) == explain(datum, color=False)
+    assert "default" not in explain(datum.with_inputs(weights=[1.0, 1.0]))
+    own = explain(Datum(ModelInput.from_ints([1, 2]), {})).splitlines()
+    assert [cell.strip() for cell in own[1].split("|")] == ["0", "1", "2", "1 (default)"]
