@@ -237,7 +237,9 @@ def require_extra(module: str, extra: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise MissingExtraError(f"{purpose} needs {module!r}: pip install 'pullback[{extra}]'", name=module) from error
+        raise MissingExtraError(
+            f"{purpose} needs {module!r}, which is not installed: pip install 'pullback[{extra}]'", name=module
+        ) from error
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
