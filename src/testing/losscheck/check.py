@@ -14,6 +14,7 @@ from .failures import NotApplicable
 from .forms import Expected, LossUnderTest, loss_under_test
 from .properties import LOSS_PROPERTIES
 from .results import LossCheckError, LossReport, Property, Result
+from .running import crash
 from .search import Counterexample, outcome, search
 
 __all__ = ["check_loss", "check_property", "loss_report"]
@@ -41,9 +42,9 @@ def check_loss(
     """Check the properties that every sound loss has.
 
     Args:
-        loss: a `Loss`, or a function: Tinker's ``(data, logprobs_list) -> (loss, metrics)``; one of padded tensors, whose
-            arguments are known by their names (log-probs, mask or weights, advantages, old, ref, rollout log-probs, ...), as
-            verl's and TRL's are; or transformers' ``(outputs, labels, num_items_in_batch)``.
+        loss: a `Loss`, or the name of a registered one; or a function: Tinker's ``(data, logprobs_list) -> (loss, metrics)``;
+            one of padded tensors, whose arguments are known by their names (log-probs, mask or weights, advantages, old, ref,
+            rollout log-probs, ...), as verl's and TRL's are; or transformers' ``(outputs, labels, num_items_in_batch)``.
         case: check on this batch alone, instead of on random ones.
         form: ``datums``, ``padded``, ``verl``, ``trl`` or ``transformers``, where it cannot be told by the signature.
         kind: the gradient kind that a function claims to have; see `pullback.losses`.
@@ -64,7 +65,9 @@ def check_loss(
 
     Raises:
         LossCheckError: some property fails; says which, the likely cause, and the smallest batch that shows it.
-        ConfigError: the loss cannot be called in that form, or a property's name is unknown.
+        ConfigError: the loss cannot be called in that form, takes no argument of a name in ``arguments``, or a property's
+            name is unknown.
+        UnknownLossError: no loss is registered under that name.
     """
     under_test = loss_under_test(
         loss,
@@ -78,8 +81,11 @@ def check_loss(
     )
     names = [only] if isinstance(only, str) else list(only or (_ON_A_CASE if case is not None else LOSS_PROPERTIES))
     names = [name for name in names if differences or name != "differences"]
-    results = tuple(check_property(under_test, name, examples, case, shrink=shrink) for name in names)
-    report = LossReport(under_test.name, under_test.form, results, under_test.rerun.setup)
+    for name in names:
+        choice("property", name, LOSS_PROPERTIES)
+    crashed = crash(under_test, examples) if case is None else None
+    checked = (check_property(under_test, name, examples, case, shrink=shrink) for name in names)
+    report = LossReport.of(under_test, checked if crashed is None else [crashed])
     if report.failed:
         raise LossCheckError(report)
     return report
@@ -125,7 +131,7 @@ def _failure(under_test: LossUnderTest, checked: Property, found: Counterexample
     case = found.case or found.failure.case
     example = "" if case is None else _example(under_test, case)
     again = under_test.rerun.line(checked.name, found.case)  # a property with numbers of its own has them again
-    return Result(checked.name, "failed", sentence, case, example, again)
+    return Result(checked.name, "failed", sentence, case, example, again, under_test.rerun.setup)
 
 
 def _example(under_test: LossUnderTest, case: Case) -> str:

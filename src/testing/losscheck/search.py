@@ -13,7 +13,7 @@ from .failures import Failed, NotApplicable
 from .forms import LossUnderTest
 from .results import Property
 
-__all__ = ["Counterexample", "outcome", "search"]
+__all__ = ["Counterexample", "drawn", "outcome", "search"]
 
 _SHRINKING: Final = 50  # calls after the first failure; the smallest one so far is good enough then
 _EMPTY: Final = Case(())
@@ -114,7 +114,7 @@ def search(under_test: LossUnderTest, checked: Property, examples: int, shrink: 
     unit, on_policy = under_test.unit(), checked.cases == "on_policy"
     check = _Smallest(under_test, checked, examples)
     try:
-        for case in _drawn(unit, on_policy, examples):
+        for case in drawn(unit, on_policy, examples):
             check(case)
     except Counterexample:
         if shrink:
@@ -125,7 +125,7 @@ def search(under_test: LossUnderTest, checked: Property, examples: int, shrink: 
 
 
 @lru_cache(maxsize=32)
-def _drawn(unit: int, on_policy: bool, examples: int) -> tuple[Case, ...]:
+def drawn(unit: int, on_policy: bool, examples: int) -> tuple[Case, ...]:
     """Return random cases, the same for every property and loss."""
     cases: list[Case] = []
     _examine(cases.append, unit, on_policy, examples)
@@ -143,7 +143,7 @@ def _shrink(check: _Smallest, unit: int, on_policy: bool, examples: int) -> None
 
 
 def _examine(check: Callable[[Case], None], unit: int, on_policy: bool, examples: int) -> None:
-    require_extra("hypothesis", "test", "check_loss without a case")
+    require_extra("hypothesis", "test", "check_loss draws random batches, for which it")
     from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
     from ..strategies import readable_cases

@@ -42,7 +42,7 @@ class Checker:
         if result.verdict == "not applicable":
             pytest.skip(result.sentence)
         if result.verdict == "failed":
-            raise LossCheckError(LossReport(under_test.name, under_test.form, (result,), under_test.rerun.setup))
+            raise LossCheckError(LossReport.of(under_test, [result]))
 
 
 class LossProperties:

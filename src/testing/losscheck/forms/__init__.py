@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from ....errors import ConfigError
+from ....errors import ConfigError, suggestion
 from ....losses.base import GradientKind, Loss
 from ....losses.checks import choice
+from ....losses.registry import get_loss
 from ..invariance import INVARIANCES
 from ..rerun import Rerun
 from .base import Expected, LossUnderTest, Measured, kind_case, leaves_of
@@ -43,13 +44,17 @@ def loss_under_test(
 
     Raises:
         ConfigError: the form is unknown or not that of the loss, or an argument's name stands for nothing.
+        UnknownLossError: no loss is registered under that name.
     """
+    if isinstance(loss, str):
+        loss = get_loss(loss)
     if isinstance(loss, type) and issubclass(loss, Loss):
         loss = loss()
     if form is not None:
         choice("form", form, FORMS)
     for name in invariant or ():
         choice("invariant", name, INVARIANCES)
+    _check_arguments(loss, arguments or {})
     options = {
         **{"form": form, "kind": kind, "expected": expected, "detached": tuple(detached) or None},
         **{"arguments": arguments or None, "per_sequence": per_sequence, "invariant": invariant},
@@ -61,17 +66,18 @@ def loss_under_test(
         registered = RegisteredUnderTest(name=loss.name, loss=loss, detached=("all",), **common)
         return _first_that_runs((registered, replace(registered, per_sequence=("advantages",))))
     if not callable(loss):
-        raise ConfigError(f"a loss is a Loss or a function, got {loss!r}")
+        raise ConfigError(f"a loss is a Loss or a function, or the name of a registered loss, got {loss!r}")
     common |= {"name": _name(loss), "declared": kind}
+    given = dict(arguments or {})
     form = form or _form_of(loss)
     if form == "datums":
-        under_test = DatumsUnderTest(function=loss, per_sequence=tuple(per_sequence or ()), **common)
+        function = functools.partial(loss, **given) if given else loss
+        under_test = DatumsUnderTest(function=function, per_sequence=tuple(per_sequence or ()), **common)
         _ = under_test.kind  # one call, so that it is known what it reads
         under_test.used.update(name for name in FIELDS if name not in under_test.read and _matters(under_test, name))
         return under_test
     if form == "transformers":
-        return LogitsUnderTest(function=functools.partial(loss, **(arguments or {})), **common)
-    given = arguments or {}
+        return LogitsUnderTest(function=functools.partial(loss, **given), **common)
     roles, optional = roles_of(loss, given)
     one_a_row = form == "trl" or "rewards" in roles.values()
     rows = per_sequence if per_sequence is not None else (("advantages",) if one_a_row else ())
@@ -87,6 +93,29 @@ def loss_under_test(
         **common,
     )
     return _first_that_runs((padded, replace(padded, bool_mask=False)))
+
+
+def _check_arguments(loss: Any, arguments: Mapping[str, Any]) -> None:
+    """Check that a loss takes the arguments that it is to be given.
+
+    Raises:
+        ConfigError: it takes none of such a name, or is no function.
+    """
+    if not arguments or not callable(loss):
+        return
+    if isinstance(loss, Loss):
+        raise ConfigError(
+            f"arguments is for functions, got {', '.join(arguments)}; a Loss is given its hyperparameters when it is made"
+        )
+    parameters = inspect.signature(loss).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(
+                f"arguments has {name!r}, which {_name(loss)} does not take{suggestion(name, parameters)}; it takes "
+                f"{', '.join(parameters) or 'nothing'}"
+            )
 
 
 def _first_that_runs(candidates: tuple[Form, ...]) -> Form:

@@ -17,8 +17,9 @@ from ...cases import Case, CaseSequence
 from ..failures import Failed
 from ..invariance import invariances_of
 from ..rerun import Rerun
+from .returned import loss_and_metrics
 
-__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "first_scalar"]
+__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured"]
 
 ANCHORS: Final = ("rollout_logprobs", "old_logprobs")
 Expected = Callable[[Case], Sequence[Sequence[float]]]
@@ -57,6 +58,7 @@ class LossUnderTest(abc.ABC):
         per_sequence: inputs of which it takes one number per sequence: that of the first trained token.
         rerun: how it was asked for.
         invariant: what a shift may not change, of `INVARIANCES`; None: what is recognised.
+        averaged: how many numbers it returned, wherever it did not return one: their mean is checked.
     """
 
     name: str
@@ -66,6 +68,7 @@ class LossUnderTest(abc.ABC):
     per_sequence: tuple[str, ...] = ()
     invariant: tuple[str, ...] | None = None
     rerun: Rerun = field(default_factory=Rerun)
+    averaged: set[int] = field(default_factory=set, compare=False)
 
     form: ClassVar[str] = "function"
     layouts: ClassVar[tuple[str, ...]] = ("plain",)
@@ -146,6 +149,23 @@ class LossUnderTest(abc.ABC):
     def run(self, case: Case, leaves: Sequence[Tensor], layout: str | None = None) -> tuple[Tensor, Mapping[str, Any]]:
         """Build the arguments and call the loss."""
         return self.call(self.arguments(case, leaves, layout or self.layouts[0]))
+
+    @final
+    def reduced(self, returned: Any) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return the loss, one number, and the metrics of what a function returned; see `loss_and_metrics`."""
+        loss, metrics = loss_and_metrics(returned, self.name)
+        if loss.dim() == 1:
+            self.averaged.add(loss.numel())
+            loss = loss.mean()
+        return loss, metrics
+
+    @property
+    def note(self) -> str:
+        """What a report says first: that a loss with a number for each row or pair is checked as their mean."""
+        if not self.averaged:
+            return ""
+        shape = "1" if self.averaged == {1} else "P" if self.paired else "B"
+        return f"returns [{shape}]: its mean was checked"
 
     def loss_of(self, arguments: Any) -> Tensor:
         """Return the loss alone."""
@@ -262,33 +282,3 @@ def kind_case(on_policy: bool) -> Case:
         ref = [x + d for x, d in zip(at, draw(length, -0.5, 0.5), strict=True)]
         sequences.append(CaseSequence(at, [1.0] * length, draw(length, 0.5, 2.0), near[0], near[1], ref, i // 2))
     return Case(tuple(sequences), with_old=True)
-
-
-def first_scalar(returned: Any, name: str) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return the loss and the metrics of what a function returned.
-
-    A tuple has the loss first; a mapping or an object has it as ``loss``; one number per row or pair is averaged.
-
-    Raises:
-        Failed: there is no such number.
-    """
-    loss, metrics = returned, {}
-    if isinstance(returned, Mapping):
-        loss, metrics = returned.get("loss"), {k: v for k, v in returned.items() if k != "loss"}
-    elif isinstance(returned, tuple) and returned:
-        loss, rest = returned[0], returned[1:]
-        metrics = dict(rest[0]) if len(rest) == 1 and isinstance(rest[0], Mapping) else dict(enumerate_named(rest))
-    elif not isinstance(returned, Tensor) and hasattr(returned, "loss"):
-        loss = returned.loss
-    if not isinstance(loss, Tensor):
-        raise Failed(f"{name} returned {type(loss).__name__} in the place of the loss", "it must be a tensor")
-    if loss.dim() == 1:
-        loss = loss.mean()
-    if loss.dim() > 1:
-        raise Failed(f"{name} returned a loss of shape {tuple(loss.shape)}", "a loss is one number: reduce it")
-    return loss, metrics
-
-
-def enumerate_named(rest: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Return further values of a tuple with names, e.g. of verl's ``(loss, clipfrac, kl, ...)``."""
-    return [(f"returned[{i + 1}]", value) for i, value in enumerate(rest)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ....datums.types import Datum, ModelInput, TensorData
 from ...cases import Case
 from ..failures import Failed
-from .base import LossUnderTest, first_scalar
+from .base import LossUnderTest
 from .names import FIELD_OF, role_of
 from .registered import FIELDS
 
@@ -62,7 +62,7 @@ class DatumsUnderTest(LossUnderTest):
                 f"{self.name} returned {type(returned).__name__}",
                 "forward_backward_custom wants the two things (loss, metrics), the metrics in a dict",
             )
-        return first_scalar(returned, self.name)
+        return self.reduced(returned)
 
     def _datum(self, case: Case, index: int) -> Datum:
         s = case.sequences[index]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....losses.functional import log1mexp
 from ...cases import Case
-from .base import LossUnderTest, first_scalar
+from .base import LossUnderTest
 from .names import role_of
 from .registered import padded_column
 
@@ -72,7 +72,7 @@ class LogitsUnderTest(LossUnderTest):
                 called[name] = 2
             elif role_of(name) in ("labels", "count"):
                 called[name] = arguments[role_of(name) or ""]
-        return first_scalar(self.function(**called), self.name)
+        return self.reduced(self.function(**called))
 
 
 class _Outputs(SimpleNamespace):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....errors import ConfigError
 from ...cases import Case
-from .base import LossUnderTest, first_scalar
+from .base import LossUnderTest
 from .names import FIELD_OF, KNOWN, role_of
 from .registered import padded_column
 
@@ -101,7 +101,7 @@ class PaddedUnderTest(LossUnderTest):
         return {**called, **self.given}
 
     def call(self, arguments: Any) -> tuple[Tensor, Mapping[str, Any]]:
-        return first_scalar(self.function(**arguments), self.name)
+        return self.reduced(self.function(**arguments))
 
     def with_gradients(self, case: Case, leaves: Sequence[Tensor], layout: str, watched: dict[str, Tensor]) -> Any:
         called = self.arguments(case, leaves, layout)
