@@ -162,6 +162,7 @@ DATUM_ROWS = [
 
 LOSS_ROWS = [
     Bad("unknown loss", named(DATA, "gpro"), UnknownLossError, ["gpro", "did you mean 'grpo'", "cross_entropy"]),
+    Bad("a recipe for a loss", named(DATA, "sft"), UnknownLossError, ["'sft' is a recipe: loss, normalization = recipe('sft')"]),
     Bad("unknown key", named(DATA, "grpo", {"kl_bta": 1}), ConfigError, ["kl_bta", "did you mean 'kl_beta'"]),
     Bad("tensor in config", named(DATA, "grpo", {"kl_beta": torch.ones(2)}), ConfigError, ["kl_beta", "datums"]),
     Bad("config no mapping", named(DATA, "grpo", [1]), ConfigError, ["mapping", "list"]),
