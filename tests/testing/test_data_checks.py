@@ -134,3 +134,33 @@ def test_what_is_shown() -> None:
 
     (row,) = check_builder(all_of_it, TOKENIZER, only="prompt")
     assert row.example.startswith("* '<s><|im_start|>")
+
+
+def test_one_cause_is_told_once() -> None:
+    """Where what was said is trained too, the row of the header leads to that of the prompt; alone it has a cause of its own."""
+
+    def all_of_it(messages: Any, tokenizer: Any) -> dict[str, Any]:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True)
+        return {"input_ids": ids, "labels": ids}
+
+    def with_header(messages: Any, tokenizer: Any) -> dict[str, Any]:
+        right = masked(messages, tokenizer)
+        mask = right["loss_mask"]
+        first = mask.index(1)
+        return {**right, "loss_mask": [0] * (first - 1) + [1] + mask[first:]}
+
+    rows = {row.name: row.reason for row in check_builder(all_of_it, TOKENIZER)}
+    assert "the mask is all ones" in rows["prompt"]
+    assert rows["header"].endswith("which the template writes before an answer, is trained: see prompt")
+    rows = {row.name: row.reason for row in check_builder(with_header, TOKENIZER)}
+    assert rows["prompt"] == ""
+    assert "Likely cause: the prompt is rendered without add_generation_prompt=True" in rows["header"]
+
+
+@given(chats())
+def test_the_tokenizer_tells_its_stop_tokens(messages: list[dict[str, str]]) -> None:
+    """What the template writes after a stop token is not trained, with this tokenizer as with any other."""
+    inputs = datum_from_messages(TOKENIZER, messages).loss_fn_inputs
+    pairs = zip(inputs["target_tokens"].tolist(), inputs["weights"].tolist(), strict=True)
+    answers = "".join(f"{m['content']}<|im_end|>" for m in messages if m["role"] == "assistant")
+    assert TOKENIZER.decode([token for token, weight in pairs if weight]) == answers

@@ -136,9 +136,12 @@ def _header(built: Built) -> str | None:
     wrong = [j for j in regions.headers if trained[j]]
     if not wrong:
         return None
+    found = f"token {wrong[0]} {regions.shown(wrong[0])}, which the template writes before an answer, is trained"
+    if _prompt(built) is not None:
+        return f"{found}: see prompt"
     return (
-        f"token {wrong[0]} {regions.shown(wrong[0])}, which the template writes before an answer, is trained. Likely cause: "
-        "the prompt is rendered without add_generation_prompt=True, so its length leaves out the header"
+        f"{found}. Likely cause: the prompt is rendered without add_generation_prompt=True, so its length leaves "
+        "out the header"
     )
 
 

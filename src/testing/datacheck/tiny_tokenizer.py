@@ -22,6 +22,7 @@ class TinyTokenizer:
     bos_token_id: ClassVar[int] = 0
     eos_token_id: ClassVar[int] = 2
     pad_token_id: ClassVar[int] = 3
+    all_special_tokens: ClassVar[tuple[str, ...]] = _SPECIAL
     vocab_size: ClassVar[int] = len(_SPECIAL) + 128
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
