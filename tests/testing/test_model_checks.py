@@ -17,6 +17,7 @@ from peft import LoraConfig
 from pullback.backends.native.models import packed_attention
 from pullback.backends.native.models.facts import probes
 from pullback.cli import main
+from pullback.errors import ConfigError
 from pullback.testing.modelcheck import rows
 from pullback.testing.modelcheck.check import ModelRow, check_model
 from pullback.testing.models import zoo
@@ -101,3 +102,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zoo.build("bert").save_pretrained(tmp_path)
     assert main(["check", "model", str(tmp_path), "--device", "cpu", "--json"]) == 1
     assert '"verdict": "refused"' in capsys.readouterr().out
+
+
+def test_rows_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows of a model are listed one a line, quoted, as their names have commas; a close one is suggested."""
+    assert main(["check", "model", "tiny", "--device", "cpu", "--rank", "2", "--only", "nope"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "pullback: there is no row 'nope'; the rows of this model are:"
+    assert {"  'log-probs, single'", "  'sampling'"} <= set(told[1:])
+    with pytest.raises(ConfigError, match="did you mean 'sampling'"):
+        check_model(windowed, lora=2, only="samplng")

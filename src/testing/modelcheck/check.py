@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, final
@@ -21,8 +21,7 @@ from ...backends.reference import with_reference
 from ...backends.types import AdamParams, SamplingParams
 from ...datums.builders import datum_from_prompt_completion
 from ...datums.types import Datum, ModelInput
-from ...errors import InvalidDatumsError, UnsupportedError
-from ...losses.checks import choice
+from ...errors import ConfigError, InvalidDatumsError, UnsupportedError, suggestion
 from .layouts import using_layout
 from .own_forward import own_logprobs, own_logprobs_of
 from .rows import CAUSES, Found, ModelRow, largest_difference, row, scored, trained_share, verdict_on
@@ -66,10 +65,17 @@ def check_model(
         rows = [row("loads", check.loads)]
         if rows[0].verdict == "right":
             every = check.all()
-            for name in _names(only, every):
-                choice("row", name, every)
-                rows.append(row(name, every[name]))
+            names = _names(only, every)
+            for name in names:
+                _require_row(name, every)
+            rows += [row(name, every[name]) for name in names]
     return rows
+
+
+def _require_row(name: str, every: Collection[str]) -> None:
+    if name not in every:
+        known = "\n".join(f"  {each!r}" for each in every)  # one a line: there are commas in them
+        raise ConfigError(f"there is no row {name!r}{suggestion(name, every)}; the rows of this model are:\n{known}")
 
 
 def _names(only: str | Sequence[str] | None, every: Iterable[str]) -> list[str]:
