@@ -91,6 +91,22 @@ def test_every_error_of_the_sdk_becomes_ours(kind: type[Exception]) -> None:
         raise error
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no room for self.request_id='req-1' and expected type self.model_cls=<class 'tinker.types.Out'>", "no room"),
+        ("no room for self.request_id='req-1' and expected type self.model_cls=A | B", "no room"),
+        ("no room for self.request_id='req-1' (3 retries)", "no room (3 retries)"),
+        ("no room for request_id='req-1' and 9 models", "no room for request_id='req-1' and 9 models"),
+    ],
+)
+def test_variables_of_the_sdk_are_left_out(said: str, told: str) -> None:
+    """What the service said is kept whole; what the SDK adds of its own variables is not told."""
+    error = tinker.RequestFailedError(said, "req-1", tinker.types.RequestErrorCategory.User)
+    found = remote_error(error, "forward")
+    assert str(found) == f"forward failed at the service: RequestFailedError: {told}"
+
+
 def test_errors_of_this_process_stay_what_they_are() -> None:
     """Nothing of ours, and nothing of the user's, is called the service's."""
     for error in (KeyError("mine"), ConfigError("ours")):

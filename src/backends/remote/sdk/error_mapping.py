@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -11,6 +12,10 @@ from ....errors import PullbackError, RemoteError
 __all__ = ["at_service", "remote_error"]
 
 _FOREIGN: Final = ("tinker.", "fireworks.", "httpx.")
+# The SDKs add variables of their own to what the service said; only the support of a service could use the id.
+_SDK_VARIABLES: Final = re.compile(
+    r"\s+for self\.request_id='[^']*'( and expected type self\.model_cls=.*)?", re.DOTALL
+)
 _REFUSED: Final = {
     400: "the request is not valid there",
     401: "it does not know this API key",
@@ -28,7 +33,7 @@ def remote_error(error: Exception, operation: str) -> Exception:
     """Return an error of waiting for a service as ours, naming the operation."""
     if isinstance(error, PullbackError):
         return error
-    what = f"{type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {_SDK_VARIABLES.sub('', str(error))}"
     category, status = _category(error), getattr(error, "status_code", None)
     if hasattr(error, "category"):  # a final answer: the operation has failed
         words = f"{operation} failed at the service: {what}"
