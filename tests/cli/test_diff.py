@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_native_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert "native:tiny (b, bfloat16)" in capsys.readouterr().out
 
 
+def test_the_command_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of docs/checking.md compares every stage, and says whose tolerance it took; a smaller step is lost in rounding."""
+    page = (Path(__file__).parents[2] / "docs" / "checking.md").read_text()
+    (command,) = re.findall(r"^    pullback (diff --a native:tiny .*bfloat16.*)$", page, re.M)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.count(" within bfloat16's tolerance ") == 5
+    assert main([*command.split(), "--learning-rate", "1e-3", *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" within bfloat16's tolerance ") == 4
+    assert re.search(r"update +not compared .*rounding alone may by \S+; only \S+ or more .*--learning-rate", printed)
+
+
 def test_names_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """What is misspelt is refused, with what there is."""
     for name in ("native", "remote:", "tiny", "native:"):
@@ -89,4 +102,4 @@ class TestServed:
             assert main(sides) == 0
             assert "not compared" in capsys.readouterr().out
             assert main([*sides, "--allow-step", "--seed", "3"]) == 0
-            assert capsys.readouterr().out.count(" same ") == 5
+            assert capsys.readouterr().out.count(" within float32's tolerance ") == 5

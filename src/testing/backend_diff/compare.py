@@ -15,7 +15,7 @@ from ...losses.base import Loss
 from .results import BackendDiff
 from .sides import Side, dtype_of
 from .stages import Comparison
-from .tolerances import Tolerance, tolerance_of
+from .tolerances import Tolerance, least_precise, tolerance_of
 
 __all__ = ["diff"]
 
@@ -89,6 +89,7 @@ def diff(
         layers=run.layers,
         cause=run.cause,
         left="; ".join(f"{side.name}: {side.left}" for side in sides if side.left),
+        tolerance_of="" if tolerance else least_precise(*found),
     )
 
 

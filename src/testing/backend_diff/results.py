@@ -37,12 +37,18 @@ class StageDiff:
     note: str = ""
 
     def __str__(self) -> str:
+        return self.line()
+
+    def line(self, tolerance_of: str = "") -> str:
+        """Return the stage in one line; what is the same only within the tolerance of a dtype says so."""
         figures = [
             f"{name} {value:.3g}" + (f" (at most {self.limits[name]:.3g})" if name in self.limits else "")
             for name, value in self.figures.items()
         ]
-        verdict = "DIFFERS" if self.verdict == "differs" else self.verdict
-        return f"{self.stage:10} {verdict:13} {', '.join(figures + ([self.note] if self.note else []))}".rstrip()
+        same = f"within {tolerance_of}'s tolerance" if tolerance_of else "same"
+        verdict = {"same": same, "differs": "DIFFERS"}.get(self.verdict, self.verdict)
+        width = max(13, len(same))
+        return f"{self.stage:10} {verdict:{width}} {', '.join(figures + ([self.note] if self.note else []))}".rstrip()
 
 
 @final
@@ -105,6 +111,7 @@ class BackendDiff:
         layers: every parameter where the gradients were compared, in forward order.
         cause: of the divergence, where its pattern says one; empty without one.
         left: what was not put back; empty where both backends are as they were.
+        tolerance_of: the dtype whose tolerance was taken; empty where another one was given.
     """
 
     a: str
@@ -119,6 +126,7 @@ class BackendDiff:
     layers: tuple[LayerDiff, ...] = ()
     cause: str = ""
     left: str = ""
+    tolerance_of: str = ""
 
     @property
     def first(self) -> StageDiff | None:
@@ -148,7 +156,7 @@ class BackendDiff:
     def __str__(self) -> str:
         sides = f"{self.a} (a, {self.dtypes[0]}) and {self.b} (b, {self.dtypes[1]})"
         head = f"{sides}: {self.loss}, {self.datums} datums, {self.tokens} tokens"
-        lines = [head, *(f"  {stage}" for stage in self.stages)]
+        lines = [head, *(f"  {stage.line(self.tolerance_of)}" for stage in self.stages)]
         lines += [f"  {name:10} not reached" for name in STAGES[len(self.stages) :]]
         if self.token_diffs:
             lines += ["", *_token_table(self.token_diffs, self.tokens_differing)]

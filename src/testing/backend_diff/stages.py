@@ -193,7 +193,8 @@ class Comparison:
         if size < 4 * noise:
             self._skip(
                 stage,
-                f"the change of log-probs by a step ({size:.2g}) is lost in rounding; give a larger learning rate",
+                f"a step changes the log-probs by {size:.2g} nats (norm over the tokens), and rounding alone may by "
+                f"{noise:.2g}; only {4 * noise:.2g} or more is compared: give a larger learning rate (--learning-rate)",
             )
             return
         limit = self.limits.update + noise / size

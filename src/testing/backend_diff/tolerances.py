@@ -8,7 +8,7 @@ from typing import Final, final
 
 from ...errors import ConfigError
 
-__all__ = ["TOLERANCES", "Tolerance", "tolerance_of"]
+__all__ = ["TOLERANCES", "Tolerance", "least_precise", "tolerance_of"]
 
 
 @final
@@ -45,9 +45,18 @@ def tolerance_of(*dtypes: str) -> Tolerance:
     Raises:
         ConfigError: one of them is not in the table.
     """
+    return TOLERANCES[least_precise(*dtypes)]
+
+
+def least_precise(*dtypes: str) -> str:
+    """Return the one of several dtypes whose tolerance is the loosest.
+
+    Raises:
+        ConfigError: one of them is not in the table.
+    """
     unknown = [dtype for dtype in dtypes if dtype not in TOLERANCES]
     if unknown:
         raise ConfigError(
             f"there is no tolerance for {unknown[0]!r}, only for {', '.join(TOLERANCES)}; give tolerance="
         )
-    return max((TOLERANCES[dtype] for dtype in dtypes), key=lambda tolerance: tolerance.largest)
+    return max(dtypes, key=lambda dtype: TOLERANCES[dtype].largest)
