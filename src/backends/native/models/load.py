@@ -26,6 +26,10 @@ __all__ = ["default_device", "load_pretrained", "torch_dtype"]
 _logger = logging.getLogger(__name__)
 _NO_CAUSAL_CLASS: Final = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)'>")
 _HUB_NAME: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_OF_COMMANDS: Final = {
+    "tiny": "TorchBackend(HFModel(pullback.testing.random_llama()))",
+    "smollm2": "TorchBackend.from_pretrained(pullback.testing.smollm2_folder())",
+}
 _RAISED: Final = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
@@ -49,6 +53,10 @@ def load_pretrained(
 ) -> tuple[HFModel, Any]:
     """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
+    if str(path) in _OF_COMMANDS and not Path(path).exists():
+        raise CheckpointError(
+            f"there is no folder {path}: {str(path)!r} is a name of the commands; in Python: {_OF_COMMANDS[str(path)]}"
+        )
     if gguf_file is not None:
         path = convert_gguf(Path(path), gguf_file)
     device = torch.device(default_device() if device is None else device)
