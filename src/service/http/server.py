@@ -15,7 +15,7 @@ from ..served.registry import ServedModels
 from .app import build_app
 from .connections import bounded_protocol, one_length
 
-__all__ = ["serve_forever", "serving"]
+__all__ = ["require_keys", "serve_forever", "serving"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _START_SECONDS = 20.0
@@ -30,6 +30,7 @@ def serve_forever(
     limits: Limits | None = None,
     *,
     save_seconds: float | None = None,
+    sockets: list[socket.socket] | None = None,
 ) -> None:
     """Serve until interrupted.
 
@@ -39,11 +40,24 @@ def serve_forever(
         keys: who is let in.
         limits: sizes and counts.
         save_seconds: see `build_app`.
+        sockets: bound to the address; default: it is bound here.
 
     Raises:
         ConfigError: the address can be reached from elsewhere and there are no keys.
     """
-    _server(models, host, port, keys, limits, save_seconds).run()
+    _server(models, host, port, keys, limits, save_seconds).run(sockets)
+
+
+def require_keys(host: str, keys: Keys) -> None:
+    """Refuse to serve everybody on an address that other machines can reach.
+
+    Raises:
+        ConfigError: it can be reached from elsewhere, and there are no keys.
+    """
+    if host not in _LOOPBACK and not keys:
+        raise ConfigError(
+            f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
+        )
 
 
 @contextmanager
@@ -87,10 +101,7 @@ def _server(
     limits: Limits | None,
     save_seconds: float | None = None,
 ) -> Any:
-    if host not in _LOOPBACK and not keys:
-        raise ConfigError(
-            f"{host} can be reached from other machines: give at least one API key, or serve on 127.0.0.1"
-        )
+    require_keys(host, keys)
     uvicorn = require_extra("uvicorn", "serve", "pullback serve")
     limits = limits or Limits()
     config = uvicorn.Config(
