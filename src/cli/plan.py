@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..backends.native.distributed.budget import Placement
 from ..errors import require_extra
+from .arguments.models import CONFIG_HELP, config_named
+from .arguments.parser import DTYPES
 
 if TYPE_CHECKING:
     from ..backends.native.distributed.plan import TrainingBudget
@@ -21,8 +23,12 @@ _CHOICES: Final = {"true": (True,), "false": (False,), "both": (False, True)}
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
-    plan = commands.add_parser("plan", help="memory and traffic of training on each process; no weight is loaded")
-    plan.add_argument("--model", required=True, help="a folder with a config.json of transformers, or such a file")
+    plan = commands.add_parser(
+        "plan",
+        help="memory of each process, and bytes sent between processes",
+        description="Memory of each process, and bytes sent between processes, in training; no weight is loaded.",
+    )
+    plan.add_argument("--model", required=True, help=CONFIG_HELP)
     plan.add_argument("--ranks", type=int, default=1, help="processes that train the model together")
     plan.add_argument("--replicas", type=int, default=1, help="groups of processes that hold the whole model each")
     plan.add_argument("--tokens", type=int, default=4096, help="tokens of one micro-batch on a process")
@@ -31,32 +37,35 @@ def add_parser(commands: Any) -> None:
     plan.add_argument(
         "--function",
         action="store_true",
-        help="the loss is a function of all log-probs: the graphs of all micro-batches are retained",
+        help="plan for a custom loss (a Python function): the graphs of all micro-batches are retained",
     )
-    plan.add_argument("--dtype", default="float32", help="dtype of the weights; adapters are fp32")
+    plan.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights; adapters are fp32")
     plan.add_argument(
-        "--lora", type=int, help="rank of an adapter on all linear layers; default: everything is trained"
+        "--lora", type=int, help="rank of an adapter on all linear layers (default: everything is trained)"
     )
     plan.add_argument("--gradient-checkpointing", action="store_true", help="layers are recomputed in the backward")
     plan.add_argument(
         "--graph-bytes-per-token",
         type=float,
-        help="bytes per token as measured, for layers that are not Llama's",
+        help="bytes that autograd retains per token as measured, for layers that are not Llama's (default: computed)",
     )
     plan.add_argument(
         "--reshard", choices=sorted(_CHOICES), default="both", help="whether gathered layers are freed after use"
     )
     plan.add_argument("--vocab-parallel", action="store_true", help="each process holds some rows of the head")
-    plan.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    plan.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda",
+        help="where it would run: chunks of logits are larger on a GPU",
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object a line")
     plan.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     require_extra("transformers", "hf", "pullback plan")
-    from ..backends.native.distributed.outline import read_config
-
-    config = read_config(arguments.model)
+    config = config_named(arguments.model)
     choices = _CHOICES[arguments.reshard] if arguments.ranks > 1 else (False,)
     placements = [Placement(arguments.ranks, arguments.replicas, reshard) for reshard in choices]
     budgets = [_budget(config, placement, arguments) for placement in placements]

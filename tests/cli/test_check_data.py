@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pullback.backends.native.models import tokenizers
 from pullback.cli import main
 
 
@@ -36,3 +37,10 @@ def test_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="tokenizers of models need transformers (extra hf)")
     assert main(["check", "data", "pullback.datums:datum_from_messages", "--tokenizer", "no such folder"]) == 2
     assert "--tokenizer must be tiny" in capsys.readouterr().err
+
+
+def test_a_name_of_a_hub_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no folder is refused at once."""
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda *given: pytest.fail("it was looked up"))
+    assert main(["check", "data", "pullback.datums:datum_from_messages", "--tokenizer", "nofolder"]) == 2
+    assert "got 'nofolder', which is no folder here" in capsys.readouterr().err

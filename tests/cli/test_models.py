@@ -10,13 +10,15 @@ import pytest
 import torch
 from pretrained.folders import chat_folder
 
+from pullback.backends import TorchBackend
 from pullback.cli import main
 from pullback.cli.arguments.models import MODEL_HELP, load_named
 from pullback.cli.demo.backends import native
 from pullback.cli.demo.data import own_tasks
 from pullback.cli.demo.models import pretrained
 from pullback.cli.demo.objectives import objectives
-from pullback.errors import ConfigError
+from pullback.errors import CheckpointError, ConfigError
+from pullback.testing import random_llama
 
 _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -41,6 +43,29 @@ def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["check", "sampling"], ["bench", "numerics"], ["demo", "--device", "cpu"]):
         assert main([*command, "--model", "smolm2"]) == 2
         assert MODEL_HELP in capsys.readouterr().err
+
+
+def test_plans_take_the_same_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan of ``tiny`` is that of its config in a folder; a name of a hub is refused at once."""
+    random_llama().config.save_pretrained(tmp_path)
+    printed = []
+    for name in ("tiny", str(tmp_path), str(tmp_path / "config.json")):
+        assert main(["plan", "--model", name, "--tokens", "50", "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    assert main(["plan", "--model", "org/model"]) == 2
+    assert "got 'org/model', which is no folder here" in capsys.readouterr().err
+
+
+def test_names_of_the_commands_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not looked up at a hub: the error says what makes the same model. A folder of such a name is a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "smollm2"):
+        assert name in MODEL_HELP
+        with pytest.raises(CheckpointError, match=f"'{name}' is a name of the commands; in Python: TorchBackend"):
+            TorchBackend.from_pretrained(name)
+    random_llama(vocab_size=50).save_pretrained("tiny")
+    assert TorchBackend.from_pretrained("tiny").vocab_size == 50
 
 
 def test_a_folder_in_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

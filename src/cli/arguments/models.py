@@ -11,9 +11,21 @@ from ...errors import ConfigError
 from ...testing.models.llama import random_llama
 from ...testing.models.smollm2 import smollm2_file, smollm2_folder
 
-__all__ = ["MODEL_HELP", "NamedModel", "default_device", "load_named", "smollm2_file"]
+__all__ = [
+    "CONFIG_HELP",
+    "DEVICE_HELP",
+    "MODEL_HELP",
+    "NamedModel",
+    "config_named",
+    "default_device",
+    "folder_named",
+    "load_named",
+    "smollm2_file",
+]
 
 MODEL_HELP: Final = "smollm2, tiny (a random Llama), or a folder that transformers can load"
+CONFIG_HELP: Final = f"{MODEL_HELP}, or a config.json of transformers"
+DEVICE_HELP: Final = "device to run on, e.g. cpu or cuda:1 (default: a GPU where there is one)"
 
 
 @final
@@ -52,10 +64,41 @@ def load_named(
     device = device or default_device()
     if name == "tiny":
         return NamedModel(name, random_llama(dtype=torch_dtype(dtype), **(config or {})).to(device))
-    folder = smollm2_folder() if name == "smollm2" else Path(name)
-    if not folder.is_dir():
-        raise ConfigError(f"--model must be {MODEL_HELP}, got {name!r}")
+    folder = folder_named(name, f"--model must be {MODEL_HELP}")
     wrapped, tokenizer = load_pretrained(
         folder, gguf_file=None, lora=None, dtype=dtype, device=device, gradient_checkpointing=False
     )
     return NamedModel(name, wrapped.model, tokenizer, folder)
+
+
+def config_named(name: str) -> Any:
+    """Return the config of the model that ``--model`` names, or of a JSON file.
+
+    Raises:
+        ConfigError: the name is none of these, or the file is no config.
+        CheckpointError: the folder holds no config.
+        MissingExtraError: transformers, or the package that carries SmolLM2, is not installed.
+    """
+    from ...backends.native.distributed.outline import read_config  # it brings sharding, which no other command needs
+
+    if name == "tiny":
+        return random_llama().config
+    file = Path(name)
+    return read_config(file if file.is_file() else folder_named(name, f"--model must be {CONFIG_HELP}"))
+
+
+def folder_named(name: str, expected: str) -> Path:
+    """Return the folder of ``smollm2``, or the one that has this name; names of a hub are not looked up.
+
+    Args:
+        name: as the user gave it.
+        expected: what it should have been, for the error.
+
+    Raises:
+        ConfigError: there is no such folder.
+        MissingExtraError: the package that carries SmolLM2 is not installed.
+    """
+    folder = smollm2_folder() if name == "smollm2" else Path(name)
+    if not folder.is_dir():
+        raise ConfigError(f"{expected}, got {name!r}, which is no folder here; names of a hub are not looked up")
+    return folder

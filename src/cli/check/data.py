@@ -6,13 +6,16 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from ...errors import ConfigError
 from ...testing.datacheck import BUILDER_ROWS, DataRow, TinyTokenizer, check_builder
+from ..arguments.models import folder_named
 from ..arguments.object_references import load_object
 
 __all__ = ["add_parser"]
+
+_TOKENIZER_HELP: Final = "tiny (characters, ChatML), smollm2, or a folder with a tokenizer and a chat template"
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +24,7 @@ def add_parser(commands: Any) -> None:
     data.add_argument(
         "builder", help="package.module:function that turns messages (and a tokenizer) into a datum or input_ids"
     )
-    data.add_argument("--tokenizer", default="tiny", help="tiny (characters, ChatML), or a folder with a chat template")
+    data.add_argument("--tokenizer", default="tiny", help=_TOKENIZER_HELP)
     data.add_argument(
         "--only", action="append", choices=list(BUILDER_ROWS), help="name of a row to check; may be given several times"
     )
@@ -53,7 +56,8 @@ def _tokenizer(name: str) -> Any:
         return TinyTokenizer()
     from ...backends.native.models.tokenizers import load_tokenizer
 
-    found = load_tokenizer(name)
+    expected = f"--tokenizer must be {_TOKENIZER_HELP}"
+    found = load_tokenizer(folder_named(name, expected))
     if found is None or not getattr(found, "chat_template", None):
-        raise ConfigError(f"--tokenizer must be tiny, or a folder with a tokenizer and a chat template, got {name!r}")
+        raise ConfigError(f"{expected}, got {name!r}, which has none")
     return found
