@@ -6,6 +6,8 @@ import argparse
 import os
 import secrets
 import signal
+import socket
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from ..service.durability.checkpoints import Checkpoints
 from ..service.durability.journal import Journal
 from ..service.durability.recovery import adopt
 from ..service.durability.storage import lock_folder
-from ..service.http.server import serve_forever
+from ..service.http.server import require_keys, serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, ServedModels
-from .arguments.models import MODEL_HELP, default_device, load_named
+from .arguments.addresses import bound, listen, port_of
+from .arguments.models import DEVICE_HELP, MODEL_HELP, default_device, load_named
+from .arguments.parser import DTYPES
 
 __all__ = ["add_parser", "load_base"]
 
@@ -49,26 +53,47 @@ def add_parser(commands: Any) -> None:
         help="what clients are told to load its tokenizer by: the id of a public repository, or a folder that they have "
         f"(default: {_TOKENIZERS['smollm2']} for smollm2, else nothing, and they try the name)",
     )
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8765)
-    serve.add_argument("--dtype", default="float32")
-    serve.add_argument("--device", default=None)
     serve.add_argument(
-        "--checkpoints", default="checkpoints", help="folder of checkpoints and journal (default: checkpoints)"
+        "--host", default="127.0.0.1", help="address to listen on; all but 127.0.0.1 and its like need API keys"
     )
-    serve.add_argument("--keys", type=Path, help="file of SHA-256 digests of API keys, a line each; see also --new-key")
+    serve.add_argument("--port", type=int, default=8765, help="port to listen on; 0: any that is free")
+    serve.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the base weights; adapters are fp32"
+    )
+    serve.add_argument("--device", help=DEVICE_HELP)
+    serve.add_argument("--checkpoints", default="checkpoints", help="folder of checkpoints and journal")
+    serve.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help=f"file of SHA-256 digests of API keys, a line each, see also --new-key; besides it the keys in ${_KEYS}, "
+        "separated by commas",
+    )
     serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
-    serve.add_argument("--max-models", type=int, default=Limits().models)
+    serve.add_argument(
+        "--max-models", type=int, default=Limits().models, metavar="N", help="models in memory, of all clients together"
+    )
     for name, what in _PER_KEY.items():
         serve.add_argument(f"--{name}-per-key", type=int, metavar="N", help=f"one key's {what} (default: a fair share)")
-    serve.add_argument("--token-budget", type=int, default=4096)
     serve.add_argument(
-        "--timeout", type=float, default=600.0, help="under torchrun: seconds that a process waits for the others"
+        "--token-budget",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens of one forward, padding included; memory depends on it, results do not",
+    )
+    serve.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: how long a process waits for the others",
     )
     serve.add_argument(
         "--save-seconds",
         type=float,
         default=30.0,
+        metavar="SECONDS",
         help="when the server ends, save the models in memory as checkpoints, in so many seconds at most; 0: let them go",
     )
     serve.add_argument(
@@ -88,20 +113,32 @@ def _run(arguments: argparse.Namespace) -> int:
     plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
     saved = arguments.keys.read_text().splitlines() if arguments.keys else []
     keys = Keys([*map(digest_of, plain), *saved])
+    require_keys(arguments.host, keys)
+    with _address(arguments) as sockets:
+        _load_and_serve(arguments, keys, sockets)
+    return 0
+
+
+def _address(arguments: argparse.Namespace) -> AbstractContextManager[list[socket.socket]]:
+    """Bind the address, in the first of several processes only."""
+    follows = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    return nullcontext([]) if follows else bound(arguments.host, arguments.port)
+
+
+def _load_and_serve(arguments: argparse.Namespace, keys: Keys, sockets: list[socket.socket]) -> None:
     base, root = load_base(arguments), Path(arguments.checkpoints)
     mesh = find_mesh("auto", torch.device(arguments.device or default_device()), arguments.timeout)
     if mesh is None:
-        _serve(ServedModels(base, root), keys, arguments)
-        return 0
+        _serve(ServedModels(base, root), keys, arguments, sockets)
+        return
     member = Member(ServedModels(spread(base, mesh, arguments.timeout), root), mesh, arguments.timeout)
     if member.first:
         signal.signal(signal.SIGTERM, _end)
         with leading(member) as models:
-            _serve(models, keys, arguments)
+            _serve(models, keys, arguments, sockets)
     else:
         follow(member)
     torch.distributed.destroy_process_group()
-    return 0
 
 
 def _at_the_end(seconds: float | None) -> str:
@@ -131,14 +168,17 @@ def _end(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace) -> None:
-    place = f"http://{arguments.host}:{arguments.port}"
+def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace, sockets: list[socket.socket]) -> None:
+    quotas = {f"{name}_per_key": getattr(arguments, f"{name}_per_key") for name in _PER_KEY}
+    limits = Limits(models=arguments.max_models, **quotas)
+    listen(sockets)
+    port = port_of(sockets)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    place = f"http://{host}:{port}"
     print(f"{models.base.name} on {place}", "" if keys else "(no keys: everybody is let in)")
     saved_for = arguments.save_seconds if arguments.save_seconds > 0 else None
     print(_at_the_end(saved_for), flush=True)
-    quotas = {f"{name}_per_key": getattr(arguments, f"{name}_per_key") for name in _PER_KEY}
-    limits = Limits(models=arguments.max_models, **quotas)
-    serve_forever(models, arguments.host, arguments.port, keys, limits, save_seconds=saved_for)
+    serve_forever(models, arguments.host, port, keys, limits, save_seconds=saved_for, sockets=sockets)
 
 
 def _new_key(file: Path | None) -> int:

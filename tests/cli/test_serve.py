@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pullback import AdamParams, Datum, ModelInput, connect
 from pullback.cli import main, serve
+from pullback.cli.arguments.addresses import bound, listen, port_of
 from pullback.cli.arguments.models import load_named
 from pullback.cli.serve import load_base
 from pullback.errors import ConfigError
@@ -48,18 +52,88 @@ def test_a_folder_is_a_model_and_other_words_are_not(tmp_path: Path, capsys: pyt
         load_base(given("tinny"))
     with pytest.raises(ConfigError, match="dtype must name"):
         load_named("tiny", dtype="floaty")
-    assert main(["serve", "--model", "tinny"]) == 2
-    assert "got 'tinny'" in capsys.readouterr().err
+    assert main(["serve", "--model", "tinny", "--port", "0"]) == 2
+    printed = capsys.readouterr()
+    assert "got 'tinny'" in printed.err
+    assert printed.out == ""
 
 
 def test_quotas_are_given_by_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each quota of a key has a flag; what is not given is a fair share, and what is no count is refused."""
     served: list[Limits] = []
     monkeypatch.setattr(serve, "serve_forever", lambda *given, **options: served.append(given[4]))
-    command = ["serve", "--model", "tiny", "--checkpoints", str(tmp_path)]
+    command = ["serve", "--model", "tiny", "--checkpoints", str(tmp_path), "--port", "0"]
     assert main([*command, "--models-per-key", "3", "--disk-per-key", "1000000"]) == 0
     assert served == [Limits(models_per_key=3, disk_per_key=1_000_000)]
     assert main(command) == 0
     assert served[1] == Limits()
     assert main([*command, "--queue-per-key", "0"]) == 2
     assert len(served) == 2
+
+
+def fails_to_load(arguments: Namespace) -> Any:
+    raise AssertionError("nothing is loaded before the address is known to be free")
+
+
+def test_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before a model is loaded, with what to do; nothing is said to be served."""
+    monkeypatch.setattr(serve, "load_base", fails_to_load)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", "--model", "tiny", "--port", str(port), "--checkpoints", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert f"port {port} is taken: give --port" in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (["--port", "70000"], "--port must be a number from 0 (any that is free) to 65535, got 70000"),
+        (["--port", "-1"], "--port must be a number from 0 (any that is free) to 65535, got -1"),
+        (["--host", "999.1.1.1"], "999.1.1.1 can be reached from other machines"),
+    ],
+)
+def test_an_address_that_is_none(
+    address: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before a model is loaded, and so is one that needs keys."""
+    monkeypatch.setattr(serve, "load_base", fails_to_load)
+    assert main(["serve", "--model", "tiny", *address]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_hosts_of_other_machines() -> None:
+    """Neither a name that nothing has, nor an address of somebody else (192.0.2.1 is one of documentation)."""
+    for host in ("no..name", "192.0.2.1"):
+        with (
+            pytest.raises(ConfigError, match=f"--host must be an address of this machine.*got '{host}'"),
+            bound(host, 0),
+        ):
+            pass
+    with bound("localhost", 0) as sockets:
+        listen(sockets)
+        with pytest.raises(ConfigError, match="is taken"), bound("localhost", port_of(sockets)):
+            pass
+
+
+def test_what_is_printed_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The address is printed when clients can connect to it, with the port that was found."""
+    reached: list[int] = []
+
+    def serve_forever(*given: Any, **options: Any) -> None:
+        place = re.search(r"tiny on http://127.0.0.1:(\d+)", capsys.readouterr().out)
+        assert place
+        with socket.create_connection(("127.0.0.1", int(place[1])), timeout=5):
+            reached.append(int(place[1]))
+        assert [port_of([each]) for each in options["sockets"]] == reached
+
+    monkeypatch.setattr(serve, "serve_forever", serve_forever)
+    assert main(["serve", "--model", "tiny", "--port", "0", "--checkpoints", str(tmp_path)]) == 0
+    assert reached
