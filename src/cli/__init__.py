@@ -9,20 +9,28 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import PullbackError
 from . import bench, check, demo, diff, explain, losses, plan, serve
+from .arguments.parser import CommandParser
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
 _COMMANDS = (demo, serve, check, diff, plan, bench, losses, explain)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="pullback", description="Losses for post-training language models.")
-    parser.add_argument("--version", action="version", version=f"pullback {__version__}")
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = CommandParser(prog="pullback", description="Losses for post-training language models.")
+    parser.add_argument(
+        "--version", action="version", version=f"pullback {__version__}", help="print the version, and end"
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in _COMMANDS:
         command.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = command_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
         return status

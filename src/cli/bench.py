@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     benchmarks = commands.add_parser("bench", help="measure a model").add_subparsers(required=True, metavar="what")
     numerics = benchmarks.add_parser("numerics", help="log-probs against fp64, by dtype")
     numerics.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    numerics.add_argument("--tokens", type=int, default=1024)
+    numerics.add_argument("--tokens", type=int, default=1024, help="tokens of text that are scored")
     numerics.set_defaults(run=bench_numerics)
 
 

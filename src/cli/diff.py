@@ -17,6 +17,7 @@ from ..errors import ConfigError, PullbackError
 from ..testing.backend_diff import diff
 from ..testing.examples import example_datums
 from .arguments.backends import BACKEND_HELP, NamedBackend, model_of, open_backend
+from .arguments.parser import DTYPES
 from .check.loss import load
 from .explain import DATUMS_HELP, read_datums
 
@@ -34,7 +35,9 @@ def add_parser(commands: Any) -> None:
     )
     for side in "ab":
         parser.add_argument(f"--{side}", required=True, help=BACKEND_HELP)
-        parser.add_argument(f"--dtype-{side}", default="float32", help=f"dtype of the weights of {side}")
+        parser.add_argument(
+            f"--dtype-{side}", choices=DTYPES, default="float32", help=f"dtype of the weights of {side}"
+        )
     parser.add_argument("--loss", default="cross_entropy", help="registered name, or package.module:function")
     parser.add_argument("--loss-config", type=_mapping, help='hyperparameters as JSON, e.g. {"kl_beta": 0.1}')
     parser.add_argument("--data", help=f"JSON Lines: {DATUMS_HELP}; default: random tokens, near the policy of a")

@@ -104,7 +104,8 @@ def test_checked_from_the_command_line(installed: Path) -> None:
     code = "from pullback.cli import main; main(['losses']); exit(main(['check', 'loss', 'cal_dpo', '--fast']))"
     done = run(installed, "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "cal_dpo  (gradient: pair; arXiv:2412.14516)" in done.stdout
+    assert "\ncal_dpo: " in done.stdout
+    assert "gradient kind: pair; source: arXiv:2412.14516" in done.stdout
     assert "cal_dpo (registered)" in done.stdout
     assert "failed" not in done.stdout
 

@@ -13,8 +13,8 @@ _CHECKS = (backend, loss, model, data, sampling)
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
-    checks = commands.add_parser(
-        "check", help="does a loss, a backend, a model or a builder of data keep its promises?"
-    ).add_subparsers(required=True, metavar="what")
+    checks = commands.add_parser("check", help="test a loss, a backend, a model, data or sampling").add_subparsers(
+        required=True, metavar="what"
+    )
     for check in _CHECKS:
         check.add_parser(checks)

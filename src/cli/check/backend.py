@@ -22,6 +22,7 @@ from ...testing.conformance import Check, backend_report
 from ...testing.conformance.report import line_of
 from ...testing.conformance.services import TOLERANCES, client_versions, service_under_test
 from ..arguments.models import MODEL_HELP, load_named
+from ..arguments.parser import listing
 from ..processes import ALONE, Processes
 
 __all__ = ["add_parser"]
@@ -35,9 +36,12 @@ def add_parser(checks: Any) -> None:
     backend = checks.add_parser(
         "backend",
         help="every promise of a backend, by its verbs alone",
-        description="Checks: " + " ".join(f"{name}: {each.promise}" for name, each in PROMISES.items()),
+        description="Check the native backend, or a service, by the verbs that all backends have.",
+        epilog=listing("checks", {name: each.promise for name, each in PROMISES.items()}),
     )
-    backend.add_argument("--url", help="address of a service (default: the native backend is checked)")
+    backend.add_argument(
+        "--url", help="address of a service, e.g. http://127.0.0.1:8765 (default: the native backend is checked)"
+    )
     backend.add_argument("--base-model", help="name of the base model at the service")
     backend.add_argument("--api-key", help="API key of the service (default: the one that its SDK finds)")
     backend.add_argument("--rank", type=int, default=8, help="rank of the adapters at the service")
@@ -53,13 +57,17 @@ def add_parser(checks: Any) -> None:
         "--dtype", choices=tuple(TOLERANCES), default="float32", help="the backend's dtype, which sets the tolerances"
     )
     backend.add_argument(
-        "--tolerance", type=float, help="largest relative difference of two updates that should be equal"
+        "--tolerance",
+        type=float,
+        help="largest relative difference of two updates that should be equal (default: that of the dtype)",
     )
     reference = (
         f"what to compare log-probs with: the address of another service, or a model that is run in fp64: {MODEL_HELP}"
     )
-    backend.add_argument("--reference", help=reference)
-    backend.add_argument("--only", action="append", help="name of a check to run; may be given several times")
+    backend.add_argument("--reference", help=f"{reference} (default: a backend in fp64; of a service none)")
+    backend.add_argument(
+        "--only", action="append", help="name of a check to run, see below; may be given several times"
+    )
     backend.add_argument("--markdown", type=Path, metavar="FILE", help="write the report as Markdown")
     backend.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     backend.set_defaults(run=_run)

@@ -11,6 +11,7 @@ from ...losses import loss_names, registry
 from ...losses.base import GradientKind
 from ...testing.losscheck import FORMS, INVARIANCES, LOSS_PROPERTIES, loss_report
 from ..arguments.object_references import load_object
+from ..arguments.parser import listing
 
 __all__ = ["add_parser", "load"]
 
@@ -22,19 +23,33 @@ def add_parser(commands: Any) -> None:
     loss = commands.add_parser(
         "loss",
         help="every property of a loss",
-        description="Properties: " + "; ".join(f"{name}: {each.proves}" for name, each in LOSS_PROPERTIES.items()),
+        description="Check a loss, anybody's: its value, its gradient, what it may depend on, and what it must not.",
+        epilog=listing("properties", {name: each.proves for name, each in LOSS_PROPERTIES.items()}),
     )
     loss.add_argument("loss", help="package.module:function, or the name of a registered loss")
     loss.add_argument("--form", choices=FORMS[1:], help="how the loss is called, where its signature does not tell")
-    loss.add_argument("--kind", choices=get_args(GradientKind), help="the gradient kind that the loss declares")
-    loss.add_argument("--detached", action="append", default=[], help="an argument that no gradient may flow into")
+    loss.add_argument(
+        "--kind",
+        choices=get_args(GradientKind),
+        help="what the gradient of one token may depend on: nothing, the token, its sequence, its pair, the batch "
+        "(default: what the loss declares)",
+    )
+    loss.add_argument(
+        "--detached",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name of an argument that no gradient may flow into; may be given several times",
+    )
     loss.add_argument(
         "--invariant",
         action="append",
         choices=INVARIANCES,
-        help="a shift of the inputs that may not change the gradient",
+        help="a shift of the inputs that may not change the gradient; may be given several times",
     )
-    loss.add_argument("--only", action="append", help="name of a property to check; may be given several times")
+    loss.add_argument(
+        "--only", action="append", help="name of a property to check, see below; may be given several times"
+    )
     loss.add_argument("--examples", type=int, default=_EXAMPLES, help="random batches per property")
     loss.add_argument("--fast", action="store_true", help=f"{_FAST} batches per property: a few seconds")
     loss.add_argument("--json", action="store_true", help="print the results as JSON")

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ...testing.modelcheck.check import check_model
-from ..arguments.models import MODEL_HELP, load_named
+from ..arguments.models import DEVICE_HELP, MODEL_HELP, load_named
+from ..arguments.parser import DTYPES
 
 __all__ = ["add_parser"]
 
@@ -18,9 +19,9 @@ def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     model = commands.add_parser("model", help="log-probs, gradients, adapters, sampling against the model's own code")
     model.add_argument("path", help=MODEL_HELP)
-    model.add_argument("--dtype", default="float32", help="dtype that training would use")
+    model.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype that training would use")
     model.add_argument("--rank", type=int, default=8, help="rank of the adapter in the rows on LoRA")
-    model.add_argument("--device", help="device to run on (default: a GPU where there is one)")
+    model.add_argument("--device", help=DEVICE_HELP)
     model.add_argument(
         "--long", action="store_true", help="test lengths beyond windows and contexts of more than 1,024 tokens too"
     )

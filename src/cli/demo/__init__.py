@@ -21,18 +21,22 @@ def add_parser(commands: Any) -> None:
         help="remote: train at a service that is started for the demo",
     )
     parser.add_argument(
-        "--minutes", type=float, default=12.0, help="time that the demo may take, without installation (default 12)"
+        "--minutes", type=float, default=12.0, help="minutes that the demo may take, without installation"
     )
     parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="rows of your own, JSON Lines: texts, chats, pairs, questions with answers",
+        help="rows of your own, JSON Lines: texts, chats, pairs, questions with answers (default: the demo's own tasks)",
     )
-    parser.add_argument("--only", help="objectives to train, some of sft,dpo,orpo,grpo")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--only", help="objectives to train, some of sft,dpo,orpo,grpo, separated by commas (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of data, and of the samples")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
     parser.add_argument("--out", default="demo-results", help="folder for the picture and the figures")
     parser.set_defaults(run=_run)
 
