@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import bare_loop
 import pytest
 import torch
 from other_trainers.trainer_checks import TOLERANCE, Recording, error, gradient, mean_of_means, token_mean
-from toy_rows import micro_batches, rows, toy_model
+from toy_rows import COMPLETIONS, micro_batches, rows, toy_model
 
 from pullback.losses import CrossEntropy, TokenBatch
 from pullback.ops import logprobs_of
@@ -37,6 +41,29 @@ def own_counts(size: int, divide: bool) -> torch.Tensor:
         torch.autograd.backward(loss / len(batches) if divide else loss)
     optimizer.step()
     return optimizer.gradients[0]
+
+
+def test_the_figures_of_the_page() -> None:
+    """Those that docs/trainers.md shows: what a token weighs, how long the gradient is, and how far it is turned."""
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    pairs = [COMPLETIONS[i : i + 2] for i in range(0, len(COMPLETIONS), 2)]
+    added = [sum(COMPLETIONS) / sum(pair) for pair in pairs]
+    weights = [*added, *(weight / len(pairs) for weight in added), *(1.0 for _ in pairs)]
+    assert _printed(page, "a token weighs") == [pytest.approx(weight, rel=0.05) for weight in weights]
+    model = toy_model()
+    exact = gradient(model, token_mean(model, rows()))
+    naive = [own_counts(2, divide) for divide in (False, True)]
+    lengths = [float(each.norm() / exact.norm()) for each in naive]
+    assert _printed(page, "the gradient is") == [pytest.approx(length, abs=0.05) for length in lengths]
+    degrees = [math.degrees(math.acos(torch.cosine_similarity(each, exact, dim=0))) for each in naive]
+    assert degrees == [pytest.approx(51, abs=0.5)] * 2
+    assert page.count("51 degrees") == 2
+
+
+def _printed(page: str, beginning: str) -> list[float]:
+    """The numbers of the lines of a page that begin so."""
+    lines = [line for line in page.splitlines() if line.strip().startswith(beginning)]
+    return [float(number) for line in lines for number in re.findall(r"(\d+\.?\d*) (?:x|times)", line)]
 
 
 def test_a_mean_of_each_micro_batch_is_another_gradient() -> None:
