@@ -21,11 +21,12 @@ _TEMPLATE = (
 pytestmark = pytest.mark.filterwarnings("default")  # libraries warn on their own behalf
 
 
-def follow(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the page's blocks with this model; return what they defined."""
+def follow(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the page's blocks, with this model in place of SmolLM2; return what they defined."""
     pytest.importorskip("peft", reason="the tutorial trains a LoRA adapter (extra hf)")
     monkeypatch.chdir(folder)
-    defined: dict[str, Any] = {"model": model}
+    monkeypatch.setattr("pullback.testing.smollm2_folder", lambda: model)
+    defined: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S):
         exec(compile(block, str(PAGE), "exec"), defined)
     return defined
@@ -46,7 +47,7 @@ def test_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """Every block runs, the loss falls, and transformers scores with the adapter as the backend does."""
     model = chat_folder(tmp_path / "model")
     (model / "chat_template.jinja").write_text(_TEMPLATE)
-    defined = follow(str(model), tmp_path, monkeypatch)
+    defined = follow(model, tmp_path, monkeypatch)
     ours, theirs = scores(defined)
     assert ours == pytest.approx(theirs, abs=1e-5)
     with defined["trained"].disable_adapter():
@@ -61,5 +62,5 @@ def test_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         folder = smollm2_folder()
     except MissingExtraError as error:
         pytest.skip(str(error))
-    defined = follow(str(folder), tmp_path, monkeypatch)
+    defined = follow(folder, tmp_path, monkeypatch)
     assert re.match(r"<answer>\w+</answer>", defined["tokenizer"].decode(defined["answer"]))
