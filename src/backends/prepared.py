@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, final
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from ..datums.types import Datum, TensorData
 from ..datums.validation import validate
-from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnsupportedError
+from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnknownLossError, UnsupportedError
 from ..losses.base import GradientKind, Loss
 from ..losses.batch.adapt import as_tensor
 from ..losses.batch.token_batch import TokenBatch
 from ..losses.counts import Counts, check_counts
 from ..losses.evaluation.metrics import wire_metrics
 from ..losses.kind import trusted_kind
+from ..losses.recipes import recipe
 from ..losses.registry import get_loss
 from .operation_lock import running_loss
 from .protocol import CustomLoss
@@ -256,12 +258,16 @@ def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
         LossError: there is none, or its config does not apply.
     """
     if isinstance(given, str):
-        return get_loss(given, as_mapping(config))
+        try:
+            return get_loss(given, as_mapping(config))
+        except UnknownLossError as error:
+            with suppress(ConfigError):  # there is no such recipe, either
+                recipe(given)
+                raise UnknownLossError(f"{given!r} is a recipe: loss, normalization = recipe({given!r})") from error
+            raise
     if isinstance(given, Loss):
         if config:
-            raise ConfigError(
-                f"{given.name} was given as an object and carries its own hyperparameters; drop {dict(config)}"
-            )
+            raise ConfigError(f"{given.name} is an object and carries its own hyperparameters; drop {dict(config)}")
         return given
     raise LossTypeError(
         f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"

@@ -60,8 +60,6 @@ class Registry:
             self._load_plugins()
         if name not in self._classes and name in REFUSED:
             raise UnknownLossError(f"loss {name!r} is known but not provided: {REFUSED[name]}")
-        if name not in self._classes and _is_recipe(name):
-            raise UnknownLossError(f"{name!r} is a recipe: loss, normalization = recipe({name!r}), of pullback.losses")
         if name not in self._classes:
             raise UnknownLossError(
                 f"unknown loss {name!r}{suggestion(name, self._classes)}; known: {', '.join(sorted(self._classes))}"
@@ -109,16 +107,6 @@ class Registry:
             self.register(loss)
         except DuplicateLossError as error:
             raise DuplicateLossError(f"{place}: {error}, or uninstall {package}") from error
-
-
-def _is_recipe(name: str) -> bool:
-    from .recipes import recipe  # the losses of recipes are registered here
-
-    try:
-        recipe(name)
-    except ConfigError:
-        return False
-    return True
 
 
 def config_of(loss: Loss) -> dict[str, Any] | None:
