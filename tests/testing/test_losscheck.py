@@ -220,11 +220,26 @@ def test_what_cannot_be_called() -> None:
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
-def test_from_the_page_to_ones_own_loss() -> None:
-    """README leads to the page, which checks a padded loss with at most five lines beyond it, and finds a defect in another."""
+def test_from_the_page_to_ones_own_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """README leads to the page, which checks a padded loss in five lines, and prints what it finds in another."""
     assert "(docs/checking.md)" in (PAGE.parents[1] / "README.md").read_text()
     own, check, broken, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     assert check.count("\n") <= 5
     namespace: dict[str, Any] = {}
     exec(own + check + broken, namespace)
     assert [result.property for result in namespace["report"].failed] == ["poison"]
+    shown = PAGE.read_text().partition(f"{broken}```\n\n")[2].partition("\n\n")[0]
+    expected = "".join(line.removeprefix("    ") + "\n" for line in shown.splitlines())
+    assert capsys.readouterr().out.endswith(f"\n{expected}")
+    first, again = (line.split(": ", 1)[1] for line in expected.splitlines()[-2:])
+    with pytest.raises(LossCheckError, match="poison: failed"):
+        exec(f"{first}\n{again}", {"multiplied": namespace["multiplied"]})
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
+def test_the_page_lists_every_property() -> None:
+    """The table of the page has each property that is checked, and none that is not."""
+    table = PAGE.read_text().partition("## The properties\n")[2].partition("\n\nWhat a function detaches")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    listed = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(listed) == sorted(LOSS_PROPERTIES)
