@@ -13,7 +13,10 @@ from pullback.cli import main
 def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each datum of a file is a table; without weights they are said to be 1."""
     file = tmp_path / "datums.jsonl"
-    lines = [{"model_input": [1, 2]}, {"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3], "weights": [0, 1]}}]
+    lines = [
+        {"model_input": [1, 2]},
+        {"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3], "weights": [0, 1]}},
+    ]
     file.write_text("\n".join(map(json.dumps, lines)))
     assert main(["explain", str(file)]) == 0
     first, second = capsys.readouterr().out.strip().split("\n\n")
@@ -24,7 +27,10 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"messages": []}', ["got the keys messages.", "rows = [json.loads(line) for line in open(", "from_rows(rows, tokenizer)"]),
+        (
+            '{"messages": []}',
+            ["got the keys messages.", "rows = [json.loads(line) for line in open(", "from_rows(rows, tokenizer)"],
+        ),
         ("[1, 2]", ["got list"]),
         ('{"model_input": [1,', ["which is no JSON"]),
         ('{"model_input": [1.5]}', ["integers"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,31 @@ from pullback.datums.chat.roles import ROLE_OF, is_assistant_in_other_words
 from pullback.errors import DatumError, InvalidDatumsError
 
 USER, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes"}
-OTHER_NAMES = ("Assistant", "ASSISTANT", " assistant", "asistant", "assitant", "assistent", "assistants", "model", "Bot", "gpt")
-OTHER_ROLES = ("system", "user", "User", "tool", "Developer", "ipython", "function", "environment", "critic", "context", "")
+OTHER_NAMES = (
+    "Assistant",
+    "ASSISTANT",
+    " assistant",
+    "asistant",
+    "assitant",
+    "assistent",
+    "assistants",
+    "model",
+    "Bot",
+    "gpt",
+)
+OTHER_ROLES = (
+    "system",
+    "user",
+    "User",
+    "tool",
+    "Developer",
+    "ipython",
+    "function",
+    "environment",
+    "critic",
+    "context",
+    "",
+)
 
 
 @pytest.mark.parametrize("role", [*OTHER_NAMES, "AI"])
@@ -33,10 +58,14 @@ def test_what_is_said_of_such_a_role_is_heard() -> None:
     messages = [USER, {"role": "model", "content": "No"}, USER, YES]
     tokenizer = chat_tokenizer(CHATML)
 
-    def trained(messages: list[dict[str, object]], train_on: tuple[str, ...]) -> list[bool]:
+    def trained(messages: list[Any], train_on: tuple[str, ...]) -> list[bool]:
         datum = datum_from_messages(tokenizer, messages, train_on)
         text = tokenizer.decode(
-            [t for t, w in zip(*(datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "weights")), strict=True) if w]
+            [
+                t
+                for t, w in zip(*(datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "weights")), strict=True)
+                if w
+            ]
         )
         return [word in text for word in ("No", "Yes", "hi")]
 
@@ -48,7 +77,7 @@ def test_what_is_said_of_such_a_role_is_heard() -> None:
         trained([USER, {**messages[1], "train": True}, USER, YES], ("assistant",))
 
 
-@given(st.sampled_from(OTHER_ROLES) | st.text(st.characters(codec="ascii", exclude_characters="aistAIST"), max_size=12))
+@given(st.sampled_from(OTHER_ROLES) | st.text("bcdefghlmnopqru_ ", max_size=12))
 def test_other_roles_are_left_alone(role: str) -> None:
     """Neither the usual roles nor those of some template are taken for the assistant."""
     assert not is_assistant_in_other_words(role) or ROLE_OF.get(role.strip().lower()) == "assistant"

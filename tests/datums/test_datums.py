@@ -246,13 +246,18 @@ def test_only_the_label_is_no_weight(weight: float, wide: bool) -> None:
     shape: Any = [[2, 3], [4, 5]] if wide else [2, 3]
 
     def datum(w: float) -> Datum:
-        return Datum(ModelInput.from_ints([1, 2]), {"target_tokens": shape, "weights": [[1.0, 0.0], [0.0, w]] if wide else [0.0, w]})
+        return Datum(
+            ModelInput.from_ints([1, 2]),
+            {"target_tokens": shape, "weights": [[1.0, 0.0], [0.0, w]] if wide else [0.0, w]},
+        )
 
     for near in (-99.99999, -100.00001):
         validate([datum(near)])
     if weight != -100:
         validate([datum(weight)])
-    with pytest.raises(InvalidDatumsError, match="'weights' is -100 at position .*transformers' label.*give weight 0 there"):
+    with pytest.raises(
+        InvalidDatumsError, match=r"'weights' is -100 at position .*transformers' label.*give weight 0 there"
+    ):
         validate([datum(-100)])
 
 
@@ -271,5 +276,7 @@ def test_names_of_other_libraries(given_name: str, meant: str) -> None:
     """A key that another library has for the same thing is answered with ours; one of a user's own is not guessed at."""
     for name, hint in ((given_name, f" \\(did you mean '{meant}'\\?\\)"), ("xyzzy", "")):
         datum = Datum(ModelInput.from_ints([1, 2]), {name: [0.0, 1.0]})
-        with pytest.raises(InvalidDatumsError, match=f"unknown field '{name}'{hint}; registered losses would ignore it"):
+        with pytest.raises(
+            InvalidDatumsError, match=f"unknown field '{name}'{hint}; registered losses would ignore it"
+        ):
             validate([datum], known_keys=True)

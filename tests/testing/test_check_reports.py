@@ -46,7 +46,9 @@ def test_imports_are_told_once() -> None:
 
     report = loss_report(multiplied, form="padded", examples=4, shrink=False)
     assert len(report.failed) > 1
-    assert "    first: from pullback.testing import Case, CaseSequence, check_loss\n    again: " in str(report["poison"])
+    assert "    first: from pullback.testing import Case, CaseSequence, check_loss\n    again: " in str(
+        report["poison"]
+    )
     assert str(report).count("import Case, CaseSequence") == 1
     assert "first: " not in str(loss_report(nll, form="padded", only="poison", examples=2)["poison"])
 
@@ -76,14 +78,18 @@ def test_a_loss_that_crashes_is_told_so_once() -> None:
         check_loss(crashes, examples=3)
     (result,) = caught.value.report.results
     line = crashes.__code__.co_firstlineno + 1
-    told = f"crashes raises on every batch, so nothing could be checked: RuntimeError: no such kernel ({__file__}:{line})"
+    told = (
+        f"crashes raises on every batch, so nothing could be checked: RuntimeError: no such kernel ({__file__}:{line})"
+    )
     assert result.sentence.startswith(told)
     assert "It was given logprobs [4, 3], mask [4, 3]" in result.sentence
     assert str(caught.value).count("no such kernel") == 1
     assert "again" not in str(caught.value)
     assert "Likely cause" not in str(caught.value)
     assert loss_report(crashes, examples=3)["poison"] is not None
-    assert {r.property for r in loss_report(crashes_on_long_rows, examples=3, shrink=False).results} == set(LOSS_PROPERTIES)
+    assert {r.property for r in loss_report(crashes_on_long_rows, examples=3, shrink=False).results} == set(
+        LOSS_PROPERTIES
+    )
 
 
 def test_what_is_no_loss_is_told_once() -> None:
@@ -101,7 +107,10 @@ def test_what_is_no_loss_is_told_once() -> None:
 
 def test_arguments_that_nobody_takes() -> None:
     """A value for an argument that a loss does not have is refused, with what it has."""
-    with pytest.raises(ConfigError, match=r"'beat', which crashes does not take \(did you mean 'beta'\?\); it takes logprobs, mask, beta"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'beat', which crashes does not take \(did you mean 'beta'\?\); it takes logprobs, mask, beta",
+    ):
         check_loss(crashes, arguments={"beat": 0.2})
     with pytest.raises(ConfigError, match="a Loss is given its hyperparameters when it is made"):
         check_loss(GRPO(), arguments={"kl_beta": 0.2})
@@ -132,5 +141,7 @@ def test_without_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where random batches cannot be drawn, the error says what for, and what to install."""
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     drawn.cache_clear()
-    with pytest.raises(MissingExtraError, match=r"^check_loss draws random batches, .*'hypothesis'.*pip install 'pullback\[test\]'$"):
+    with pytest.raises(
+        MissingExtraError, match=r"^check_loss draws random batches, .*'hypothesis'.*'pullback\[test\]'$"
+    ):
         check_loss(nll, form="padded")

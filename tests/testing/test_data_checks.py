@@ -137,7 +137,7 @@ def test_what_is_shown() -> None:
 
 
 def test_one_cause_is_told_once() -> None:
-    """Where what was said is trained too, the row of the header leads to that of the prompt; alone it has a cause of its own."""
+    """Where what was said is trained too, the row of the header leads to that of the prompt; alone it has its own cause."""
 
     def all_of_it(messages: Any, tokenizer: Any) -> dict[str, Any]:
         ids = tokenizer.apply_chat_template(messages, tokenize=True)
