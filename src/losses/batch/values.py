@@ -20,15 +20,15 @@ __all__ = ["LARGEST_LOGPROB", "examine", "sound", "wrong_values"]
 LARGEST_LOGPROB: Final = 0.01  # log-probs are at most 0; half precision may round a little above
 _LOGPROBS: Final = ("logprobs", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 _NUMBERS: Final = ("weights", "advantages")
-_SHOWN: Final = 20
 
 
-def sound(batch: TokenBatch, loss: Tensor) -> bool:
+def sound(batch: TokenBatch, loss: Tensor, inputs: Sequence[str]) -> bool:
     """Return whether there is no sign of a value that `examine` refuses, as far as looking is free.
 
     Args:
         batch: the tensors.
         loss: what was computed from them; it may be finite where a log-prob is not, as the ratio of -inf is 0.
+        inputs: fields of the batch that the loss reads, beside the log-probs.
     """
     if not readable(batch.logprobs):
         return True
@@ -37,11 +37,16 @@ def sound(batch: TokenBatch, loss: Tensor) -> bool:
         return finite(loss)
     # The largest is NaN where any is.
     high_enough = batch.shown_finite() or x.amin().item() > -math.inf
-    return finite(loss) and x.amax().item() <= LARGEST_LOGPROB and high_enough
+    others = (getattr(batch, name) for name in _LOGPROBS[1:] if name in inputs)
+    return finite(loss) and _low(x) and high_enough and all(_low(other) for other in others if other is not None)
+
+
+def _low(logprobs: Tensor) -> bool:
+    return not readable(logprobs) or logprobs.amax().item() <= LARGEST_LOGPROB
 
 
 def examine(batch: TokenBatch, inputs: Sequence[str]) -> None:
-    """Check the trained values of a batch, with the sequence and token of everything that is wrong.
+    """Check the trained values of a batch: what is wrong, how much of it, and the first sequence and token.
 
     Args:
         batch: the tensors.
@@ -66,7 +71,7 @@ def wrong_values(batch: TokenBatch, inputs: Sequence[str]) -> Problem:
 def _wrong(batch: TokenBatch, name: str) -> Tensor | None:
     """Return where an input is trained and not what it should be; None if it cannot be wrong."""
     values: Tensor | None = getattr(batch, name)
-    if values is None or not values.is_floating_point():
+    if values is None or not (values.is_floating_point() or name in _LOGPROBS):
         return None
     bad = ~torch.isfinite(values.detach())
     if name in _LOGPROBS:
@@ -75,14 +80,30 @@ def _wrong(batch: TokenBatch, name: str) -> Tensor | None:
 
 
 def _described(batch: TokenBatch, name: str, bad: Tensor) -> Iterator[str]:
+    """Yield one line for each kind of wrong value that there is."""
     values = getattr(batch, name).detach().expand(batch.layout.shape)
-    places = bad.nonzero().tolist()
-    for place in places[:_SHOWN]:
-        value = float(values[tuple(place)])
-        why = "a log-prob is a finite number of at most 0" if name in _LOGPROBS else "a finite number is expected"
-        yield f"{_words(batch, place)}: {name} is {value:g}; {why}"
-    if len(places) > _SHOWN:
-        yield f"{name}: {len(places) - _SHOWN} more values like these"
+    trained = int(batch.trained.sum())
+    kinds = {
+        "nan": values.isnan(),
+        "infinite": values.isinf(),
+        "positive": values.isfinite(),
+    }
+    for kind, at in kinds.items():
+        places = (bad & at).nonzero()
+        if len(places):
+            first = places[0].tolist()
+            yield (
+                f"{name}: {len(places):,} of {trained:,} trained values {'is' if len(places) == 1 else 'are'} "
+                f"{kind}{_hint(name, kind)}; first: {_words(batch, first)} ({float(values[tuple(first)]):g})"
+            )
+
+
+def _hint(name: str, kind: str) -> str:
+    if name not in _LOGPROBS:
+        return ", a finite number is expected"
+    if kind == "positive":
+        return ", a log-prob is at most 0 (probabilities, logits, or -logprobs?)"
+    return ", a log-prob is a finite number of at most 0"
 
 
 def _words(batch: TokenBatch, place: list[int]) -> str:

@@ -56,8 +56,9 @@ def assemble(
         parts.append(part)
         found.append(problem)
     output = put_together(loss, batch, lambda: terms, tuple(parts), raise_readable(found))
-    if not sound(batch, output.loss):
-        examine(batch, fields_of(loss))
+    fields = fields_of(loss)
+    if not sound(batch, output.loss, fields):
+        examine(batch, fields)
     return output
 
 

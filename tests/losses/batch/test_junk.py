@@ -13,7 +13,8 @@ from reads import pretend_device
 from torch import Tensor
 
 from pullback.errors import InvalidDatumsError
-from pullback.losses import GRPO, KL, Loss, functional
+from pullback.losses import GRPO, KL, CrossEntropy, Loss, TokenBatch, functional
+from pullback.losses.batch.values import LARGEST_LOGPROB
 from pullback.losses.evaluation import token_sum
 
 EACH = pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
@@ -95,8 +96,87 @@ def test_the_same_is_refused_where_trained(loss: Loss, padded: bool, wrong: floa
     """One trained log-prob that is not finite, or positive, is named, whatever the loss would make of it."""
     inputs = make(loss, padded=padded, mask="ones")
     inputs.tensors["logprobs"][(1, 1) if padded else 6] = wrong  # the second token of the second sequence
-    with pytest.raises(InvalidDatumsError, match="sequence 1, token 1: logprobs is"):
+    with pytest.raises(InvalidDatumsError, match=r"logprobs: 1 of .* first: sequence 1, token 1 "):
         loss.evaluate(inputs.batch())
+
+
+ANCHORS = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
+READ = [(loss, name) for loss in VARIANTS for name in ANCHORS if name in make(loss, old=True).tensors]
+
+
+@pytest.mark.parametrize(("loss", "name"), READ, ids=[f"{i}-{loss.name}-{name}" for i, (loss, name) in enumerate(READ)])
+def test_anchors_are_log_probs(loss: Loss, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One positive anchor that is trained is refused, on a device by `check`; the same where nothing is trained is not."""
+    inputs = make(loss, mask="ones", old=True)
+    inputs.tensors["weights"][7] = 1.0
+    inputs.tensors[name][6] = LARGEST_LOGPROB
+    loss.evaluate(inputs.batch())
+    inputs.tensors[name][6] = 0.3
+    with pytest.raises(InvalidDatumsError, match=rf"{name}: 1 of .* positive.* first: sequence 1, token 1 \(0.3\)"):
+        loss.evaluate(inputs.batch())
+    with monkeypatch.context() as patch:
+        pretend_device(patch)
+        output = loss.evaluate(inputs.batch())
+        with pytest.raises(InvalidDatumsError, match=f"{name}: 1 of"):
+            output.check()
+    inputs.tensors["weights"][6] = 0.0
+    loss.evaluate(inputs.batch())
+
+
+def test_anchors_that_a_loss_does_not_read_are_not_looked_at() -> None:
+    batch = make(GRPO(), mask="ones").replaced(ref_logprobs=torch.full((18,), 0.3)).batch()
+    assert math.isfinite(GRPO().evaluate(batch).loss.item())
+    with pytest.raises(InvalidDatumsError, match="ref_logprobs"):
+        GRPO(kl=KL()).evaluate(batch)
+
+
+def test_whole_numbers_are_no_anchors() -> None:
+    """Token ids in the place of log-probs."""
+    tokens = make(GRPO(), mask="ones").replaced(rollout_logprobs=torch.arange(18))
+    with pytest.raises(InvalidDatumsError, match=r"rollout_logprobs: .* are positive"):
+        GRPO().evaluate(tokens.batch())
+
+
+@given(
+    values=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, math.nan, math.inf, -math.inf]), min_size=4, max_size=40),
+    untrained=st.integers(0, 3),
+)
+def test_wrong_values_are_counted(values: list[float], untrained: int) -> None:
+    """One line for each kind that there is, with how many and the first; all of the trained ones and no other."""
+    lengths = [len(values) // 2, len(values) - len(values) // 2]
+    weights = [0.0] * untrained + [1.0] * (len(values) - untrained)
+    batch = TokenBatch.from_packed(
+        torch.tensor(values, dtype=torch.float64), lengths, weights=torch.tensor(weights, dtype=torch.float64)
+    )
+    tests = {"nan": math.isnan, "infinite": math.isinf, "positive": lambda x: math.isfinite(x) and x > 0}
+    expected = []
+    for kind, test in tests.items():
+        found = [i for i, x in enumerate(values) if i >= untrained and test(x)]
+        if found:
+            row = int(found[0] >= lengths[0])
+            count = (
+                f"{len(found)} of {len(values) - untrained} trained values {'is' if len(found) == 1 else 'are'} {kind}"
+            )
+            expected.append((f"logprobs: {count}", f"first: sequence {row}, token {found[0] - row * lengths[0]} "))
+    if not expected:
+        assert math.isfinite(CrossEntropy().evaluate(batch).loss.item())
+        return
+    with pytest.raises(InvalidDatumsError) as caught:
+        CrossEntropy().evaluate(batch)
+    assert len(caught.value.problems) == len(expected)
+    for line, (start, place) in zip(caught.value.problems, expected, strict=True):
+        assert line.startswith(start)
+        assert place in line
+
+
+def test_many_wrong_values_are_one_line() -> None:
+    """With how many there are, as people write it, and what a positive number may be."""
+    batch = TokenBatch.from_padded(torch.full((64, 512), torch.nan), torch.ones(64, 512))
+    with pytest.raises(InvalidDatumsError, match="32,768 of 32,768 trained values are nan") as caught:
+        CrossEntropy().evaluate(batch)
+    assert len(caught.value.problems) == 1
+    with pytest.raises(InvalidDatumsError, match=r"\(probabilities, logits, or -logprobs\?\)"):
+        CrossEntropy().evaluate(batch.with_logprobs(torch.full((64, 512), 0.3)))
 
 
 def test_finite_losses_of_infinite_logprobs() -> None:

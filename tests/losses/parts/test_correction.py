@@ -211,15 +211,16 @@ def test_streamed(case: Case) -> None:
 
 def test_metrics() -> None:
     """Mean, largest and squared weight, and the fractions that were truncated or rejected, over the trained tokens."""
-    zero = torch.zeros(5, dtype=torch.float64)
-    old = torch.tensor([3.0, 0.5, 1.0, 5.0, 7.0], dtype=torch.float64).log()
+    low = torch.full((5,), -2.0, dtype=torch.float64)
+    old = low + torch.tensor([3.0, 0.6, 1.0, 4.5, 7.0], dtype=torch.float64).log()
+    weights, zero = torch.tensor([1.0, 1, 1, 1, 0]), torch.zeros(5, dtype=torch.float64)
     batch = TokenBatch.from_packed(
-        zero, [3, 2], weights=torch.tensor([1.0, 1, 1, 1, 0]), advantages=zero, old_logprobs=old, rollout_logprobs=zero
+        low, [3, 2], weights=weights, advantages=zero, old_logprobs=old, rollout_logprobs=low
     )
     found = PPO(correction=Correction.tis(reject=Rejection("ratio", "worst", high=4.0))).evaluate(batch).metrics
     values = {name: metric.value for name, metric in found.items()}
-    assert math.isclose(values["correction"], (2.0 + 0.5 + 1.0) / 4)
-    assert math.isclose(values["correction_squared"], (4.0 + 0.25 + 1.0) / 4)
+    assert math.isclose(values["correction"], (2.0 + 0.6 + 1.0) / 4)
+    assert math.isclose(values["correction_squared"], (4.0 + 0.36 + 1.0) / 4)
     assert values["correction_largest"] == pytest.approx(2.0)
     assert values["correction_truncated"] == 0.5
     assert values["rejected_tokens"] == 0.25

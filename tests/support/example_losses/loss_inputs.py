@@ -119,7 +119,7 @@ def make(
     wanted = {"rollout_logprobs" if key == "logprobs" else key for key in loss.required_inputs + loss.optional_inputs}
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs"):
         if name in wanted and (old or name != "old_logprobs"):
-            fields[name] = logprobs + uniform(-0.4, 0.4)
+            fields[name] = (logprobs + uniform(-0.4, 0.4)).clamp(max=0.0)
     if "advantages" in wanted:
         fields["advantages"] = uniform(-2.0, 2.0)
     count = len(lengths)
