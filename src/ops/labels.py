@@ -52,7 +52,9 @@ def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: f
         )
     if "labels" in inputs or "logits_to_keep" in inputs:
         raise ConfigError("logprobs_of takes the labels itself, and scores all of them: leave out logits_to_keep")
+    _require_ids(labels, None)
     hidden, head = _hidden_states(model, input_ids, inputs)
+    _require_ids(labels, head.weight.shape[0])
     targets = labels[:, 1:].to(hidden.device)
     needed = targets != _IGNORED
     return selected_logprobs(
@@ -63,8 +65,11 @@ def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: f
 def logprobs_from_logits(logits: Tensor, labels: Tensor, *, shifted: bool = False) -> Tensor:
     """Return the log-prob of each label from logits that a trainer has computed already.
 
+    Do not flatten a batch to [B T, V]: each row must be one sequence, whose first label has no logits before it. Among
+    flattened ones the first label of a sequence would be scored by the last logits of the sequence before.
+
     Args:
-        logits: [..., T, V], any float dtype.
+        logits: [..., T, V], any float dtype; [T, V] is one sequence.
         labels: int64 [..., T], aligned to the input tokens, as transformers has them; -100 is not scored.
         shifted: the labels are shifted already, so that ``labels[..., j]`` is the token after position j.
 
@@ -73,13 +78,14 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, *, shifted: bool = Fals
         is -100, whatever the logits are.
 
     Raises:
-        ShapeError: the shapes do not fit.
+        ShapeError: the shapes do not fit, or a label lies outside the vocabulary.
     """
     if logits.dim() < 2 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
         raise ShapeError(
             f"labels must be int64, one per position of the logits {list(logits.shape)}, got {labels.dtype} "
             f"{list(labels.shape)}"
         )
+    _require_ids(labels, logits.shape[-1])
     targets = labels if shifted else labels[..., 1:]
     scored = logits if shifted else logits[..., :-1, :]
     at = (targets != _IGNORED).reshape(-1).nonzero()[:, 0]
@@ -87,6 +93,26 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, *, shifted: bool = Fals
     wide = chosen if chosen.dtype == torch.float64 else chosen.float()
     values = -cross_entropy(wide, targets.reshape(-1)[at], reduction="none")
     return values.new_zeros(targets.numel()).index_put((at,), values).reshape(targets.shape)
+
+
+def _require_ids(labels: Tensor, vocab: int | None) -> None:
+    """Check that labels are token ids or -100, where looking at them is free.
+
+    Raises:
+        ShapeError: one is neither.
+    """
+    if labels.device.type != "cpu" or type(labels) is not Tensor or torch.compiler.is_compiling():
+        return
+    wrong = (labels < 0) & (labels != _IGNORED)
+    if vocab is not None:
+        wrong |= labels >= vocab
+    if not bool(wrong.any()):
+        return
+    place = wrong.nonzero()[0].tolist()
+    below = "" if vocab is None else f" below {vocab}, the size of the vocabulary"
+    raise ShapeError(
+        f"label {int(labels[tuple(place)])} at {place}: a label is a token id{below}; what is not trained is {_IGNORED}"
+    )
 
 
 def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Head]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,28 @@ def test_logprobs_from_logits(rows: int, length: int, shifted: bool, seed: int) 
     assert leaf.grad is not None
     assert torch.allclose(found, exact, atol=1e-12)
     assert torch.allclose(leaf.grad[:, : at.shape[1]], slope * (targets != -100)[..., None], atol=1e-12)
+
+
+@pytest.mark.parametrize(("label", "words"), [(-1, "label -1 at [1, 2]"), (64, "label 64 at [1, 2]")])
+def test_labels_that_are_no_tokens(label: int, words: str) -> None:
+    """The first wrong one is named by its place, with what a label is; the last id of the vocabulary is one."""
+    model, logits = random_llama(vocab_size=64), torch.zeros(2, 6, 64)
+    for shifted in (False, True):
+        with pytest.raises(ShapeError, match=re.escape(words) + ".* what is not trained is -100"):
+            logprobs_from_logits(logits, edited(label), shifted=shifted)
+    with pytest.raises(ShapeError, match=re.escape(words) + ".* what is not trained is -100"):
+        logprobs_of(model, IDS, edited(label))
+    assert logprobs_of(model, IDS, edited(63)).shape == (2, 5)
+    assert logprobs_from_logits(logits, edited(63)).shape == (2, 5)
+
+
+def edited(label: int) -> Tensor:
+    labels = LABELS.clone()
+    labels[1, 2] = label
+    return labels
+
+
+def test_labels_below_none_are_refused_before_the_forward() -> None:
+    model: Any = None  # is not called
+    with pytest.raises(ShapeError, match=r"label -1 at \[1, 2\]"):
+        logprobs_of(model, IDS, edited(-1))
