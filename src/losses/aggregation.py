@@ -93,16 +93,19 @@ class Aggregation:
             ConfigError: no aggregation has that name, or it does not fit the unit.
         """
         if not isinstance(value, Aggregation):
-            choice("aggregation", value, AGGREGATIONS)
+            if not isinstance(value, str) or value not in AGGREGATIONS:
+                choice("aggregation", value, _fitting(unit))
             value = AGGREGATIONS[value]
         if unit is not None and not value.fits(unit):
-            fitting = [name for name, known in AGGREGATIONS.items() if known.fits(unit)]
-            if unit == "token":
-                fitting.append("fixed_length(n)")
+            fitting = [*_fitting(unit), *(["fixed_length(n)"] if unit == "token" else [])]
             raise ConfigError(
                 f"a loss with one value per {unit} is aggregated by one of {', '.join(fitting)}, got {value.name!r}"
             )
         return value
+
+
+def _fitting(unit: Unit | None) -> list[str]:
+    return [name for name, known in AGGREGATIONS.items() if unit is None or known.fits(unit)]
 
 
 def fixed_length(length: float) -> Aggregation:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Final, Literal, Self, final
 
 from torch import Tensor
 
-from ..errors import ConfigError, DatumError, MissingFieldError
+from ..errors import ConfigError, DatumError
 from .aggregation import Aggregation, Unit
 from .batch.adapt import batch_field, batch_from_datums, logprobs_in_place
 from .batch.keys import INPUT_KEYS
@@ -17,16 +17,20 @@ from .batch.selection import wide
 from .batch.token_batch import TokenBatch
 from .config import from_wire
 from .counting import Counted, totals
-from .counts import Counts
+from .counts import Counts, require_counts
 from .evaluation.evaluate import assemble
 from .evaluation.metrics import DeferredMetric, Metric, wire_metrics
 from .evaluation.output import LossOutput
 from .evaluation.terms import Summand
+from .inputs import missing_input
 
 __all__ = ["GradientKind", "Loss", "Normalization"]
 
 GradientKind = Literal["constant", "token", "sequence", "pair", "batch"]
 Normalization = Literal["num_loss_tokens", "num_sequences"]
+_OWN: Final = (
+    __name__.rpartition(".")[0] + "."
+)  # this package's losses: tests compare their denominators with their terms
 
 
 class Loss(abc.ABC):
@@ -76,6 +80,11 @@ class Loss(abc.ABC):
         """How the loss's first term is put together."""
         return Aggregation.of(self.aggregation)
 
+    @property
+    def denominators(self) -> frozenset[str]:
+        """What the terms are divided by, as far as that is known without a batch."""
+        return frozenset({self.main_aggregation.denominator}) - {"none"}
+
     @final
     @property
     def normalization(self) -> Normalization | None:
@@ -115,6 +124,9 @@ class Loss(abc.ABC):
             batch: the tensors.
             counts: totals of the whole step by denominator, e.g. ``{"tokens": 18231}``, where this batch is only a
                 part of it; numbers, or 0-d tensors. Absent: the batch's own counts.
+
+        Returns:
+            The loss, to be differentiated, with its metrics, parts and problems.
 
         Raises:
             MissingFieldError: the batch lacks an input.
@@ -177,6 +189,8 @@ class Loss(abc.ABC):
     def with_counts(self, *, averaged_over: float = 1, **counts: float | Tensor) -> Counted:
         """Return the loss divided by the totals of a step, for an SDK or trainer that adds up its calls.
 
+        `Counted.evaluate` gives a tensor, and not a `LossOutput`; ``loss.evaluate(batch, counts=...)`` has the metrics.
+
         Args:
             averaged_over: by how much the trainer divides the gradient once more: the world size of data parallelism
                 that averages over ranks, times the accumulation steps of a trainer that averages over them. The loss is
@@ -184,9 +198,11 @@ class Loss(abc.ABC):
             counts: the totals, by denominator: ``tokens=18231``; see `counts`.
 
         Raises:
-            ConfigError: a total is missing, unknown or not positive.
+            ConfigError: a total is missing, unknown, not positive, or one that the loss is not divided by.
         """
-        return Counted(self, counts, averaged_over)
+        counted = Counted(self, counts, averaged_over)
+        require_counts(self.name, self.denominators, counts, all_known=type(self).__module__.startswith(_OWN))
+        return counted
 
     @final
     def check_inputs(self, batch: TokenBatch) -> None:
@@ -206,10 +222,9 @@ class Loss(abc.ABC):
             if len(given) > 1:
                 raise ConfigError(f"{self.name} reads {name} or {other}, and the TokenBatch has both: give one of them")
             if not given:
-                meaning = INPUT_KEYS[key].meaning
-                raise MissingFieldError(
-                    f"missing required field {key!r}: {self.name} needs {name} in its TokenBatch ({meaning})"
-                )
+                choice = f"it or {other!r}" if other != name else "it"
+                need = f": {self.name} needs {choice} in its TokenBatch ({INPUT_KEYS[key].meaning})"
+                raise missing_input(name, batch, need)
 
     def _ready(self, batch: TokenBatch) -> TokenBatch:
         """Return a copy of the batch, checked, with log-probs in fp32 or better: gradients of its terms meet unrounded.

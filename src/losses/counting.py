@@ -35,6 +35,10 @@ def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
 class Counted:
     """A loss with the totals of its step; made by `Loss.with_counts`.
 
+    It gives tensors, this call's share of the step's loss. For metrics ask the loss itself:
+    ``share.loss.evaluate(batch, counts=share.counts)`` is a `LossOutput`, whose ``loss`` is not yet multiplied by
+    ``averaged_over``.
+
     Args:
         loss: what is divided.
         counts: totals by denominator.
@@ -60,5 +64,8 @@ class Counted:
         return output.loss * self.averaged_over, wire_metrics(output.metrics)
 
     def evaluate(self, batch: TokenBatch) -> Tensor:
-        """Return this batch's share of the step's loss, times ``averaged_over``; see `Loss.evaluate`."""
+        """Return this batch's share of the step's loss, times ``averaged_over``; 0-d, to be differentiated.
+
+        Unlike `Loss.evaluate`, which gives a `LossOutput`, this is the tensor itself.
+        """
         return self.loss.evaluate(batch, self.counts).loss * self.averaged_over

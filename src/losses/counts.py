@@ -16,7 +16,7 @@ from .batch.token_batch import TokenBatch
 from .checks import choice, number
 from .evaluation.terms import Summand
 
-__all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_total"]
+__all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_total", "require_counts"]
 
 Count = Tensor | float
 Counts = Mapping[str, float | Tensor]
@@ -121,6 +121,30 @@ def check_counts(counts: object, terms: Sequence[Summand] | None = None) -> None
     if terms is not None and unused:
         divides = ", ".join(sorted(used)) or "nothing (it is a sum)"
         raise ConfigError(f"counts has {unused}, but the loss is divided by {divides}: it would be ignored; drop it")
+
+
+def require_counts(name: str, denominators: frozenset[str], counts: Counts, *, all_known: bool) -> None:
+    """Check that totals are those of a loss, where no batch is there yet.
+
+    Args:
+        name: the loss's.
+        denominators: what it is divided by.
+        counts: what was given.
+        all_known: whether it is divided by nothing else.
+
+    Raises:
+        ConfigError: a total is missing, or would be ignored.
+    """
+    if denominators <= set(counts) and not (all_known and set(counts) - denominators):
+        return
+    divides, given = (", ".join(sorted(names)) or "nothing" for names in (denominators, counts))
+    call = f"with_counts({', '.join(f'{each}=...' for each in sorted(denominators))})"
+    remedy = (
+        f"write {call} with the total of the whole step, as loss.counts gives it"
+        if denominators
+        else f"it is a sum, so write {call}, or give the loss an aggregation that is a mean"
+    )
+    raise ConfigError(f"{name} is divided by {divides}, but with_counts was given {given}: {remedy}")
 
 
 def add_counts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DatumError, LengthError, MissingFieldError
+from ..errors import ConfigError, DatumError, LengthError, MissingFieldError, suggestion
 from .batch.problems import Problem
 
 __all__ = [
@@ -54,26 +54,53 @@ def as_inputs(logprobs: Tensor, given: dict[str, Tensor | None]) -> dict[str, Te
     """
     for name in given:
         if name not in INPUTS:
-            raise TypeError(f"TokenBatch has no input {name!r}; it has {sorted(INPUTS)}")
+            raise TypeError(
+                f"TokenBatch has no input {name!r}{suggestion(name, INPUTS)}; it has: {', '.join(sorted(INPUTS))}"
+            )
     return {name: _constant(name, value, logprobs.device) for name, value in given.items() if value is not None}
 
 
-def check_inputs(given: Mapping[str, Tensor | None], shape: tuple[int, ...], sequences: int) -> None:
+def check_inputs(
+    given: Mapping[str, Tensor | None], shape: tuple[int, ...], sequences: int, candidates: bool = False
+) -> None:
     """Check the shapes of all inputs of a batch.
+
+    Args:
+        given: the inputs by name.
+        shape: of the log-probs.
+        sequences: B.
+        candidates: the last dimension of ``shape`` is K, the candidates of a token.
 
     Raises:
         LengthError: one has another shape.
     """
     for name in TOKEN_INPUTS:
-        check_token_shape(name, given[name], shape)
+        value = given[name]
+        if candidates and value is not None and value.shape == shape[:-1]:
+            raise LengthError(
+                f"{name} has shape {tuple(value.shape)}, expected {shape} (the shape of logprobs): logprobs has {len(shape)} "
+                f"dimensions, [{'B, T' if len(shape) == 3 else 'N'}, K], which are K candidates per token. Logits go through "
+                "pullback.ops.logprobs_from_logits first"
+            )
+        check_token_shape(name, value, shape)
     for name in SEQUENCE_INPUTS:
         check_shape(name, given[name], (sequences,), "one number per sequence")
 
 
-def missing_input(name: str) -> MissingFieldError:
-    """Return the error of a batch that lacks a per-token input, with the key that a datum has for it."""
-    key = "logprobs" if name == "rollout_logprobs" else name  # the batch's own are the current policy's
-    return MissingFieldError(f"missing required field {key!r}: the TokenBatch has no {name}")
+def missing_input(name: str, batch: object, need: str = "") -> MissingFieldError:
+    """Return the error of a batch that lacks an input, with the key that a datum has for it.
+
+    Args:
+        name: field of the batch.
+        batch: what lacks it.
+        need: who needs the input, and what it is.
+    """
+    # In a batch ``logprobs`` are the current policy's.
+    key, remedy = ("logprobs", "; on policy give logprobs.detach()") if name == "rollout_logprobs" else (name, "")
+    place = f" (in a datum: {key!r})" if key != name else ""
+    given = ", ".join(name for name in INPUTS if getattr(batch, name) is not None)
+    has = f"the TokenBatch has: {given or 'log-probs only'}"
+    return MissingFieldError(f"missing input {name!r}{place}{need}; {has}{remedy}")
 
 
 def check_token_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -103,11 +130,23 @@ def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning
 
 
 def label_problems(weights: Tensor | None) -> list[Problem]:
-    """Return the problem of a trainer's labels in the place of weights, where these are whole numbers."""
+    """Return the problems of a trainer's labels in the place of weights, where these are whole numbers."""
     if weights is None or weights.is_floating_point() or weights.dtype == torch.bool:
         return []
+    whole = weights
     message = "weights contain -100: these are transformers' labels; give weights = labels != -100"
-    return [Problem((weights == -100).any(), lambda: ConfigError(message))]
+    return [
+        Problem((weights == -100).any(), lambda: ConfigError(message)),
+        Problem(((weights != 0) & (weights != 1)).any(), lambda: _whole_numbers(whole)),
+    ]
+
+
+def _whole_numbers(weights: Tensor) -> ConfigError:
+    kind = str(weights.dtype).removeprefix("torch.")
+    return ConfigError(
+        f"weights are {kind} with values from {int(weights.min())} to {int(weights.max())}: are these labels? use "
+        "TokenBatch.from_labels; a mask is of 0 and 1, and other weights are float"
+    )
 
 
 def _constant(name: str, value: Any, device: torch.device) -> Tensor:

@@ -249,4 +249,11 @@ def test_labels_are_no_weights() -> None:
     logprobs, labels = torch.full((2, 4), -1.0), torch.tensor([[-100, -100, 5, 9], [-100, 3, 2, 1]])
     with pytest.raises(ConfigError, match="weights = labels != -100"):
         TokenBatch.from_padded(logprobs, labels)
+    whole = torch.tensor([[7, 8, 5, 9], [4, 3, 2, 1]])
+    with pytest.raises(ConfigError, match="weights are int64 with values from 1 to 9: are these labels"):
+        TokenBatch.from_padded(logprobs, whole)
+    with pytest.raises(ConfigError, match="weights are int32 with values from -1 to 1"):
+        TokenBatch.from_packed(logprobs.flatten(), [4, 4], weights=torch.tensor([-1, 0, 1, 1] * 2, dtype=torch.int32))
+    for weights in (whole > 4, (whole > 4).long(), whole.float()):
+        assert TokenBatch.from_padded(logprobs, weights).trained.sum() == (weights != 0).sum()
     assert TokenBatch.from_padded(logprobs, labels != -100).trained.sum() == 5

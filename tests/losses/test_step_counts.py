@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pullback.errors import ConfigError, DatumError
-from pullback.losses import DPO, ORPO, CrossEntropy, Loss, TokenBatch
+from pullback.losses import AGGREGATIONS, DPO, ORPO, CrossEntropy, Loss, TokenBatch
+from pullback.losses.base import GradientKind
 from pullback.losses.counts import count_units, divisor
+from pullback.losses.evaluation.terms import Summand, TokenTerm
+from pullback.losses.functional import nll
 from pullback.testing import Case, CaseSequence
 
 LENGTHS = (5, 3, 4, 6, 2, 7)
@@ -181,3 +184,78 @@ def test_gold_responses_are_in_no_pair() -> None:
     batch = TokenBatch.from_padded(x, torch.ones(6, 2), role=role, pair_id=pair_id)
     assert count_units(batch, "pairs") == 2.0
     assert count_units(TokenBatch.from_padded(x, torch.ones(6, 2)), "pairs") == 3.0
+
+
+@pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
+def test_denominators_are_those_of_the_terms(loss: Loss) -> None:
+    """What a loss says without a batch is what its terms are divided by."""
+    terms = loss.terms(make(loss).batch())
+    assert loss.denominators == {term.aggregation.denominator for term in terms} - {"none"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "given", "words"),
+    [
+        (
+            CrossEntropy("token_mean"),
+            ["sequences"],
+            "cross_entropy is divided by tokens, but .* was given sequences: write",
+        ),
+        (
+            CrossEntropy("token_mean"),
+            [],
+            r"cross_entropy is divided by tokens, but .* given nothing: .*\(tokens=\.\.\.\)",
+        ),
+        (CrossEntropy("token_mean"), ["tokens", "pairs"], "divided by tokens, but with_counts was given pairs, tokens"),
+        (CrossEntropy(), ["tokens"], "cross_entropy is divided by nothing, .* given tokens: it is a sum"),
+        (DPO(), ["tokens"], "dpo is divided by pairs, .* given tokens"),
+        (
+            ORPO(nll="token_mean"),
+            ["pairs"],
+            r"orpo is divided by pairs, tokens, .* given pairs: write with_counts\(pairs=",
+        ),
+        (
+            ORPO(nll="token_mean", aggregation="sum"),
+            ["pairs", "tokens"],
+            "orpo is divided by tokens, .* given pairs, tokens",
+        ),
+    ],
+)
+def test_totals_of_something_else_are_refused_at_once(loss: Loss, given: list[str], words: str) -> None:
+    """Before any batch, with the loss, what it is divided by and what was given; the right ones are taken."""
+    with pytest.raises(ConfigError, match=words):
+        loss.with_counts(**dict.fromkeys(given, 8.0))
+    loss.with_counts(**dict.fromkeys(loss.denominators, 8.0))
+
+
+class TwoMeans(Loss):
+    """A loss of another package, whose second term has an aggregation that the class does not tell."""
+
+    name: ClassVar[str] = "two_means"
+    aggregation = "token_mean"
+    gradient_kind: ClassVar[GradientKind] = "batch"
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        return tuple(TokenTerm(name, nll, (), AGGREGATIONS[name]) for name in ("token_mean", "weighted_mean"))
+
+
+def test_further_totals_of_other_losses_are_left_to_the_batch() -> None:
+    """A second denominator is known from the terms only; the first is asked for at once, one of neither is refused later."""
+    batch = TokenBatch.from_packed(torch.full((3,), -1.0), [3])
+    share = TwoMeans().with_counts(tokens=6.0, weight_sum=6.0)
+    assert share.evaluate(batch).item() == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match="two_means is divided by tokens, but with_counts was given weight_sum"):
+        TwoMeans().with_counts(weight_sum=6.0)
+    with pytest.raises(ConfigError, match="it would be ignored"):
+        TwoMeans().with_counts(tokens=6.0, weight_sum=6.0, pairs=2.0).evaluate(batch)
+
+
+def test_a_share_is_a_tensor_and_its_metrics_are_the_losses() -> None:
+    """As the page says: the loss of the same counts has the same value, with metrics."""
+    batch = TokenBatch.from_packed(torch.full((3,), -1.0), [3])
+    share = CrossEntropy("token_mean").with_counts(tokens=6.0)
+    output = share.loss.evaluate(batch, counts=share.counts)
+    assert isinstance(share.evaluate(batch), Tensor)
+    assert torch.equal(output.loss, share.evaluate(batch))
+    assert output.metrics["nll"].value == pytest.approx(1.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import DatumError, LengthError, MissingFieldError
 from .keys import INPUT_KEYS
+from .labels import IGNORED
 from .token_batch import TokenBatch
 
 __all__ = ["as_tensor", "batch_field", "batch_from_datums", "logprobs_in_place"]
@@ -30,6 +31,11 @@ def batch_from_datums(
         MissingFieldError: a required key is missing, or an optional one is in some datums only.
         LengthError: an input's shape is not that of the log-probs.
     """
+    if isinstance(data, Tensor):
+        raise DatumError(
+            "a Loss called as a function takes (data, logprobs_list), with a datum for each tensor of log-probs; got tensors, "
+            "for which there is loss.evaluate(TokenBatch.from_padded(logprobs, mask, ...))"
+        )
     if len(data) != len(logprobs):
         raise LengthError(f"got {len(data)} datums but {len(logprobs)} log-prob tensors")
     if not data:
@@ -96,12 +102,18 @@ def _pack(key: str, inputs: list[Mapping[str, Any]], logprobs: Sequence[Tensor])
     reason = ", the shape of its log-probs (one per target token; nothing is truncated)" if spec.per_token else ""
     tensors = []
     for i, (present, lp) in enumerate(zip(inputs, logprobs, strict=True)):
-        tensor = as_tensor(present[key], torch.int64 if spec.dtype == "int64" else None)
+        tensor = as_tensor(present[key], torch.int64) if spec.dtype == "int64" else _numbers(as_tensor(present[key]))
         expected = tuple(lp.shape) if spec.per_token else (1,)
         if tuple(tensor.shape) != expected:
             raise LengthError(f"datum {i}: {key!r} has shape {tuple(tensor.shape)}, expected {expected}{reason}")
         tensors.append(tensor)
     return torch.cat(tensors)
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Return whole numbers as floats, except a trainer's labels, which a `TokenBatch` refuses by their -100."""
+    whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return tensor.float() if whole and not bool((tensor == IGNORED).any()) else tensor
 
 
 def _concat(logprobs: Sequence[Tensor]) -> Tensor:

@@ -113,7 +113,9 @@ class Packed(Layout):
         """
         known = lengths.tolist() if isinstance(lengths, Tensor) and readable(lengths) else lengths
         if not isinstance(known, Tensor) and (sum(known) != logprobs.shape[0] or min(known, default=0) < 0):
-            raise LengthError(f"lengths must add up to the {logprobs.shape[0]} tokens of logprobs, got {known}")
+            cumulative = list(known[:1]) == [0] and known[-1] == logprobs.shape[0] and list(known) == sorted(known)
+            hint = " (cumulative lengths? give cu_seqlens.diff())" if cumulative else ""
+            raise LengthError(f"lengths must add up to the {logprobs.shape[0]} tokens of logprobs, got {known}{hint}")
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device=logprobs.device)
         return cls(logprobs.shape, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 

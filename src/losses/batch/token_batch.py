@@ -64,7 +64,8 @@ class TokenBatch:
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_inputs({name: getattr(self, name) for name in INPUTS}, tuple(self.logprobs.shape), self.num_sequences)
+        given, shape = {name: getattr(self, name) for name in INPUTS}, tuple(self.logprobs.shape)
+        check_inputs(given, shape, self.num_sequences, self.layout.candidates)
         raise_readable(label_problems(self.weights))
 
     @classmethod
@@ -214,7 +215,7 @@ class TokenBatch:
         """
         values: Tensor | None = getattr(self, name)
         if values is None:
-            raise missing_input(name)
+            raise missing_input(name, self)
         return wide(values)
 
     def weighted_row_sum(self, relative_to: str | None = None) -> Tensor:

@@ -69,6 +69,10 @@ class ORPO(Loss):
         odds = PairTerm("odds", odds_ratio, MEANS, (self.max_prob,), self.main_aggregation, self.lam)
         return (self._nll_term(batch), odds)
 
+    @property
+    def denominators(self) -> frozenset[str]:
+        return super().denominators | ({"tokens"} if self.nll == "token_mean" else set())
+
     def problems(self, batch: TokenBatch) -> Iterable[Problem | None]:
         return responses_without_mean(batch, self.name)
 

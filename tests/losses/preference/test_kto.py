@@ -138,7 +138,7 @@ def test_what_is_missing_is_said() -> None:
     """Without a reference point the loss does not take 0 for it, unless it is told to."""
     leaf = torch.full((3,), -1.0)
     plain_batch = TokenBatch.from_packed(leaf, [2, 1], label=torch.tensor([1, 0]), ref_logprob_sums=-torch.ones(2))
-    with pytest.raises(MissingFieldError, match="missing required field 'reference_point'"):
+    with pytest.raises(MissingFieldError, match="missing input 'reference_point': kto needs it"):
         KTO().evaluate(TokenBatch.from_packed(leaf, [2, 1], **_inputs(plain_batch)))
     KTO(baseline="zero").evaluate(TokenBatch.from_packed(leaf, [2, 1], **_inputs(plain_batch)))
     with pytest.raises(ConfigError, match="baseline"):
