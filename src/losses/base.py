@@ -28,9 +28,8 @@ __all__ = ["GradientKind", "Loss", "Normalization"]
 
 GradientKind = Literal["constant", "token", "sequence", "pair", "batch"]
 Normalization = Literal["num_loss_tokens", "num_sequences"]
-_OWN: Final = (
-    __name__.rpartition(".")[0] + "."
-)  # this package's losses: tests compare their denominators with their terms
+# This package's losses, whose denominators tests compare with their terms.
+_OWN: Final = __name__.rpartition(".")[0] + "."
 
 
 class Loss(abc.ABC):
