@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -148,7 +149,11 @@ def test_wrong_values_are_counted(values: list[float], untrained: int) -> None:
     batch = TokenBatch.from_packed(
         torch.tensor(values, dtype=torch.float64), lengths, weights=torch.tensor(weights, dtype=torch.float64)
     )
-    tests = {"nan": math.isnan, "infinite": math.isinf, "positive": lambda x: math.isfinite(x) and x > 0}
+    tests: dict[str, Callable[[float], bool]] = {
+        "nan": math.isnan,
+        "infinite": math.isinf,
+        "positive": lambda x: math.isfinite(x) and x > 0,
+    }
     expected = []
     for kind, test in tests.items():
         found = [i for i, x in enumerate(values) if i >= untrained and test(x)]
