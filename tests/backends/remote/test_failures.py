@@ -91,7 +91,7 @@ def test_a_gradient_of_unknown_fate_stops_everything(connect: Callable[..., Remo
     class Broken:
         def forward_backward(self, *_: Any) -> Any:
             sent: Future[Any] = Future()
-            sent.set_exception(tinker.APIConnectionError(request=REQUEST))
+            sent.set_exception(tinker.APIConnectionError(request=httpx.Request("POST", "http://127.0.0.1")))
             return sent
 
     backend._remote.trainer = Broken()
