@@ -15,7 +15,7 @@ from .batch.keys import INPUT_KEYS
 from .batch.problems import Problem
 from .batch.selection import wide
 from .batch.token_batch import TokenBatch
-from .config import from_wire
+from .config import from_wire, unknown_field
 from .counting import Counted, totals
 from .counts import Counts, require_counts
 from .evaluation.evaluate import assemble
@@ -47,6 +47,17 @@ class Loss(abc.ABC):
     name: ClassVar[str]
     sources: ClassVar[tuple[str, ...]]
     aggregation: Aggregation | str
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Make a loss of a dataclass of hyperparameters; a keyword that is none of them is refused in words."""
+        if "__dataclass_fields__" in cls.__dict__ and cls.__dict__["__dataclass_params__"].init:
+            known: Mapping[str, Any] = cls.__dict__["__dataclass_fields__"]
+            for name in fields:
+                if name not in known:
+                    raise unknown_field(cls, name)
+        elif cls.__init__ is object.__init__ and (args or fields):
+            raise TypeError(f"{cls.__name__} takes no arguments")
+        return super().__new__(cls)
 
     @property
     @abc.abstractmethod

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, cast, final
 from ..errors import ConfigError, suggestion
 from .aggregation import AGGREGATIONS, Aggregation
 
-__all__ = ["config_keys", "from_wire", "keys", "to_wire"]
+__all__ = ["config_keys", "from_wire", "keys", "to_wire", "unknown_field"]
 
 _METADATA: Final = "keys"
 Built = TypeVar("Built")
@@ -68,6 +68,25 @@ def config_keys(loss: type) -> dict[str, Any]:
         default = None if field.default is MISSING else field.default
         found |= {field.name: default} if part is None else part.defaults(default)
     return found
+
+
+def unknown_field(loss: type, field: str) -> TypeError:
+    """Return the error of a keyword that is no field of a loss, with what to write where it is a config key or part of one."""
+    fields = [each for each in dataclasses.fields(loss) if each.init]
+    names = [each.name for each in fields]
+    meant = next((f" (did you mean {name!r}?)" for name in names if field.startswith(f"{name}_")), "")
+    hints = [suggestion(field, names) or meant]
+    for each in fields:
+        part: _Keys | None = each.metadata.get(_METADATA)
+        if part is not None and field in (*part.attributes, *part.attributes.values()):
+            required = [x.name for x in dataclasses.fields(part.part) if x.default is MISSING]
+            given = dict.fromkeys([*required, part.attributes.get(field, field)])
+            hints.append(f"; write {each.name}={part.part.__name__}({', '.join(f'{x}=...' for x in given)})")
+    if field in config_keys(loss):
+        hints.append(f"; config keys go to get_loss({getattr(loss, 'name', '')!r}, {{{field!r}: ...}})")
+    return TypeError(
+        f"{loss.__name__} has no hyperparameter {field!r}{''.join(hints)}; it has: {', '.join(names) or 'none'}"
+    )
 
 
 def from_wire(loss: type[Built], config: Mapping[str, Any]) -> Built:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import re
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from pullback.errors import ConfigError, DatumError, LengthError, MissingFieldError
 from pullback.losses import DPO, GRPO, KL, PPO, CrossEntropy, Loss, TokenBatch, get_loss, loss_names
+from pullback.losses.base import GradientKind
+from pullback.losses.evaluation.terms import Summand
 
 LOGPROBS = torch.full((2, 3), -1.0)
 ONES = torch.ones(2, 3)
@@ -130,3 +135,63 @@ def test_a_kl_needs_its_reference() -> None:
     inputs = {"advantages": ONES, "rollout_logprobs": LOGPROBS}
     with pytest.raises(MissingFieldError, match=r"has: weights, advantages, rollout_logprobs$"):
         GRPO(kl=KL()).evaluate(TokenBatch.from_padded(LOGPROBS, ONES, **inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("kl_beta", "write kl=KL(beta=...); config keys go to get_loss('grpo', {'kl_beta': ...}); it has: clip, kl,"),
+        ("beta", "GRPO has no hyperparameter 'beta'; write kl=KL(beta=...); it has: clip, kl, anchor,"),
+        ("clip_epsilon", "GRPO has no hyperparameter 'clip_epsilon' (did you mean 'clip'?); it has: clip, kl,"),
+        ("clip_low_threshold", "write clip=ClipRange(low=..., high=...); config keys go to get_loss('grpo', "),
+        ("agregation", "(did you mean 'aggregation'?)"),
+        (
+            "nonsense",
+            "GRPO has no hyperparameter 'nonsense'; it has: clip, kl, anchor, aggregation, dual_clip, correction",
+        ),
+    ],
+)
+def test_hyperparameters_that_do_not_exist(name: str, words: str) -> None:
+    """A config key goes to another place, and a part of the loss has what is a key there."""
+    wrong: dict[str, Any] = {name: 0.1}
+    with pytest.raises(TypeError, match=re.escape(words)):
+        GRPO(**wrong)
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_no_loss_takes_what_it_does_not_have(name: str) -> None:
+    """Neither by keyword nor by place; a loss is copied and pickled as before."""
+    kind: Any = type(get_loss(name))
+    with pytest.raises(TypeError, match="has no hyperparameter 'nonsense'"):
+        kind(nonsense=1)
+    with pytest.raises(TypeError, match="positional"):
+        kind(*[None] * 20)
+    loss = get_loss(name)
+    assert pickle.loads(pickle.dumps(loss)) == copy.deepcopy(loss) == dataclasses.replace(loss) == loss  # type: ignore[type-var]
+
+
+class Bare(Loss):
+    """A loss of another package without fields."""
+
+    name: ClassVar[str] = "bare"
+    aggregation = "sum"
+    gradient_kind: ClassVar[GradientKind] = "constant"
+    required_inputs: ClassVar[tuple[str, ...]] = ()
+
+    def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
+        return CrossEntropy().terms(batch)
+
+
+class Initialized(Bare):
+    """One that takes its hyperparameters as it likes."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+def test_losses_that_are_no_dataclasses() -> None:
+    arguments: dict[str, Any] = {"scale": 2.0}
+    assert Bare().evaluate(TokenBatch.from_padded(LOGPROBS, ONES)).loss.item() == 6.0
+    assert Initialized(**arguments).scale == 2.0
+    with pytest.raises(TypeError, match="Bare takes no arguments"):
+        Bare(**arguments)
