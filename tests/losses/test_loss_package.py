@@ -54,7 +54,7 @@ def test_found_by_its_name(installed: Path) -> None:
     """An unknown name looks for installed packages; its configuration is read and checked as that of any loss."""
     loss = Registry(ENTRY_POINT_GROUP).build("cal_dpo", {"beta": 0.2})
     assert type(loss).__module__ == "pullback_cal_dpo"
-    assert loss == type(loss)(beta=0.2)  # type: ignore[call-arg]
+    assert loss == type(loss)(beta=0.2)
     assert Registry(ENTRY_POINT_GROUP).names() == ("cal_dpo",)
     with pytest.raises(ConfigError, match="did you mean 'calibration'"):
         Registry(ENTRY_POINT_GROUP).build("cal_dpo", {"calibratoin": 0.2})
