@@ -116,7 +116,7 @@ def test_a_budget_grows_with_what_was_sent() -> None:
 LIMITED = """
 import resource, sys
 import torch
-from planted_graphs import PLANTED
+from clients.planted_graphs import PLANTED
 from test_custom_budget import budget_of, run
 torch.set_num_threads(1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
