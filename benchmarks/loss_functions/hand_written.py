@@ -50,7 +50,7 @@ class Inputs:
             return torch.randn(*size, generator=generator)
 
         logprobs = -3.0 * torch.rand(sequences, width, generator=generator)
-        rollout, ref = (logprobs + spread * normal(sequences, width) for spread in (0.05, 0.1))
+        rollout, ref = ((logprobs + spread * normal(sequences, width)).clamp(max=0.0) for spread in (0.05, 0.1))
         return cls(logprobs, rollout, ref, normal(sequences), _mask(sequences, width, kind, generator))
 
 
