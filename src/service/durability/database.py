@@ -139,6 +139,11 @@ class Database:
         """Return how many rows of a table are an owner's, without reading them."""
         return self._totals[table, owner]
 
+    def rewrite(self, table: str, key: str, *, durable: bool = False, **columns: Any) -> None:
+        """Give some columns of the row with a key other values; nothing happens where there is none."""
+        for row in self.rows(table, f"WHERE {COLUMNS[table][0]} = ?", key):
+            self.put(table, *{**row, **columns}.values(), durable=durable)
+
     def put(self, table: str, *values: Any, durable: bool = False) -> None:
         """Write a row, over that of the same key.
 

@@ -56,8 +56,7 @@ class Journal:
 
     def end_session(self, session: str) -> None:
         """Note that a session has been finished."""
-        for row in self.database.rows("sessions", "WHERE id = ?", session):
-            self.database.put("sessions", *{**row, "ended": time.time()}.values())
+        self.database.rewrite("sessions", session, ended=time.time())
 
     def sessions(self, owner: str, limit: int = _ALL, offset: int = 0) -> list[Row]:
         """Return an owner's sessions, newest first."""
@@ -91,9 +90,7 @@ class Journal:
 
     def set_lora(self, model: str, lora: dict[str, Any]) -> None:
         """Note that a model's adapter is another one now."""
-        row = self.model(model)
-        if row is not None:
-            self.database.put("models", *{**row, "lora": json.dumps(lora)}.values())
+        self.database.rewrite("models", model, lora=json.dumps(lora))
 
     def model(self, model: str) -> Row | None:
         """Return a model's row."""
@@ -135,8 +132,7 @@ class Journal:
 
     def bind_sampler(self, sampler: str, fingerprint: str) -> None:
         """Note which weights a sampling session is on."""
-        for row in self.database.rows("samplers", "WHERE id = ?", sampler):
-            self.database.put("samplers", *{**row, "fingerprint": fingerprint}.values())
+        self.database.rewrite("samplers", sampler, fingerprint=fingerprint)
 
     def sampler(self, sampler: str) -> Row | None:
         """Return a sampling session's row."""
@@ -185,9 +181,7 @@ class Journal:
 
     def set_expiry(self, uri: str, expires: float | None) -> None:
         """Note when a checkpoint's time to live ends; None: never."""
-        row = self.checkpoint(uri)
-        if row is not None:
-            self.database.put("checkpoints", *{**row, "expires": expires}.values(), durable=True)
+        self.database.rewrite("checkpoints", uri, expires=expires, durable=True)
 
     def drop_checkpoint(self, uri: str) -> None:
         """Forget a checkpoint."""
