@@ -20,7 +20,7 @@ from .budget import PER_NODE, Budget, Cost
 from .costs import cost_of
 from .gradients import MISTAKES, differentiated
 
-__all__ = ["MISTAKES", "LossGraph"]
+__all__ = ["LossGraph"]
 
 _METRIC: Final = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")

@@ -115,10 +115,8 @@ class Downloads:
 
     def _verified(self, request: Any) -> tuple[str, str, str]:
         given = request.path_params
-        uri, version = (
-            self._checkpoints.uri(given["model"], given["kind"], given["checkpoint"]),
-            given["signature"][-_VERSION:],
-        )
+        uri = self._checkpoints.uri(given["model"], given["kind"], given["checkpoint"])
+        version = given["signature"][-_VERSION:]
         ours = self._signature(uri, given["file"], given["expires"], version)
         # Bytes, as text that is not ASCII cannot be compared; and only what was signed here is read as a number.
         if not hmac.compare_digest(ours.encode(), given["signature"].encode()) or int(given["expires"]) < self._clock():

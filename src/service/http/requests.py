@@ -146,21 +146,22 @@ def refusal(error: Exception) -> Any:
     Raises:
         Exception: the error itself, where it is not a mistake of the client's.
     """
+    words = words_of(error)
     if isinstance(error, BusyError):
-        response = json_response({"detail": words_of(error)}, 429)
+        response = json_response({"detail": words}, 429)
         response.headers["retry-after"] = "1"
         return response
     if isinstance(error, TooLargeError):
-        return json_response({"detail": words_of(error)}, 413)
+        return json_response({"detail": words}, 413)
     if isinstance(error, StorageError):
-        response = json_response({"detail": words_of(error)}, 507)
+        response = json_response({"detail": words}, 507)
         response.headers["x-should-retry"] = "false"  # asking again at once would not help
         return response
     if isinstance(error, NotFoundError):
-        return json_response({"detail": words_of(error)}, 404)
+        return json_response({"detail": words}, 404)
     if isinstance(error, PullbackError):
-        return json_response({"detail": words_of(error)}, 400)
+        return json_response({"detail": words}, 400)
     if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)):
         what = "" if isinstance(error, UnicodeEncodeError) else f"{type(error).__name__} "
-        return json_response({"detail": f"malformed request: {what}{words_of(error)}"}, 400)
+        return json_response({"detail": f"malformed request: {what}{words}"}, 400)
     raise error

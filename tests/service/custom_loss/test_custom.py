@@ -22,7 +22,8 @@ from pullback.backends.native import RetainedForward
 from pullback.backends.native.execution.memory import available_bytes
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.errors import ConfigError
-from pullback.service.custom_loss.interpreter import MISTAKES, LossGraph
+from pullback.service.custom_loss.gradients import MISTAKES
+from pullback.service.custom_loss.interpreter import LossGraph
 from pullback.service.served.graph_cache import GraphCache, datum_keys
 from pullback.testing import TinyLM
 
