@@ -80,7 +80,7 @@ def put_together(
         problems,
         lambda: {term.name: term.values(batch) for term in terms()},
         partial(_metrics, loss, batch, parts),
-        partial(wrong_values, batch, fields_of(loss)),
+        lambda: wrong_values(batch, fields_of(loss)),
     )
 
 
