@@ -19,12 +19,8 @@ from .vocab_parallel import DTYPES, require_told_dtype, vocab_parallel_logprobs
 
 __all__ = ["Positions", "exchange_bytes", "own_positions_logprobs"]
 
-_SAID, _ASKED, _ID, _SUM = (
-    48,
-    120,
-    8,
-    16,
-)  # bytes: what ranks tell of their positions, and are asked; a token; fp64 of a sum
+# Bytes: what ranks tell of their positions, and are asked; a token; a sum in fp64.
+_SAID, _ASKED, _ID, _SUM = 48, 120, 8, 16
 
 
 @final
@@ -92,7 +88,8 @@ def own_positions_logprobs(
     except PullbackError as error:
         flat, chosen, refused = hidden, targets, error
     ranks = _tell(flat, chosen, temperature, refused, group)
-    counts, place = [each.count for each in ranks], _place([each.count for each in ranks], group)
+    counts = [each.count for each in ranks]
+    place = _slice(counts, dist.get_rank(group))
     every = _Gathered.apply(flat, counts, place, group)  # type: ignore[no-untyped-call]
     ids = _gather(chosen.reshape(-1), [each.targets for each in ranks], group)
     parts, kinds = [], sorted({each.kind for each in ranks})
@@ -212,10 +209,6 @@ def _gather(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None)
     if padded.numel():
         dist.all_gather(every, padded, group=group)
     return [each[:count] for each, count in zip(every, counts, strict=True)]
-
-
-def _place(counts: Sequence[int], group: dist.ProcessGroup | None) -> slice:
-    return _slice(counts, dist.get_rank(group))
 
 
 def _slice(counts: Sequence[int], rank: int) -> slice:

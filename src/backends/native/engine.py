@@ -17,7 +17,7 @@ from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..normalization import Divisor, Ledger
 from ..prepared import PreparedCall, ScoreRequest
 from ..types import AdamParams, Plan, Rollout, SamplingParams
-from .accumulator import Accumulator
+from .accumulator import Accumulator, all_finite
 from .causal_lm import CausalLM, as_causal_lm
 from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from .checkpoints.export import Export
@@ -277,7 +277,7 @@ class NativeEngine(Engine):
         for i in range(len(requests)) if members is None else members:
             logprobs = score(self.model, [requests[i]], "single")
             gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
-            if any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):
+            if not all_finite([g for g in gradients if g is not None]):
                 return f"datum {i}"
         return "no single datum (their sum overflows)"
 

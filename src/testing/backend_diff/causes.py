@@ -14,7 +14,7 @@ from .numbers import Pairs
 
 __all__ = ["logprob_cause", "shifted"]
 
-_SHARE: Final = 0.5  # of the tokens after its beginning that a pattern must reach
+_SHARE: Final = 0.5  # of the tokens from its first one on, which a pattern must reach
 Alone = Callable[[int], tuple[Tensor, Tensor]]
 
 

@@ -167,9 +167,8 @@ def _copy_on_cpu(model: nn.Module, weights: dict[str, Tensor]) -> Any:
         memo[id(b)] = b.detach().cpu().clone()
     units = [part for part in model.modules() if isinstance(part, FSDPModule)]
     for unit in units:
-        plain = type(unit).__bases__[
-            1
-        ]  # FSDP makes a class of its own, which cannot be copied, of itself and the layer's
+        # FSDP makes a class of its own, which cannot be copied, of itself and the layer's.
+        plain = type(unit).__bases__[1]
         memo[id(unit)] = object.__new__(plain)
     for unit in units:
         memo[id(unit)].__dict__ |= copy.deepcopy(_without_hooks(unit), memo)

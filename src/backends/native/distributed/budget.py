@@ -178,8 +178,7 @@ class Traffic:
     """Bytes that one process receives from others in a step; it sends as many.
 
     Attributes:
-        gathers: of weights.
-        reductions: of gradients, within a group of shards.
+        gathers, reductions: of weights; of gradients, within a group of shards.
         replicas: of reduced gradients, between replicas.
         logprobs: of log-probs and cotangents.
         head: of a vocabulary-parallel head.
@@ -192,7 +191,8 @@ class Traffic:
     head: float = 0.0
 
     @property
-    def total(self) -> float:  # of all of them
+    def total(self) -> float:
+        """Return the sum of all of them."""
         return self.gathers + self.reductions + self.replicas + self.logprobs + self.head
 
     def to_json(self) -> dict[str, float]:
@@ -258,15 +258,15 @@ def traffic(model: Sequence[Weight], placement: Placement, step: Step) -> Traffi
         return Traffic(0.0, 0.0, 0.0, 0.0)
     shards, replicas = placement.shards, placement.replicas
     others = (shards - 1) / shards
-    gathered = [(w, w.gathered(shards)) for w in model]
-    layers = sum(size for w, size in gathered if w.layer is not None)
+    sizes = _by_layer((w, w.gathered(shards)) for w in model)
+    outside, layers = sizes.pop(None), sum(sizes.values())
     passes = step.forwards + step.backwards if placement.reshard else 1
     gradients = sum(w.gradient(shards) for w in model)
     rows = sum(w.shard(shards) * w.gradient_each for w in model if w.in_parts and w.trained)
     reductions = step.backwards if placement.reshard else step.calls
     entries = (1 if step.broadcast else 2) * step.targets * (placement.ranks - 1) + step.broadcast
     return Traffic(
-        gathers=(sum(size for _, size in gathered) + (passes - 1) * layers) * others,
+        gathers=(outside + passes * layers) * others,
         reductions=reductions * gradients * others,
         replicas=2.0 * (reductions * gradients / shards + step.calls * rows) * (replicas - 1) / replicas,
         logprobs=float(entries * step.logprob_bytes),
