@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 
 WORKER = Path(__file__).parent / "vocab_parallel_worker.py"
 COUNT, WIDTH = 40, 6
@@ -20,7 +19,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What every process found; one launch."""
     folder = tmp_path_factory.mktemp("vocab")
     run_ranks(WORKER, str(folder), ranks=request.param)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return reports(folder, request.param)
 
 
 def test_agrees(found: list[dict[str, Any]]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["run_ranks", "start_ranks"]
+__all__ = ["reports", "run_ranks", "start_ranks"]
 
 ROOT = Path(__file__).parents[3]
 SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "trainers")
@@ -27,6 +29,11 @@ def run_ranks(
             process.kill()
     assert [process.returncode for process in started] == [*(ends or [0] * ranks)], "\n".join(written)
     return written
+
+
+def reports(folder: Path, ranks: int, prefix: str = "") -> list[Any]:
+    """Return what each of ``ranks`` processes has written as JSON into a folder, under the prefix and its rank."""
+    return [json.loads((folder / f"{prefix}{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def start_ranks(script: Path, *arguments: str, ranks: int = 2) -> list[subprocess.Popen[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from many_ranks.payload import Payload
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
@@ -56,23 +56,29 @@ def whole_gradients(module: torch.nn.Module) -> int:
     return storages(found)
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Make one step; return numbers by name."""
-    dtype = getattr(torch, case["dtype"])
+def made(case: dict[str, Any]) -> tuple[HFModel, DeviceMesh, TorchBackend]:
+    """Return the model of a case, spread over the processes."""
     vocab = 510 if case["vocab_parallel"] else 512
-    model = random_llama(dtype=dtype, vocab_size=vocab, num_hidden_layers=4, num_key_value_heads=2)
+    model = random_llama(
+        dtype=getattr(torch, case["dtype"]), vocab_size=vocab, num_hidden_layers=4, num_key_value_heads=2
+    )
     torch.manual_seed(0)  # of the adapter, which must be the same on every process
     module = HFModel(add_lora(model, 4) if case["lora"] else model)
     names = ("replicas", "shards")[-len(case["mesh"]) :]
     mesh = init_device_mesh("cpu", tuple(case["mesh"]), mesh_dim_names=names)
     options = {"reshard": case["reshard"], "vocab_parallel": case["vocab_parallel"]}
-    backend = TorchBackend(module, mesh=mesh, **options, token_budget=32)
-    engine: Any = backend._everywhere
-    peaks = {"gathered_weights": 0, "gathered_gradients": 0}
+    return module, mesh, TorchBackend(module, mesh=mesh, **options, token_budget=32)
 
-    own = {p.untyped_storage().data_ptr() for p in map(local_part, module.parameters())}
-    rows = [module.head().weight] if case["vocab_parallel"] else []  # where shards are masters, a copy
-    copied = storages([w for w in rows if w.untyped_storage().data_ptr() not in own])
+
+def watched(module: HFModel, engine: Any, copied: int) -> dict[str, int]:
+    """Return the most that is whole at once, which is kept up to date in every forward, backward and reduction.
+
+    Args:
+        module: the model.
+        engine: of its backend.
+        copied: bytes of weights that are copies of shards.
+    """
+    peaks = {"gathered_weights": 0, "gathered_gradients": 0}
 
     def look(_: Any = None) -> None:
         peaks["gathered_weights"] = max(peaks["gathered_weights"], gathered(module) + copied)
@@ -92,6 +98,16 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         reduce()
 
     engine._shards.reduce = look_and_reduce
+    return peaks
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Make one step; return numbers by name."""
+    module, mesh, backend = made(case)
+    engine: Any = backend._everywhere
+    own = {p.untyped_storage().data_ptr() for p in map(local_part, module.parameters())}
+    rows = [module.head().weight] if case["vocab_parallel"] else []  # where shards are masters, a copy
+    peaks = watched(module, engine, storages([w for w in rows if w.untyped_storage().data_ptr() not in own]))
     data = example_datums(list(LENGTHS), seed=3, vocab_size=500)
     loss: Any = "cross_entropy" if case["streamed"] else (lambda data, logprobs: (-sum(x.sum() for x in logprobs), {}))
     plan = backend.plan(loss, data)
@@ -100,28 +116,35 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         result = act(data, loss).result()
         gradients = storages([local_part(p.grad) for p in engine.local.parameters.values()])
         backend.optim_step(AdamParams(learning_rate=1e-3)).result()
-    state = engine.local.optimizer.to_tensors()
+    held = {"gradients": gradients, "graphs": result.metrics["graph_bytes:max"], **peaks}
     return {
         "rank": torch.distributed.get_rank(),
         "predicted": dict(plan.rank_bytes),
         "traffic": dict(plan.bytes_moved),
-        "held": {
-            "weights": storages([local_part(p) for p in module.parameters()]),
-            "masters": storages([local_part(t) for name, t in state.items() if name.startswith("master:")]),
-            "gradients": gradients,
-            "moments": storages([local_part(t) for name, t in state.items() if name.startswith("exp_avg")]),
-            "graphs": result.metrics["graph_bytes:max"],
-            **peaks,
-        },
-        "received": {
-            "gathers": payload.gathered,
-            "reductions": payload.reduced,
-            "replicas": payload.replicated,
-            "logprobs": payload.told(torch.float32),
-            "head": payload.scored,
-        },
+        "held": {**resting(module, engine.local.optimizer.to_tensors()), **held},
+        "received": received(payload),
         "agreements": payload.told(torch.uint8, torch.int64, torch.float64),
         "targets": sum(LENGTHS),
+    }
+
+
+def resting(module: HFModel, state: dict[str, Tensor]) -> dict[str, int]:
+    """Return bytes of the weights and of an optimizer's state, by what they are."""
+    return {
+        "weights": storages([local_part(p) for p in module.parameters()]),
+        "masters": storages([local_part(t) for name, t in state.items() if name.startswith("master:")]),
+        "moments": storages([local_part(t) for name, t in state.items() if name.startswith("exp_avg")]),
+    }
+
+
+def received(payload: Payload) -> dict[str, float]:
+    """Return the bytes that came from other processes, by what they were for."""
+    return {
+        "gathers": payload.gathered,
+        "reductions": payload.reduced,
+        "replicas": payload.replicated,
+        "logprobs": payload.told(torch.float32),
+        "head": payload.scored,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
@@ -96,7 +96,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, A
     folder = tmp_path_factory.mktemp("budget")
     (folder / "cases.json").write_text(json.dumps(CASES))
     run_ranks(WORKER, str(folder))
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return reports(folder, 2)
 
 
 @pytest.mark.slow

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from many_ranks import many_defects
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +21,7 @@ Found = dict[str, Any]
 
 def planted(folder: Path, ranks: int) -> list[Found]:
     run_ranks(Path(many_defects.__file__), str(folder / "found"), ranks=ranks, seconds=600)
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(ranks)]
+    return reports(folder, ranks, "found-")
 
 
 @pytest.fixture(scope="module")

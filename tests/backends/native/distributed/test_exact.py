@@ -5,14 +5,13 @@ Weights after one Adam step would hide a gradient of half the size.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from many_ranks import many_exact
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 
 Found = dict[str, dict[str, float]]
 pytestmark = pytest.mark.skipif(
@@ -28,7 +27,7 @@ def named(case: tuple[Any, ...]) -> str:
 
 def trained(folder: Path, ranks: int, whole: bool) -> list[Found]:
     run_ranks(Path(many_exact.__file__), str(folder / "found"), "whole" if whole else "part", ranks=ranks, seconds=900)
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(ranks)]
+    return reports(folder, ranks, "found-")
 
 
 def require_one_process(found: list[Found], case: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from many_ranks import exporting_ranks
 from many_ranks.exporting_ranks import CASES, FEW
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"
@@ -34,7 +33,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ranks, what = request.param
     folder = tmp_path_factory.mktemp("export")
     run_ranks(Path(exporting_ranks.__file__), str(folder), what, ranks=ranks, seconds=900)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return reports(folder, ranks)
 
 
 def test_files_are_those_of_one_process(found: list[Found]) -> None:

@@ -6,7 +6,6 @@ run that nothing has interrupted does.
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Collection, Iterable
@@ -18,7 +17,7 @@ import torch
 from many_ranks import failing_ranks
 from many_ranks.failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
 from many_ranks.failing_ranks import ALONE, Told
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 from tiers import TIER
 
 pytestmark = pytest.mark.skipif(
@@ -107,7 +106,7 @@ EXPECTED: dict[str, Expected] = {
 def launched(what: str, folder: Path, killed: bool = False) -> list[Told]:
     """Return what each rank that has lived to the end was told."""
     run_ranks(SCRIPT, what, str(folder), ends=(0, -signal.SIGKILL if killed else 0))
-    return [json.loads((folder / f"{what}-{rank}.json").read_text()) for rank in range(1 if killed else 2)]
+    return reports(folder, 1 if killed else 2, f"{what}-")
 
 
 def require_told(found: Told, expected: tuple[str, str], seconds: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from many_ranks import vocabulary_ranks
-from many_ranks.ranks import run_ranks
+from many_ranks.ranks import reports, run_ranks
 from many_ranks.vocabulary_ranks import CASES, FEW, name_of
 
 from pullback.backends import TorchBackend
@@ -37,7 +37,7 @@ EXACT = 1e-10
 
 def found_by(folder: Path, ranks: int, what: str) -> list[Found]:
     run_ranks(Path(vocabulary_ranks.__file__), str(folder), what, ranks=ranks, seconds=900)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return reports(folder, ranks)
 
 
 @pytest.fixture(
