@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pullback.backends import AdamParams, Backend, Engine, EngineLimits, Gradient, PreparedCall, ScoreRequest
-from pullback.backends.cotangents import evaluate_all, summarize
-from pullback.backends.normalization import Divisor, Ledger
+from pullback.backends.calls.cotangents import evaluate_all, summarize
+from pullback.backends.operations.normalization import Divisor, Ledger
 from pullback.errors import CheckpointError
 from pullback.testing import BackendUnderTest, check_backend
 

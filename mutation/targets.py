@@ -74,10 +74,10 @@ TARGETS: Final = {
     ),
     "backends": Target(
         (
-            "backends/normalization.py",
-            "backends/cotangents.py",
-            "backends/accumulation.py",
-            "backends/units.py",
+            "backends/operations/normalization.py",
+            "backends/calls/cotangents.py",
+            "backends/operations/accumulation.py",
+            "backends/calls/units.py",
             "backends/native/accumulator.py",
         ),
         (

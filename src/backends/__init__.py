@@ -5,11 +5,11 @@ from __future__ import annotations
 from ..deprecation import moved
 from ..ops import Head, logprob_surrogate, selected_logprobs
 from .base import Backend
+from .calls.prepared import PreparedCall, ScoreRequest
 from .engine import Call, Engine, EngineLimits, Gradient
 from .fake import FakeBackend
-from .futures import FinishedFuture, Future
 from .native import CausalLM, HFModel, TorchBackend
-from .prepared import PreparedCall, ScoreRequest
+from .operations.futures import FinishedFuture, Future
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
 from .reference import with_reference, with_reference_point
 from .remote import RemoteBackend, connect

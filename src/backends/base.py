@@ -13,11 +13,11 @@ from ..datums.types import Datum, ModelInput
 from ..errors import BackendError, ConfigError, MixedDenominatorsError, UnsupportedError
 from ..losses.base import Loss
 from ..losses.counts import Counts
-from .accumulation import Accumulation
+from .calls.prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
 from .engine import Call, Engine, Gradient
-from .futures import Answer, Future, then
-from .operations import Operations, sized
-from .prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
+from .operations.accumulation import Accumulation
+from .operations.futures import Answer, Future, then
+from .operations.runner import Operations, sized
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
 from .reference import ReferenceView, refusal
 from .sampling import check_prompts

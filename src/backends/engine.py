@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..datums.types import ModelInput
 from ..errors import MissingReferenceError, UnsupportedError
-from .futures import Answer
-from .normalization import Divisor, Ledger
-from .prepared import PreparedCall
+from .calls.prepared import PreparedCall
+from .operations.futures import Answer
+from .operations.normalization import Divisor, Ledger
 from .protocol import NormalizationMode
 from .types import AdamParams, ForwardBackwardOutput, Plan, Rollout, SamplingParams
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from .accumulation import Accumulation
 from .base import Backend
+from .operations.accumulation import Accumulation
 
 __all__ = ["has_accumulated", "last_cotangents", "preserved", "restored_after_failure"]
 

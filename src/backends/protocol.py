@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..datums.types import Datum, ModelInput
 from ..losses.base import Loss
-from .futures import Future
+from .operations.futures import Future
 from .types import (
     AdamParams,
     ForwardBackwardOutput,

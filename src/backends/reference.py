@@ -13,7 +13,7 @@ from ..datums.types import Datum, TensorData
 from ..errors import MissingReferenceError
 from ..losses.base import Loss
 from ..losses.functional.preference import reference_point
-from .futures import Future
+from .operations.futures import Future
 from .protocol import ReferenceModel, TrainerBackend
 from .types import ForwardBackwardOutput
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backends import TorchBackend
+from ..backends.calls.prepared import ScoreRequest
 from ..backends.native import HFModel
 from ..backends.native.execution.forward import score
-from ..backends.prepared import ScoreRequest
 from ..datums import Datum, ModelInput, datum_from_tokens_weights
 from ..testing.agreement import sampling_agreement
 from ..testing.modelcheck.numerics import NumericsRow, head_numerics, hidden_of, model_numerics

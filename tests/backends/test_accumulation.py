@@ -9,10 +9,10 @@ from helpers import make_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pullback.backends.accumulation import Accumulation, unretrieved
+from pullback.backends.calls.prepared import prepare
 from pullback.backends.engine import Gradient
-from pullback.backends.futures import Failure
-from pullback.backends.prepared import prepare
+from pullback.backends.operations.accumulation import Accumulation, unretrieved
+from pullback.backends.operations.futures import Failure
 from pullback.backends.types import ForwardBackwardOutput
 from pullback.errors import PrecedingOperationFailed
 from pullback.losses import GRPO, CrossEntropy

@@ -17,8 +17,8 @@ from reads import pretend_device
 from torch import Tensor
 
 from pullback.backends import AdamParams, FakeBackend
-from pullback.backends.cotangents import evaluate, evaluate_all, signal_metrics, summarize
-from pullback.backends.prepared import prepare
+from pullback.backends.calls.cotangents import evaluate, evaluate_all, signal_metrics, summarize
+from pullback.backends.calls.prepared import prepare
 from pullback.errors import DatumError, LossTypeError, NonFiniteError, NotDifferentiableError
 from pullback.losses import GRPO, GSPO, CrossEntropy, TokenBatch
 

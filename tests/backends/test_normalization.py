@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pullback.backends.normalization import Ledger
+from pullback.backends.operations.normalization import Ledger
 from pullback.backends.types import LedgerEntry
 from pullback.errors import (
     ConfigError,

@@ -7,7 +7,7 @@ from helpers import make_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pullback.backends.units import by_group, loss_units
+from pullback.backends.calls.units import by_group, loss_units
 from pullback.datums import Datum
 from pullback.losses import DPO, GRPO, CrossEntropy
 from pullback.losses.aggregation import Aggregation, Denominator, Local

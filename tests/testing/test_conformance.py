@@ -23,10 +23,10 @@ from pullback.backends import (
     ScoreRequest,
     TorchBackend,
 )
-from pullback.backends.accumulation import Accumulation
 from pullback.backends.fake.engine import FakeEngine
 from pullback.backends.fake.table import TableModel
-from pullback.backends.normalization import Divisor, Ledger
+from pullback.backends.operations.accumulation import Accumulation
+from pullback.backends.operations.normalization import Divisor, Ledger
 from pullback.backends.remote.capabilities import detect
 from pullback.cli import main
 from pullback.losses import get_loss

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...datums.types import ModelInput
 from ...errors import CheckpointError
-from ..cotangents import evaluate_all, summarize
+from ..calls.cotangents import evaluate_all, summarize
+from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
-from ..normalization import Divisor, Ledger
-from ..prepared import PreparedCall
+from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Rollout, SamplingParams
 from .table import TableModel
 

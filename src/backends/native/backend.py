@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...datums.types import Datum
 from ...losses.base import Loss
 from ..base import Backend
+from ..calls.prepared import loss_name
 from ..engine import Call
-from ..futures import Answer, Future
-from ..operations import sized
-from ..prepared import loss_name
+from ..operations.futures import Answer, Future
+from ..operations.runner import sized
 from ..protocol import CustomLoss
 from ..types import ForwardBackwardOutput, SaveStateOutput
 from .causal_lm import as_causal_lm

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...datums.types import ModelInput
 from ...errors import BackendError, ConfigError, LeakyModelError, MissingReferenceError
+from ..calls.prepared import PreparedCall, ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
-from ..normalization import Divisor, Ledger
-from ..prepared import PreparedCall, ScoreRequest
+from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import Accumulator, all_finite
 from .causal_lm import CausalLM, as_causal_lm

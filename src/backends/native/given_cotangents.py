@@ -12,7 +12,7 @@ from torch import Tensor
 from ...datums.types import Datum
 from ...errors import ConfigError, InvalidDatumsError
 from ...losses.base import Loss
-from ..prepared import ScoreRequest, as_loss
+from ..calls.prepared import ScoreRequest, as_loss
 from ..protocol import CustomLoss
 
 __all__ = ["GivenCotangents", "given_loss"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from ..prepared import PreparedCall, ScoreRequest
+from ..calls.prepared import PreparedCall, ScoreRequest
 from ..types import Plan
 from .execution.batching import Layout, own_lengths
 from .execution.cost_model import ModelSizes, base_flops, forward_tokens

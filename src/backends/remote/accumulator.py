@@ -11,9 +11,9 @@ from torch import Tensor
 from ...datums.types import Datum, TensorData
 from ...errors import BackendError, RemoteError, UnsupportedError
 from ...losses.registry import config_of
-from ..cotangents import Cotangents
-from ..normalization import Divisor, Ledger
-from ..prepared import PreparedCall, scored
+from ..calls.cotangents import Cotangents
+from ..calls.prepared import PreparedCall, scored
+from ..operations.normalization import Divisor, Ledger
 from ..protocol import NormalizationMode
 from ..types import Plan
 from .capabilities import Capabilities

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput
 from ...errors import UnsupportedError
-from ..cotangents import Cotangents, evaluate_all, summarize
+from ..calls.cotangents import Cotangents, evaluate_all, summarize
+from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient
-from ..futures import Answer
-from ..normalization import Divisor, Ledger
-from ..prepared import PreparedCall
+from ..operations.futures import Answer
+from ..operations.normalization import Divisor, Ledger
 from ..protocol import NormalizationMode
 from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import RemoteAccumulator, weighted_datums

@@ -7,8 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..cotangents import Cotangents, evaluate_all
-from ..prepared import PreparedCall
+from ..calls.cotangents import Cotangents, evaluate_all
+from ..calls.prepared import PreparedCall
 from .capabilities import Capabilities
 
 __all__ = ["LocalLoss"]

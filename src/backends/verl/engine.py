@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ...errors import BackendError, CheckpointError, MissingReferenceError, NonFiniteError, UnsupportedError
+from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..native.accumulator import Accumulator
 from ..native.checkpoints.files import new_folder
@@ -29,8 +30,7 @@ from ..native.dtensors import full
 from ..native.execution.forward import trainable
 from ..native.execution.gradient import require_finite_logprobs, summary
 from ..native.models.facts.model_facts import read_facts, text_config
-from ..normalization import Divisor, Ledger
-from ..prepared import PreparedCall
+from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Plan
 from .batches import batch_settings, require_expressible, to_batch
 

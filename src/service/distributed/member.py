@@ -9,9 +9,9 @@ from typing import Any, Final, final
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...backends.futures import FinishedFuture
 from ...backends.native.distributed.agreement import Agreement
 from ...backends.native.distributed.ranks import Ranks
+from ...backends.operations.futures import FinishedFuture
 from ...errors import LostRankError
 from ..served.registry import Base, ServedModels
 from .channel import Channel, Command

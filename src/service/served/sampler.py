@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...backends import SamplingParams
+from ...backends.calls.prepared import ScoreRequest
 from ...backends.native.decoding.batch import ContinuousBatch
 from ...backends.native.decoding.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.decoding.requests import Ends
 from ...backends.native.decoding.sampling import rollouts_of
 from ...backends.native.execution.forward import model_device, score
 from ...backends.native.models.hf import HFModel
-from ...backends.prepared import ScoreRequest
 from ...backends.types import Rollout
 from ...datums.types import ModelInput
 

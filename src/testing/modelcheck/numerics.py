@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ...backends.calls.prepared import ScoreRequest
 from ...backends.native.causal_lm import CausalLM
 from ...backends.native.execution.forward import needed_hidden, score
-from ...backends.prepared import ScoreRequest
 from ...datums.types import Datum
 from ...ops.head import Head
 from ...ops.logprobs import selected_logprobs

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native.execution import batching
-from pullback.backends.normalization import Ledger
+from pullback.backends.operations.normalization import Ledger
 from pullback.errors import LeakyModelError
 from pullback.losses import DPO, GRPO, KL, ORPO, PPO, CrossEntropy, Loss
 from pullback.testing import FutureLeakLM, PackingLeakLM, RowLeakLM, TinyLM

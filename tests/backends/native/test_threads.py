@@ -16,7 +16,7 @@ from helpers import make_data, tiny_llama
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend, cotangents
-from pullback.backends.operation_lock import OperationLock
+from pullback.backends.operations.lock import OperationLock
 from pullback.errors import BackendError
 from pullback.losses import CrossEntropy
 from pullback.losses.base import Loss

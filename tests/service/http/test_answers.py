@@ -15,7 +15,7 @@ import zstandard
 from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_models
 
 from pullback.backends import TorchBackend
-from pullback.backends.futures import FinishedFuture
+from pullback.backends.operations.futures import FinishedFuture
 from pullback.errors import NotFoundError, ServiceError
 from pullback.service import serving
 from pullback.service.http.requests import refusal

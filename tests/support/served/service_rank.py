@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 
 from pullback.backends import TorchBackend
-from pullback.backends.futures import FinishedFuture
 from pullback.backends.native.distributed.passes import Passes
+from pullback.backends.operations.futures import FinishedFuture
 from pullback.cli import main
 from pullback.service import Base, ServedModels
 

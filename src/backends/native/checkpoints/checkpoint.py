@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import CheckpointError
-from ...normalization import Ledger
+from ...operations.normalization import Ledger
 from ..accumulator import Accumulator
 from ..dtensors import full
 from ..models.facts.quantized import sampled_numbers

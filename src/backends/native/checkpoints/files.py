@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ....errors import CheckpointError
-from ...normalization import Ledger
+from ...operations.normalization import Ledger
 
 __all__ = [
     "FORMAT",

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ....datums.types import ModelInput
 from ....errors import UnsupportedError
+from ...calls.prepared import PreparedCall
 from ...engine import Call, Engine, Gradient, Scorer
-from ...normalization import Divisor, Ledger
-from ...prepared import PreparedCall
+from ...operations.normalization import Divisor, Ledger
 from ...types import AdamParams, Plan, Rollout, SamplingParams
 from ..causal_lm import CausalLM
 from ..checkpoints.export import Export

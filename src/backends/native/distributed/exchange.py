@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ....errors import NonFiniteError, RanksDifferError
 from ....losses.evaluation.metrics import Metric, combine_metrics
-from ...cotangents import Cotangents, evaluate
-from ...prepared import PreparedCall
+from ...calls.cotangents import Cotangents, evaluate
+from ...calls.prepared import PreparedCall
 from ..dtensors import local_part
 from ..execution.gradient import require_finite_cotangents
 from .agreement import Agreement

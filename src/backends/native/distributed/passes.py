@@ -9,9 +9,9 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
-from ...cotangents import evaluate
+from ...calls.cotangents import evaluate
+from ...calls.prepared import PreparedCall
 from ...engine import Gradient
-from ...prepared import PreparedCall
 from ..accumulator import Accumulator
 from ..engine import NativeEngine
 from ..execution.deferred_backward import DeferredBackward

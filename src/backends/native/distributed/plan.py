@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ....errors import UnsupportedError
 from ....ops.own_positions import Positions, exchange_bytes
-from ...prepared import PreparedCall
+from ...calls.prepared import PreparedCall
 from ...types import Plan
 from ..engine import NativeEngine
 from ..execution.graph_size import head_bytes

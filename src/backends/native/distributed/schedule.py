@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ...prepared import PreparedCall
+from ...calls.prepared import PreparedCall
 from ..execution.batching import Layout, MicroBatch
 from ..execution.memory import GraphSettings, MemoryBudget
 from ..execution.scheduler import Scheduler

@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ...prepared import ScoreRequest
+from ...calls.prepared import ScoreRequest
 
 __all__ = [
     "Layout",

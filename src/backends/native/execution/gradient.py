@@ -13,10 +13,10 @@ from ....errors import NonFiniteError
 from ....losses.evaluation.metrics import Metric
 from ....losses.evaluation.output import LossOutput
 from ....losses.evaluation.streaming import TokenStream
-from ...cotangents import Cotangents, evaluate, summarize
+from ...calls.cotangents import Cotangents, evaluate, summarize
+from ...calls.prepared import PreparedCall, ScoreRequest
 from ...engine import Gradient
-from ...operation_lock import running_loss
-from ...prepared import PreparedCall, ScoreRequest
+from ...operations.lock import running_loss
 from ..causal_lm import CausalLM
 from .batching import MicroBatch
 from .deferred_backward import DeferredBackward

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ....errors import BackendError
 from ....losses.evaluation.metrics import Metric, read, total
-from ...cotangents import evaluate
+from ...calls.cotangents import evaluate
+from ...calls.prepared import PreparedCall, ScoreRequest
 from ...engine import Gradient
-from ...prepared import PreparedCall, ScoreRequest
 from .deferred_backward import DeferredBackward
 from .gradient import require_finite_cotangents, require_finite_logprobs, summary
 from .scaling import GradientScale

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from ...prepared import PreparedCall
+from ...calls.prepared import PreparedCall
 from ..causal_lm import CausalLM
 from ..models.facts.probes import LayoutLimits
 from .batching import Layout, MicroBatch, micro_batches

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar, final
 
 from ....errors import PullbackError, RemoteError
-from ...futures import Pending
+from ...operations.futures import Pending
 from ..sdk.error_mapping import remote_error
 from .liveness import Liveness, arrived
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....backends.base import Backend
 from ....backends.fake.engine import FakeEngine
 from ....backends.fake.table import TableModel
-from ....backends.futures import Future
+from ....backends.operations.futures import Future
 from ....backends.protocol import CustomLoss, NormalizationMode, ReferenceModel, TrainerBackend
 from ....backends.types import (
     AdamParams,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....backends.futures import FinishedFuture, Future
+from ....backends.operations.futures import FinishedFuture, Future
 from ....backends.protocol import CustomLoss
 from ....backends.types import ForwardBackwardOutput
 from ....datums.types import Datum

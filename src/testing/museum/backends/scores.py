@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ....backends.futures import FinishedFuture, Future
+from ....backends.operations.futures import FinishedFuture, Future
 from ....backends.types import ForwardBackwardOutput
 from ....datums.types import TensorData
 from .relay import Config, Relay, planted

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
 from ....backends.fake.table import TableModel
-from ....backends.futures import FinishedFuture, Future
+from ....backends.operations.futures import FinishedFuture, Future
 from ....backends.protocol import NormalizationMode, TrainerBackend
 from ....backends.types import (
     AdamParams,

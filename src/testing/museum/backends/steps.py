@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ....backends.futures import Future
+from ....backends.operations.futures import Future
 from ....backends.protocol import NormalizationMode
 from ....backends.types import AdamParams, OptimStepOutput
 from ....errors import DoubleNormalizationError

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .....errors import CheckpointError
-from ....normalization import Ledger
+from ....operations.normalization import Ledger
 from ...checkpoints.checkpoint import (
     TrainingState,
     frozen_fingerprint,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ....normalization import Ledger
+from ....operations.normalization import Ledger
 from ...checkpoints.checkpoint import (
     ADAPTER,
     OUTSIDE,

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .....ops.logprobs import chunk_bytes
 from .....ops.own_positions import Positions
-from ....prepared import PreparedCall
+from ....calls.prepared import PreparedCall
 
 __all__ = ["positions_together", "rows_bytes", "shard_group"]
 

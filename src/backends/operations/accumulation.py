@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from ..errors import PrecedingOperationFailed, UnretrievedFailureError
-from .engine import Gradient
+from ...errors import PrecedingOperationFailed, UnretrievedFailureError
+from ..calls.prepared import PreparedCall
+from ..engine import Gradient
 from .futures import Failure, Outcome
 from .normalization import Ledger
-from .prepared import PreparedCall
 
 __all__ = ["Accumulation", "preceding_failure", "unretrieved"]
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
-from ..errors import ConfigError, DoubleNormalizationError, IncompleteUnitError, MixedDenominatorsError
-from ..losses.counts import not_positive
-from .protocol import NormalizationMode
-from .types import LedgerEntry
+from ...errors import ConfigError, DoubleNormalizationError, IncompleteUnitError, MixedDenominatorsError
+from ...losses.counts import not_positive
+from ..protocol import NormalizationMode
+from ..types import LedgerEntry
 
 __all__ = ["Divisor", "Ledger"]
 

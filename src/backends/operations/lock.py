@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, final
 
-from ..errors import BackendError
+from ...errors import BackendError
 
 __all__ = ["OperationLock", "running_loss"]
 

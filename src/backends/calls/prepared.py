@@ -11,20 +11,20 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..datums.types import Datum, TensorData
-from ..datums.validation import validate
-from ..errors import ConfigError, InvalidDatumsError, LossTypeError, UnknownLossError, UnsupportedError
-from ..losses.base import GradientKind, Loss
-from ..losses.batch.adapt import as_tensor
-from ..losses.batch.token_batch import TokenBatch
-from ..losses.counts import Counts, check_counts
-from ..losses.evaluation.metrics import wire_metrics
-from ..losses.kind import trusted_kind
-from ..losses.recipes import recipe
-from ..losses.registry import get_loss
-from .operation_lock import running_loss
-from .protocol import CustomLoss
-from .types import ForwardBackwardOutput, as_mapping
+from ...datums.types import Datum, TensorData
+from ...datums.validation import validate
+from ...errors import ConfigError, InvalidDatumsError, LossTypeError, UnknownLossError, UnsupportedError
+from ...losses.base import GradientKind, Loss
+from ...losses.batch.adapt import as_tensor
+from ...losses.batch.token_batch import TokenBatch
+from ...losses.counts import Counts, check_counts
+from ...losses.evaluation.metrics import wire_metrics
+from ...losses.kind import trusted_kind
+from ...losses.recipes import recipe
+from ...losses.registry import get_loss
+from ..operations.lock import running_loss
+from ..protocol import CustomLoss
+from ..types import ForwardBackwardOutput, as_mapping
 from .units import by_group, loss_units
 
 __all__ = ["Positions", "PreparedCall", "ScoreRequest", "as_loss", "loss_name", "missing_inputs", "prepare", "scored"]

@@ -11,14 +11,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..errors import LossTypeError, NonFiniteError, NotDifferentiableError
-from ..losses.base import Loss
-from ..losses.batch.token_batch import TokenBatch
-from ..losses.evaluation.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
-from ..losses.evaluation.output import LossOutput, Part
-from .operation_lock import running_loss
+from ...errors import LossTypeError, NonFiniteError, NotDifferentiableError
+from ...losses.base import Loss
+from ...losses.batch.token_batch import TokenBatch
+from ...losses.evaluation.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
+from ...losses.evaluation.output import LossOutput, Part
+from ..operations.lock import running_loss
+from ..protocol import CustomLoss
 from .prepared import PreparedCall, loss_name
-from .protocol import CustomLoss
 
 __all__ = ["Cotangents", "evaluate", "evaluate_all", "signal_metrics", "summarize"]
 

@@ -8,11 +8,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast, final
 
-from ..errors import ClosedError
+from ...errors import ClosedError
+from ..engine import Call, Engine
 from .accumulation import Accumulation, unretrieved
-from .engine import Call, Engine
 from .futures import Answer, Failure, FinishedFuture, Future, Outcome, Pending
-from .operation_lock import OperationLock
+from .lock import OperationLock
 
 __all__ = ["Operations", "sized"]
 

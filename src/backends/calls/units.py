@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..datums.types import Datum
-from ..losses.base import GradientKind, Loss
-from ..losses.batch.adapt import as_tensor
+from ...datums.types import Datum
+from ...losses.base import GradientKind, Loss
+from ...losses.batch.adapt import as_tensor
 
 __all__ = ["by_group", "loss_units"]
 

@@ -1,0 +1,1 @@
+"""What one call asks for: its datums as requests, checked and prepared once, and the cotangents of its loss."""
