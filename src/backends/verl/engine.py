@@ -20,9 +20,9 @@ from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..native.accumulator import Accumulator
 from ..native.checkpoints.files import new_folder
-from ..native.distributed.agreement import Agreement
+from ..native.distributed.agreement.agreement import Agreement
+from ..native.distributed.agreement.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.checkpoints.save import shared_folder
-from ..native.distributed.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.ranks import Ranks
 from ..native.distributed.schedule import Share, share_out
 from ..native.distributed.sharding import forget_pass

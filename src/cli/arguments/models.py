@@ -79,7 +79,7 @@ def config_named(name: str) -> Any:
         CheckpointError: the folder holds no config.
         MissingExtraError: transformers, or the package that carries SmolLM2, is not installed.
     """
-    from ...backends.native.distributed.outline import read_config  # it brings sharding, which no other command needs
+    from ...backends.native.distributed.budget.outline import read_config  # it brings sharding, needed only here
 
     if name == "tiny":
         return random_llama().config

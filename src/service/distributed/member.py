@@ -9,7 +9,7 @@ from typing import Any, Final, final
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...backends.native.distributed.agreement import Agreement
+from ...backends.native.distributed.agreement.agreement import Agreement
 from ...backends.native.distributed.ranks import Ranks
 from ...backends.operations.futures import FinishedFuture
 from ...errors import LostRankError

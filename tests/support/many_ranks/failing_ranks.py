@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pullback.backends import TorchBackend
-from pullback.backends.native.distributed.agreement import Agreement
+from pullback.backends.native.distributed.agreement.agreement import Agreement
 from pullback.backends.native.dtensors import local_part
 from pullback.testing import TinyLM
 

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from pullback.backends import TorchBackend, cotangents
-from pullback.backends.native.distributed import agreement, passes, schedule, sharding
+from pullback.backends.native.distributed import passes, schedule, sharding
+from pullback.backends.native.distributed.agreement import agreement
 from pullback.backends.native.dtensors import local_part
 from pullback.backends.native.models.lora import add_lora
 from pullback.errors import PullbackError

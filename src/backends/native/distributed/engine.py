@@ -26,12 +26,12 @@ from ..execution.forward import score_forwards
 from ..execution.gradient import summary
 from ..execution.retained import RetainedForward, backward_retained, reuse
 from ..execution.scaling import GradientScale
-from .agreement import Agreement
+from .agreement.agreement import Agreement
+from .agreement.digest import tensor_digest
+from .agreement.exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
 from .checkpoints.files import ShardedFiles
 from .checkpoints.load import load_sharded
 from .checkpoints.save import save_sharded
-from .digest import tensor_digest
-from .exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
 from .passes import Passes
 from .plan import plan_rank
 from .ranks import Ranks

@@ -24,8 +24,8 @@ from ..execution.gradient import (
 )
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
-from .agreement import Agreement
-from .exchange import agreed_cotangents, gather_metrics
+from .agreement.agreement import Agreement
+from .agreement.exchange import agreed_cotangents, gather_metrics
 from .ranks import Ranks
 from .schedule import Schedule, Share
 from .sharding import Shards

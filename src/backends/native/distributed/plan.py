@@ -20,7 +20,7 @@ from ..engine import NativeEngine
 from ..execution.graph_size import head_bytes
 from ..plan import recomputed
 from .budget import Placement, RankMemory, Step, Traffic, Weight, rank_memory, traffic
-from .outline import graph_shape, model_outline
+from .budget.outline import graph_shape, model_outline
 from .schedule import Share
 from .sharding import Shards, gathered_dtype, sharded_units
 from .vocabulary.cost import positions_together, rows_bytes, shard_group

@@ -13,8 +13,8 @@ from ..causal_lm import as_causal_lm
 from ..dtensors import require_whole
 from ..engine import NativeEngine
 from ..execution.memory import available_bytes
-from .agreement import Agreement
-from .digest import parameter_fingerprints
+from .agreement.agreement import Agreement
+from .agreement.digest import parameter_fingerprints
 from .engine import DistributedEngine
 from .ranks import Ranks
 from .sharding import Reshard, Shards, shard_model, whole_bytes

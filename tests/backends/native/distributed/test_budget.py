@@ -16,7 +16,7 @@ from torch import Tensor
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.distributed.budget import Placement
-from pullback.backends.native.distributed.outline import graph_shape, model_outline
+from pullback.backends.native.distributed.budget.outline import graph_shape, model_outline
 from pullback.backends.native.distributed.plan import plan_training, weights_of
 from pullback.backends.native.models.lora import add_lora
 from pullback.testing import example_datums

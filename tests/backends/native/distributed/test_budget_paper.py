@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pullback.backends.native.distributed.budget import Placement, Step, Weight, rank_memory, traffic
-from pullback.backends.native.distributed.outline import graph_shape, model_outline, read_config
+from pullback.backends.native.distributed.budget.outline import graph_shape, model_outline, read_config
 from pullback.backends.native.distributed.plan import plan_training, weights_of
 from pullback.backends.native.models.lora import add_lora
 from pullback.cli import main

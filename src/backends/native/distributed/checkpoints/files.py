@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from .....errors import CheckpointError, UnsupportedError
 from ...checkpoints.files import write_tensors
-from ..agreement import Agreement
+from ..agreement.agreement import Agreement
 from ..ranks import Ranks
 
 __all__ = ["OPTIMIZER", "RANDOM", "WINDOW", "ShardedFiles"]

@@ -21,7 +21,7 @@ from ...checkpoints.checkpoint import (
 )
 from ...checkpoints.files import new_folder, unfinished, write_tensors
 from ...dtensors import full
-from ..agreement import Agreement
+from ..agreement.agreement import Agreement
 from ..ranks import Ranks
 from .files import OPTIMIZER, RANDOM, WINDOW, ShardedFiles
 

@@ -10,11 +10,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ....errors import CheckpointError, ConfigError, UnsupportedError, require_extra
-from ..execution.graph_size import GraphShape
-from ..models.load import torch_dtype
-from ..models.lora import add_lora
-from .sharding import sharded_units
+from .....errors import CheckpointError, ConfigError, UnsupportedError, require_extra
+from ...execution.graph_size import GraphShape
+from ...models.load import torch_dtype
+from ...models.lora import add_lora
+from ..sharding import sharded_units
 
 __all__ = ["graph_shape", "model_outline", "read_config"]
 

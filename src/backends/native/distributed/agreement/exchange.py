@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ....errors import NonFiniteError, RanksDifferError
-from ....losses.evaluation.metrics import Metric, combine_metrics
-from ...calls.cotangents import Cotangents, evaluate
-from ...calls.prepared import PreparedCall
-from ..dtensors import local_part
-from ..execution.gradient import require_finite_cotangents
+from .....errors import NonFiniteError, RanksDifferError
+from .....losses.evaluation.metrics import Metric, combine_metrics
+from ....calls.cotangents import Cotangents, evaluate
+from ....calls.prepared import PreparedCall
+from ...dtensors import local_part
+from ...execution.gradient import require_finite_cotangents
+from ..ranks import Ranks
 from .agreement import Agreement
 from .digest import datum_digest
-from .ranks import Ranks
 
 __all__ = [
     "agreed_cotangents",

@@ -11,10 +11,10 @@ from typing import Final, TypeVar, final
 import torch
 import torch.distributed as dist
 
-from ....errors import LostRankError, RankError, RankFailedError, RanksDifferError
-from ..execution.memory import ran_out
+from .....errors import LostRankError, RankError, RankFailedError, RanksDifferError
+from ...execution.memory import ran_out
+from ..ranks import Ranks
 from .message import FAILED, FINE, OUT_OF_MEMORY, Message
-from .ranks import Ranks
 
 __all__ = ["Agreement"]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ....datums.types import Datum
-from ..models.facts.quantized import sampled_numbers
+from .....datums.types import Datum
+from ...models.facts.quantized import sampled_numbers
 
 __all__ = ["datum_digest", "parameter_fingerprints", "tensor_digest"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, final
 
-from ....errors import ConfigError
+from .....errors import ConfigError
 
 __all__ = ["Placement", "RankMemory", "Step", "Traffic", "Weight", "rank_memory", "traffic"]
 
