@@ -23,8 +23,8 @@ from .served.encryption import recipients_of
 from .served.logical_names import LogicalNames
 from .served.registry import ServedModels
 from .served.sessions import Sessions
-from .served.training import Training
 from .stored.saving import Save, save
+from .training.training import Training
 
 __all__ = ["Operations"]
 

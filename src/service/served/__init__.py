@@ -1,1 +1,1 @@
-"""What the service serves: models, their sessions and training, and weights to sample from."""
+"""What the service serves: models, their sessions, and weights to sample from."""

@@ -24,7 +24,7 @@ from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.errors import ConfigError
 from pullback.service.custom_loss.gradients import MISTAKES
 from pullback.service.custom_loss.interpreter import LossGraph
-from pullback.service.served.graph_cache import GraphCache, datum_keys
+from pullback.service.training.graph_cache import GraphCache, datum_keys
 from pullback.testing import TinyLM
 
 pytestmark = SDK_WARNINGS

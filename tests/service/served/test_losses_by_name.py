@@ -16,7 +16,7 @@ from tinker import types
 
 from pullback.datums import Datum, ModelInput
 from pullback.errors import ConfigError, InvalidDatumsError
-from pullback.service.served.recorded import with_provenance
+from pullback.service.training.provenance import with_provenance
 from pullback.service.wire.protobuf import GradientRequest, message
 from pullback.service.wire.provenance import Provenance
 

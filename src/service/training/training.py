@@ -19,12 +19,12 @@ from ..queueing.acknowledgements import Acknowledgements, FailedGradient
 from ..queueing.requirements import failure_of, number_of, require_number
 from ..queueing.sequencer import Sequencer
 from ..quotas import Quota
+from ..served.registry import ServedModels
+from ..served.sessions import Sessions
 from ..wire.json_form import finite_metrics
 from ..wire.protobuf import GradientRequest, encode_output
 from .graph_cache import GraphCache, datum_keys
-from .recorded import with_provenance
-from .registry import ServedModels
-from .sessions import Sessions
+from .provenance import with_provenance
 
 __all__ = ["Training"]
 
