@@ -13,9 +13,19 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pullback.backends import AdamParams, Backend, Engine, EngineLimits, Gradient, PreparedCall, ScoreRequest
-from pullback.backends.calls.cotangents import evaluate_all, summarize
-from pullback.backends.operations.normalization import Divisor, Ledger
+from pullback.backends import (
+    AdamParams,
+    Backend,
+    Divisor,
+    Engine,
+    EngineLimits,
+    Gradient,
+    Ledger,
+    PreparedCall,
+    ScoreRequest,
+    evaluate_all,
+    summarize,
+)
 from pullback.errors import CheckpointError
 from pullback.testing import BackendUnderTest, check_backend
 

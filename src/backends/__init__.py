@@ -5,11 +5,13 @@ from __future__ import annotations
 from ..deprecation import moved
 from ..ops import Head, logprob_surrogate, selected_logprobs
 from .base import Backend
+from .calls.cotangents import evaluate_all, summarize
 from .calls.prepared import PreparedCall, ScoreRequest
 from .engine import Call, Engine, EngineLimits, Gradient
 from .fake import FakeBackend
 from .native import CausalLM, HFModel, TorchBackend
 from .operations.futures import FinishedFuture, Future
+from .operations.normalization import Divisor, Ledger
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel, SamplingBackend, TrainerBackend
 from .reference import with_reference, with_reference_point
 from .remote import RemoteBackend, connect
@@ -30,6 +32,7 @@ __all__ = [
     "Call",
     "CausalLM",
     "CustomLoss",
+    "Divisor",
     "Engine",
     "EngineLimits",
     "FakeBackend",
@@ -39,6 +42,7 @@ __all__ = [
     "Gradient",
     "HFModel",
     "Head",
+    "Ledger",
     "LedgerEntry",
     "NormalizationMode",
     "OptimStepOutput",
@@ -54,8 +58,10 @@ __all__ = [
     "TorchBackend",
     "TrainerBackend",
     "connect",
+    "evaluate_all",
     "logprob_surrogate",
     "selected_logprobs",
+    "summarize",
     "with_reference",
     "with_reference_point",
 ]
