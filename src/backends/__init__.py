@@ -6,7 +6,8 @@ from ..deprecation import moved
 from ..ops import Head, logprob_surrogate, selected_logprobs
 from .base import Backend
 from .calls.cotangents import evaluate_all, summarize
-from .calls.prepared import PreparedCall, ScoreRequest
+from .calls.prepared import PreparedCall
+from .calls.requests import ScoreRequest
 from .engine import Call, Engine, EngineLimits, Gradient
 from .fake import FakeBackend
 from .native import CausalLM, HFModel, TorchBackend

@@ -13,7 +13,9 @@ from ..datums.types import Datum, ModelInput
 from ..errors import BackendError, ConfigError, MixedDenominatorsError, UnsupportedError
 from ..losses.base import Loss
 from ..losses.counts import Counts
-from .calls.prepared import Positions, PreparedCall, as_loss, loss_name, missing_inputs, prepare
+from .calls.losses import as_loss, loss_name, missing_inputs
+from .calls.prepared import PreparedCall, prepare
+from .calls.requests import Positions
 from .engine import Call, Engine, Gradient
 from .operations.accumulation import Accumulation
 from .operations.futures import Answer, Future, then

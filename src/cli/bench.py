@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import TorchBackend
-from ..backends.calls.prepared import ScoreRequest
+from ..backends.calls.requests import ScoreRequest
 from ..backends.native import HFModel
 from ..backends.native.execution.forward import score
 from ..datums import Datum, ModelInput, datum_from_tokens_weights

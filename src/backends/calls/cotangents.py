@@ -18,7 +18,8 @@ from ...losses.evaluation.metrics import Metric, combine_metrics, mean, read, to
 from ...losses.evaluation.output import LossOutput, Part
 from ..operations.lock import running_loss
 from ..protocol import CustomLoss
-from .prepared import PreparedCall, loss_name
+from .losses import loss_name
+from .prepared import PreparedCall
 
 __all__ = ["Cotangents", "evaluate", "evaluate_all", "signal_metrics", "summarize"]
 

@@ -3,71 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ...datums.types import Datum, TensorData
 from ...datums.validation import validate
-from ...errors import ConfigError, InvalidDatumsError, LossTypeError, UnknownLossError, UnsupportedError
+from ...errors import InvalidDatumsError, LossTypeError, UnsupportedError
 from ...losses.base import GradientKind, Loss
 from ...losses.batch.adapt import as_tensor
 from ...losses.batch.token_batch import TokenBatch
 from ...losses.counts import Counts, check_counts
 from ...losses.evaluation.metrics import wire_metrics
 from ...losses.kind import trusted_kind
-from ...losses.recipes import recipe
-from ...losses.registry import get_loss
 from ..operations.lock import running_loss
 from ..protocol import CustomLoss
-from ..types import ForwardBackwardOutput, as_mapping
+from ..types import ForwardBackwardOutput
+from .losses import loss_name, needed_inputs
+from .requests import Positions, ScoreRequest
 from .units import by_group, loss_units
 
-__all__ = ["Positions", "PreparedCall", "ScoreRequest", "as_loss", "loss_name", "missing_inputs", "prepare", "scored"]
-
-Positions = Literal["all", "trained"]
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class ScoreRequest:
-    """One sequence to score.
-
-    Attributes:
-        tokens: int64 [T].
-        targets: int64 [T] or [T, K].
-        needed: bool [T]; which positions are scored.
-        temperature: divides the logits; that of the sampler, where the sequence was sampled at another than 1.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    needed: Tensor
-    temperature: float = 1.0
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return self.tokens.numel()
-
-    @classmethod
-    def of(cls, datum: Datum, positions: Positions = "all") -> ScoreRequest:
-        """Say what of a datum must be scored; without ``target_tokens`` its own next tokens, T - 1 of them."""
-        tokens, inputs = datum.model_input.tokens, datum.loss_fn_inputs
-        if "target_tokens" in inputs:
-            targets = inputs["target_tokens"].to_torch()
-        else:
-            tokens, targets = tokens[:-1], tokens[1:]
-        needed = torch.ones(tokens.numel(), dtype=torch.bool)
-        if positions == "trained" and "weights" in inputs:
-            weights = inputs["weights"].to_torch()
-            needed = (weights != 0) if weights.dim() == 1 else (weights != 0).any(-1)
-        given = inputs.get("temperature")
-        return cls(tokens, targets, needed, 1.0 if given is None else float(given.to_torch()))
+__all__ = ["PreparedCall", "prepare"]
 
 
 @final
@@ -226,7 +185,7 @@ def prepare(
     registered = loss if isinstance(loss, Loss) else None
     validate(
         data,
-        required=() if registered is None else _required(registered),
+        required=() if registered is None else needed_inputs(registered),
         optional=() if registered is None else registered.optional_inputs,
         vocab_size=vocab_size,
         max_length=max_length,
@@ -243,56 +202,6 @@ def prepare(
     with running_loss():  # measuring evaluates it
         kind: GradientKind = "batch" if registered is None else trusted_kind(registered)
     return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind)
-
-
-def _required(loss: Loss) -> list[str]:
-    """Inputs without which a call makes no sense; a mean by groups needs to know them, as a call may hold several."""
-    needed = ["target_tokens", *loss.required_inputs]
-    return [*needed, "group_id"] if by_group(loss) and "group_id" not in needed else needed
-
-
-def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
-    """Return the loss that a name and its config, or an object, stands for.
-
-    Raises:
-        LossError: there is none, or its config does not apply.
-    """
-    if isinstance(given, str):
-        try:
-            return get_loss(given, as_mapping(config))
-        except UnknownLossError as error:
-            with suppress(ConfigError):  # there is no such recipe, either
-                recipe(given)
-                raise UnknownLossError(f"{given!r} is a recipe: loss, normalization = recipe({given!r})") from error
-            raise
-    if isinstance(given, Loss):
-        if config:
-            raise ConfigError(f"{given.name} is an object and carries its own hyperparameters; drop {dict(config)}")
-        return given
-    raise LossTypeError(
-        f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
-    )
-
-
-def missing_inputs(loss: Loss, data: Sequence[Datum]) -> list[str]:
-    """Return the inputs that a loss requires and some datum lacks."""
-    inputs = [getattr(datum, "loss_fn_inputs", loss.required_inputs) for datum in data]
-    return [key for key in loss.required_inputs if any(key not in each for each in inputs)]
-
-
-def loss_name(loss: object) -> str:
-    """What to call a loss, its name or a user's function in messages."""
-    if isinstance(loss, str):
-        return loss
-    return loss.name if isinstance(loss, Loss) else str(getattr(loss, "__name__", type(loss).__name__))
-
-
-def scored(datum: Datum) -> Datum:
-    """Return the datum with the targets it is scored on: without ``target_tokens``, its own next tokens."""
-    if "target_tokens" in datum.loss_fn_inputs:
-        return datum
-    tokens = datum.model_input.tokens
-    return Datum(type(datum.model_input).from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
 
 
 def _no_loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:

@@ -8,7 +8,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from ..calls.prepared import ScoreRequest
+from ..calls.requests import ScoreRequest
 from ..sampling import RowParams, choose_tokens
 from ..types import AdamParams, SamplingParams
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...datums.types import Datum
 from ...losses.base import Loss
 from ..base import Backend
-from ..calls.prepared import loss_name
+from ..calls.losses import loss_name
 from ..engine import Call
 from ..operations.futures import Answer, Future
 from ..operations.runner import sized

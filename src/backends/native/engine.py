@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...datums.types import ModelInput
 from ...errors import BackendError, ConfigError, LeakyModelError, MissingReferenceError
-from ..calls.prepared import PreparedCall, ScoreRequest
+from ..calls.prepared import PreparedCall
+from ..calls.requests import ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Plan, Rollout, SamplingParams

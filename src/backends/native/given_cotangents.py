@@ -12,7 +12,8 @@ from torch import Tensor
 from ...datums.types import Datum
 from ...errors import ConfigError, InvalidDatumsError
 from ...losses.base import Loss
-from ..calls.prepared import ScoreRequest, as_loss
+from ..calls.losses import as_loss
+from ..calls.requests import ScoreRequest
 from ..protocol import CustomLoss
 
 __all__ = ["GivenCotangents", "given_loss"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from ..calls.prepared import PreparedCall, ScoreRequest
+from ..calls.prepared import PreparedCall
+from ..calls.requests import ScoreRequest
 from ..types import Plan
 from .execution.batching import Layout, own_lengths
 from .execution.cost_model import ModelSizes, base_flops, forward_tokens

@@ -12,7 +12,8 @@ from ...datums.types import Datum, TensorData
 from ...errors import BackendError, RemoteError, UnsupportedError
 from ...losses.registry import config_of
 from ..calls.cotangents import Cotangents
-from ..calls.prepared import PreparedCall, scored
+from ..calls.prepared import PreparedCall
+from ..calls.requests import scored
 from ..operations.normalization import Divisor, Ledger
 from ..protocol import NormalizationMode
 from ..types import Plan

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, UnsupportedError, require_extra
-from ..calls.prepared import PreparedCall, ScoreRequest
+from ..calls.prepared import PreparedCall
+from ..calls.requests import ScoreRequest
 
 __all__ = ["batch_settings", "require_expressible", "to_batch"]
 

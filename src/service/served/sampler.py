@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...backends import SamplingParams
-from ...backends.calls.prepared import ScoreRequest
+from ...backends.calls.requests import ScoreRequest
 from ...backends.native.decoding.batch import ContinuousBatch
 from ...backends.native.decoding.next_tokens import given_tokens, sampled_tokens, top_k_tokens
 from ...backends.native.decoding.requests import Ends

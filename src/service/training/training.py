@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, final
 
 from ...backends import AdamParams, TorchBackend
-from ...backends.calls.prepared import as_loss
+from ...backends.calls.losses import as_loss
 from ...backends.operations.futures import Future
 from ...backends.types import ForwardBackwardOutput
 from ...datums.types import Datum, TensorData

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...backends.calls.prepared import as_loss, loss_name
+from ...backends.calls.losses import as_loss, loss_name
 from ...backends.protocol import CustomLoss, TrainerBackend
 from ...backends.types import AdamParams
 from ...datums.types import Datum

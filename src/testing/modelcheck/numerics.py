@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...backends.calls.prepared import ScoreRequest
+from ...backends.calls.requests import ScoreRequest
 from ...backends.native.causal_lm import CausalLM
 from ...backends.native.execution.forward import needed_hidden, score
 from ...datums.types import Datum

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ....ops.logprobs import head_logits
-from ...calls.prepared import ScoreRequest
+from ...calls.requests import ScoreRequest
 from ..causal_lm import CausalLM
 from ..execution.forward import needed_hidden
 

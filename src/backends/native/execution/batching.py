@@ -9,7 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from ...calls.prepared import ScoreRequest
+from ...calls.requests import ScoreRequest
 
 __all__ = [
     "Layout",

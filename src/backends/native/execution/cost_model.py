@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 from torch import nn
 
 from ....ops.head import Head
-from ...calls.prepared import ScoreRequest
+from ...calls.requests import ScoreRequest
 from ..models.facts.quantized import weight_count
 from .batching import Layout, micro_batches, own_lengths, padded_tokens
 

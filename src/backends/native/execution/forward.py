@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....ops.logprobs import selected_logprobs
 from ....ops.own_positions import own_positions_logprobs
-from ...calls.prepared import ScoreRequest
+from ...calls.requests import ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import Layout, MicroBatch
 

@@ -14,7 +14,8 @@ from ....losses.evaluation.metrics import Metric
 from ....losses.evaluation.output import LossOutput
 from ....losses.evaluation.streaming import TokenStream
 from ...calls.cotangents import Cotangents, evaluate, summarize
-from ...calls.prepared import PreparedCall, ScoreRequest
+from ...calls.prepared import PreparedCall
+from ...calls.requests import ScoreRequest
 from ...engine import Gradient
 from ...operations.lock import running_loss
 from ..causal_lm import CausalLM

@@ -12,7 +12,8 @@ from torch import Tensor
 from ....errors import BackendError
 from ....losses.evaluation.metrics import Metric, read, total
 from ...calls.cotangents import evaluate
-from ...calls.prepared import PreparedCall, ScoreRequest
+from ...calls.prepared import PreparedCall
+from ...calls.requests import ScoreRequest
 from ...engine import Gradient
 from .deferred_backward import DeferredBackward
 from .gradient import require_finite_cotangents, require_finite_logprobs, summary

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ....datums.types import Datum, TensorData
-from ...calls.prepared import scored
+from ...calls.requests import scored
 from ...types import ForwardBackwardOutput, Rollout, SamplingParams
 
 __all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of"]

@@ -9,7 +9,7 @@ import torch
 
 from ....datums.types import Datum
 from ....errors import ConfigError, UnsupportedError
-from ...calls.prepared import scored
+from ...calls.requests import scored
 from ...types import ForwardBackwardOutput
 from ..connection.futures import RemoteFuture, Sent
 from .convert import bare, logprobs_of

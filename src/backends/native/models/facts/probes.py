@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .....errors import LeakyModelError, UnsupportedError
-from ....calls.prepared import ScoreRequest
+from ....calls.requests import ScoreRequest
 from ...causal_lm import CausalLM
 from ...execution.batching import Layout, arrange
 from ...execution.forward import model_device, needed_hidden, trainable
