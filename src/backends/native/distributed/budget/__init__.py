@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .memory import Placement, RankMemory, Step, Traffic, Weight, rank_memory, traffic
+from .inputs import Placement, Step, Weight
+from .memory import RankMemory, rank_memory
+from .transfers import Traffic, traffic
 
 __all__ = ["Placement", "RankMemory", "Step", "Traffic", "Weight", "rank_memory", "traffic"]
