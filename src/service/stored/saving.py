@@ -76,7 +76,12 @@ def save(
         require_space(asked.owner, max(0, size))
     journal.begin_save(uri, asked.model, asked.number, before, asked.metadata, expires)
     with checkpoints.changing:  # a sweep must not take the new one for the one whose time has passed
-        return _written(models, journal, asked, uri, described, now, expires)
+        _write(models, asked, uri, described)
+        written = checkpoints.size(uri)
+        journal.add_checkpoint(
+            uri, asked.model, asked.owner, asked.number, written, asked.metadata, expires=expires, created=now
+        )
+    return uri
 
 
 def _size(models: ServedModels, asked: Save, described: Description | None) -> int:
@@ -86,26 +91,12 @@ def _size(models: ServedModels, asked: Save, described: Description | None) -> i
     return encrypted_size(size, asked.readers) + note
 
 
-def _written(
-    models: ServedModels,
-    journal: Journal,
-    asked: Save,
-    uri: str,
-    described: Description | None,
-    now: float,
-    expires: float | None,
-) -> str:
-    checkpoints = models.checkpoints
+def _write(models: ServedModels, asked: Save, uri: str, described: Description | None) -> None:
     try:
         models.save(asked.model, asked.kind, asked.name, asked.overwrite, asked.readers)
         if described is not None:
-            described.write(checkpoints.place(uri))
+            described.write(models.checkpoints.place(uri))
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:
         raise storage_error(error) from error
-    size = checkpoints.size(uri)
-    journal.add_checkpoint(
-        uri, asked.model, asked.owner, asked.number, size, asked.metadata, expires=expires, created=now
-    )
-    return uri
