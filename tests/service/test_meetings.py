@@ -20,7 +20,7 @@ from pullback.service.durability.recovery import sweep
 from pullback.service.limits import Limits
 from pullback.service.served.registry import ServedModels
 from pullback.service.stored.copies import Copies
-from pullback.service.stored.leaving import Leaving
+from pullback.service.stored.shutdown import ShutdownSaver
 
 
 def beside(work: Callable[[], Any]) -> None:
@@ -51,7 +51,7 @@ def test_the_checkpoint_at_the_end_holds_what_was_answered(tmp_path: Path, monke
     time.sleep(0.1)
     go.set()
     closing.join()
-    Leaving(first.models, first.journal, 30).save_all()
+    ShutdownSaver(first.models, first.journal, 30).save_all()
     saved = first.journal.newest_checkpoint(MODEL, "weights")
     assert saved is not None
     assert saved["number"] == 2

@@ -11,13 +11,13 @@ from typing import Any, Final, final
 
 from ..limits import Limits
 from ..operations import Operations
-from ..stored.leaving import Leaving
-from ..stored.upkeep import Upkeep
+from ..stored.maintenance import Maintenance
+from ..stored.shutdown import ShutdownSaver
 
 __all__ = ["Lifespan"]
 
 _logger = logging.getLogger("pullback.service")
-_UPKEEP_SECONDS: Final = 15.0
+_MAINTENANCE_SECONDS: Final = 15.0
 
 
 @final
@@ -39,7 +39,7 @@ class Lifespan:
     @asynccontextmanager
     async def run(self, _: Any) -> AsyncIterator[None]:
         """Look after the folder while the server runs, and end it in order; Starlette enters this context."""
-        tasks = [asyncio.create_task(work()) for work in (self._sweep, self._keep_up)]
+        tasks = [asyncio.create_task(work()) for work in (self._sweep, self._maintain)]
         yield
         for task in tasks:
             task.cancel()
@@ -53,12 +53,12 @@ class Lifespan:
         if seconds is None:
             await asyncio.to_thread(sequencer.close)
             return
-        leaving = Leaving(self._operations.models, self._operations.journal, seconds)
+        saver = ShutdownSaver(self._operations.models, self._operations.journal, seconds)
         ended, _ = await asyncio.wait([asyncio.create_task(asyncio.to_thread(sequencer.close))], timeout=seconds)
         if ended:
-            sentences = await asyncio.to_thread(leaving.save_all)
+            sentences = await asyncio.to_thread(saver.save_all)
         else:
-            sentences = leaving.lost(f"an operation did not end within {seconds:g} s")
+            sentences = saver.lost(f"an operation did not end within {seconds:g} s")
         for sentence in sentences:
             _logger.warning("%s", sentence)
 
@@ -68,13 +68,13 @@ class Lifespan:
             await asyncio.sleep(self._limits.graph_seconds / 4)
             self._operations.sequencer.run(self._operations.sweep)
 
-    async def _keep_up(self) -> None:
+    async def _maintain(self) -> None:
         """Look after the folder, beside the event loop."""
         do = self._operations
-        upkeep = Upkeep(do.models.checkpoints, do.journal, do.sessions, do.in_memory)
+        maintenance = Maintenance(do.models.checkpoints, do.journal, do.sessions, do.in_memory)
         while True:
-            await asyncio.sleep(_UPKEEP_SECONDS)
+            await asyncio.sleep(_MAINTENANCE_SECONDS)
             try:
-                await asyncio.to_thread(upkeep.work)
+                await asyncio.to_thread(maintenance.work)
             except Exception:  # whatever it is, the folder is looked after again the next time
-                _logger.exception("the upkeep of the folder failed")
+                _logger.exception("the maintenance of the folder failed")

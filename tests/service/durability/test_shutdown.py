@@ -21,8 +21,8 @@ from pullback.backends import AdamParams
 from pullback.cli.serve import _at_the_end
 from pullback.errors import StorageError
 from pullback.service.durability.answers import Failure
-from pullback.service.stored import leaving
-from pullback.service.stored.leaving import Leaving
+from pullback.service.stored import shutdown
+from pullback.service.stored.shutdown import ShutdownSaver
 
 SHUTDOWN = re.compile(rf"tinker://{MODEL}/weights/shutdown-\d{{8}}T\d{{6}}Z")
 
@@ -41,7 +41,7 @@ def test_what_changed_is_saved_and_named(direct: Direct) -> None:
     direct.read(direct.gradient(number))
     before = direct.models.backends[MODEL]
     direct.sequencer.close()
-    (sentence,) = Leaving(direct.models, direct.journal, 30.0).save_all()
+    (sentence,) = ShutdownSaver(direct.models, direct.journal, 30.0).save_all()
     uri = sentence.rpartition(" ")[2]
     assert SHUTDOWN.fullmatch(uri)
     again = direct.restart()
@@ -62,11 +62,11 @@ def test_what_changed_is_saved_and_named(direct: Direct) -> None:
 
 def test_what_is_saved_is_not_saved_again(direct: Direct) -> None:
     """Nor what has not been trained."""
-    assert Leaving(direct.models, direct.journal, 30.0).save_all() == []
+    assert ShutdownSaver(direct.models, direct.journal, 30.0).save_all() == []
     direct.read(direct.call("save_weights", trained(direct, 1), path="one"))
-    assert Leaving(direct.models, direct.journal, 30.0).save_all() == []
+    assert ShutdownSaver(direct.models, direct.journal, 30.0).save_all() == []
     trained(direct, 4)
-    assert len(Leaving(direct.models, direct.journal, 30.0).save_all()) == 1
+    assert len(ShutdownSaver(direct.models, direct.journal, 30.0).save_all()) == 1
 
 
 def second_model(direct: Direct) -> None:
@@ -83,7 +83,7 @@ def test_time_is_bounded(direct: Direct, seconds: float, count: int) -> None:
     trained(direct, 1)
     second_model(direct)
     ticks = itertools.count(0, 5)
-    words = Leaving(direct.models, direct.journal, seconds, clock=lambda: float(next(ticks))).save_all()
+    words = ShutdownSaver(direct.models, direct.journal, seconds, clock=lambda: float(next(ticks))).save_all()
     assert len(words) == 2
     assert sum("is saved as" in sentence for sentence in words) == count
     assert all("is saved as" in s or f"the {seconds:g} s for it have passed" in s for s in words)
@@ -97,8 +97,8 @@ def test_a_disk_that_refuses_is_said(direct: Direct, monkeypatch: pytest.MonkeyP
     def refuse(*_: Any) -> str:
         raise StorageError("the server's disk is full")
 
-    monkeypatch.setattr(leaving, "save", refuse)
-    (sentence,) = Leaving(direct.models, direct.journal, 30.0).save_all()
+    monkeypatch.setattr(shutdown, "save", refuse)
+    (sentence,) = ShutdownSaver(direct.models, direct.journal, 30.0).save_all()
     assert "is not saved (the server's disk is full)" in sentence
     assert "weights/one (all up to seq_id 3)" in sentence
 

@@ -17,7 +17,7 @@ from pullback.errors import CheckpointError, ConfigError, NotFoundError
 from pullback.service.durability.answers import Failure
 from pullback.service.durability.descriptions import expiry, require_ttl
 from pullback.service.served.listings import Listings
-from pullback.service.stored.upkeep import Upkeep
+from pullback.service.stored.maintenance import Maintenance
 
 pytestmark = SDK_WARNINGS
 HOUR, YEARS = 3600, 10 * 365 * 24 * 3600
@@ -95,13 +95,13 @@ def test_what_nobody_looks_at_ends_too(direct: Direct) -> None:
     direct.read(direct.call("save_weights", 2, path="one", ttl_seconds=HOUR))
     direct.read(direct.call("save_for_sampler", 3, path="two", ttl_seconds=2 * HOUR))
     direct.read(direct.call("save_weights", 4, path="three"))
-    upkeep = Upkeep(direct.models.checkpoints, direct.journal, direct.operations.sessions)
-    upkeep.work()
+    maintenance = Maintenance(direct.models.checkpoints, direct.journal, direct.operations.sessions)
+    maintenance.work()
     assert direct.journal.total("checkpoints", "me") == 3
     moment = time.time()
     for hours, expected in ((1.1, {"two", "three"}), (2.1, {"three"})):
         direct.models.checkpoints.clock = lambda hours=hours: moment + hours * HOUR
-        upkeep.work()
+        maintenance.work()
         assert {row["name"] for row in direct.journal.checkpoints("me")} == expected
         assert {path.name for path in direct.models.checkpoints.root.glob("*/*weights/*")} == expected
 

@@ -1,4 +1,4 @@
-"""What a server does from time to time for its folder, beside the event loop: old things go, and the log is written back."""
+"""The maintenance of a server's folder, beside the event loop: what is old is deleted, and the log is written back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..durability.recovery import sweep
 from ..durability.retention import prune
 from ..served.sessions import Sessions
 
-__all__ = ["Upkeep"]
+__all__ = ["Maintenance"]
 
 _PRUNE_SECONDS: Final = 3600.0
 
 
 @final
-class Upkeep:
+class Maintenance:
     """Deletes checkpoints whose time to live has passed, and what is old in the journal.
 
     Nothing leaves the journal in the first hour: clients that outlive a server are heard of until then.

@@ -11,13 +11,13 @@ from ..durability.journal import Journal
 from ..served.registry import ServedModels
 from .saving import Save, save
 
-__all__ = ["Leaving"]
+__all__ = ["ShutdownSaver"]
 
 _NAME: Final = "shutdown-%Y%m%dT%H%M%SZ"
 
 
 @final
-class Leaving:
+class ShutdownSaver:
     """Saves what is in memory, and says in words which models are saved and which are not.
 
     Args:
