@@ -8,8 +8,8 @@ from typing import Any, Final, final
 
 from ...errors import BusyError, NotFoundError, PullbackError, ServiceError, StorageError, TooLargeError
 from ..limits import Limits
-from ..wire.framing import WireBounds
 from ..wire.json_bounds import JsonBounds, parse_json
+from ..wire.protobuf_bounds import WireBounds
 from ..wire.texts import require_writable, words_of
 from .bodies import HeldBytes
 

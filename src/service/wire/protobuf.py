@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...datums.types import Datum, ModelInput, TensorData
 from ...errors import DatumError, TooLargeError, require_extra
-from .framing import Outline, WireBounds
+from .protobuf_bounds import RequestSummary, WireBounds
 from .provenance import Provenance
 from .sparse import SparseRows
 
@@ -106,8 +106,8 @@ def decode_request(body: bytes, custom: bool = False, bounds: WireBounds | None 
         DatumError: it is no such message.
         TooLargeError: it is over the bounds, and does not say first which model it is for.
     """
-    if bounds is not None and (outline := Outline.of(body, bounds)).excess is not None:
-        return _refused(body, outline.excess, outline, custom)
+    if bounds is not None and (summary := RequestSummary.of(body, bounds)).excess is not None:
+        return _refused(body, summary.excess, summary, custom)
     request = message("ForwardBackwardRequest")()
     try:
         request.ParseFromString(body)
@@ -129,16 +129,16 @@ def decode_request(body: bytes, custom: bool = False, bounds: WireBounds | None 
     )
 
 
-def _refused(body: bytes, excess: TooLargeError, outline: Outline, custom: bool) -> GradientRequest:
+def _refused(body: bytes, excess: TooLargeError, summary: RequestSummary, custom: bool) -> GradientRequest:
     """Return a request whose datums cannot be read, by its number: those that come after it wait for it."""
-    if not outline.model_id:
+    if not summary.model_id:
         raise excess
 
     def refuse() -> list[Datum]:
         raise excess
 
     payload = hashlib.sha256(body).digest()
-    return GradientRequest(outline.model_id, outline.seq_id, payload, "", {}, outline.forward_only, custom, refuse)
+    return GradientRequest(summary.model_id, summary.seq_id, payload, "", {}, summary.forward_only, custom, refuse)
 
 
 def encode_output(outputs: Sequence[Mapping[str, TensorData]], metrics: Mapping[str, float]) -> bytes:

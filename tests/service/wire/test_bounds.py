@@ -14,10 +14,10 @@ from servers import SDK_WARNINGS, add_datum
 
 from pullback.datums import Datum, ModelInput
 from pullback.errors import DatumError, ServiceError, TooLargeError
-from pullback.service.wire.framing import Outline, WireBounds
 from pullback.service.wire.json_bounds import JsonBounds, parse_json
 from pullback.service.wire.json_form import _canonical
 from pullback.service.wire.protobuf import decode_request, message
+from pullback.service.wire.protobuf_bounds import RequestSummary, WireBounds
 
 pytestmark = SDK_WARNINGS
 WIDE = WireBounds(8192, 4_000_000, 800_000, 1 << 22)
@@ -47,8 +47,8 @@ def test_a_million_empty_datums_are_not_decoded() -> None:
     """Refused after reading 8,192 of them, two bytes each, in the memory of a list of those; its number is kept."""
     body = head() + EMPTY * 1_000_000
     counted: Any = Read(body)
-    outline = Outline.of(counted, WIDE)
-    assert "more than 8192 datums" in str(outline.excess)
+    summary = RequestSummary.of(counted, WIDE)
+    assert "more than 8192 datums" in str(summary.excess)
     assert counted.reads < 2 * 8192 + 100
     tracemalloc.start()
     request = decode_request(body, bounds=WIDE)
@@ -77,22 +77,22 @@ def test_an_outline_counts_what_decoding_counts(lengths: list[int], chunks: int)
     """Both sides of each bound, by an independent reader of the same bytes."""
     request = request_of(lengths, chunks)
     body = request.SerializeToString()
-    outline = Outline.of(body, WIDE)
-    assert outline.excess is None
-    assert outline.datums == len(request.data)
+    summary = RequestSummary.of(body, WIDE)
+    assert summary.excess is None
+    assert summary.datums == len(request.data)
     tokens = sum(len(chunk.encoded_text.tokens) // 4 for datum in request.data for chunk in datum.model_input)
-    assert (outline.tokens, outline.model_id, outline.seq_id) == (tokens, "m", 1)
-    assert Outline.of(body, WireBounds(len(lengths), tokens, 1000, 0)).excess is None
+    assert (summary.tokens, summary.model_id, summary.seq_id) == (tokens, "m", 1)
+    assert RequestSummary.of(body, WireBounds(len(lengths), tokens, 1000, 0)).excess is None
     if lengths:
-        assert "datums" in str(Outline.of(body, WireBounds(len(lengths) - 1, tokens, 1000, 0)).excess)
+        assert "datums" in str(RequestSummary.of(body, WireBounds(len(lengths) - 1, tokens, 1000, 0)).excess)
     if tokens:
-        assert "tokens" in str(Outline.of(body, WireBounds(len(lengths), tokens - 1, 1000, 0)).excess)
+        assert "tokens" in str(RequestSummary.of(body, WireBounds(len(lengths), tokens - 1, 1000, 0)).excess)
 
 
 @given(data=st.data())
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_an_outline_reads_what_protobuf_reads(data: st.DataObject) -> None:
-    """Distorted requests: what protobuf can parse has an outline with its datums, its model and its number."""
+    """Distorted requests: what protobuf can parse has an summary with its datums, its model and its number."""
     body = data.draw(proto_bodies("m", 3))
     parsed = message("ForwardBackwardRequest")()
     try:
@@ -100,14 +100,14 @@ def test_an_outline_reads_what_protobuf_reads(data: st.DataObject) -> None:
     except Exception:
         return
     try:
-        outline = Outline.of(body, WIDE)
+        summary = RequestSummary.of(body, WIDE)
     except DatumError:
         assert (
             b"\x0b" in body or b"\x0c" in body or any(byte & 7 in (3, 4) for byte in body)
         )  # groups, which protobuf skips
         return
-    assert outline.datums == len(parsed.data)
-    assert outline.excess is not None or outline.model_id == parsed.model_id
+    assert summary.datums == len(parsed.data)
+    assert summary.excess is not None or summary.model_id == parsed.model_id
 
 
 @pytest.mark.parametrize(
@@ -123,21 +123,21 @@ def test_an_outline_reads_what_protobuf_reads(data: st.DataObject) -> None:
 def test_bytes_that_are_no_message(body: bytes, words: str) -> None:
     """Each is the client's mistake."""
     with pytest.raises(DatumError, match=words):
-        Outline.of(body, WIDE)
+        RequestSummary.of(body, WIDE)
 
 
 def test_unknown_fields_and_sparse_tensors_are_counted() -> None:
     """A small body may not hold a million fields, nor stand for a hundred million numbers."""
-    fields = Outline.of(head() + b"\xf8\x01\x00" * 1000, WireBounds(9, 9, 1001, 0))
+    fields = RequestSummary.of(head() + b"\xf8\x01\x00" * 1000, WireBounds(9, 9, 1001, 0))
     assert "fields" in str(fields.excess)
-    assert Outline.of(head() + b"\xf8\x01\x00" * 999, WireBounds(9, 9, 1001, 0)).excess is None
+    assert RequestSummary.of(head() + b"\xf8\x01\x00" * 999, WireBounds(9, 9, 1001, 0)).excess is None
     for rows, refused in ((4096, False), (4097, True)):
         request = message("ForwardBackwardRequest")(model_id="m")
         tensor = request.data.add().loss_fn_inputs["weights"]
         tensor.sparse_csr.values = b""
         tensor.shape.extend([rows, 1024])
-        outline = Outline.of(request.SerializeToString(), WIDE)
-        assert (outline.excess is not None) == refused
+        summary = RequestSummary.of(request.SerializeToString(), WIDE)
+        assert (summary.excess is not None) == refused
 
 
 DEEP = b"[" * 64 + b"]" * 64

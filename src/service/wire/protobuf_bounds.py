@@ -1,4 +1,4 @@
-"""The outline of a protobuf request, read from the lengths of its fields alone: what is too much is never decoded."""
+"""The summary of a protobuf request, read from the lengths of its fields alone: what is too much is never decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final, Self, final
 from ...errors import DatumError, TooLargeError
 from .sparse import MOST_FILLED
 
-__all__ = ["Outline", "WireBounds"]
+__all__ = ["RequestSummary", "WireBounds"]
 
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5  # wire types
 _TOKEN_BYTES: Final = 4
@@ -36,13 +36,13 @@ class WireBounds:
 
 
 @final
-class Outline:
+class RequestSummary:
     """What a ``ForwardBackwardRequest`` holds.
 
     Attributes:
         model_id, seq_id, forward_only: the fields of that name, as far as they were read.
         datums, tokens, filled: how many, see `WireBounds`.
-        excess: why it is too much; None: it is not.
+        excess: why it is too much; None: it is within the bounds.
     """
 
     def __init__(self, body: bytes, bounds: WireBounds) -> None:
@@ -54,19 +54,19 @@ class Outline:
 
     @classmethod
     def of(cls, body: bytes, bounds: WireBounds) -> Self:
-        """Read an outline, as far as the first bound that is passed.
+        """Summarize a body, up to the first bound that is exceeded.
 
         Raises:
             DatumError: the lengths do not fit the body.
         """
-        outline = cls(body, bounds)
+        summary = cls(body, bounds)
         try:
-            outline._read()
+            summary._read()
         except TooLargeError as error:
-            outline.excess = error
+            summary.excess = error
         except (IndexError, UnicodeDecodeError) as error:
             raise DatumError(f"{_NO_REQUEST}: it ends in the middle of a field") from error
-        return outline
+        return summary
 
     def _read(self) -> None:
         spans = []
