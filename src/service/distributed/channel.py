@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["STOP", "Channel", "Command", "HandlesOf"]
+__all__ = ["STOP", "Channel", "Command", "ForwardHandles"]
 
 # A service may have nothing to do for long; a process that dies is noticed at once all the same.
 _IDLE: Final = timedelta(days=3650)
@@ -20,8 +20,8 @@ _IDLE: Final = timedelta(days=3650)
 
 @final
 @dataclass(frozen=True)
-class HandlesOf:
-    """Retained forwards in the arguments of a command, by their numbers, which every process keeps its own part of."""
+class ForwardHandles:
+    """Retained forwards among the arguments of a command, by number; every process keeps its own part of each."""
 
     places: Mapping[int, Sequence[int]]
 

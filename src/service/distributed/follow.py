@@ -9,7 +9,7 @@ from typing import Any, final
 
 from ...backends.native.execution.retained import RetainedForward
 from ...errors import LostRankError
-from .channel import STOP, Command, HandlesOf
+from .channel import STOP, Command, ForwardHandles
 from .member import Member
 
 __all__ = ["Follower", "follow"]
@@ -64,7 +64,7 @@ class Follower:
         return [self._own(value) for value in command.args], command.kwargs
 
     def _own(self, value: Any) -> Any:
-        if not isinstance(value, HandlesOf):
+        if not isinstance(value, ForwardHandles):
             return value
         return {self._retained[number]: at for number, at in value.places.items()}
 

@@ -19,7 +19,7 @@ from ...backends.native.models.lora import LoraChoice
 from ...errors import LostRankError
 from ..served.registry import ServedModels
 from ..served.sampler import Sampler
-from .channel import STOP, Command, HandlesOf
+from .channel import STOP, Command, ForwardHandles
 from .member import Member
 
 __all__ = ["LOCAL", "TOGETHER", "Leader", "leading"]
@@ -103,7 +103,7 @@ class Leader:
     def _sent(self, value: Any) -> Any:
         """Return an argument as the others read it: a retained forward by its number."""
         if isinstance(value, Mapping) and any(isinstance(key, RetainedForward) for key in value):
-            return HandlesOf({self._handles[key]: list(at) for key, at in value.items()})
+            return ForwardHandles({self._handles[key]: list(at) for key, at in value.items()})
         return value
 
     def _keep(self, retained: RetainedForward, number: int) -> None:

@@ -8,15 +8,15 @@ from typing import Any, final
 
 from ..durability.answers import Answer
 
-__all__ = ["Polls"]
+__all__ = ["LongPolls"]
 
 
 @final
-class Polls:
-    """All requests that wait; for one event loop alone.
+class LongPolls:
+    """The requests that wait for a result, all on one event loop.
 
-    Those for one result share what wakes them, so that a request that is given up leaves nothing at an operation that has not
-    ended.
+    Those for one result share one wrapper of its future, so that a request that is given up leaves no callback at an
+    operation that has not ended.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Polls:
         """
         if future.done():
             return future.result()
-        shared = self._wakes(name, future)
+        shared = self._wrapped(name, future)
         gone = asyncio.ensure_future(_disconnected(request))
         either: set[asyncio.Future[Any]] = {shared, gone}
         self._waiting += 1
@@ -53,7 +53,7 @@ class Polls:
             gone.cancel()
         return shared.result() if shared.done() else None
 
-    def _wakes(self, name: str, future: concurrent.futures.Future[Answer]) -> asyncio.Future[Answer]:
+    def _wrapped(self, name: str, future: concurrent.futures.Future[Answer]) -> asyncio.Future[Answer]:
         if name not in self._shared:
             self._shared[name] = asyncio.wrap_future(future)
             self._shared[name].add_done_callback(lambda _: self._shared.pop(name))

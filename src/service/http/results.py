@@ -10,7 +10,7 @@ from ..limits import Limits
 from ..operations import Operations
 from ..queueing.sequencer import Sequencer
 from ..wire.json_form import json_result
-from .polling import Polls
+from .polling import LongPolls
 from .requests import Call, json_response
 
 __all__ = ["PROTOBUF", "Results"]
@@ -33,7 +33,7 @@ class Results:
 
     def __init__(self, operations: Operations, sequencer: Sequencer, limits: Limits) -> None:
         self._operations, self._sequencer, self._limits = operations, sequencer, limits
-        self.polls = Polls()
+        self.polls = LongPolls()
 
     async def retrieve(self, call: Call) -> Any:
         """Wait for a result; where it is large, a client that can is told its size first."""

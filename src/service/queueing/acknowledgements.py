@@ -26,8 +26,8 @@ class FailedGradient:
     acknowledged: int | None = None
 
 
-class _Told(NamedTuple):
-    """What an answer tells of: a model's failures from one number to another, of those that were there when it was given."""
+class _FailureReport(NamedTuple):
+    """The failures that an answer reports: a model's, from one number to another, that had happened when it was given."""
 
     model: str
     first: int
@@ -46,7 +46,7 @@ class Acknowledgements:
     def __init__(self) -> None:
         self._moment, self._places = 0, 0
         self._failures: dict[str, list[FailedGradient]] = {}
-        self._answers: dict[str, _Told] = {}  # that nobody has read
+        self._answers: dict[str, _FailureReport] = {}  # that nobody has read
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -62,18 +62,18 @@ class Acknowledgements:
         with self._lock:
             self._failures.setdefault(model, []).append(FailedGradient(number, text, self._places))
             self._places += 1
-            self._answers[request] = _Told(model, number, number, self._places)
+            self._answers[request] = _FailureReport(model, number, number, self._places)
 
     def refused(self, model: str, request: str, number: int) -> None:
         """Note a step that was refused for the failures before it, before its client can read of that."""
         with self._lock:
-            self._answers[request] = _Told(model, 0, number, self._places)
+            self._answers[request] = _FailureReport(model, 0, number, self._places)
 
     def acknowledge(self, request: str) -> None:
         """Note that a client has the outcome of a request."""
         with self._lock:
-            told = self._answers.pop(request, None)
-            news = [] if told is None else [f for f in self._of(told) if f.acknowledged is None]
+            report = self._answers.pop(request, None)
+            news = [] if report is None else [f for f in self._of(report) if f.acknowledged is None]
             if news:
                 self._moment += 1
             for failure in news:
@@ -107,16 +107,16 @@ class Acknowledgements:
             if self._failures.pop(model, None) is not None:
                 self._forget_answers(model, None)
 
-    def _of(self, told: _Told) -> Iterator[FailedGradient]:
-        for failure in self._failures.get(told.model, ()):
-            if told.first <= failure.number <= told.last and failure.place < told.places:
+    def _of(self, report: _FailureReport) -> Iterator[FailedGradient]:
+        for failure in self._failures.get(report.model, ()):
+            if report.first <= failure.number <= report.last and failure.place < report.places:
                 yield failure
 
     def _forget_answers(self, model: str, last: int | None) -> None:
         gone = [
             request
-            for request, told in self._answers.items()
-            if told.model == model and (last is None or told.last <= last)
+            for request, report in self._answers.items()
+            if report.model == model and (last is None or report.last <= last)
         ]
         for request in gone:
             del self._answers[request]

@@ -10,7 +10,7 @@ from typing import Final, final
 
 from .turns import Task
 
-__all__ = ["Ended", "Queue"]
+__all__ = ["EndReasons", "Queue"]
 
 _REMEMBERED: Final = 1000  # queues and sessions that have ended
 
@@ -94,7 +94,7 @@ class Queue:
 
 
 @final
-class Ended:
+class EndReasons:
     """Why queues and sessions have ended, of those that ended last."""
 
     def __init__(self) -> None:

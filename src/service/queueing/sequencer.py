@@ -18,7 +18,7 @@ from ..durability.answers import Answer, Failure
 from ..durability.journal import ANSWER_SECONDS, Journal
 from ..limits import Limits
 from .backlog import Backlog
-from .queues import Ended, Queue
+from .queues import EndReasons, Queue
 from .requirements import failure_of
 from .turns import Task, Turns, Work
 
@@ -58,7 +58,7 @@ class Sequencer:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="pullback-worker")
         self._turns, self._background = Turns(turn_seconds), deque[Callable[[], Any]]()
         self._queues: dict[str, Queue] = {}
-        self._ended = Ended()
+        self._end_reasons = EndReasons()
         self._backlog = Backlog(limits)
         self._lock = threading.RLock()
         self._count = itertools.count(1)
@@ -83,7 +83,7 @@ class Sequencer:
     def end(self, queue: str, why: str) -> None:
         """Let every further operation of a queue fail with this message; one in slices stops at its next pause."""
         with self._lock:
-            self._ended.add(queue, why)
+            self._end_reasons.add(queue, why)
             state = self._queues.pop(queue, None)
             early = 0 if state is None else len(state.waiting)
             dropped = [] if state is None else state.close()
@@ -101,14 +101,14 @@ class Sequencer:
     def end_session(self, session: str, why: str) -> None:
         """Let every further operation of all queues of a session fail with this message."""
         with self._lock:
-            self._ended.add(session, why)
+            self._end_reasons.add(session, why)
             queues = {*self._queues, *(task.queue for task in self._turns)}
             for queue in sorted(queue for queue in queues if queue.startswith(f"{session}:")):
                 self.end(queue, why)
 
     def knows(self, queue: str) -> bool:
         """Whether a queue is open or is remembered to have ended."""
-        return queue in self._queues or self._ended.why(queue) is not None
+        return queue in self._queues or self._end_reasons.why(queue) is not None
 
     def submit(
         self,
@@ -145,7 +145,7 @@ class Sequencer:
                 if before.digest != digest:
                     raise ServiceError(f"seq_id {number} of {queue} was used for another request; numbers go up by one")
                 return before.request
-            why, state = self._ended.why(queue), self._queues.get(queue)
+            why, state = self._end_reasons.why(queue), self._queues.get(queue)
             if ordered and state is None and why is None:
                 raise ServiceError(f"{queue!r} was never created on this server")
             early = ordered and state is not None and state.is_early(number)

@@ -25,7 +25,7 @@ from pullback.backends.native.models.lora import LoraChoice
 from pullback.errors import LostRankError, RankFailedError, RanksDifferError
 from pullback.service import ServedModels
 from pullback.service.custom_loss.interpreter import LossGraph
-from pullback.service.distributed.channel import Command, HandlesOf
+from pullback.service.distributed.channel import Command, ForwardHandles
 from pullback.service.distributed.lead import LOCAL, TOGETHER, leading
 from pullback.service.distributed.member import MODELS, Member
 from pullback.service.queueing.requirements import failure_of
@@ -38,7 +38,7 @@ ARGUMENTS = st.one_of(
     st.builds(lambda seed: make_data([4, 3], seed), st.integers(0, 99)),
     st.builds(AdamParams, learning_rate=st.floats(0, 1)),
     st.builds(LoraChoice, rank=st.integers(1, 64), train_unembed=st.booleans()),
-    st.builds(HandlesOf, st.dictionaries(st.integers(1), st.lists(st.integers(0, 9)))),
+    st.builds(ForwardHandles, st.dictionaries(st.integers(1), st.lists(st.integers(0, 9)))),
     st.just(GRAPH),
     st.none() | st.text() | st.integers() | st.dictionaries(st.text(), st.floats(allow_nan=False)),
 )
@@ -121,7 +121,7 @@ def test_retained_forwards_are_named_by_number_and_let_go(member: Member, monkey
         kept, unused = (backend.forward_retain(data, budget=1e9).result() for _ in range(2))
         backend.backward({kept: [0, 1]}, data, "cross_entropy").result()
         numbers = [command.handle for command in sent if command.name == "forward_retain"]
-        assert sent[-1].args[0] == HandlesOf({numbers[0]: [0, 1]})
+        assert sent[-1].args[0] == ForwardHandles({numbers[0]: [0, 1]})
         assert not any(command.dropped for command in sent)
         del unused
         gc.collect()

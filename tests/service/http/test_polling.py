@@ -14,7 +14,7 @@ from servers import KEY, finished, new_model, tiny_models
 
 from pullback.service import serving
 from pullback.service.durability.answers import Answer
-from pullback.service.http.polling import Polls
+from pullback.service.http.polling import LongPolls
 from pullback.service.limits import Limits
 
 
@@ -33,7 +33,7 @@ def polled(clients: int, leave: int, *, ends: bool, seconds: float = 3600.0) -> 
     """Poll one operation, let some clients go, perhaps end it; return answers, what is left there, and what waits still."""
 
     async def run() -> tuple[list[Answer | None], int, int]:
-        polls, future = Polls(), concurrent.futures.Future[Answer]()
+        polls, future = LongPolls(), concurrent.futures.Future[Answer]()
         requests = [Request() for _ in range(clients)]
         waiting = [asyncio.create_task(polls.answer(request, "req-1", future, seconds)) for request in requests]
         await asyncio.sleep(0)
