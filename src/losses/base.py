@@ -211,7 +211,8 @@ class Loss(abc.ABC):
             ConfigError: a total is missing, unknown, not positive, or one that the loss is not divided by.
         """
         counted = Counted(self, counts, averaged_over)
-        require_counts(self.name, self.denominators, counts, all_known=type(self).__module__.startswith(_OWN))
+        all_known = type(self).__module__.startswith(_OWN)
+        require_counts(self.name, self.denominators, counts, "with_counts", all_known=all_known)
         return counted
 
     @final

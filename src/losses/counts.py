@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, get_args
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,20 @@ from .batch.token_batch import TokenBatch
 from .checks import choice, number
 from .evaluation.terms import Summand
 
-__all__ = ["Count", "Counts", "check_counts", "count_units", "divisor", "own_total", "require_counts"]
+__all__ = [
+    "Count",
+    "Counts",
+    "add_counts",
+    "below_own",
+    "check_counts",
+    "count_units",
+    "denominators_of",
+    "divisor",
+    "given_count",
+    "not_positive",
+    "own_total",
+    "require_counts",
+]
 
 Count = Tensor | float
 Counts = Mapping[str, float | Tensor]
@@ -63,17 +76,9 @@ def not_positive(total: float) -> EmptyUnitError:
 
 
 def given_count(term: Summand, counts: Counts) -> Count:
-    """Return the total that the caller gave for a term's denominator; 1 where nothing is divided.
-
-    Raises:
-        ConfigError: it is missing.
-    """
+    """Return the total that the caller gave for a term's denominator; 1 where nothing is divided."""
     denominator = term.aggregation.denominator
-    if denominator == "none":
-        return 1.0
-    if denominator not in counts:
-        raise ConfigError(f"counts lacks {denominator!r}, which term {term.name!r} is divided by; got {dict(counts)}")
-    return counts[denominator]
+    return 1.0 if denominator == "none" else counts[denominator]
 
 
 def below_own(term: Summand, count: Count, own: Count) -> Problem | None:
@@ -90,15 +95,14 @@ def below_own(term: Summand, count: Count, own: Count) -> Problem | None:
     )
 
 
-def check_counts(counts: object, terms: Sequence[Summand] | None = None) -> None:
-    """Check totals that the caller gave, before anything is divided by them.
+def check_counts(counts: object) -> None:
+    """Check totals that the caller gave, each by itself.
 
     Args:
         counts: should map denominators to positive numbers; None: nothing was given.
-        terms: of the loss, if they are known: a total that none of them is divided by would be ignored.
 
     Raises:
-        ConfigError: it is something else, or lacks a total that is needed.
+        ConfigError: it is something else.
     """
     if counts is None:
         return
@@ -114,37 +118,47 @@ def check_counts(counts: object, terms: Sequence[Summand] | None = None) -> None
             raise ConfigError(f"counts[{name!r}] must be one number, got shape {tuple(total.shape)}")
         elif readable(total):
             number(f"counts[{name!r}]", total.item(), low=0.0)
-    for term in terms or ():
-        given_count(term, counts)
-    used = {term.aggregation.denominator for term in terms or ()} - {"none"}
-    unused = sorted(set(counts) - used)
-    if terms is not None and unused:
-        divides = ", ".join(sorted(used)) or "nothing (it is a sum)"
-        raise ConfigError(f"counts has {unused}, but the loss is divided by {divides}: it would be ignored; drop it")
 
 
-def require_counts(name: str, denominators: frozenset[str], counts: Counts, *, all_known: bool) -> None:
-    """Check that totals are those of a loss, where no batch is there yet.
+def denominators_of(terms: Iterable[Summand]) -> set[str]:
+    """Return what the terms of a loss are divided by."""
+    return {term.aggregation.denominator for term in terms} - {"none"}
+
+
+def require_counts(
+    name: str,
+    denominators: Collection[str],
+    counts: Counts | None,
+    argument: Literal["counts", "with_counts"] = "counts",
+    *,
+    all_known: bool = True,
+) -> None:
+    """Check that totals are those that a loss is divided by.
 
     Args:
         name: the loss's.
         denominators: what it is divided by.
-        counts: what was given.
+        counts: what was given; None: nothing, and each call divides by its own count.
+        argument: how the totals are given.
         all_known: whether it is divided by nothing else.
 
     Raises:
         ConfigError: a total is missing, or would be ignored.
     """
-    if denominators <= set(counts) and not (all_known and set(counts) - denominators):
+    if counts is None or not (set(denominators) - set(counts) or (all_known and set(counts) - set(denominators))):
         return
+    needed = sorted(denominators)
+    if argument == "counts":
+        call = f"counts={{{', '.join(f'{each!r}: ...' for each in needed)}}}"
+    else:
+        call = f"with_counts({', '.join(f'{each}=...' for each in needed)})"
     divides, given = (", ".join(sorted(names)) or "nothing" for names in (denominators, counts))
-    call = f"with_counts({', '.join(f'{each}=...' for each in sorted(denominators))})"
     remedy = (
         f"write {call} with the total of the whole step, as loss.counts gives it"
-        if denominators
+        if needed
         else f"it is a sum, so write {call}, or give the loss an aggregation that is a mean"
     )
-    raise ConfigError(f"{name} is divided by {divides}, but with_counts was given {given}: {remedy}")
+    raise ConfigError(f"{name} is divided by {divides}, but the totals given are of {given}: {remedy}")
 
 
 def add_counts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

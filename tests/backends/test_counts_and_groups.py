@@ -27,10 +27,14 @@ BY_GROUP = GRPO(aggregation="group_mean_token_mean")
     [
         (CrossEntropy(), {"tokens": TOKENS}, "divided by nothing"),
         (CrossEntropy(), {"nonsense": 21}, "key of counts"),
-        (MEAN, {"tokens": TOKENS, "pairs": 3}, r"counts has \['pairs'\]"),
+        (MEAN, {"tokens": TOKENS, "pairs": 3}, "divided by tokens, but the totals given are of pairs, tokens"),
         (MEAN, {"tokens": math.inf}, "finite"),
         (MEAN, {"tokens": TOKENS - 1}, "this call alone has"),
-        (MEAN, {"sequences": 6}, "counts lacks 'tokens'"),
+        (
+            MEAN,
+            {"sequences": 6},
+            "divided by tokens, but the totals given are of sequences: write counts={'tokens': ...}",
+        ),
         (MEAN, [("tokens", 3)], "must map"),
     ],
 )

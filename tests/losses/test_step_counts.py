@@ -90,11 +90,23 @@ def test_counts_of_datums() -> None:
         (CrossEntropy("token_mean"), {"tokens": torch.ones(2)}, "one number"),
         (CrossEntropy("token_mean"), {"tokens": torch.ones(0)}, "one number"),
         (CrossEntropy("token_mean"), {"tokens": torch.zeros(())}, "above 0"),
-        (CrossEntropy("token_mean"), {"sequences": 8.0}, "lacks 'tokens'|would be ignored"),
+        (
+            CrossEntropy("token_mean"),
+            {"sequences": 8.0},
+            "divided by tokens, but the totals given are of sequences: write counts=",
+        ),
         (CrossEntropy("token_mean"), {"tokens": 1.0}, "this call alone has"),
         (DPO(), {"pairs": 1.0}, "this call alone has"),
-        (CrossEntropy(), {"tokens": 100.0}, r"divided by nothing \(it is a sum\): it would be ignored"),
-        (ORPO(nll="token_mean", aggregation="sum"), {"tokens": 99.0, "pairs": 9.0}, "divided by tokens: it would"),
+        (
+            CrossEntropy(),
+            {"tokens": 100.0},
+            r"divided by nothing, .* of tokens: it is a sum, so write counts=\{\}",
+        ),
+        (
+            ORPO(nll="token_mean", aggregation="sum"),
+            {"tokens": 99.0, "pairs": 9.0},
+            "divided by tokens, but the totals given are of pairs, tokens: write",
+        ),
         (CrossEntropy("token_mean"), 4, "must map"),
     ],
 )
@@ -199,25 +211,29 @@ def test_denominators_are_those_of_the_terms(loss: Loss) -> None:
         (
             CrossEntropy("token_mean"),
             ["sequences"],
-            "cross_entropy is divided by tokens, but .* was given sequences: write",
+            "cross_entropy is divided by tokens, but .* of sequences: write",
         ),
         (
             CrossEntropy("token_mean"),
             [],
-            r"cross_entropy is divided by tokens, but .* given nothing: .*\(tokens=\.\.\.\)",
+            r"cross_entropy is divided by tokens, but .* of nothing: .*\(tokens=\.\.\.\)",
         ),
-        (CrossEntropy("token_mean"), ["tokens", "pairs"], "divided by tokens, but with_counts was given pairs, tokens"),
-        (CrossEntropy(), ["tokens"], "cross_entropy is divided by nothing, .* given tokens: it is a sum"),
-        (DPO(), ["tokens"], "dpo is divided by pairs, .* given tokens"),
+        (
+            CrossEntropy("token_mean"),
+            ["tokens", "pairs"],
+            "divided by tokens, but the totals given are of pairs, tokens",
+        ),
+        (CrossEntropy(), ["tokens"], "cross_entropy is divided by nothing, .* of tokens: it is a sum"),
+        (DPO(), ["tokens"], "dpo is divided by pairs, .* of tokens"),
         (
             ORPO(nll="token_mean"),
             ["pairs"],
-            r"orpo is divided by pairs, tokens, .* given pairs: write with_counts\(pairs=",
+            r"orpo is divided by pairs, tokens, .* of pairs: write with_counts\(pairs=",
         ),
         (
             ORPO(nll="token_mean", aggregation="sum"),
             ["pairs", "tokens"],
-            "orpo is divided by tokens, .* given pairs, tokens",
+            "orpo is divided by tokens, .* of pairs, tokens",
         ),
     ],
 )
@@ -245,9 +261,11 @@ def test_further_totals_of_other_losses_are_left_to_the_batch() -> None:
     batch = TokenBatch.from_packed(torch.full((3,), -1.0), [3])
     share = TwoMeans().with_counts(tokens=6.0, weight_sum=6.0)
     assert share.evaluate(batch).item() == pytest.approx(1.0)
-    with pytest.raises(ConfigError, match="two_means is divided by tokens, but with_counts was given weight_sum"):
+    with pytest.raises(ConfigError, match="two_means is divided by tokens, but the totals given are of weight_sum"):
         TwoMeans().with_counts(weight_sum=6.0)
-    with pytest.raises(ConfigError, match="it would be ignored"):
+    with pytest.raises(
+        ConfigError, match="divided by tokens, weight_sum, but the totals given are of pairs, tokens, weight_sum"
+    ):
         TwoMeans().with_counts(tokens=6.0, weight_sum=6.0, pairs=2.0).evaluate(batch)
 
 

@@ -16,7 +16,17 @@ from ..batch.problems import Problem, raise_readable
 from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
 from ..batch.values import examine, sound, wrong_values
-from ..counts import Counts, below_own, check_counts, count_units, divisor, given_count, own_total
+from ..counts import (
+    Counts,
+    below_own,
+    check_counts,
+    count_units,
+    denominators_of,
+    divisor,
+    given_count,
+    own_total,
+    require_counts,
+)
 from .metrics import DeferredMetric, Metric, read, total
 from .output import LossOutput, Part
 from .pair_terms import numerators
@@ -47,7 +57,8 @@ def assemble(
     loss: Evaluable, batch: TokenBatch, terms: tuple[Summand, ...], counts: Counts | None, *, divided: bool = True
 ) -> LossOutput:
     """Reduce the terms of a loss and put them together; see `Loss.evaluate` and `Loss.undivided`."""
-    check_counts(counts, terms)
+    check_counts(counts)
+    require_counts(loss.name, denominators_of(terms), counts)
     parts: list[Part] = []
     sums = numerators(terms, batch)
     found: list[Problem | None] = [*batch.problems(), *loss.problems(batch)]

@@ -13,7 +13,7 @@ from ..base import Loss
 from ..batch.layout import Packed
 from ..batch.problems import Problem, raise_readable
 from ..batch.token_batch import TokenBatch
-from ..counts import Count, Counts, check_counts, given_count
+from ..counts import Count, Counts, check_counts, denominators_of, given_count, require_counts
 from ..inputs import INPUTS, TOKEN_INPUTS
 from ..kind import trusted_kind
 from .evaluate import part_of, put_together
@@ -154,7 +154,7 @@ class TokenStream:
             if isinstance(term, Term) and (term.unit != "token" or term.unreduced.shape != chunk.logprobs.shape):
                 raise LossError(f"{self._loss.name} does not give one value per token, so it cannot be streamed")
         if not self._terms:
-            check_counts(self._counts, terms)
+            require_counts(self._loss.name, denominators_of(terms), self._counts)
         elif [_constants(term) for term in terms] != [_constants(term) for term in self._terms]:
             raise LossError(f"{self._loss.name} has other terms for this chunk of tokens than for the first one")
 

@@ -261,7 +261,7 @@ def twice(stream: TokenStream, logprobs: Tensor) -> None:
                 torch.zeros(5), slice(0, 5)
             ),
             ConfigError,
-            "counts lacks 'tokens'",
+            "divided by tokens, but the totals given are of pairs",
         ),
     ],
 )
