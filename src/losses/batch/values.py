@@ -27,7 +27,8 @@ def sound(batch: TokenBatch, loss: Tensor, inputs: Sequence[str]) -> bool:
 
     Args:
         batch: the tensors.
-        loss: what was computed from them; it may be finite where a log-prob is not, as the ratio of -inf is 0.
+        loss: what was computed from them; it may be finite where a log-prob is not, as the ratio of -inf is 0, and one to
+            -inf is clipped.
         inputs: fields of the batch that the loss reads, beside the log-probs.
     """
     if not readable(batch.logprobs):
@@ -35,14 +36,17 @@ def sound(batch: TokenBatch, loss: Tensor, inputs: Sequence[str]) -> bool:
     x = batch.logprobs.detach()
     if not x.numel():
         return finite(loss)
-    # The largest is NaN where any is.
-    high_enough = batch.shown_finite() or x.amin().item() > -math.inf
+    within = x.amax().item() <= LARGEST_LOGPROB if batch.shown_finite() else _within(x)
     others = (getattr(batch, name) for name in _LOGPROBS[1:] if name in inputs)
-    return finite(loss) and _low(x) and high_enough and all(_low(other) for other in others if other is not None)
+    return finite(loss) and within and all(_within(other) for other in others if other is not None)
 
 
-def _low(logprobs: Tensor) -> bool:
-    return not readable(logprobs) or logprobs.amax().item() <= LARGEST_LOGPROB
+def _within(logprobs: Tensor) -> bool:
+    """Return whether all are finite and at most 0, as far as looking is free; both ends are NaN where any is."""
+    if not readable(logprobs):
+        return True
+    low, high = logprobs.aminmax()
+    return low.item() > -math.inf and high.item() <= LARGEST_LOGPROB
 
 
 def examine(batch: TokenBatch, inputs: Sequence[str]) -> None:

@@ -103,18 +103,26 @@ def test_the_same_is_refused_where_trained(loss: Loss, padded: bool, wrong: floa
 
 ANCHORS = ("rollout_logprobs", "old_logprobs", "ref_logprobs")
 READ = [(loss, name) for loss in VARIANTS for name in ANCHORS if name in make(loss, old=True).tensors]
+KINDS = {0.3: "positive", -math.inf: "infinite", math.nan: "nan"}
 
 
 @pytest.mark.parametrize(("loss", "name"), READ, ids=[f"{i}-{loss.name}-{name}" for i, (loss, name) in enumerate(READ)])
 def test_anchors_are_log_probs(loss: Loss, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One positive anchor that is trained is refused, on a device by `check`; the same where nothing is trained is not."""
+    """One trained anchor that is no log-prob is refused, on a device by `check`; where nothing is trained it is not.
+
+    Of whatever sign the advantage is: a ratio to -inf is clipped, so that the loss is finite.
+    """
     inputs = make(loss, mask="ones", old=True)
     inputs.tensors["weights"][7] = 1.0
     inputs.tensors[name][6] = LARGEST_LOGPROB
     loss.evaluate(inputs.batch())
-    inputs.tensors[name][6] = 0.3
-    with pytest.raises(InvalidDatumsError, match=rf"{name}: 1 of .* positive.* first: sequence 1, token 1 \(0.3\)"):
-        loss.evaluate(inputs.batch())
+    for wrong, kind in KINDS.items():
+        inputs.tensors[name][6] = wrong
+        message = rf"{name}: 1 of .* {kind}.* first: sequence 1, token 1 \("
+        for advantage in (1.0, -1.0) if "advantages" in inputs.tensors else (0.0,):
+            each = inputs.replaced(advantages=torch.full((18,), advantage)) if advantage else inputs
+            with pytest.raises(InvalidDatumsError, match=message):
+                loss.evaluate(each.batch())
     with monkeypatch.context() as patch:
         pretend_device(patch)
         output = loss.evaluate(inputs.batch())
