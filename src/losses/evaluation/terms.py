@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..aggregation import AGGREGATIONS, Aggregation, Unit
-from ..batch.selection import wide
+from ..batch.selection import select, wide
 from ..batch.sums import scaled
 from ..batch.token_batch import TokenBatch
 from ..checks import choice, number
@@ -42,7 +42,7 @@ class Summand(abc.ABC):
 
     @abc.abstractmethod
     def values(self, batch: TokenBatch) -> Tensor:
-        """Return the unreduced values, detached; 0 where nothing is trained."""
+        """Return the unreduced values, detached: ``value_u``, a `TokenTerm`'s factor in it; 0 where nothing is trained."""
 
     @abc.abstractmethod
     def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
@@ -93,8 +93,10 @@ class TokenTerm(Summand):
         return replace(self, where=where)
 
     def values(self, batch: TokenBatch) -> Tensor:
+        mask = self._mask(batch)
         with torch.no_grad():
-            return token_values(wide(batch.logprobs.detach()), self.definition, self.args, self._mask(batch))
+            values = token_values(wide(batch.logprobs.detach()), self.definition, self.args, mask)
+            return values if self.factor is None else values * select(self.factor.to(values.dtype), mask)
 
     def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
         scale = self.scale * self.aggregation.constant

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
+from example_losses.loss_inputs import VARIANTS, ids, make
 
 from pullback.errors import LengthError
-from pullback.losses import GRPO, KL, PPO, CrossEntropy, DeferredMetric, Packed, TokenBatch
+from pullback.losses import (
+    CISPO,
+    GRPO,
+    GSPO,
+    KL,
+    PPO,
+    Correction,
+    CrossEntropy,
+    DeferredMetric,
+    Loss,
+    Packed,
+    TokenBatch,
+    TokenTerm,
+)
 from pullback.losses.evaluation.streaming import select_tokens
 
 NUMBERS = torch.linspace(-2, 2, 5, dtype=torch.float64)
@@ -20,6 +35,46 @@ BATCH = TokenBatch.from_packed(
     rollout_logprobs=-NUMBERS.abs(),
     ref_logprobs=NUMBERS - 3,
 )
+
+
+WEIGHED = [
+    *VARIANTS,
+    GRPO(kl=KL("k2"), correction=Correction.tis(1.1)),
+    PPO(correction=Correction.icepop(0.9, 1.2)),
+    CISPO(correction=Correction.tis(level="sequence", normalize="sequences")),
+    GSPO(0.2, "sequence_mean", "sequence"),
+]
+
+
+def added_up(loss: Loss, batch: TokenBatch) -> list[float]:
+    """``scale sum_u c_u w_u value_u`` of each term, from the values that the loss gives out."""
+    values, sums = loss.evaluate(batch).values, []
+    for term in loss.terms(batch):
+        value = values[term.name].double()
+        if value.shape == batch.logprobs.shape:
+            rows = term.aggregation.row_coefficients(batch)
+            value = value * batch.weight * (1.0 if rows is None else batch.layout.spread(rows, value.dim()))
+        sums.append(float(value.sum()) * term.scale * term.aggregation.constant)
+    return sums
+
+
+@pytest.mark.parametrize("loss", WEIGHED, ids=ids(WEIGHED))
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+def test_values_make_the_loss(loss: Loss, padded: bool) -> None:
+    """The unreduced values, weighed and added up, are the numerators: a weight of a correction is in them."""
+    inputs = make(loss, padded=padded, old=True, dtype=torch.float64)
+    if "advantages" in inputs.tensors:  # one for each sequence, as the sequence form has it
+        inputs = inputs.replaced(advantages=torch.full_like(inputs.tensors["advantages"], -0.75))
+    batch = inputs.batch()
+    assert added_up(loss, batch) == pytest.approx([p.numerator.item() for p in loss.evaluate(batch).parts], rel=1e-12)
+
+
+def test_values_without_the_weight_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: values from which the correction is missing do not add up."""
+    values = TokenTerm.values
+    monkeypatch.setattr(TokenTerm, "values", lambda term, batch: values(replace(term, factor=None), batch))
+    with pytest.raises(AssertionError):
+        test_values_make_the_loss(GRPO(correction=Correction.tis(1.1)), padded=True)
 
 
 def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None:
