@@ -60,7 +60,8 @@ class Aggregation:
         """Return whether values of that unit can be put together so."""
         if unit == "token":
             return self.denominator != "pairs" and self.name != "sequence_mean"
-        return self.local == "one" and self.denominator in (unit + "s", "none")
+        whole = ("all_sequences",) if unit == "sequence" else ()
+        return self.local == "one" and self.denominator in (unit + "s", "none", *whole)
 
     def row_coefficients(self, batch: TokenBatch) -> Tensor | None:
         """Return c for the tokens of every sequence, float64 [B]; None where it is the same for all (`constant`)."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from ..aggregation import Aggregation
 from ..base import Loss
 from ..checks import choice
 from ..parts.clip import ClipRange
 from ..parts.correction import Correction
 from ..policy import CISPO, GRPO, GSPO
+from .rows import over_all_rows
 
 __all__ = ["PRESETS"]
 
-_REDUCTIONS: Final = {
+_REDUCTIONS: Final[dict[str, str | Aggregation]] = {
     "token_mean": "token_mean",
-    "sequence_mean": "sequence_mean_token_mean",
+    "sequence_mean": over_all_rows("sequence_mean_token_mean"),
     "prompt_mean": "group_mean_token_mean",
 }
 
 
-def _reduction(name: str) -> str:
+def _reduction(name: str) -> str | Aggregation:
     choice("loss_reduction", name, _REDUCTIONS)
     return _REDUCTIONS[name]
 

@@ -14,10 +14,10 @@ from ..parts.correction import Correction
 from ..parts.kl import KL
 from ..policy import CISPO, GRPO, GSPO
 from ..preference import DPO, KTO, ORPO, SimPO
+from .rows import over_all_rows
 
 __all__ = ["PRESETS"]
 
-_ALL_ROWS: Final = Aggregation("sequence_mean_token_mean", "sequence", "all_sequences")  # masked ones too
 _MODES: Final = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -79,7 +79,7 @@ def _dr_grpo(
     epsilon_high: float | None = None,
     use_bias_correction_kl: bool = True,
 ) -> Loss:
-    aggregation = replace(fixed_length(max_completion_length), denominator="all_sequences")
+    aggregation = over_all_rows(fixed_length(max_completion_length))
     return _grpo(aggregation, beta, epsilon, epsilon_high, use_bias_correction_kl, None, None)
 
 
@@ -89,12 +89,12 @@ def _cispo(epsilon_high: float = 5.0) -> Loss:
 
 
 def _gspo(epsilon: float = 0.2, epsilon_high: float | None = None) -> Loss:
-    return GSPO(ClipRange.from_epsilon(epsilon, epsilon_high), "sequence_mean", "sequence")
+    return GSPO(ClipRange.from_epsilon(epsilon, epsilon_high), over_all_rows("sequence_mean"), "sequence")
 
 
 def _luspo(epsilon: float = 0.2, epsilon_high: float | None = None) -> Loss:
     # n times the loss of a sequence of n tokens is the token form's sum.
-    return GSPO(ClipRange.from_epsilon(epsilon, epsilon_high), "sequence_mean_token_sum")
+    return GSPO(ClipRange.from_epsilon(epsilon, epsilon_high), over_all_rows("sequence_mean_token_sum"))
 
 
 def _kto(baseline: Literal["given", "zero"]) -> Callable[..., Loss]:
@@ -106,7 +106,7 @@ def _kto(baseline: Literal["given", "zero"]) -> Callable[..., Loss]:
 
 PRESETS: Final[dict[str, Callable[..., Loss]]] = {
     "trl:dpo": lambda beta=0.1: DPO(beta),
-    "trl:grpo": _of(_ALL_ROWS),
+    "trl:grpo": _of(over_all_rows("sequence_mean_token_mean")),
     "trl:dapo": _of("token_mean"),
     "trl:bnpo": _of("token_mean"),
     "trl:dr_grpo": _dr_grpo,

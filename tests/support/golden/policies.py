@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from golden.case import ALL_ROWS, FP32, Case
+from golden.case import FP32, Case
 
 from pullback.losses import CISPO, DRO, GRPO, GSPO, PPO, ClipRange, Correction, Loss, Rejection, SimPO, preset
 from pullback.losses.parts.correction import Level
@@ -84,15 +84,15 @@ def trl_policies() -> dict[str, Case]:
         return preset("trl:dapo", use_vllm=True, vllm_importance_sampling_mode=mode, **clip, **chosen)
 
     plain = preset("trl:dapo")
-    sequence, rows, form, wrong = preset("trl:gspo"), ALL_ROWS, "GSPO, sequence form", PPO(0.2, MEAN)
+    sequence, form, wrong = preset("trl:gspo"), "GSPO, sequence form", PPO(0.2, MEAN)
     narrow = preset("trl:gspo", epsilon=0.0003, epsilon_high=0.0004)
     cases = {
         "delta-3": Case(preset("trl:dapo", delta=3.0), "dual clip", plain),
         "cispo-5": Case(preset("trl:cispo"), "CISPO", preset("trl:cispo", epsilon_high=1.1)),
         "cispo-2": Case(preset("trl:cispo", epsilon_high=2.0), "CISPO", preset("trl:cispo", epsilon_high=1.1)),
-        "gspo_sequence": Case(preset("trl:gspo", epsilon_high=0.28), form, wrong, counts=rows),
-        "gspo_sequence-paper": Case(narrow, form, wrong, counts=rows),
-        "gspo_sequence-masked_row": Case(sequence, form, wrong, counts=rows),
+        "gspo_sequence": Case(preset("trl:gspo", epsilon_high=0.28), form, wrong),
+        "gspo_sequence-paper": Case(narrow, form, wrong),
+        "gspo_sequence-masked_row": Case(sequence, form, wrong),
         # n times the loss of each sequence, over all tokens: what the token form sums up to
         "gspo_sequence-dapo": Case(GSPO(0.2, "token_mean"), form, GSPO(0.2, MEAN)),
         "luspo": Case(preset("trl:luspo"), "LUSPO", GSPO(0.2, MEAN)),
@@ -128,7 +128,7 @@ def skyrl_policies() -> dict[str, Case]:
     cases = {name: Case(**{**vars(case), "tolerance": FP32}) for name, case in cases.items()}
     for name, high, low in (("", 0.28, 0.2), ("-paper", 4e-4, 3e-4), ("-token_advantages", 0.6, 0.2)):
         loss = preset("skyrl:gspo", eps_clip_low=low, eps_clip_high=high)
-        cases[f"gspo_token{name}"] = Case(loss, "GSPO, token form", PPO(0.2, MEAN), FP32, ALL_ROWS)
+        cases[f"gspo_token{name}"] = Case(loss, "GSPO, token form", PPO(0.2, MEAN), FP32)
 
     def truncated(kind: str, high: float) -> Loss:
         return preset("skyrl:regular", eps_clip_high=0.28, tis_ratio_type=kind, **{f"{kind}_tis_ratio_clip_high": high})

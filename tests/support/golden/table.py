@@ -94,13 +94,14 @@ def _verl() -> dict[str, Case]:
 
 def _skyrl() -> dict[str, Case]:
     mean, sampler, prompts = "sequence_mean_token_mean", "rollout_logprobs", (0, 0, 1, 1)
+    rows = preset("skyrl:regular", eps_clip_high=0.28, loss_reduction="sequence_mean")
     cases = {
         "ppo-tokens-token_mean": _ppo("token_mean", tolerance=FP32),
         "ppo-tokens-sequence_mean": _ppo(mean, tolerance=FP32),
         "ppo-tokens-seq_mean_token_sum_norm": _ppo(fixed_length(16), tolerance=FP32),
         "ppo-tokens-prompt_mean": _ppo("group_mean_token_mean", tolerance=FP32, groups=prompts),
         "ppo-rows-token_mean": _ppo("token_mean", tolerance=FP32),
-        "ppo-rows-sequence_mean": _ppo(mean, tolerance=FP32, counts=ALL_ROWS),
+        "ppo-rows-sequence_mean": Case(rows, "PPO clip", _ppo(mean).control, FP32),
         "ppo-rows-seq_mean_token_sum_norm": _ppo(fixed_length(16), tolerance=FP32, counts=ALL_ROWS),
         "ppo-rows-prompt_mean": _ppo("group_mean_token_mean", tolerance=FP32, groups=prompts),
         "cross_entropy": Case(CrossEntropy(), "cross-entropy", CrossEntropy("token_mean")),
