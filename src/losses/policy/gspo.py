@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
-from ..aggregation import Aggregation
+from ..aggregation import Aggregation, Unit
 from ..base import GradientKind, Loss
 from ..batch.problems import Problem
 from ..batch.selection import wide
@@ -74,6 +74,10 @@ class GSPO(Loss):
     sources: ClassVar[tuple[str, ...]] = ("arXiv:2507.18071", "Tinker training API, losses: gspo")
     required_inputs: ClassVar[tuple[str, ...]] = ("advantages", "logprobs")
     optional_inputs: ClassVar[tuple[str, ...]] = ("weights", "old_logprobs", "sequence_ratio_mask", "group_id")
+
+    @property
+    def unit(self) -> Unit:
+        return self.form
 
     def __post_init__(self) -> None:
         choice("form of gspo", self.form, ("token", "sequence"))

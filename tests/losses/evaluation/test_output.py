@@ -69,6 +69,17 @@ def test_values_make_the_loss(loss: Loss, padded: bool) -> None:
     assert added_up(loss, batch) == pytest.approx([p.numerator.item() for p in loss.evaluate(batch).parts], rel=1e-12)
 
 
+@pytest.mark.parametrize("loss", WEIGHED, ids=ids(WEIGHED))
+def test_unit(loss: Loss) -> None:
+    """A loss says what it has one value of; a raw sum is normalised by the number of these."""
+    batch = make(loss, padded=True, old=True).batch()
+    if batch.advantages is not None:
+        batch = replace(batch, advantages=torch.full_like(batch.logprobs, 0.5))
+    values = loss.evaluate(batch).values
+    found = {values[term.name].shape for term in loss.terms(batch) if term.aggregation == loss.main_aggregation}
+    assert found == {{"token": batch.logprobs.shape, "sequence": (4,), "pair": (2,)}[loss.unit]}
+
+
 def test_values_without_the_weight_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: values from which the correction is missing do not add up."""
     values = TokenTerm.values
