@@ -191,6 +191,8 @@ class Loss(abc.ABC):
         Raises:
             DatumError: an input is missing, or ``data`` is neither.
         """
+        if isinstance(data, TokenBatch):
+            raise DatumError("counts takes all batches of the step, in a list; for one alone write counts([batch])")
         given = isinstance(data[0], TokenBatch) if data else False
         batches = data if given else [self.batch(data, logprobs_in_place(data))]
         return totals(self, batches)

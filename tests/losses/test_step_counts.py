@@ -76,6 +76,10 @@ def test_counts_of_datums() -> None:
     assert CrossEntropy().counts(data) == {}
     with pytest.raises(DatumError):
         loss.counts([1, 2])
+    alone: Any = TokenBatch.from_padded(torch.zeros(2, 3), torch.ones(2, 3))
+    assert loss.counts([alone]) == {"tokens": 6.0}
+    with pytest.raises(DatumError, match=r"in a list; for one alone write counts\(\[batch\]\)"):
+        loss.counts(alone)
 
 
 @pytest.mark.parametrize(
