@@ -30,6 +30,7 @@ def batch_from_datums(
     Raises:
         MissingFieldError: a required key is missing, or an optional one is in some datums only.
         LengthError: an input's shape is not that of the log-probs.
+        DatumError: there are no datums, or a number that must be whole is not.
     """
     if isinstance(data, Tensor):
         raise DatumError(
@@ -102,12 +103,20 @@ def _pack(key: str, inputs: list[Mapping[str, Any]], logprobs: Sequence[Tensor])
     reason = ", the shape of its log-probs (one per target token; nothing is truncated)" if spec.per_token else ""
     tensors = []
     for i, (present, lp) in enumerate(zip(inputs, logprobs, strict=True)):
-        tensor = as_tensor(present[key], torch.int64) if spec.dtype == "int64" else _numbers(as_tensor(present[key]))
+        given = as_tensor(present[key])
+        tensor = _whole(key, i, given) if spec.dtype == "int64" else _numbers(given)
         expected = tuple(lp.shape) if spec.per_token else (1,)
         if tuple(tensor.shape) != expected:
             raise LengthError(f"datum {i}: {key!r} has shape {tuple(tensor.shape)}, expected {expected}{reason}")
         tensors.append(tensor)
     return torch.cat(tensors)
+
+
+def _whole(key: str, index: int, tensor: Tensor) -> Tensor:
+    """Return whole numbers as int64; a conversion alone would cut off what comes after the point."""
+    if tensor.is_floating_point() and bool((tensor != tensor.round()).any()):
+        raise DatumError(f"datum {index}: {key!r} holds whole numbers, got {tensor.flatten()[:3].tolist()}")
+    return tensor.to(torch.int64)
 
 
 def _numbers(tensor: Tensor) -> Tensor:

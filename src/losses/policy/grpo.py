@@ -88,7 +88,8 @@ class GRPO(CorrectedLoss):
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        return ("old_logprobs", "group_id") if self.anchor == "rollout" and self.correction is None else ("group_id",)
+        anchored = self.anchor == "rollout" or (self._kl is not None and self._kl.importance == "anchor")
+        return ("old_logprobs", "group_id") if anchored and self.correction is None else ("group_id",)
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         penalty = () if self._kl is None else (self._kl.term(batch, self.main_aggregation),)
