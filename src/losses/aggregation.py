@@ -56,6 +56,11 @@ class Aggregation:
         """True if something is divided: a second normalisation on top would be one too many."""
         return self.denominator != "none"
 
+    @property
+    def by_group(self) -> bool:
+        """True if groups are what is counted, or tokens are weighed within each: a group must not be cut."""
+        return self.local == "group" or self.denominator == "groups"
+
     def fits(self, unit: Unit) -> bool:
         """Return whether values of that unit can be put together so."""
         if unit == "token":

@@ -183,13 +183,15 @@ class Loss(abc.ABC):
         """Return a step's totals by denominator, before any forward; give them to `evaluate` or `with_counts`.
 
         Args:
-            data: all datums of the step, or all its `TokenBatch`es, whose log-probs are not looked at.
+            data: all datums of the step, or all its `TokenBatch`es, whose log-probs are not looked at. Units that belong
+                together, pairs and the groups of a mean by groups, must lie in one batch, and later in one call.
 
         Returns:
             E.g. ``{"tokens": 18231.0}``; empty for a sum.
 
         Raises:
             DatumError: an input is missing, or ``data`` is neither.
+            IncompleteUnitError: a group lies in two batches.
         """
         if isinstance(data, TokenBatch):
             raise DatumError("counts takes all batches of the step, in a list; for one alone write counts([batch])")

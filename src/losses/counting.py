@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, IncompleteUnitError
 from .batch.token_batch import TokenBatch
 from .checks import number
 from .counts import Counts, add_counts, check_counts, count_units
@@ -19,15 +19,32 @@ __all__ = ["Counted", "totals"]
 
 
 def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
-    """Return the counts of all batches by denominator; the log-probs are not looked at."""
-    return add_counts(
-        {
-            term.aggregation.denominator: float(count_units(batch, term.aggregation.denominator, term.where))
-            for term in loss.terms(batch)
-            if term.aggregation.is_mean
-        }
-        for batch in batches
-    )
+    """Return the counts of all batches by denominator; the log-probs are not looked at.
+
+    Raises:
+        IncompleteUnitError: a mean by groups, and a group lies in two batches.
+    """
+    groups: set[int] = set()
+    counts = []
+    for batch in batches:
+        aggregated = [(term.aggregation, term.where) for term in loss.terms(batch)]
+        if any(aggregation.by_group for aggregation, _ in aggregated):
+            groups |= _new_groups(loss, batch, groups)
+        counts.append(
+            {of.denominator: float(count_units(batch, of.denominator, where)) for of, where in aggregated if of.is_mean}
+        )
+    return add_counts(counts)
+
+
+def _new_groups(loss: Evaluable, batch: TokenBatch, known: set[int]) -> set[int]:
+    """Return the groups of a batch, which is one group of its own where it does not name them."""
+    own = set() if batch.group_id is None else set(batch.group_id[batch.tokens_per_sequence > 0].tolist())
+    if cut := sorted(own & known):
+        raise IncompleteUnitError(
+            f"{loss.name}: groups {cut} lie in two of the batches, so that each would weigh its tokens as if they were all; "
+            "keep a group in one batch, and give every group of the step an id of its own"
+        )
+    return own
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pullback.errors import ConfigError, DatumError
+from pullback.errors import ConfigError, DatumError, IncompleteUnitError
 from pullback.losses import AGGREGATIONS, DPO, ORPO, CrossEntropy, Loss, TokenBatch
 from pullback.losses.base import GradientKind
 from pullback.losses.counts import count_units, divisor
@@ -61,6 +62,27 @@ def test_shares_add_up(loss: Loss, data: st.DataObject) -> None:
     torch.testing.assert_close(total, value, rtol=1e-12, atol=1e-14)
     for part, (_, own) in zip(parts, shares, strict=True):
         torch.testing.assert_close(own / times, gradient[part], rtol=1e-12, atol=1e-14)
+
+
+BY_GROUP = [loss for loss in VARIANTS if "group" in loss.main_aggregation.name]
+
+
+@pytest.mark.parametrize("loss", BY_GROUP, ids=ids(BY_GROUP))
+@given(data=st.data())
+def test_a_group_is_not_cut(loss: Loss, data: st.DataObject) -> None:
+    """Any split counts the groups of the whole, or is refused because a group that is trained lies in two parts."""
+    inputs = make(loss, padded=True, lengths=LENGTHS, old=True)
+    silent = data.draw(st.sets(st.integers(0, 5)))
+    inputs.tensors["weights"][sorted(silent)] = 0.0
+    owner = data.draw(st.lists(st.integers(0, 1), min_size=6, max_size=6))
+    parts = [rows(inputs, [i for i in range(6) if owner[i] == k]) for k in (0, 1) if k in owner]
+    group = inputs.tensors["group_id"].tolist()
+    there = [{group[i] for i in range(6) if owner[i] == k and i not in silent} for k in (0, 1)]
+    if cut := sorted(there[0] & there[1]):
+        with pytest.raises(IncompleteUnitError, match=re.escape(f"groups {cut} lie in two of the batches")):
+            loss.counts([part.batch() for part in parts])
+        return
+    assert loss.counts([part.batch() for part in parts]) == loss.counts([inputs.batch()])
 
 
 def test_counts_of_datums() -> None:

@@ -13,8 +13,7 @@ __all__ = ["by_group", "loss_units"]
 
 def by_group(loss: Loss) -> bool:
     """Return whether a loss takes a mean over prompt groups, or within each."""
-    aggregation = loss.main_aggregation
-    return aggregation.local == "group" or aggregation.denominator == "groups"
+    return loss.main_aggregation.by_group
 
 
 def loss_units(loss: Loss, kind: GradientKind, data: Sequence[Datum]) -> list[list[int]]:
