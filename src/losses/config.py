@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Final, TypeVar, cast, final
 
-from ..errors import ConfigError, suggestion
+from ..errors import ConfigError, LossError, suggestion
 from .aggregation import AGGREGATIONS, Aggregation
 
 __all__ = ["config_keys", "from_wire", "keys", "to_wire", "unknown_field"]
@@ -114,7 +114,7 @@ def from_wire(loss: type[Built], config: Mapping[str, Any]) -> Built:
 
 
 def to_wire(loss: Any) -> dict[str, Any] | None:
-    """Return the keys that differ from the defaults, or None where no keys build this very loss."""
+    """Return the keys that differ from the defaults, as numbers and strings; None where no such keys build this very loss."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(loss):
         part: _Keys | None = field.metadata.get(_METADATA)
@@ -125,9 +125,11 @@ def to_wire(loss: Any) -> dict[str, Any] | None:
             found |= {key: getattr(value, attribute) for key, attribute in part.attributes.items()}
     defaults = {key: _named(default) for key, default in config_keys(type(loss)).items()}
     config = {key: value for key, value in found.items() if value != defaults[key]}
+    if not all(value is None or isinstance(value, str | int | float) for value in config.values()):
+        return None
     try:
         return config if from_wire(type(loss), config) == loss else None
-    except (ConfigError, TypeError):
+    except (LossError, TypeError):  # what was acknowledged cannot be by a key
         return None
 
 
