@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from many_ranks import data_parallel
 from many_ranks.data_parallel import LOSSES, trained_alone
+from many_ranks.ranks import run_ranks
 from torch import Tensor
-
-import pullback
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,22 +22,8 @@ Found = dict[str, dict[bool, Tensor]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     """What each of two processes was trained to."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(Path(pullback.__file__).parents[1]), str(Path(data_parallel.__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    script, store, target = data_parallel.__file__, str(folder / "store"), str(folder / "found")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), store, target],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    return [torch.load(f"{target}-{rank}") for rank in range(2)]
+    run_ranks(Path(data_parallel.__file__), str(folder))
+    return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

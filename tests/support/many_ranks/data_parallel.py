@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -113,16 +114,17 @@ def trained_on_rank(loss: Loss, rank: int, *, shared: bool) -> Tensor:
     return trained(policy, gradient)
 
 
-def main(rank: int, store: str, target: str) -> None:
+def main(folder: str) -> None:
     """Train every loss in both ways, and save the parameters of this rank."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARES))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = {
         name: {shared: trained_on_rank(loss, rank, shared=shared) for shared in (True, False)}
         for name, loss in LOSSES.items()
     }
-    torch.save(found, f"{target}-{rank}")
+    torch.save(found, Path(folder, str(rank)))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(sys.argv[1])
