@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 from toy_rows import micro_batches, rows, toy_model
 
-from pullback.losses import Counted, CrossEntropy, TokenBatch
+from pullback.losses import CountedLoss, CrossEntropy, TokenBatch
 from pullback.ops import logprobs_of
 
 LOSS = CrossEntropy("token_mean")
 MicroBatches = list[dict[str, Any]]
 
 
-def share_of_step(batches: MicroBatches, runner: Any) -> Counted:
+def share_of_step(batches: MicroBatches, runner: Any) -> CountedLoss:
     """Return the loss divided by the tokens of all micro-batches on all processes, for a Trainer or a Fabric."""
     own = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
     reduce = getattr(runner, "all_reduce", None) or runner.strategy.reduce

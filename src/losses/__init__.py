@@ -9,7 +9,7 @@ from .batch.adapt import batch_from_datums
 from .batch.layout import Layout, Packed, Padded
 from .batch.token_batch import TokenBatch
 from .config import keys
-from .counting import Counted
+from .counting import CountedLoss
 from .evaluation.metrics import DeferredMetric, Metric, combine_metrics, wire_metrics
 from .evaluation.output import LossOutput, Part
 from .evaluation.pair_terms import PairTerm, Responses
@@ -49,7 +49,7 @@ __all__ = [
     "Aggregation",
     "ClipRange",
     "Correction",
-    "Counted",
+    "CountedLoss",
     "CrossEntropy",
     "DeferredMetric",
     "GroupAdvantages",
@@ -94,6 +94,7 @@ __all__ = [
 __getattr__ = moved(
     __name__,
     {
+        "Counted": ("losses", "CountedLoss"),
         "RatioBand": ("losses", "ClipRange"),
         "capped_log_odds": ("losses.functional", "log_odds"),
         "negative_log_likelihood": ("losses.functional", "nll"),

@@ -16,7 +16,7 @@ from .batch.problems import Problem
 from .batch.selection import wide
 from .batch.token_batch import TokenBatch
 from .config import from_wire, unknown_field
-from .counting import Counted, totals
+from .counting import CountedLoss, totals
 from .counts import Counts, require_counts
 from .evaluation.evaluate import assemble
 from .evaluation.metrics import DeferredMetric, Metric, wire_metrics
@@ -200,10 +200,10 @@ class Loss(abc.ABC):
         return totals(self, batches)
 
     @final
-    def with_counts(self, *, averaged_over: float = 1, **counts: float | Tensor) -> Counted:
+    def with_counts(self, *, averaged_over: float = 1, **counts: float | Tensor) -> CountedLoss:
         """Return the loss divided by the totals of a step, for an SDK or trainer that adds up its calls.
 
-        `Counted.evaluate` gives a tensor, and not a `LossOutput`; ``loss.evaluate(batch, counts=...)`` has the metrics.
+        `CountedLoss.evaluate` gives a tensor, and not a `LossOutput`; ``loss.evaluate(batch, counts=...)`` has the metrics.
 
         Args:
             averaged_over: by how much the trainer divides the gradient once more: the world size of data parallelism
@@ -214,7 +214,7 @@ class Loss(abc.ABC):
         Raises:
             ConfigError: a total is missing, unknown, not positive, or one that the loss is not divided by.
         """
-        counted = Counted(self, counts, averaged_over)
+        counted = CountedLoss(self, counts, averaged_over)
         all_known = type(self).__module__.startswith(_OWN)
         require_counts(self.name, self.denominators, counts, "with_counts", all_known=all_known)
         return counted

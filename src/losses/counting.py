@@ -15,7 +15,7 @@ from .counts import Counts, add_counts, check_counts, count_units
 from .evaluation.evaluate import Evaluable
 from .evaluation.metrics import wire_metrics
 
-__all__ = ["Counted", "totals"]
+__all__ = ["CountedLoss", "totals"]
 
 
 def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
@@ -49,7 +49,7 @@ def _new_groups(loss: Evaluable, batch: TokenBatch, known: set[int]) -> set[int]
 
 @final
 @dataclass(frozen=True)
-class Counted:
+class CountedLoss:
     """A loss with the totals of its step; made by `Loss.with_counts`.
 
     It gives tensors, this call's share of the step's loss. For metrics ask the loss itself:
