@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...datums.types import Datum
+from ...deprecation import replaced
 from ...losses.base import Loss
 from ..base import Backend
 from ..calls.losses import loss_name
@@ -287,14 +287,14 @@ class TorchBackend(Backend):
 
         return self._run(Call("export", str(path)), work)
 
+    @replaced("backends.TorchBackend.forward_retain")
     def hold(self, data: Sequence[Datum], *, budget: float | None = None) -> Future[RetainedForward]:
         """The old name of `forward_retain`."""
-        warnings.warn("TorchBackend.hold is now TorchBackend.forward_retain", DeprecationWarning, stacklevel=2)
         return self.forward_retain(data, budget=budget)
 
+    @replaced("backends.TorchBackend.backward")
     def pull(
         self, held: Mapping[RetainedForward, Sequence[int]], data: Sequence[Datum], loss_fn: str | Loss
     ) -> Future[ForwardBackwardOutput]:
         """The old name of `backward`."""
-        warnings.warn("TorchBackend.pull is now TorchBackend.backward", DeprecationWarning, stacklevel=2)
         return self.backward(held, data, loss_fn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, final
@@ -10,7 +9,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-from ...deprecation import renamed_keyword
+from ...deprecation import renamed_keyword, replaced
 from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problems, missing_input, require_tensor
 from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
@@ -128,9 +127,9 @@ class TokenBatch:
         return cls.from_padded(logprobs, mask_of_labels(logprobs, labels), pairs=pairs, **inputs)
 
     @property
+    @replaced("losses.TokenBatch.rollout_logprobs")
     def behaviour_logprobs(self) -> Tensor | None:
         """Deprecated spelling of ``rollout_logprobs``."""
-        warnings.warn("TokenBatch.behaviour_logprobs is now rollout_logprobs", DeprecationWarning, stacklevel=2)
         return self.rollout_logprobs
 
     @property

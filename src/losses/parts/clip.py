@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import final
 
+from ...deprecation import replaced
 from ...errors import ConfigError
 from ..checks import number
 
@@ -45,9 +45,9 @@ class ClipRange:
         return cls(1.0 - low, 1.0 + (high if high == math.inf else number("clip epsilon", high, low=0.0, strict=False)))
 
     @classmethod
+    @replaced("losses.ClipRange.from_epsilon")
     def from_offsets(cls, low: float, high: float) -> ClipRange:
         """Deprecated spelling of `from_epsilon`."""
-        warnings.warn("ClipRange.from_offsets is now ClipRange.from_epsilon", DeprecationWarning, stacklevel=2)
         return cls.from_epsilon(low, high)
 
     @classmethod

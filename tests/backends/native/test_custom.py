@@ -186,3 +186,17 @@ def test_a_held_forward_does_not_outlive_its_weights() -> None:
     backend.optim_step(AdamParams()).result()
     with pytest.raises(BackendError, match="changed since"):
         backend.backward({held: [0, 1]}, data, "cross_entropy").result()
+
+
+def test_old_names_of_retained_forwards() -> None:
+    """``hold`` and ``pull`` do what ``forward_retain`` and ``backward`` do, and say so at the line that calls them."""
+    old, new = (TorchBackend(TinyLM(VOCAB)) for _ in range(2))
+    with pytest.warns(
+        DeprecationWarning, match=r"hold is now pullback\.backends\.TorchBackend\.forward_retain"
+    ) as caught:
+        held = old.hold(DATA).result()
+    with pytest.warns(DeprecationWarning, match=r"pull is now pullback\.backends\.TorchBackend\.backward"):
+        old.pull({held: range(len(DATA))}, DATA, "ppo").result()
+    assert caught[0].filename == __file__
+    new.backward({new.forward_retain(DATA).result(): range(len(DATA))}, DATA, "ppo").result()
+    assert distance(old.gradients(), new.gradients()) == 0.0
