@@ -60,7 +60,7 @@ class Passes:
         settings = self.settings(share)
 
         def work() -> Streamed:
-            return streamed(self._local.model, call, share.batches, settings, scale, self._guard)
+            return streamed(self._local.model, call, share.batches, settings, scale, self._run_loss)
 
         done = self.act("gradient", work, lambda _: self._require_finite_here(call, share))
         logprobs = share.gather(done.logprobs, call, self._shards.dtype)
@@ -119,7 +119,7 @@ class Passes:
         """Return how this rank retains graphs."""
         return share.settings(self._local.memory)
 
-    def _guard(self, work: Callable[[], T]) -> T:
+    def _run_loss(self, work: Callable[[], T]) -> T:
         """Evaluate a loss between a forward and a backward that all ranks run in step: they meet after it."""
         return self._agreement.attempt("loss", work) if self._shards.in_step else work()
 

@@ -48,13 +48,13 @@ def streams_in_one_pass(model: CausalLM, call: PreparedCall) -> bool:
     return head.trainable and head.group is None and kind in ("constant", "token") and one_target
 
 
-class Guard(Protocol):
-    """Runs what happens between a forward and a backward."""
+class LossRunner(Protocol):
+    """Runs what happens between a forward and a backward: the loss, and the checks of what it gives."""
 
     def __call__(self, work: Callable[[], T], /) -> T: ...
 
 
-def _unguarded(work: Callable[[], T], /) -> T:
+def _run_here(work: Callable[[], T], /) -> T:
     return work()
 
 
@@ -92,7 +92,7 @@ def streamed(
     batches: Sequence[Sequence[MicroBatch]],
     settings: GraphSettings,
     scale: GradientScale,
-    guard: Guard = _unguarded,
+    run_loss: LossRunner = _run_here,
 ) -> Streamed:
     """Stream batches of whole units, each in one or more forwards: forward, loss, backward, and on to the next.
 
@@ -102,7 +102,7 @@ def streamed(
         batches: for a function, one batch of everything.
         settings: how graphs are retained.
         scale: of the cotangents; gradients are to be divided by it.
-        guard: runs the loss of each batch.
+        run_loss: evaluates the loss of each batch; ranks agree there on how it went.
     """
     one_pass = streams_in_one_pass(model, call) and not scale.needed
     logprobs: dict[int, Tensor] = {}
@@ -111,9 +111,9 @@ def streamed(
         graphs = DeferredBackward(model, settings)
         # A group cut in two knows its coefficients only at the end.
         if one_pass and len(forwards) == 1:
-            scored, cotangents = _in_one_pass(call, graphs, forwards[0], guard)
+            scored, cotangents = _in_one_pass(call, graphs, forwards[0], run_loss)
         else:
-            scored, cotangents = _in_two_acts(call, graphs, forwards, scale, guard)
+            scored, cotangents = _in_two_acts(call, graphs, forwards, scale, run_loss)
         parts.append(cotangents)
         graph_metrics.append(graphs.metrics())
         logprobs |= {i: x.cpu() for i, x in scored.items()}
@@ -125,7 +125,7 @@ def _in_two_acts(
     graphs: DeferredBackward,
     forwards: Sequence[MicroBatch],
     scale: GradientScale,
-    guard: Guard,
+    run_loss: LossRunner,
 ) -> tuple[dict[int, Tensor], Cotangents]:
     """Score everything, evaluate the loss, go back."""
     for batch in forwards:
@@ -138,20 +138,20 @@ def _in_two_acts(
         require_finite_cotangents(cotangents.by_datum, call)
         return cotangents
 
-    cotangents = guard(loss)
+    cotangents = run_loss(loss)
     graphs.backward(cotangents.by_datum, scale.choose(cotangents.by_datum))
     return scored, cotangents
 
 
 def _in_one_pass(
-    call: PreparedCall, graphs: DeferredBackward, batch: MicroBatch, guard: Guard
+    call: PreparedCall, graphs: DeferredBackward, batch: MicroBatch, run_loss: LossRunner
 ) -> tuple[dict[int, Tensor], Cotangents]:
     """Score, evaluate and go back a chunk of tokens at a time."""
     loss, index = call.registered, batch.index
     assert loss is not None, "see streams_in_one_pass"
     if batch.stands_for_none:
         scored = graphs.one_pass(batch, torch.zeros(len(index.at), device=index.at.device))
-        return scored, guard(lambda: NOTHING)
+        return scored, run_loss(lambda: NOTHING)
     dtype = torch.float64 if graphs.exact else torch.float32
     given = torch.zeros(index.shape, dtype=dtype, device=index.at.device)
     stream = _InPass(lambda: TokenStream(loss, call.batch(batch.members, given), call.counts))
@@ -175,7 +175,7 @@ def _in_one_pass(
         denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
         return Cotangents(by_datum, denominator, count, output.metrics)
 
-    return scored, guard(finish)
+    return scored, run_loss(finish)
 
 
 @final

@@ -18,7 +18,15 @@ from ..dtensors import local_part
 from ..models.facts.quantized import plain_tensors
 from .batching import Layout, MicroBatch
 
-__all__ = ["GraphMeter", "GraphSettings", "MemoryBudget", "Overflow", "available_bytes", "graph_allowance", "ran_out"]
+__all__ = [
+    "GraphMeter",
+    "GraphSettings",
+    "MemoryBudget",
+    "Overflow",
+    "available_bytes",
+    "graph_allowance",
+    "is_out_of_memory",
+]
 
 Overflow = Literal["recompute", "offload"]
 _logger = logging.getLogger(__name__)
@@ -125,7 +133,7 @@ def graph_allowance(device: torch.device) -> float:
     return available_bytes(device) / 2
 
 
-def ran_out(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether this is what a device, or PyTorch's allocator on a CPU, raises when there is no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
@@ -210,7 +218,7 @@ class MemoryBudget:
             try:
                 return attempt()
             except RuntimeError as error:
-                if not ran_out(error):
+                if not is_out_of_memory(error):
                     raise
                 told = str(error).partition("\n")[0]
                 if self.tokens <= longest and self.graphs == 0:

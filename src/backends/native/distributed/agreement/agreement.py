@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .....errors import LostRankError, RankError, RankFailedError, RanksDifferError
-from ...execution.memory import ran_out
+from ...execution.memory import is_out_of_memory
 from ..ranks import Ranks
 from .message import FAILED, FINE, OUT_OF_MEMORY, Message
 
@@ -133,7 +133,7 @@ class Agreement:
             if _comes_from_the_group(error):
                 raise self._losing(error) from error
             self._lost = self._lost or error
-            if isinstance(error, RuntimeError) and ran_out(error):
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise LostRankError(
                     f"{self._running}: {stage}: memory ran out in the middle of what all processes do together, so that the "
                     f"others wait and it cannot be tried again ({_first_line(error)}). {_START_AGAIN}, with a smaller "
@@ -151,7 +151,7 @@ class Agreement:
             done = work()
         except BaseException as error:
             if self._lost is None and not _comes_from_the_group(error):
-                if isinstance(error, RuntimeError) and ran_out(error):
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     self.meet(stage, outcome=OUT_OF_MEMORY)
                 self._report(error)
             raise
