@@ -1,4 +1,4 @@
-"""How a turn ends: what of the template's text after its content a sampler draws."""
+"""How a turn ends: what of the template's text after its content a sampler produces."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from dataclasses import dataclass
 from typing import final
 
-__all__ = ["Ending", "ending_of"]
+__all__ = ["TurnEnding", "ending_of"]
 
 
 @final
 @dataclass(frozen=True)
-class Ending:
+class TurnEnding:
     """The text after a turn's content.
 
     Attributes:
-        drawn: how many of its characters a sampler draws: its first special tokens, and what is before them; all of it where
-            there are none.
+        sampled: how many of its characters a sampler produces: up to the end of its first special tokens; all of it where there
+            are none.
         stops: what is looked for after other turns, most of it first: the special tokens; all of the text where there are none.
         special: whether they are special tokens.
     """
 
-    drawn: int
+    sampled: int
     stops: tuple[str, ...]
     special: bool
 
@@ -41,7 +41,7 @@ class Ending:
         return None
 
 
-def ending_of(tail: str, special_tokens: re.Pattern[str], calls: bool = False) -> Ending:
+def ending_of(tail: str, special_tokens: re.Pattern[str], calls: bool = False) -> TurnEnding:
     """Return the ending that a turn has when it is the last one.
 
     Args:
@@ -51,11 +51,11 @@ def ending_of(tail: str, special_tokens: re.Pattern[str], calls: bool = False) -
     """
     found = list(special_tokens.finditer(tail))
     if not found:
-        return Ending(len(tail), (tail,), False)
+        return TurnEnding(len(tail), (tail,), False)
     run = [found[0]]
     for each in found[1:]:
         if not calls and each.start() != run[-1].end():
             break
         run.append(each)
     start = run[0].start()
-    return Ending(run[-1].end(), tuple(tail[start : each.end()] for each in reversed(run)), True)
+    return TurnEnding(run[-1].end(), tuple(tail[start : each.end()] for each in reversed(run)), True)

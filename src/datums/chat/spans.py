@@ -1,4 +1,4 @@
-"""Which characters of a rendered chat a sampler would have drawn: from the end of its prompt to its stop token.
+"""Which characters of a rendered chat a sampler would have produced: from the end of its prompt to its stop token.
 
 The beginning of a turn is where the prompt ends that a sampler is given: the messages before it, rendered with the generation
 prompt. The end is its stop token, without what the template writes after that. Both are the same text at every turn of a kind,
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 from ...errors import DatumError
-from .ending import Ending, ending_of
+from .ending import TurnEnding, ending_of
 from .locate import locate
 from .marks import Marking, Marks, Places, trailing_space, without_trailing_space
 from .messages import REASONING_KEYS, Chat
@@ -55,7 +55,7 @@ class SpanFinder:
     def __init__(self, renderer: Renderer) -> None:
         self._render = renderer
         self._prompts: dict[_Key, _Prompt | None] = {}
-        self._endings: dict[_Key, Ending | None] = {}
+        self._endings: dict[_Key, TurnEnding | None] = {}
 
     def find(self, chat: Chat, text: str) -> Spans:
         """Return the trained characters of a chat.
@@ -161,15 +161,15 @@ class SpanFinder:
         known = places is not None and places.ends.get(i, -1) >= start
         end = places.ends[i] if places is not None and known else start
         if i == len(chat.messages) - 1:
-            return end + self._ending(chat, i, text[end:]).drawn
+            return end + self._ending(chat, i, text[end:]).sampled
         if not known or chat.messages[i].get("tool_calls"):  # what follows is not the same at every such turn
             return self._stop_by_own(chat, text, places, i, end, known)
         rest = text[end : places.begins.get(i + 1, places.ends.get(i + 1, len(text)))] if places else ""
         ending = self._known_ending(chat, places.marks, i) if places is not None else None
-        drawn = None if ending is None else ending.find(rest, trailing_space(chat.messages[i]))
-        if ending is None or drawn is None:
+        sampled = None if ending is None else ending.find(rest, trailing_space(chat.messages[i]))
+        if ending is None or sampled is None:
             return self._stop_by_own(chat, text, places, i, end, True)
-        return end + drawn if ending.special else self._closed_by_next(text, end + drawn)
+        return end + sampled if ending.special else self._closed_by_next(text, end + sampled)
 
     def _closed_by_next(self, text: str, end: int) -> int:
         """Return the end of the next turn's first token, at which a turn without a stop token of its own is stopped."""
@@ -177,18 +177,18 @@ class SpanFinder:
         begins_text = getattr(self._render.tokenizer, "bos_token", None)
         return end if following is None or following.group() == begins_text else following.end()
 
-    def _known_ending(self, chat: Chat, marks: Marks, i: int) -> Ending | None:
+    def _known_ending(self, chat: Chat, marks: Marks, i: int) -> TurnEnding | None:
         key = _kind(chat, i)
         if key not in self._endings:
             self._endings[key] = self._own_ending(chat, marks, i)
         return self._endings[key]
 
-    def _own_ending(self, chat: Chat, marks: Marks, i: int) -> Ending | None:
+    def _own_ending(self, chat: Chat, marks: Marks, i: int) -> TurnEnding | None:
         """Return how message i ends when it is the last one."""
         tail = self._own_tail(chat, marks, i)
         return None if tail is None else self._ending(chat, i, tail)
 
-    def _ending(self, chat: Chat, i: int, tail: str) -> Ending:
+    def _ending(self, chat: Chat, i: int, tail: str) -> TurnEnding:
         return ending_of(tail, self._render.special_tokens, bool(chat.messages[i].get("tool_calls")))
 
     def _stop_by_own(self, chat: Chat, text: str, places: Places | None, i: int, end: int, known: bool) -> int:
@@ -201,8 +201,8 @@ class SpanFinder:
             tail = self._tail_of_prefix(chat, text, i, end)
         end, shared = _aligned(tail, text, end, trailing_space(chat.messages[i]) if known else "")
         ending = self._ending(chat, i, tail)
-        if ending.drawn <= shared:
-            return end + ending.drawn if ending.special else self._closed_by_next(text, end + ending.drawn)
+        if ending.sampled <= shared:
+            return end + ending.sampled if ending.special else self._closed_by_next(text, end + ending.sampled)
         if not known:
             raise _rewritten(i, tail, text[end:], shared)
         stops = [found.end() for found in self._render.special_tokens.finditer(tail)]

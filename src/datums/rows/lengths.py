@@ -17,7 +17,7 @@ Side: TypeAlias = Literal["right", "left"]
 
 @final
 @dataclass(frozen=True)
-class Fitted:
+class FittedRow:
     """A row that fits: its sides, none where it is dropped; and what was done to it, where something was."""
 
     sides: tuple[Encoded, ...]
@@ -52,7 +52,7 @@ class Lengths:
         if self.max_length is not None and self.max_length < 1:
             raise DatumError(f"max_length must be 1 or more, got {self.max_length}")
 
-    def fit(self, sides: Sequence[Encoded]) -> Fitted:
+    def fit(self, sides: Sequence[Encoded]) -> FittedRow:
         """Return the sides of a row as they fit.
 
         Raises:
@@ -65,13 +65,13 @@ class Lengths:
         if self.overlong == "error":
             raise DatumError(f"{what}; shorten it, or give overlong='drop' or 'truncate'")
         if self.overlong == "drop":
-            return Fitted((), what)
+            return FittedRow((), what)
         excess = longest - self.max_length
         if self.side == "right":
             return _checked(tuple(_cut(side, 0, self.max_length + 1) for side in sides), f"{what}: cut on the right")
         prompt = min(_first_trained(side) for side in sides)
         if len(sides) > 1 and excess >= prompt:
-            return Fitted((), f"{what}, and its prompt has not so many to lose")
+            return FittedRow((), f"{what}, and its prompt has not so many to lose")
         return _checked(tuple(_cut(side, excess, len(side.ids)) for side in sides), f"{what}: cut on the left")
 
 
@@ -83,12 +83,12 @@ def _first_trained(side: Encoded) -> int:
     return next((j for j, weight in enumerate(side.weights) if weight != 0), len(side.ids))
 
 
-def _checked(sides: tuple[Encoded, ...], reason: str | None) -> Fitted:
+def _checked(sides: tuple[Encoded, ...], reason: str | None) -> FittedRow:
     """Drop a row of which nothing is left to train."""
     if any(len(side.ids) < 2 or not any(side.weights[1:]) for side in sides):
-        return Fitted((), f"{reason}, which leaves nothing to train" if reason else "nothing of it is trained")
+        return FittedRow((), f"{reason}, which leaves nothing to train" if reason else "nothing of it is trained")
     if len(sides) == 2 and sides[0].ids == sides[1].ids:
-        return Fitted(
+        return FittedRow(
             (), f"{reason}, which leaves chosen and rejected the same" if reason else "chosen and rejected are the same"
         )
-    return Fitted(sides, reason)
+    return FittedRow(sides, reason)
