@@ -58,7 +58,7 @@ class Aggregation:
 
     @property
     def by_group(self) -> bool:
-        """True if groups are what is counted, or tokens are weighed within each: a group must not be cut."""
+        """True if groups are what is counted, or tokens are weighted within each: a group must not be cut."""
         return self.local == "group" or self.denominator == "groups"
 
     def fits(self, unit: Unit) -> bool:

@@ -123,8 +123,8 @@ def _advantages(seed: int) -> EstimatorTable:
     )
 
 
-def _weighed(correction: Correction | None, draws: Draws) -> Tensor:
-    """Return the policy gradient of the recomputed policy, weighed for having been drawn by the sampler."""
+def _weighted(correction: Correction | None, draws: Draws) -> Tensor:
+    """Return the policy gradient of the recomputed policy, weighted for having been drawn by the sampler."""
     if correction is None:
         return _score(draws, 1.0)
     old = draws.logprobs.detach()
@@ -146,7 +146,7 @@ _CORRECTIONS: Final[Mapping[str, Correction | None]] = {
 
 
 def _corrections(seed: int) -> list[EstimatorTable]:
-    named: dict[str, Estimator] = {name: partial(_weighed, one) for name, one in _CORRECTIONS.items()}
+    named: dict[str, Estimator] = {name: partial(_weighted, one) for name, one in _CORRECTIONS.items()}
     words = {
         1: "One token of three, drawn by a sampler that is not the policy. Any whole ratio is exact; what is truncated, masked "
         "or filtered is biased, and so is no correction at all.",

@@ -18,7 +18,7 @@ from ..checks import number
 from ..functional.closed_form import pair_form_of
 from .terms import Summand
 
-__all__ = ["PairTerm", "Responses", "numerators", "surely_weighed"]
+__all__ = ["PairTerm", "Responses", "known_positive_weights", "numerators"]
 
 
 class Responses(NamedTuple):
@@ -105,8 +105,8 @@ def numerators(terms: Sequence[Summand], batch: TokenBatch) -> list[Tensor]:
     return [found[id(term)] if id(term) in found else term.numerator(batch) for term in terms]
 
 
-def surely_weighed(batch: TokenBatch) -> bool:
-    """Return whether the weights of every sequence have a positive sum, as far as that can be seen for nothing."""
+def known_positive_weights(batch: TokenBatch) -> bool:
+    """Return whether the weights of every sequence are known to have a positive sum; nothing is read from a device for it."""
 
     def look() -> bool:
         return readable(batch.weight) and bool((batch.weight_per_sequence > 0).all())
@@ -116,7 +116,7 @@ def surely_weighed(batch: TokenBatch) -> bool:
 
 def _divisor(batch: TokenBatch) -> Tensor:
     weight = batch.weight_per_sequence
-    return weight if surely_weighed(batch) else torch.where(weight > 0, weight, 1.0)
+    return weight if known_positive_weights(batch) else torch.where(weight > 0, weight, 1.0)
 
 
 def _pair_sums(responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch) -> Sequence[Tensor]:

@@ -160,7 +160,7 @@ class Term(Summand):
         if self.unit != "token":
             return scaled(self.unreduced.sum(dtype=torch.float64), scale)
         per_row = self.aggregation.row_coefficients(batch) if coefficients is None else None
-        weighed = self.unreduced.double() * batch.weight
+        weighted = self.unreduced.double() * batch.weight
         if per_row is not None:
-            weighed = weighed * batch.layout.spread(per_row, weighed.dim())
-        return (weighed if coefficients is None else weighed * coefficients).sum(dtype=torch.float64) * scale
+            weighted = weighted * batch.layout.spread(per_row, weighted.dim())
+        return (weighted if coefficients is None else weighted * coefficients).sum(dtype=torch.float64) * scale

@@ -47,7 +47,7 @@ def token_sum(
         return _plain(x, definition, args, factors, mask, coefficient)
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            value, slope = _weighed(closed(x.detach(), *args), factors, mask)
+            value, slope = _weighted(closed(x.detach(), *args), factors, mask)
             total, slope = scaled_sum(value, coefficient), slope * coefficient
         attached: Tensor = _Attach.apply(x, total, slope)  # type: ignore[no-untyped-call]
         return attached
@@ -75,15 +75,15 @@ def _plain(
     return scaled_sum(values, coefficient)
 
 
-def _weighed(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _weighted(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Multiply a value and its slope by the factors and select both, in their own memory where that is possible."""
     value, slope = pair
     for factor in factors:
         value, slope = value.mul_(factor), slope.mul_(factor)
-    weighed = any(factor is mask for factor in factors)
+    weighted = any(factor is mask for factor in factors)
 
     def selected(values: Tensor) -> Tensor:
-        if weighed and readable(values) and finite(values):  # what a weight of 0 made of a finite number is 0
+        if weighted and readable(values) and finite(values):  # what a weight of 0 made of a finite number is 0
             return values
         return select_(values, mask)
 
@@ -106,7 +106,7 @@ class _TokenSum(Function):
     ) -> Tensor:
         closed = closed_form_of(definition)
         assert closed is not None
-        value, slope = _weighed(closed(x, *args), factors, mask)
+        value, slope = _weighted(closed(x, *args), factors, mask)
         ctx.save_for_backward(x, slope)
         ctx.rest, ctx.coefficient = (definition, args, factors, mask, coefficient), coefficient
         return scaled_sum(value, coefficient)

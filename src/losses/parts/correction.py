@@ -36,7 +36,7 @@ class Correction:
 
     For decoupled losses, whose ratio is ``exp(logprob - old)``: the weight accounts for the step from the sampler to the
     recomputed ``old_logprobs``. A loss whose ratio is already against the sampler must not have one, it would count the
-    mismatch twice; so ``old_logprobs`` and the sampler's ``logprobs`` are both required. A KL is not weighed. Masks and
+    mismatch twice; so ``old_logprobs`` and the sampler's ``logprobs`` are both required. A KL is not weighted. Masks and
     filters leave all counts as they are: what is dropped still counts in a mean.
 
     At a fixed prefix truncation is biased by ``-E_q[(rho - high)^+ f]`` and a mask by ``-E_q[rho f 1(outside)]``; no weight

@@ -46,7 +46,7 @@ class GRPO(CorrectedLoss):
         aggregation: ``token_mean`` by default (over the whole step, as DAPO's code; arXiv:2503.14476).
         dual_clip: c > 1: the loss of a token with A < 0 is at most c |A|; it must lie above the range. None: no bound.
         correction: weight of the step from the sampler to ``old_logprobs``, which is then required; None is no weight. The
-            KL is not weighed by it.
+            KL is not weighted by it.
 
     Raises:
         ConfigError: ``clip`` together with ``anchor="none"``, which leaves nothing to clip, or ``dual_clip`` without

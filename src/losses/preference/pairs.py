@@ -13,7 +13,7 @@ from ..batch.selection import readable
 from ..batch.token_batch import TokenBatch
 from ..batch.values import LARGEST_LOGPROB
 from ..evaluation.metrics import DeferredMetric, mean
-from ..evaluation.pair_terms import Responses, surely_weighed
+from ..evaluation.pair_terms import Responses, known_positive_weights
 
 __all__ = ["MEANS", "empty_responses", "margin_metrics", "responses_without_mean", "wrong_reference_sums"]
 
@@ -35,7 +35,7 @@ def empty_responses(batch: TokenBatch, name: str) -> Problem | None:
 
 def responses_without_mean(batch: TokenBatch, name: str) -> tuple[Problem | None, ...]:
     """Return the problems of a response that has no mean log-prob: nothing is trained, or the weights have no positive sum."""
-    if surely_weighed(batch):
+    if known_positive_weights(batch):
         return ()
     members, weight = torch.cat(batch.pairs), batch.weight_per_sequence
 

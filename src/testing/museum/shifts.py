@@ -43,7 +43,7 @@ def _log_ratio(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) 
     return masked_mean(-ratio * clean(advantages, mask), mask)
 
 
-def _weighed_by_probability(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+def _weighted_by_probability(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     x, ref = clean(logprobs, mask), clean(ref_logprobs, mask)
     return masked_mean(x.exp() * (x - ref), mask)
 
@@ -101,7 +101,7 @@ SHIFTS = (
         "KL weighted by a probability",
         "the sum over a vocabulary, F.kl_div, taken of the sampled token alone",
         "Sampled tokens were weighted by their probability twice, so the penalty hardly acted on unlikely ones.",
-        _weighed_by_probability,
+        _weighted_by_probability,
         _sampled,
         "shift",
         "count by themselves",

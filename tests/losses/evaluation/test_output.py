@@ -37,7 +37,7 @@ BATCH = TokenBatch.from_packed(
 )
 
 
-WEIGHED = [
+WEIGHTED = [
     *VARIANTS,
     GRPO(kl=KL("k2"), correction=Correction.tis(1.1)),
     PPO(correction=Correction.icepop(0.9, 1.2)),
@@ -58,10 +58,10 @@ def added_up(loss: Loss, batch: TokenBatch) -> list[float]:
     return sums
 
 
-@pytest.mark.parametrize("loss", WEIGHED, ids=ids(WEIGHED))
+@pytest.mark.parametrize("loss", WEIGHTED, ids=ids(WEIGHTED))
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
 def test_values_make_the_loss(loss: Loss, padded: bool) -> None:
-    """The unreduced values, weighed and added up, are the numerators: a weight of a correction is in them."""
+    """The unreduced values, weighted and added up, are the numerators: a weight of a correction is in them."""
     inputs = make(loss, padded=padded, old=True, dtype=torch.float64)
     if "advantages" in inputs.tensors:  # one for each sequence, as the sequence form has it
         inputs = inputs.replaced(advantages=torch.full_like(inputs.tensors["advantages"], -0.75))
@@ -69,7 +69,7 @@ def test_values_make_the_loss(loss: Loss, padded: bool) -> None:
     assert added_up(loss, batch) == pytest.approx([p.numerator.item() for p in loss.evaluate(batch).parts], rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", WEIGHED, ids=ids(WEIGHED))
+@pytest.mark.parametrize("loss", WEIGHTED, ids=ids(WEIGHTED))
 def test_unit(loss: Loss) -> None:
     """A loss says what it has one value of; a raw sum is normalised by the number of these."""
     batch = make(loss, padded=True, old=True).batch()
@@ -141,7 +141,7 @@ def test_other_logprobs_other_dtype() -> None:
 
 
 def test_candidates_share_their_tokens_coefficient() -> None:
-    """With K targets per token each is weighed on its own, and divided by the trained tokens of its sequence."""
+    """With K targets per token each is weighted on its own, and divided by the trained tokens of its sequence."""
     weights = torch.tensor([[0.5, 0.5], [0.0, 0.0], [1.0, 0.0], [0.25, 2.0]], dtype=torch.float64)
     leaf = torch.full((4, 2), -1.0, dtype=torch.float64, requires_grad=True)
     batch = TokenBatch.from_packed(leaf, [3, 1], weights=weights)

@@ -44,14 +44,14 @@ def columns(tokens: Tokens, shape: tuple[int, ...], scaled: bool = True) -> list
 def both_ways(function: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[list[float], list[float]]]:
     """Value and slope of a sum, eagerly and under torch.func; its gradient is asked for with 1, 2, ... of its entries."""
 
-    def weighed(at: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted(at: Tensor) -> tuple[Tensor, Tensor]:
         value = function(at)
         return (value * torch.arange(1.0, value.numel() + 1, dtype=value.dtype).view(value.shape)).sum(), value
 
     leaf = x.clone().requires_grad_()
-    total, value = weighed(leaf)
+    total, value = weighted(leaf)
     (slope,) = torch.autograd.grad(total, leaf)
-    slope_too, value_too = torch.func.grad(weighed, has_aux=True)(x)
+    slope_too, value_too = torch.func.grad(weighted, has_aux=True)(x)
     return [(v.flatten().tolist(), s.flatten().tolist()) for v, s in ((value, slope), (value_too, slope_too))]
 
 

@@ -43,7 +43,7 @@ def close(have: list[list[float]], want: list[list[float]]) -> bool:
 @pytest.mark.parametrize("weight", ["truncate", "mask"])
 @given(case=cases(), low=st.floats(0, 1), high=st.floats(1, 9))
 def test_weights_are_plain_arithmetic(weight: Any, level: Any, case: Case, low: float, high: float) -> None:
-    """Weights, and the gradients of PPO and GRPO with them, are those of scalar loops; the KL is not weighed."""
+    """Weights, and the gradients of PPO and GRPO with them, are those of scalar loops; the KL is not weighted."""
     correction = Correction(weight, level, low, high + 1e-6)
     case = decoupled(case)
     expected = oracles.correction(case, weight, level, low, high + 1e-6)
@@ -56,7 +56,7 @@ def test_weights_are_plain_arithmetic(weight: Any, level: Any, case: Case, low: 
 
 @given(case=cases())
 def test_values_are_plain_arithmetic(case: Case) -> None:
-    """The loss is the weighed sum of the tokens' clipped losses."""
+    """The loss is the weighted sum of the tokens' clipped losses."""
     case = decoupled(case)
     total = 0.0
     for s, row in zip(case.sequences, oracles.correction(case, "truncate", "token", 0.0, 2.0), strict=True):
@@ -106,8 +106,8 @@ def test_rejection_is_plain_arithmetic(statistic: Any, level: Any, case: Case, l
     both = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(expected, also, strict=True)]
     assert close(weights_of(Correction.rejection(one), case), expected)
     assert close(weights_of(Correction.rejection(one, other), case), both)
-    weighed = oracles.correction(decoupled(case), "truncate", "token", 0.0, 1.05)
-    product = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(weighed, expected, strict=True)]
+    weighted = oracles.correction(decoupled(case), "truncate", "token", 0.0, 1.05)
+    product = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(weighted, expected, strict=True)]
     assert close(weights_of(Correction.tis(1.05, reject=one), case), product)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pullback.losses import AGGREGATIONS, DPO, ORPO, Loss, TokenBatch
 from pullback.losses.evaluation import pair_terms
-from pullback.losses.evaluation.pair_terms import PairTerm, Responses, surely_weighed
+from pullback.losses.evaluation.pair_terms import PairTerm, Responses, known_positive_weights
 from pullback.losses.functional.closed_form import pair_form_of
 
 FORMS = {name: pair for name, pair in PAIRS.items() if pair_form_of(pair[0]) is not None}
@@ -127,7 +127,7 @@ def test_means_of_responses(weights: list[tuple[float, float]]) -> None:
     x = torch.tensor([[-1.0, -2.0], [-3.0, -0.5], [-0.7, -4.0], [-2.5, -1.5]], dtype=torch.float64, requires_grad=True)
     batch = TokenBatch.from_padded(x, torch.tensor(weights, dtype=torch.float64))
     totals = [math.fsum(row) for row in weights]
-    assert surely_weighed(batch) == all(total > 0 for total in totals)
+    assert known_positive_weights(batch) == all(total > 0 for total in totals)
     by = [total if total > 0 else 1.0 for total in totals]
     means = [
         math.fsum(w * a for w, a in zip(*at, strict=True)) / d for *at, d in zip(weights, x.tolist(), by, strict=True)

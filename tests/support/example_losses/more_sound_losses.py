@@ -143,7 +143,7 @@ def quadratic(logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: 
 def decoupled(
     log_prob: Tensor, old_log_prob: Tensor, rollout_log_probs: Tensor, advantages: Tensor, response_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The manner of verl: a ratio to the recomputed anchor, weighed by a truncated one to the sampler."""
+    """The manner of verl: a ratio to the recomputed anchor, weighted by a truncated one to the sampler."""
     lp, old, rollout, a = (clean(x, response_mask) for x in (log_prob, old_log_prob, rollout_log_probs, advantages))
     weight = torch.exp((old - rollout).clamp(-20, 20)).clamp(max=2.0).detach()
     ratio = torch.exp((lp - old).clamp(-20, 20))
