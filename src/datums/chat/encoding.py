@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..prefix import common_prefix
 from .spans import Span, Spans
 
 __all__ = ["Encoded", "encode", "encode_all"]
@@ -37,6 +38,11 @@ class Encoded:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         ids, weights = array("q", self.ids), array("f", self.weights)
         return torch.frombuffer(ids, dtype=torch.int64), torch.frombuffer(weights, dtype=torch.float32)
+
+    @property
+    def first_trained(self) -> int:
+        """The first token with a weight; the number of tokens where none has one."""
+        return next((j for j, weight in enumerate(self.weights) if weight != 0), len(self.ids))
 
 
 def encode(tokenizer: Any, text: str, spans: Spans, special: bool = False) -> Encoded:
@@ -110,16 +116,12 @@ def _reach(offsets: Sequence[tuple[int, int]], token: int) -> int:
 
 def _range_by_prefix(tokenizer: Any, text: str, span: Span, ids: list[int], special: bool) -> tuple[int, int]:
     """Return the tokens of a span where a tokenizer does not say which characters its tokens hold."""
-    start = _shared(_ids(tokenizer, text[: span.start], special), ids)
+    start = common_prefix(_ids(tokenizer, text[: span.start], special), ids)
     if span.stop == len(text):
         return start, len(ids)
     until = _ids(tokenizer, text[: span.stop], special)
-    stop = _shared(until, ids)
+    stop = common_prefix(until, ids)
     return start, stop + (stop < len(until))
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((j for j, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:

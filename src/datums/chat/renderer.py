@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import DatumError, suggestion
 from .messages import Chat
 
-__all__ = ["Renderer", "common_prefix"]
+__all__ = ["Renderer"]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ARGUMENTS = ("chat_template", "documents", "sanitize_control_tokens", "tokenizer_kwargs")
@@ -119,20 +119,6 @@ class Renderer:
                 raise DatumError(
                     f"the chat template has no argument {key!r}{suggestion(key, words)}; it would be ignored"
                 )
-
-
-def common_prefix(a: str, b: str) -> int:
-    """Return how many characters two texts share from their beginning."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _alternatives(words: set[str]) -> re.Pattern[str]:

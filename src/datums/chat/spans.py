@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 from ...errors import DatumError
+from ..prefix import common_prefix
 from .ending import TurnEnding, ending_of
 from .locate import locate
 from .marks import Marking, Marks, Places, trailing_space, without_trailing_space
 from .messages import REASONING_KEYS, Chat
-from .renderer import Renderer, common_prefix
+from .renderer import Renderer
 
 __all__ = ["Span", "SpanFinder", "Spans"]
 

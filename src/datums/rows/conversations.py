@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import DatumError, suggestion
 from ..chat.roles import ROLE_OF
 
-__all__ = ["is_chat", "messages_of", "shared_messages", "tools_of"]
+__all__ = ["is_chat", "messages_of", "tools_of"]
 
 
 def is_chat(name: str, value: Any) -> bool:
@@ -34,13 +34,6 @@ def messages_of(name: str, value: Any) -> list[dict[str, Any]]:
     if not is_chat(name, value):
         raise DatumError(f"column {name!r} must hold a list of messages, got text")
     return [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
-
-
-def shared_messages(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many messages two chats share from their beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
 
 
 def tools_of(value: Any) -> list[Any] | None:

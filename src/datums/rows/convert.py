@@ -12,6 +12,7 @@ from ...losses.batch.keys import ROLE_CHOSEN, ROLE_REJECTED
 from ..builders import datum_from_tokens_weights
 from ..chat import Encoded, encode_all
 from ..chat.messages import Turns
+from ..prefix import common_prefix
 from ..types import Datum
 from .columns import Kind, RowKind, check_kind, kind_of, present, unused_columns
 from .lengths import Lengths, Overlong, Side
@@ -175,8 +176,7 @@ def _aligned(source: RowSource, sides: list[Encoded]) -> list[Encoded]:
     if len(sides) == 1:
         return sides
     chosen, rejected = sides
-    alike = next((j for j, (a, b) in enumerate(zip(chosen.ids, rejected.ids, strict=False)) if a != b), None)
-    shared = min(len(chosen.ids), len(rejected.ids)) if alike is None else alike
+    shared = common_prefix(chosen.ids, rejected.ids)
     if source.shared_prompt:
         if shared == 0:
             raise DatumError("chosen and rejected begin with no common token; give the prompt")
@@ -184,16 +184,12 @@ def _aligned(source: RowSource, sides: list[Encoded]) -> list[Encoded]:
     starts = [side.spans[0].start if side.spans else None for side in source.sides]
     if None in starts or starts[0] != starts[1]:
         return sides
-    first = min(shared, *(_first_trained(side) for side in sides))
+    first = min(shared, *(side.first_trained for side in sides))
     return [_trained_from(side, first) for side in sides]
 
 
-def _first_trained(side: Encoded) -> int:
-    return next((j for j, weight in enumerate(side.weights) if weight != 0), len(side.ids))
-
-
 def _trained_from(side: Encoded, first: int) -> Encoded:
-    begin = _first_trained(side)
+    begin = side.first_trained
     if begin == len(side.weights):
         return side
     return replace(side, weights=[0.0] * first + [side.weights[begin]] * (begin - first) + side.weights[begin:])

@@ -69,7 +69,7 @@ class Lengths:
         excess = longest - self.max_length
         if self.side == "right":
             return _checked(tuple(_cut(side, 0, self.max_length + 1) for side in sides), f"{what}: cut on the right")
-        prompt = min(_first_trained(side) for side in sides)
+        prompt = min(side.first_trained for side in sides)
         if len(sides) > 1 and excess >= prompt:
             return FittedRow((), f"{what}, and its prompt has not so many to lose")
         return _checked(tuple(_cut(side, excess, len(side.ids)) for side in sides), f"{what}: cut on the left")
@@ -77,10 +77,6 @@ class Lengths:
 
 def _cut(side: Encoded, start: int, stop: int) -> Encoded:
     return replace(side, ids=side.ids[start:stop], weights=side.weights[start:stop])
-
-
-def _first_trained(side: Encoded) -> int:
-    return next((j for j, weight in enumerate(side.weights) if weight != 0), len(side.ids))
 
 
 def _checked(sides: tuple[Encoded, ...], reason: str | None) -> FittedRow:

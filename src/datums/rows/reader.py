@@ -10,8 +10,9 @@ from ...errors import DatumError
 from ..chat import Chat, ChatReader, Encoded, read_chat
 from ..chat.messages import Turns
 from ..chat.roles import unusual_roles
+from ..prefix import common_prefix
 from .columns import RowKind
-from .conversations import is_chat, messages_of, shared_messages, tools_of
+from .conversations import is_chat, messages_of, tools_of
 from .sources import RowSource, Source, whole_text
 from .tokens import encoded_row
 
@@ -81,7 +82,7 @@ class RowReader:
             texts = (self._text("", _text_of(side, row[side])) for side in ("chosen", "rejected"))
             return RowSource(number, tuple(texts), shared_prompt=True)
         sides = [messages_of(side, row[side]) for side in ("chosen", "rejected")]
-        shared = shared_messages(*sides)
+        shared = common_prefix(sides[0], sides[1])
         if shared == 0 or shared == max(map(len, sides)):
             raise DatumError(
                 "chosen and rejected begin with no common message; give the prompt" if shared == 0 else _SAME

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+from ...datums.prefix import common_prefix
 from ...errors import ConfigError, PullbackError
 from .example import BuiltExample, built_example
 from .regions import Regions
@@ -99,7 +100,7 @@ def _tokens(built: Built) -> str | None:
             f"{extra!r} is appended to what the template writes. Likely cause: an end token is added to a text that has one, "
             "because the last token is a newline"
         )
-    k = next((i for i, (a, b) in enumerate(zip(found, own, strict=False)) if a != b), min(len(found), len(own)))
+    k = common_prefix(found, own)
     shown = built.tokenizer.decode(found[k : k + 1]), built.tokenizer.decode(own[k : k + 1])
     return (
         f"token {k} is {shown[0]!r}, where the template's own text has {shown[1]!r}. Likely cause: prompt and answer are "
