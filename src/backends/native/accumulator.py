@@ -49,17 +49,17 @@ class Accumulator:
             p.grad = None
         try:
             yield
+            divisor = divide_by()
+            if divisor != 1.0:
+                torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], divisor)
+            for name, p in self.parameters.items():  # into the fresh ones: the earlier ones are there should this fail
+                old = before[name]
+                if old is not None:
+                    p.grad = old if p.grad is None else p.grad.add_(old)
         except BaseException:
             for name, p in self.parameters.items():
                 p.grad = before[name]
             raise
-        divisor = divide_by()
-        if divisor != 1.0:
-            torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], divisor)
-        for name, p in self.parameters.items():
-            old = before[name]
-            if old is not None:
-                p.grad = old if p.grad is None else old.add_(p.grad)
 
     @property
     def gradients(self) -> dict[str, Tensor]:

@@ -256,8 +256,8 @@ class NativeEngine(Engine):
     def begin(self, call: Call) -> None:
         if self.optimizer.half_stepped and call.operation not in ("load_state", "load_state_with_optimizer"):
             raise BackendError(
-                "the last optimizer step was interrupted while it changed the weights, so they are neither the old nor the new "
-                "ones; call discard_gradients() and load the last checkpoint"
+                "the last optimizer step or load was interrupted while it changed the weights or the optimizer's moments, so "
+                "they are neither the old nor the new ones; call discard_gradients() and load the last checkpoint"
             )
 
     def close(self, timeout: float | None = None) -> None:

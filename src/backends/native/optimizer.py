@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -31,7 +32,7 @@ class Optimizer:
         parameters: by name.
 
     Attributes:
-        half_stepped: a step failed when it had changed some weights.
+        half_stepped: a step or a load failed when it had changed some weights or moments.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -72,7 +73,7 @@ class Optimizer:
                 "eps": params.eps,
                 "weight_decay": params.weight_decay,
             }
-        versions = [p._version for p in stepped]
+        versions = self._versions(stepped)
         try:
             for p, gradient in zip(stepped, scaled, strict=True):
                 p.grad = gradient
@@ -80,15 +81,24 @@ class Optimizer:
                 torch.nn.utils.clip_grads_with_norm_(stepped, params.grad_clip_norm, norm)
             meet("clipped")
             self._adamw.step()
+            self._publish()
         except BaseException:
-            self.half_stepped = versions != [p._version for p in stepped]
+            self.half_stepped = versions != self._versions(stepped)
             raise
         finally:
             for (name, gradient), p in zip(held.items(), stepped, strict=True):
                 p.grad = None
                 self._parameters[name].grad = gradient
-        self._publish()
         return float(norm)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Surround what replaces weights and moments: should it fail, they are neither the old nor the new ones."""
+        try:
+            yield
+        except BaseException:
+            self.half_stepped = True
+            raise
 
     def reset(self) -> None:
         """Start cold from the present weights, which may be new."""
@@ -127,6 +137,11 @@ class Optimizer:
 
     def _stepped(self, name: str) -> nn.Parameter:
         return self._masters.get(name, self._parameters[name])
+
+    def _versions(self, stepped: Sequence[nn.Parameter]) -> int:
+        """Return a number that grows with every change of these weights and of their moments."""
+        moments = [m for p in stepped for m in self._adamw.state.get(p, {}).values() if isinstance(m, Tensor)]
+        return sum(tensor._version for tensor in (*stepped, *moments))
 
     @torch.no_grad()
     def _publish(self) -> None:

@@ -120,15 +120,15 @@ def load_checkpoint(state: TrainingState, folder: Path, *, everything: bool) -> 
         moments = {key.partition(":")[2] for key in extras["optimizer"]}
         require_known(folder, {*extras["window"], *moments}, state.parameters)
     state.weights = object()
-    apply()
-    state.accumulator.clear()
-    state.optimizer.reset()
-    state.weights_version = int(manifest["weights_version"])
-    if not everything:
-        return ledger
-    state.optimizer.restore(extras["optimizer"])
-    state.accumulator.restore(extras["window"])
-    restore_random(state, extras["random"])
+    with state.optimizer.loading():
+        apply()
+        state.accumulator.clear()
+        state.optimizer.reset()
+        state.weights_version = int(manifest["weights_version"])
+        if everything:
+            state.optimizer.restore(extras["optimizer"])
+            state.accumulator.restore(extras["window"])
+            restore_random(state, extras["random"])
     return ledger
 
 

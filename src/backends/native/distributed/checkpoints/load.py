@@ -66,12 +66,13 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
     random = files.agreement.attempt("random state", lambda: _read_random(folder, manifest, everything))
     moments, gradients = loaded.pop(OPTIMIZER, {}), loaded.pop(WINDOW, {})
     state.weights = object()
-    _apply(state, folder, weights, loaded)
-    state.accumulator.clear()
-    state.optimizer.reset()
-    state.weights_version = int(manifest["weights_version"])
-    if everything:
-        _apply_everything(state, moments, gradients, random)
+    with state.optimizer.loading():
+        _apply(state, folder, weights, loaded)
+        state.accumulator.clear()
+        state.optimizer.reset()
+        state.weights_version = int(manifest["weights_version"])
+        if everything:
+            _apply_everything(state, moments, gradients, random)
     return ledger
 
 
