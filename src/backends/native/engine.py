@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...datums.types import ModelInput
-from ...errors import BackendError, ConfigError, LeakyModelError, MissingReferenceError
+from ...errors import BackendError, ConfigError, MissingReferenceError
 from ..calls.prepared import PreparedCall
 from ..calls.requests import ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
@@ -31,10 +31,10 @@ from .execution.forward import model_device, score, score_forwards, trainable
 from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
-from .execution.scaling import GradientScale
+from .execution.scaling import GradientScale, autocasts_to_fp16
 from .execution.scheduler import Scheduler
 from .models.facts.model_facts import ModelFacts
-from .models.facts.probes import LayoutLimits, layout_limits, measure_graph, require_causal
+from .models.facts.probes import layout_limits, measure_graph, require_causal
 from .optimizer import Optimizer
 from .plan import plan_call
 from .snapshot import Snapshot
@@ -84,7 +84,7 @@ class NativeEngine(Engine):
         context = facts.max_length if max_length is None else max_length
         self.limits = EngineLimits(int(head.weight.shape[0]), context, skips_positions=True, tempers=True)
         require_causal(self.model, self.vocab_size)
-        layouts = _allowed(layout, layout_limits(self.model, self.vocab_size))
+        layouts = layout_limits(self.model, self.vocab_size).asked_for(layout)
         sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
@@ -103,12 +103,16 @@ class NativeEngine(Engine):
     def vocab_size(self) -> int:  # V: rows of the head
         return self.limits.vocab_size or 0
 
+    @property
+    def _in_fp16(self) -> bool:
+        return self._fp16 or autocasts_to_fp16(self.memory.device)
+
     def score(self, call: PreparedCall) -> list[Tensor]:
         return self._score(self.model, call)
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         def attempt() -> Gradient:
-            scale = GradientScale(self.parameters.values(), self._fp16)
+            scale = GradientScale(self.parameters.values(), self._in_fp16)
             with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
                 layout, batches = self.scheduler.gradient_batches(call)
                 gradient = gradient_of(self.model, call, batches, self.memory.settings(layout), scale)
@@ -135,7 +139,7 @@ class NativeEngine(Engine):
         graphs = self.memory.retry(attempt, call.lengths)
         scored = graphs.logprobs()
         logprobs = [scored[i].cpu() for i in range(len(call.data))]
-        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self.weights)
+        return RetainedForward(call.requests, graphs, logprobs, self.weights_version, self.weights, self._in_fp16)
 
     def accumulate_retained(
         self,
@@ -151,7 +155,7 @@ class NativeEngine(Engine):
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
         rest = self.not_retained(call, retained)
-        scale = GradientScale(self.parameters.values(), self._fp16)
+        scale = GradientScale(self.parameters.values(), self._in_fp16 or any(r.fp16 for r in retained))
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
             fresh = {self.retain(prepare(rest)): rest} if rest else {}
             gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
@@ -281,19 +285,3 @@ class NativeEngine(Engine):
             if not all_finite([g for g in gradients if g is not None]):
                 return f"datum {i}"
         return "no single datum (their sum overflows)"
-
-
-def _allowed(asked: Layout | Literal["auto"], limits: LayoutLimits) -> LayoutLimits:
-    if asked == "auto":
-        return limits
-    if asked not in ("packed", "forked", "padded", "single"):
-        raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {asked!r}")
-    if asked not in limits.allowed():
-        most = limits.longest.get(asked)
-        where = "" if most is None else f" beyond {most} tokens"
-        raise LeakyModelError(
-            f"layout={asked!r}: this model lets sequences of one forward see each other{where} "
-            f"({limits.reasons.get(asked, 'not tried')}); at any length it keeps them apart in: "
-            f"{', '.join(limits.allowed())}; use one of these, or layout='auto'"
-        )
-    return limits.only(asked)

@@ -1,4 +1,4 @@
-"""fp16 weights: gradients that half precision cannot hold on their way through the model arrive all the same."""
+"""fp16: gradients that half precision cannot hold on their way through the model arrive all the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def scaled(factors: Sequence[float]) -> Any:
 def gradients(dtype: torch.dtype, loss: Any, **options: Any) -> dict[str, Tensor]:
     backend = TorchBackend(tiny_llama(dtype), **options)
     backend.forward_backward_custom(DATA, loss).result()
-    return {name: g.double() for name, g in backend.gradients().items()}
+    return doubled(backend.gradients())
+
+
+def doubled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 @settings(max_examples=8)
@@ -39,6 +43,21 @@ def test_any_size_of_cotangent(exponents: list[float]) -> None:
     """From 1e-9 to 1, mixed in one call: the relative error is what fp16 has anyway."""
     loss = scaled([10.0**e for e in exponents])
     assert distance(gradients(torch.float16, loss), gradients(torch.float64, loss)) < 0.03
+
+
+@settings(max_examples=8)
+@given(exponents=st.lists(st.floats(-9, 0), min_size=4, max_size=4), retained=st.booleans())
+def test_any_size_of_cotangent_under_autocast(exponents: list[float], retained: bool) -> None:
+    """fp32 weights that autocast computes with in fp16, also where the backward is made outside of autocast."""
+    loss, backend = scaled([10.0**e for e in exponents]), TorchBackend(tiny_llama(torch.float32))
+    with torch.autocast("cpu", dtype=torch.float16):
+        if retained:
+            forward = backend.forward_retain(DATA).result()
+        else:
+            backend.forward_backward_custom(DATA, loss).result()
+    if retained:
+        backend.backward({forward: range(len(DATA))}, DATA, loss).result()
+    assert distance(doubled(backend.gradients()), gradients(torch.float64, loss)) < 0.03
 
 
 @pytest.mark.parametrize("order", [[1e-8, 1e-8, 1.0, 1.0], [1.0, 1.0, 1e-8, 1e-8]])
@@ -50,7 +69,7 @@ def test_a_later_batch_lowers_the_factor(order: list[float]) -> None:
         backend = TorchBackend(tiny_llama(dtype), token_budget=6)
         for _ in range(2):
             backend.forward_backward(data, "cross_entropy").result()
-        found[dtype] = {name: g.double() for name, g in backend.gradients().items()}
+        found[dtype] = doubled(backend.gradients())
     assert distance(found[torch.float16], found[torch.float64]) < 0.03
 
 

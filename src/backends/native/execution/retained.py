@@ -33,6 +33,7 @@ class RetainedForward:
         logprobs: one tensor per datum, detached, on the CPU.
         weights_version: optimizer steps that the weights had seen.
         weights: stands for the weights that it belongs to.
+        fp16: its activations are.
     """
 
     requests: Sequence[ScoreRequest]
@@ -40,6 +41,7 @@ class RetainedForward:
     logprobs: Sequence[Tensor]
     weights_version: int
     weights: object
+    fp16: bool = False
 
     @property
     def tokens(self) -> int:

@@ -9,10 +9,15 @@ from typing import Final, final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GradientScale"]
+__all__ = ["GradientScale", "autocasts_to_fp16"]
 
 
 _MOST: Final = 60  # powers of two; gradients are fp32, which holds the product
+
+
+def autocasts_to_fp16(device: torch.device) -> bool:
+    """Whether a model of fp32 weights computes in fp16 on this device now."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 @final
@@ -25,7 +30,7 @@ class GradientScale:
 
     Args:
         parameters: what is trained; their gradients are fp32.
-        needed: whether the model computes in fp16.
+        needed: whether the model computes in fp16, by its weights or under autocast.
 
     Attributes:
         value: the factor now.

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final, cast, final
+from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from .....errors import LeakyModelError, UnsupportedError
+from .....errors import ConfigError, LeakyModelError, UnsupportedError
 from ....calls.requests import ScoreRequest
 from ...causal_lm import CausalLM
 from ...execution.batching import Layout, arrange
@@ -55,8 +55,25 @@ class LayoutLimits:
         """Return limits that allow one layout everywhere, known to be exact or not: to examine it."""
         return cls({} if layout == "single" else {layout: None})
 
-    def only(self, layout: Layout) -> LayoutLimits:
-        """Return the limits of one layout, which must be among these."""
+    def asked_for(self, layout: Layout | Literal["auto"]) -> LayoutLimits:
+        """Return the limits of the layout that a user asks for; ``auto``: these.
+
+        Raises:
+            ConfigError: there is no such layout.
+            LeakyModelError: it does not keep sequences apart.
+        """
+        if layout == "auto":
+            return self
+        if layout not in (*_SEVERAL, "single"):
+            raise ConfigError(f"layout must be auto, packed, forked, padded or single, got {layout!r}")
+        if layout not in self.allowed():
+            most = self.longest.get(layout)
+            where = "" if most is None else f" beyond {most} tokens"
+            raise LeakyModelError(
+                f"layout={layout!r}: this model lets sequences of one forward see each other{where} "
+                f"({self.reasons.get(layout, 'not tried')}); at any length it keeps them apart in: "
+                f"{', '.join(self.allowed())}; use one of these, or layout='auto'"
+            )
         return LayoutLimits({} if layout == "single" else {layout: self.longest[layout]}, self.reasons)
 
 
