@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...datums.types import ModelInput
-from ...errors import BackendError, ConfigError, MissingReferenceError
+from ...errors import BackendError, MissingReferenceError
 from ..calls.prepared import PreparedCall
 from ..calls.requests import ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
@@ -35,6 +35,7 @@ from .execution.scaling import GradientScale, autocasts_to_fp16
 from .execution.scheduler import Scheduler
 from .models.facts.model_facts import ModelFacts
 from .models.facts.probes import layout_limits, measure_graph, require_causal
+from .models.reference import FrozenReference
 from .optimizer import Optimizer
 from .plan import plan_call
 from .snapshot import Snapshot
@@ -51,6 +52,7 @@ class NativeEngine(Engine):
         parameters: what is trained, by name.
         accumulator: the gradients since the last step.
         optimizer, generator: AdamW and the sampling generator.
+        frozen: the reference; None where the model is its own, or has none.
         memory: how much of it a call may take.
         scheduler: cuts calls into forwards.
     """
@@ -70,8 +72,6 @@ class NativeEngine(Engine):
         shard: Callable[[nn.Module], None] = lambda model: None,
     ) -> None:
         self.model, self.module = as_causal_lm(model), model
-        if reference is model:
-            raise ConfigError("reference is the model itself, which changes as it is trained; give a frozen copy of it")
         require_whole(model)
         self.parameters = trainable(model)
         if not self.parameters:
@@ -84,7 +84,9 @@ class NativeEngine(Engine):
         context = facts.max_length if max_length is None else max_length
         self.limits = EngineLimits(int(head.weight.shape[0]), context, skips_positions=True, tempers=True)
         require_causal(self.model, self.vocab_size)
-        layouts = layout_limits(self.model, self.vocab_size).asked_for(layout)
+        self.frozen = None if reference is None else FrozenReference.of(reference, model, max_length)
+        probed = layout_limits(self.model, self.vocab_size)
+        layouts = (probed if self.frozen is None else probed.shared_with(self.frozen.layouts)).asked_for(layout)
         sizes = describe_model(model, head, float(getattr(model, "attention_flops_per_pair", 0.0)))
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
@@ -97,7 +99,6 @@ class NativeEngine(Engine):
         self.weights = object()  # another one whenever they change
         self.weights_version, self.directory = 0, checkpoint_dir
         self._fp16 = any(p.dtype == torch.float16 for p in model.parameters())
-        self._reference = None if reference is None else as_causal_lm(reference.eval().requires_grad_(False))
 
     @property
     def vocab_size(self) -> int:  # V: rows of the head
@@ -214,9 +215,14 @@ class NativeEngine(Engine):
         return plan_call(self.scheduler, call)
 
     def reference(self) -> Scorer:
-        frozen = self._reference
+        frozen = self.frozen
         if frozen is not None:
-            return lambda call: self._score(frozen, call)
+
+            def score_frozen(call: PreparedCall) -> list[Tensor]:
+                frozen.require_scorable(call)
+                return self._score(frozen.model, call)
+
+            return score_frozen
         base_only = self.base_only()
 
         def score_base(call: PreparedCall) -> list[Tensor]:

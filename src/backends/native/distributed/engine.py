@@ -120,9 +120,14 @@ class DistributedEngine(Engine):
         return plan_rank(self.local.plan(call), call, share, self.local, self._shards)
 
     def reference(self) -> Scorer:
-        frozen = self._reference
-        if frozen is not None:
-            return lambda call: self._score(frozen.model, frozen, call)
+        shards, limits = self._reference, self.local.frozen
+        if shards is not None and limits is not None:
+
+            def score_frozen(call: PreparedCall) -> list[Tensor]:
+                limits.require_scorable(call)
+                return self._score(shards.model, shards, call)
+
+            return score_frozen
         base_only = self.local.base_only()
 
         def score_base(call: PreparedCall) -> list[Tensor]:

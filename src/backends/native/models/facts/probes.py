@@ -55,6 +55,15 @@ class LayoutLimits:
         """Return limits that allow one layout everywhere, known to be exact or not: to examine it."""
         return cls({} if layout == "single" else {layout: None})
 
+    def shared_with(self, reference: LayoutLimits) -> LayoutLimits:
+        """Return the limits within which a reference keeps sequences apart too: both score in the same layout."""
+        longest: dict[Layout, int | None] = {}
+        for layout in (name for name in self.longest if name in reference.longest):
+            given = [most for most in (self.longest[layout], reference.longest[layout]) if most is not None]
+            longest[layout] = min(given, default=None)
+        others = {layout: f"the reference: {reason}" for layout, reason in reference.reasons.items()}
+        return LayoutLimits(longest, {**others, **self.reasons})
+
     def asked_for(self, layout: Layout | Literal["auto"]) -> LayoutLimits:
         """Return the limits of the layout that a user asks for; ``auto``: these.
 
