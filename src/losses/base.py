@@ -183,14 +183,15 @@ class Loss(abc.ABC):
         """Return a step's totals by denominator, before any forward; give them to `evaluate` or `with_counts`.
 
         Args:
-            data: all datums of the step, or all its `TokenBatch`es, whose log-probs are not looked at. Units that belong
-                together, pairs and the groups of a mean by groups, must lie in one batch, and later in one call.
+            data: all datums of the step, or all its `TokenBatch`es. Log-probs are not looked at: a batch for counting may
+                hold zeros in their place, and needs neither advantages nor the log-probs of other policies. Units that
+                belong together, pairs and the groups of a mean by groups, must lie in one batch, and later in one call.
 
         Returns:
             E.g. ``{"tokens": 18231.0}``; empty for a sum.
 
         Raises:
-            DatumError: an input is missing, or ``data`` is neither.
+            DatumError: an input that decides what counts is missing, or ``data`` is neither.
             IncompleteUnitError: a group lies in two batches.
         """
         if isinstance(data, TokenBatch):

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
 
 from torch import Tensor
 
 from ..errors import ConfigError, IncompleteUnitError
+from .batch.adapt import batch_field
 from .batch.token_batch import TokenBatch
 from .checks import number
 from .counts import Counts, add_counts, check_counts, count_units
 from .evaluation.evaluate import Evaluable
 from .evaluation.metrics import wire_metrics
+from .evaluation.terms import Summand
+from .inputs import SEQUENCE_INPUTS, missing_input
 
 __all__ = ["CountedLoss", "totals"]
+
+# Numbers that a value depends on, and a count only where a term chooses its tokens by them.
+_VALUES: Final = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "reference_point")
 
 
 def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
     """Return the counts of all batches by denominator; the log-probs are not looked at.
 
     Raises:
+        MissingFieldError: a batch lacks an input that may decide what counts.
         IncompleteUnitError: a mean by groups, and a group lies in two batches.
     """
     groups: set[int] = set()
     counts = []
     for batch in batches:
-        aggregated = [(term.aggregation, term.where) for term in loss.terms(batch)]
-        if any(aggregation.by_group for aggregation, _ in aggregated):
+        means, filled = _means(loss, batch)
+        if any(term.aggregation.by_group for term in means):
             groups |= _new_groups(loss, batch, groups)
         counts.append(
-            {of.denominator: float(count_units(batch, of.denominator, where)) for of, where in aggregated if of.is_mean}
+            {
+                term.aggregation.denominator: float(count_units(filled, term.aggregation.denominator, term.where))
+                for term in means
+            }
         )
     return add_counts(counts)
+
+
+def _means(loss: Evaluable, batch: TokenBatch) -> tuple[list[Summand], TokenBatch]:
+    """Return the terms that are divided by a count, and the batch to count in, with zeros for what no count depends on."""
+    absent = _absent(loss, batch)
+    filled = replace(batch, **{name: _zeros(name, batch) for name in absent}) if absent else batch
+    means = [term for term in loss.terms(filled) if term.aggregation.is_mean]
+    if absent and any(term.where is not None for term in means):
+        raise missing_input(absent[0], batch, f": {loss.name} may choose by it what counts")
+    return means, filled
+
+
+def _zeros(name: str, batch: TokenBatch) -> Tensor:
+    rows = name in SEQUENCE_INPUTS
+    return batch.logprobs.new_zeros((batch.num_sequences,) if rows else batch.logprobs.shape)
+
+
+def _absent(loss: Evaluable, batch: TokenBatch) -> list[str]:
+    """Return the inputs that a loss requires for its value, and that the batch does not have yet."""
+    names = {batch_field(key) for key in loss.required_inputs}
+    return [name for name in _VALUES if name in names and getattr(batch, name) is None]
 
 
 def _new_groups(loss: Evaluable, batch: TokenBatch, known: set[int]) -> set[int]:
