@@ -184,6 +184,7 @@ LOSS_ROWS = [
     Bad("unknown recipe", make(lambda: recipe("stf")), ConfigError, ["did you mean 'sft'"]),
     Bad("unknown preset", make(lambda: preset("trl:dop")), ConfigError, ["trl:dpo"]),
     Bad("function by name's door", named(DATA, lambda d, lp: (total(lp), {})), LossTypeError, ["forward_backward_custom"]),
+    Bad("a class of losses", named(DATA, GRPO), LossTypeError, ["the class GRPO", "give an object of it, GRPO(...)"]),
     Bad("counts without key", named(DATA, "grpo", counts={"pairs": 3}), ConfigError, ["grpo is divided by tokens, but the totals given are of pairs"]),
     Bad("counts of zero", named(DATA, "grpo", counts={"tokens": 0}), ConfigError, ["above 0"]),
     Bad("two denominators", mixed, MixedDenominatorsError, ["dpo", "tokens", "pairs", "counts"]),

@@ -230,7 +230,10 @@ class Loss(abc.ABC):
             DatumError: it is no `TokenBatch`.
         """
         if not isinstance(batch, TokenBatch):
-            raise DatumError(f"{self.name} is evaluated on a TokenBatch, got {type(batch).__name__}")
+            raise DatumError(
+                f"{self.name} is evaluated on a TokenBatch, got {type(batch).__name__}: TokenBatch.from_padded(logprobs, "
+                "mask, ...), from_labels or from_packed makes one of tensors; datums go to loss(data, logprobs_list)"
+            )
         for key in self.required_inputs:
             name = batch_field(key)
             other = self.alternative_inputs.get(name, name)

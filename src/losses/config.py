@@ -78,6 +78,9 @@ def unknown_field(loss: type, field: str) -> TypeError:
     hints = [suggestion(field, names) or meant]
     for each in fields:
         part: _Keys | None = each.metadata.get(_METADATA)
+        kind: Any = None if part is None else part.part
+        if field in getattr(kind, "also_called", ()):
+            hints.append(f"; write {each.name}={kind.written}")
         if part is not None and field in (*part.attributes, *part.attributes.values()):
             required = [x.name for x in dataclasses.fields(part.part) if x.default is MISSING]
             given = dict.fromkeys([*required, part.attributes.get(field, field)])

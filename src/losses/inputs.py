@@ -116,7 +116,8 @@ def check_token_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -
         and value.shape == (shape[0], *(1,) * (len(shape) - 1))
     ):
         return
-    check_shape(name, value, shape, "the shape of logprobs")
+    rows = f"; one per sequence is [{shape[0]}]" if name == "advantages" and len(shape) > 1 else ""
+    check_shape(name, value, shape, f"the shape of logprobs{rows}")
 
 
 def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

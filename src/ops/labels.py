@@ -45,6 +45,9 @@ def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: f
         UnsupportedError: the model's logits are not hidden states times a head, it adds an auxiliary loss, or its head
             is trained and sharded.
     """
+    for name, given in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise ShapeError(f"{name} must be an int64 tensor [B, T], got {type(given).__name__}")
     if input_ids.dim() != 2 or labels.shape != input_ids.shape or labels.dtype != torch.int64:
         raise ShapeError(
             f"labels must be int64 of the shape of input_ids, [B, T], got {labels.dtype} {list(labels.shape)} for input_ids "

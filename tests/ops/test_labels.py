@@ -156,6 +156,11 @@ def test_bad_shapes_are_refused_before_the_forward() -> None:
     model: Any = None  # is not called
     with pytest.raises(ShapeError, match=r"labels must be int64 of the shape of input_ids"):
         logprobs_of(model, IDS, LABELS[:, 1:])
+    lists: Any = IDS.tolist()
+    with pytest.raises(ShapeError, match=r"input_ids must be an int64 tensor \[B, T\], got list"):
+        logprobs_of(model, lists, LABELS)
+    with pytest.raises(ShapeError, match=r"labels must be an int64 tensor \[B, T\], got list"):
+        logprobs_of(model, IDS, lists)
     with pytest.raises(ConfigError, match="scores all of them"):
         logprobs_of(model, IDS, LABELS, logits_to_keep=2)
     with pytest.raises(ShapeError, match="one per position of the logits"):

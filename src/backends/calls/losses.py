@@ -41,6 +41,8 @@ def as_loss(given: str | Loss, config: Mapping[str, Any] | None) -> Loss:
         if config:
             raise ConfigError(f"{given.name} is an object and carries its own hyperparameters; drop {dict(config)}")
         return given
+    if isinstance(given, type) and issubclass(given, Loss):
+        raise LossTypeError(f"loss_fn is the class {given.__name__}: give an object of it, {given.__name__}(...)")
     raise LossTypeError(
         f"loss_fn must be a registered name or a Loss, got {type(given).__name__}; functions go to forward_backward_custom"
     )

@@ -42,7 +42,8 @@ def mask_of_labels(logprobs: Tensor, labels: Tensor) -> Tensor:
 
 def _shape(logprobs: Tensor) -> tuple[int, int]:
     if require_tensor("logprobs", logprobs).dim() != 2:
-        raise LengthError(f"logprobs must be [B, T], one per label, got shape {tuple(logprobs.shape)}")
+        logits = "; logits go through pullback.ops.logprobs_from_logits first" if logprobs.dim() == 3 else ""
+        raise LengthError(f"logprobs must be [B, T], one per label, got shape {tuple(logprobs.shape)}{logits}")
     return logprobs.shape[0], logprobs.shape[1]
 
 

@@ -54,7 +54,7 @@ def group_advantages(
 
     Raises:
         LengthError: the shapes differ or are not [B].
-        DatumError: a reward is NaN or inf.
+        DatumError: a reward is NaN or inf, or something is no tensor.
         ConfigError: an unknown baseline or scale, or a negative eps.
 
     Source: DeepSeekMath (arXiv:2402.03300, section 4.1.2), Dr. GRPO (arXiv:2503.20783), RLOO (arXiv:2402.14740).
@@ -62,6 +62,9 @@ def group_advantages(
     choice("baseline", baseline, ("mean", "leave_one_out"))
     choice("scale", scale, ("std", "none"))
     number("eps", eps, low=0.0, strict=False)
+    for name, given in (("rewards", rewards), ("group_id", group_id)):
+        if not isinstance(given, Tensor):
+            raise DatumError(f"{name} must be a tensor, one number per sequence, got {type(given).__name__}")
     if rewards.dim() != 1 or rewards.shape != group_id.shape:
         raise LengthError(
             f"rewards and group_id must both be [B], got {tuple(rewards.shape)} and {tuple(group_id.shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from ...deprecation import replaced
 from ...errors import ConfigError
@@ -28,6 +28,10 @@ class ClipRange:
 
     low: float
     high: float
+
+    # What other libraries call the two distances from 1, and how they are said here.
+    also_called: ClassVar[frozenset[str]] = frozenset({"eps", "epsilon", "epsilon_low", "epsilon_high", "cliprange"})
+    written: ClassVar[str] = "ClipRange.from_epsilon(low, high)"
 
     def __post_init__(self) -> None:
         number("clip range low", self.low, low=0.0, high=1.0, strict=False)

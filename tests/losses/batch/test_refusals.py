@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pullback.errors import ConfigError, DatumError, LengthError, MissingFieldError
-from pullback.losses import DPO, GRPO, KL, PPO, CrossEntropy, Loss, TokenBatch, get_loss, loss_names
+from pullback.losses import DPO, GRPO, KL, PPO, CrossEntropy, Loss, TokenBatch, get_loss, group_advantages, loss_names
 from pullback.losses.base import GradientKind
 from pullback.losses.evaluation.terms import Summand
 
@@ -81,6 +81,38 @@ def test_logits_are_no_logprobs() -> None:
     assert TokenBatch.from_padded(logits, torch.ones(2, 3, 5)).trained.all()
     with pytest.raises(LengthError, match=r"expected \(2, 3\) \(the shape of logprobs\)$"):
         TokenBatch.from_padded(LOGPROBS, torch.ones(2))
+    with pytest.raises(
+        LengthError, match=r"got shape \(2, 3, 5\); logits go through pullback.ops.logprobs_from_logits"
+    ):
+        TokenBatch.from_labels(logits, torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(LengthError, match=r"got shape \(6,\)$"):
+        TokenBatch.from_labels(LOGPROBS.flatten(), torch.ones(2, 4, dtype=torch.int64))
+
+
+def test_advantages_of_another_number_of_sequences() -> None:
+    """Of a padded batch both shapes that are taken are named; of a packed one there is one."""
+    with pytest.raises(
+        LengthError, match=r"\(3,\), expected \(2, 3\) \(the shape of logprobs; one per sequence is \[2\]"
+    ):
+        TokenBatch.from_padded(LOGPROBS, ONES, advantages=torch.ones(3))
+    with pytest.raises(LengthError, match=r"expected \(6,\) \(the shape of logprobs\)$"):
+        TokenBatch.from_packed(LOGPROBS.flatten(), [3, 3], advantages=torch.ones(2))
+    assert TokenBatch.from_padded(LOGPROBS, ONES, advantages=torch.ones(2)).advantages is not None
+
+
+def test_tensors_in_the_place_of_a_batch() -> None:
+    """What makes a batch of them is named."""
+    given: Any = LOGPROBS
+    with pytest.raises(DatumError, match=r"got Tensor: TokenBatch.from_padded\(logprobs, mask, ...\), from_labels or"):
+        GRPO().evaluate(given)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ids", "name"), [([1.0], torch.zeros(1), "rewards"), (torch.ones(1), 1, "group_id")]
+)
+def test_rewards_are_tensors(rewards: Any, ids: Any, name: str) -> None:
+    with pytest.raises(DatumError, match=f"{name} must be a tensor, one number per sequence, got"):
+        group_advantages(rewards, ids)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5))
@@ -145,6 +177,8 @@ def test_a_kl_needs_its_reference() -> None:
         ("clip_epsilon", "GRPO has no hyperparameter 'clip_epsilon' (did you mean 'clip'?); it has: clip, kl,"),
         ("clip_low_threshold", "write clip=ClipRange(low=..., high=...); config keys go to get_loss('grpo', "),
         ("agregation", "(did you mean 'aggregation'?)"),
+        ("epsilon", "no hyperparameter 'epsilon'; write clip=ClipRange.from_epsilon(low, high); it has: clip,"),
+        ("epsilon_high", "write clip=ClipRange.from_epsilon(low, high); it has: clip,"),
         (
             "nonsense",
             "GRPO has no hyperparameter 'nonsense'; it has: clip, kl, anchor, aggregation, dual_clip, correction",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....datums.validation import validate
 from ....errors import ConfigError, InvalidDatumsError
-from ...prepared import PreparedCall
+from ...calls.prepared import PreparedCall
 from ..causal_lm import CausalLM, as_causal_lm
 from ..dtensors import local_part
 from ..execution.forward import trainable
