@@ -94,10 +94,10 @@ class Limits:
             DatumError: a datum is longer than the context.
         """
         if len(data) > self.datums:
-            raise TooLargeError(f"{len(data)} datums in one operation; this server takes {self.datums}")
+            raise TooLargeError(f"{len(data)} datums in one operation; this server takes at most {self.datums}")
         tokens = sum(len(datum.model_input) for datum in data)
         if tokens > self.tokens:
-            raise TooLargeError(f"{tokens} tokens in one operation; this server takes {self.tokens}")
+            raise TooLargeError(f"{tokens} tokens in one operation; this server takes at most {self.tokens}")
         for i, datum in enumerate(data):
             if context is not None and len(datum.model_input) > context:
                 raise DatumError(f"datum {i} has {len(datum.model_input)} tokens; this model's context is {context}")

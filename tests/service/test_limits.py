@@ -94,7 +94,7 @@ def test_limits_are_said_and_kept(web: Any, two: str) -> None:
     """Too large a body, too many datums, tokens or models, too high a rank, a bomb: refused; the service goes on."""
     http = web(two)
     session, refused = new_model(http, rank=64)
-    assert "takes 8" in refused["error"]
+    assert "takes at most 8" in refused["error"]
     session, made = new_model(http)
     model = made["model_id"]
     assert "holds 1 models" in new_model(http)[1]["error"]

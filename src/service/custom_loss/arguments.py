@@ -38,7 +38,9 @@ def decode_argument(arg: Any, values: Mapping[str, Any], depth: int = 0) -> Any:
         raise ConfigError("an argument of the graph is nested too deeply")
     if isinstance(arg, list):
         if len(arg) > _MAX_LIST:
-            raise ConfigError(f"an argument of the graph is a list of {len(arg)}; this server takes {_MAX_LIST}")
+            raise ConfigError(
+                f"an argument of the graph is a list of {len(arg)}; this server takes at most {_MAX_LIST}"
+            )
         return [decode_argument(a, values, depth + 1) for a in arg]
     if not isinstance(arg, dict):
         return arg
@@ -57,7 +59,7 @@ def _decode_object(kind: str, value: Any, values: Mapping[str, Any], depth: int)
         return tuple(decode_argument(value, values, depth))
     if kind == "dict":
         if len(value) > _MAX_LIST:
-            raise ConfigError(f"the graph has a dictionary of {len(value)}; this server takes {_MAX_LIST}")
+            raise ConfigError(f"the graph has a dictionary of {len(value)}; this server takes at most {_MAX_LIST}")
         return {str(key): decode_argument(item, values, depth) for key, item in value.items()}
     if kind == "slice":
         return slice(*decode_argument(value, values, depth))

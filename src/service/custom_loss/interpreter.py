@@ -58,13 +58,13 @@ class LossGraph:
         if not inputs or inputs[0][0] != "logprobs":
             raise ConfigError("the first input of a custom loss must be logprobs")
         if len(graph["nodes"]) > _MAX_NODES:
-            raise ConfigError(f"the graph has {len(graph['nodes'])} nodes; this server takes {_MAX_NODES}")
+            raise ConfigError(f"the graph has {len(graph['nodes'])} nodes; this server takes at most {_MAX_NODES}")
         graph_loss = cls(str(body.get("name", "custom")), inputs, graph["nodes"])
         for node in graph_loss.nodes:
             _check(node)
         if graph_loss._values > _MAX_VALUES:
             raise ConfigError(
-                f"the graph's arguments have {graph_loss._values} values; this server takes {_MAX_VALUES}"
+                f"the graph's arguments have {graph_loss._values} values; this server takes at most {_MAX_VALUES}"
             )
         if [node["target"] for node in graph_loss.nodes if node["op"] == "placeholder"] != [name for name, _ in inputs]:
             raise ConfigError("the graph's placeholders must be the inputs, in their order")

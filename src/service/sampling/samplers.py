@@ -121,7 +121,7 @@ class Samplers:
         params, ends = sampling_of(body.get("sampling_params") or {}, self._models.base, prompt)
         if len(prompt) + params.max_tokens > self._limits.tokens:
             raise TooLargeError(
-                f"max_tokens is {params.max_tokens}; this server takes {self._limits.tokens} tokens a text"
+                f"max_tokens is {params.max_tokens}; this server takes at most {self._limits.tokens} tokens a text"
             )
         requested = RequestedScores.of(body, prompt, params.temperature)
         sampler = self._sampler(owner, session)

@@ -44,7 +44,7 @@ def lora_choice(body: Mapping[str, Any], base_model: str, max_rank: int) -> Lora
         raise ConfigError("lora_config.rank is 0, which asks for full tuning; this server trains adapters: give a rank")
     lora = LoraChoice(**given).checked()
     if lora.rank > max_rank:
-        raise ConfigError(f"lora_config.rank is {lora.rank}; this server takes {max_rank}")
+        raise ConfigError(f"lora_config.rank is {lora.rank}; this server takes at most {max_rank}")
     return lora
 
 

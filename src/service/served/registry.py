@@ -105,7 +105,9 @@ class Base:
         """
         place = self.tokenizer_folder or self.tokenizer_id
         if place is None:
-            raise ConfigError("strings need a tokenizer, and this server has none for its model: give token ids")
+            raise ConfigError(
+                "strings to stop at need a tokenizer, and this server has none for its model: give stop as token ids"
+            )
         return _tokenizer(place)
 
     def copy(self) -> nn.Module:

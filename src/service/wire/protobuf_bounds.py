@@ -148,7 +148,7 @@ class RequestSummary:
 
 def _most(count: int, most: int, what: str) -> None:
     if count > most:
-        raise TooLargeError(f"more than {most} {what} in one operation; this server takes {most}")
+        raise TooLargeError(f"more than {most} {what} in one operation; this server takes at most {most}")
 
 
 def _varint(body: bytes, at: int) -> tuple[int, int]:
