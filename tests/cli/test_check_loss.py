@@ -81,6 +81,8 @@ def test_json_and_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["grop"], "did you mean 'grpo'"),
         (["plugin_losses:nothing"], "there is no plugin_losses:nothing"),
         (["nowhere:nothing"], "there is no nowhere:nothing"),
+        (["plugin_losses.py"], "given as package.module:function (here: plugin_losses:function)"),
+        (["some/plugin_losses.py:sound"], "names a file: give its module, some.plugin_losses:sound"),
         (["grpo", "--only", "diferences"], "did you mean 'differences'"),
     ],
 )

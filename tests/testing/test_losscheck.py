@@ -208,8 +208,15 @@ def test_what_cannot_be_called() -> None:
     def focused(logprobs: Tensor, mask: Tensor, sharpness: float) -> Tensor:
         return -torch.where(mask, logprobs, 0.0).sum() * sharpness
 
-    with pytest.raises(ConfigError, match=r"takes 'sharpness'.*arguments={'sharpness': value}"):
+    def pairs(chosen_logps: Tensor, rejected_logps: Tensor, chosen_mask: Tensor) -> Tensor:
+        return (rejected_logps - chosen_logps)[chosen_mask].mean()
+
+    with pytest.raises(ConfigError, match=r"takes 'sharpness'.*arguments={'sharpness': value}\)$"):
         check_loss(focused)
+    with pytest.raises(
+        ConfigError, match=r"takes 'chosen_mask'.* rows of one tensor, 2i the chosen answer and 2i .+ 1 the"
+    ):
+        check_loss(pairs)
     check_loss(focused, arguments={"sharpness": 2.0}, examples=2)
     with pytest.raises(ConfigError, match="form must be one of"):
         check_loss(focused, form="paddded")

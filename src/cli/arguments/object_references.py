@@ -21,6 +21,9 @@ def load_object(reference: str) -> Any:
     module, colon, name = reference.partition(":")
     if not colon:
         raise ConfigError(f"give package.module:name, got {reference!r}")
+    if module.endswith(".py"):
+        place = module.removesuffix(".py").replace("/", ".")
+        raise ConfigError(f"{reference!r} names a file: give its module, {place}:{name}, as in an import")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

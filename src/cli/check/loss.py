@@ -81,8 +81,9 @@ def load(place: str) -> Any:
     if ":" not in place:
         if place not in loss_names():
             close = suggestion(place, loss_names())
+            file = f" (here: {place.removesuffix('.py')}:function)" if place.endswith(".py") else ""
             raise ConfigError(
-                f"no loss is registered as {place!r}{close}; a function is given as package.module:function"
+                f"no loss is registered as {place!r}{close}; a function is given as package.module:function{file}"
             )
         return registry.build(place)
     return load_object(place)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Final, final
 
+from ...errors import ConfigError, suggestion
 from .check import check_loss, check_property
 from .forms import LossUnderTest, loss_under_test
 from .properties import LOSS_PROPERTIES
 from .results import LossCheckError, LossReport
 
 __all__ = ["Checker", "LossProperties"]
+
+_OPTIONS: Final = tuple(inspect.signature(loss_under_test).parameters)[1:]
 
 
 @final
@@ -62,10 +65,25 @@ class LossProperties:
     loss: ClassVar[Any]
     options: ClassVar[dict[str, Any]] = {}
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse an option that `check_loss` has not, once, where the class is written."""
+        super().__init_subclass__(**keywords)
+        for name in cls.options:
+            if name not in _OPTIONS:
+                raise ConfigError(
+                    f"{cls.__name__}.options has {name!r}{suggestion(name, _OPTIONS)}; it may have: {', '.join(_OPTIONS)}"
+                )
+
     @classmethod
     def under_test(cls) -> LossUnderTest:
-        """Return the loss of the class, which a function is no method of."""
-        loss = inspect.getattr_static(cls, "loss")
+        """Return the loss of the class, which a function is no method of.
+
+        Raises:
+            ConfigError: the class names no loss.
+        """
+        loss = inspect.getattr_static(cls, "loss", None)
+        if loss is None:
+            raise ConfigError(f"{cls.__name__} names no loss: write loss = my_loss in it, a Loss or a function")
         return loss_under_test(getattr(loss, "__func__", loss), **cls.options)
 
 

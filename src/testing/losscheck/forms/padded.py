@@ -190,12 +190,22 @@ def roles_of(function: Callable[..., Any], given: Mapping[str, Any]) -> tuple[di
         if parameter.default is not parameter.empty:
             optional.add(name)
         elif role is None:
-            known = ", ".join(names[0] for names in KNOWN.values())
-            raise ConfigError(
-                f"{getattr(function, '__name__', function)} takes {name!r}, which stands for nothing known ({known}); "
-                f"give arguments={{{name!r}: value}}"
-            )
+            raise _unknown_argument(getattr(function, "__name__", str(function)), name)
     return roles, frozenset(optional)
+
+
+def _unknown_argument(function: str, name: str) -> ConfigError:
+    known = ", ".join(names[0] for names in KNOWN.values())
+    sides = (
+        "; the tokens of a pair are rows of one tensor, 2i the chosen answer and 2i + 1 the rejected one: check a function "
+        "of (logprobs, ref_logprobs, mask) that slices them"
+        if "chosen" in name or "rejected" in name
+        else ""
+    )
+    return ConfigError(
+        f"{function} takes {name!r}, which stands for nothing known ({known}); give it a default, or call "
+        f"check_loss(..., arguments={{{name!r}: value}}){sides}"
+    )
 
 
 def _pad(rows: Sequence[Tensor], layout: str, fill: float) -> Tensor:
