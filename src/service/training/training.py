@@ -176,13 +176,14 @@ class Training:
         return request.custom and plain and whole and not self._models.choices[model_id].base_only
 
     def _backward(self, backend: TorchBackend, model_id: str, data: list[Datum], request: GradientRequest) -> Answer:
-        retained = self.graphs.take(model_id, datum_keys(data)) if request.custom else {}
+        if not request.custom:
+            return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
+        retained = self.graphs.take(model_id, datum_keys(data))
         if retained and not request.config:
             self._count("graph_tokens_reused", sum(forward.tokens for forward in retained))
-            return _settled(backend.backward(retained, data, request.loss_fn), _output)
-        if request.custom:
-            self._count("graph_tokens_recomputed", sum(len(datum.model_input) for datum in data))
-        return _settled(backend.forward_backward(data, request.loss_fn, request.config), _output)
+            return _settled(backend.backward(retained, data, request.loss_fn), _custom_output)
+        self._count("graph_tokens_recomputed", sum(len(datum.model_input) for datum in data))
+        return _settled(backend.forward_backward(data, request.loss_fn, request.config), _custom_output)
 
 
 def _refusal(failures: list[FailedGradient]) -> str:
@@ -222,6 +223,11 @@ def _settled(future: Future[T], encode: Callable[[T], Answer]) -> Answer:
     """Return the answer of a finished operation, or its failure."""
     error = future.exception()
     return encode(future.result()) if error is None else failure_of(error)
+
+
+def _custom_output(output: ForwardBackwardOutput) -> bytes:
+    """Return the answer to the backward of a custom loss, whose weights are its cotangent: by them no likelihood is a mean."""
+    return _output(replace(output, metrics={name: x for name, x in output.metrics.items() if name != "nll:mean"}))
 
 
 def _output(output: ForwardBackwardOutput) -> bytes:

@@ -65,6 +65,25 @@ def test_a_custom_loss_costs_one_forward(service: Any, models: Any, unembed: boo
     assert distance(served(models, trainer).gradients(), native.gradients()) < 1e-5
 
 
+def contrast(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return -torch.nn.functional.logsigmoid(logprobs[0][:3].sum() - logprobs[1][:3].sum()), {}
+
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_a_cotangent_is_no_weight_of_a_likelihood(
+    service: Any, retained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a pair add up to nothing, a mean by them would be NaN: it is not reported, all else is a number."""
+    if not retained:
+        monkeypatch.setattr(GraphCache, "take", lambda *_: {})
+    trainer, wire = service.create_lora_training_client("tiny", rank=4).result(), to_tinker(sums()[:2])
+    metrics = trainer.forward_backward_custom(wire, contrast).result().metrics
+    assert ("reused_tokens:sum" in metrics) is retained
+    assert not any(name.startswith("nll") for name in metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert trainer.forward_backward(wire, "cross_entropy").result().metrics["nll:mean"] > 0
+
+
 def held(tokens: list[int]) -> tuple[list[str], RetainedForward]:
     backend, given = TorchBackend(TinyLM()), make_data(tokens)
     return datum_keys(given), backend.forward_retain(given).result()
