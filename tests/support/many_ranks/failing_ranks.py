@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,7 +22,6 @@ from many_ranks.failing_cases import (
     FEW_WORKS,
     NEXT,
     PARAMS,
-    SECONDS,
     WORKS,
     make,
     on_one,
@@ -34,41 +30,16 @@ from many_ranks.failing_cases import (
     summed,
     with_token,
 )
+from many_ranks.lost_groups import alone, resumed
+from many_ranks.outcomes import Outcome, difference, train, tried, weights
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pullback.backends import TorchBackend
 from pullback.backends.native.distributed.agreement.agreement import Agreement
-from pullback.backends.native.dtensors import local_part
 from pullback.testing import TinyLM
 
-__all__ = ["ALONE", "Told"]
 
-Told = dict[str, Any]
-
-
-def tried(work: Callable[[], Any]) -> Told:
-    """Return the error of an operation, and how long it took."""
-    began = time.monotonic()
-    try:
-        done = work()
-        error = done.exception() if hasattr(done, "exception") else None
-    except Exception as raised:
-        error = raised
-    return {"type": type(error).__name__, "words": str(error), "seconds": time.monotonic() - began}
-
-
-def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    return max(float((found[name] - value).abs().max()) for name, value in expected.items())
-
-
-def weights(backend: TorchBackend) -> dict[str, Tensor]:
-    held = {name: p.detach() for name, p in backend._native.parameters.items()}
-    return {name: p.full_tensor().clone() if hasattr(p, "full_tensor") else p.clone() for name, p in held.items()}
-
-
-def failing(name: str, many: TorchBackend, one: TorchBackend) -> Told:
+def failing(name: str, many: TorchBackend, one: TorchBackend) -> Outcome:
     """Let one case fail, and look at what is left, and whether what comes next is what one process does."""
     for backend in (many, one):
         backend.forward_backward(DATA, "ppo").result()
@@ -78,14 +49,14 @@ def failing(name: str, many: TorchBackend, one: TorchBackend) -> Told:
     return told | goes_on(many, one)
 
 
-def goes_on(many: TorchBackend, one: TorchBackend) -> Told:
+def goes_on(many: TorchBackend, one: TorchBackend) -> Outcome:
     for backend in (many, one):
         backend.forward_backward_custom(NEXT, summed).result()
         backend.optim_step(PARAMS).result()
     return {"next": difference(weights(many), weights(one))}
 
 
-def memory(name: str, folder: Path, many: TorchBackend, one: TorchBackend) -> Iterator[tuple[str, Told]]:
+def memory(name: str, folder: Path, many: TorchBackend, one: TorchBackend) -> Iterator[tuple[str, Outcome]]:
     """Run out of memory on rank 1: once, so that all try again, and always."""
     for after in (0, 1):
         budget = many._native.memory
@@ -102,7 +73,7 @@ def memory(name: str, folder: Path, many: TorchBackend, one: TorchBackend) -> It
     yield f"{name}, no memory", told | {"moved": difference(starved.gradients(), before)}
 
 
-def half_stepped(folder: Path) -> Told:
+def half_stepped(folder: Path) -> Outcome:
     """Rank 1 fails in the optimizer, when rank 0 has changed its weights: no rank goes on without loading."""
     many, one = make(folder), make(folder, mesh=None)
     for backend in (many, one):
@@ -122,7 +93,7 @@ def half_stepped(folder: Path) -> Told:
     return told | {"next": difference(weights(many), weights(one))}
 
 
-def constructed(folder: Path) -> Iterator[tuple[str, Told]]:
+def constructed(folder: Path) -> Iterator[tuple[str, Outcome]]:
     """Give ranks different models, and different settings."""
     rank = dist.get_rank()
     yield "other weights", tried(lambda: TorchBackend(TinyLM(seed=rank), timeout=30))
@@ -136,7 +107,7 @@ def constructed(folder: Path) -> Iterator[tuple[str, Told]]:
     yield "nothing trained", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
 
 
-def other_files(folder: Path, backend: TorchBackend) -> Iterator[tuple[str, Told]]:
+def other_files(folder: Path, backend: TorchBackend) -> Iterator[tuple[str, Outcome]]:
     """Load checkpoints whose tensors have other dtypes or shapes than this model's."""
     alone = folder / f"alone-{dist.get_rank()}"
     models = {"other dtype": TinyLM(tied=True, dtype=torch.float32), "other shape": TinyLM(tied=True, max_positions=32)}
@@ -168,7 +139,7 @@ def halve(folder: Path) -> None:
     manifest.write_text(json.dumps(said))
 
 
-def silent(folder: Path) -> Told:
+def silent(folder: Path) -> Outcome:
     """Without agreements, other data on one rank finishes, with another gradient."""
 
     def nothing(self: Agreement, stage: str, *digests: bytes, **options: Any) -> None:
@@ -181,9 +152,9 @@ def silent(folder: Path) -> Told:
     return told | {"moved": difference(many.gradients(), one.gradients())}
 
 
-def together(folder: Path, names: Collection[str] = tuple(CASES), works: Collection[str] = tuple(WORKS)) -> Told:
+def together(folder: Path, names: Collection[str] = tuple(CASES), works: Collection[str] = tuple(WORKS)) -> Outcome:
     """Cases that leave the group whole, one after the other on the same backends."""
-    found: Told = {}
+    found: Outcome = {}
     for reshard in (False, True):
         kind = "resharded" if reshard else "whole"
         many, one = make(folder, reshard=reshard), make(folder, mesh=None)
@@ -193,101 +164,11 @@ def together(folder: Path, names: Collection[str] = tuple(CASES), works: Collect
     return found | {"optimizer": half_stepped(folder), "silent": silent(folder), **dict(constructed(folder))}
 
 
-def stalled(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
-    if dist.get_rank() == 1:
-        time.sleep(2 * SECONDS)
-    return summed(data, logprobs)
-
-
-def killed(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return summed(data, logprobs)
-
-
-def in_a_layer(backend: TorchBackend, error: Exception) -> Any:
-    """Rank 1 fails between two layers."""
-
-    def fail(*_: Any) -> None:
-        raise error
-
-    block = backend.model.get_submodule("blocks.1")
-    handle = block.register_forward_pre_hook(fail) if dist.get_rank() == 1 else None
-    try:
-        return backend.forward_backward(DATA, "ppo")
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A failure after which the group is lost.
-
-    Attributes:
-        fail: the operation.
-        options: of the backend.
-    """
-
-    fail: Callable[[TorchBackend], Any]
-    options: Mapping[str, Any]
-
-
-ALONE: Final[dict[str, Alone]] = {
-    "stall": Alone(lambda b: b.forward_backward_custom(DATA, stalled), {"reshard": False}),
-    "kill": Alone(lambda b: b.forward_backward_custom(DATA, killed), {"reshard": False}),
-    "layer": Alone(lambda b: in_a_layer(b, ValueError("in the second layer")), {"reshard": True}),
-    "layer, no memory": Alone(lambda b: in_a_layer(b, torch.OutOfMemoryError("planted")), {"reshard": True}),
-}
-
-
-def train(backend: TorchBackend, steps: range) -> None:
-    for step in steps:
-        backend.forward_backward(DATA if step % 2 else NEXT, "ppo").result()
-        backend.optim_step(PARAMS).result()
-
-
-def alone(name: str, folder: Path) -> Told:
-    """Train two steps, save, and fail in the third."""
-    backend = make(folder, timeout=SECONDS, **ALONE[name].options)
-    train(backend, range(2))
-    backend.forward_backward(DATA, "ppo").result()
-    backend.save_state("last").result()
-    held = {name: local_part(g).clone() for name, g in backend._native.gradients().items()}
-    told = tried(lambda: ALONE[name].fail(backend))
-    left = {name: local_part(g) for name, g in backend._native.gradients().items()}
-    told["moved"] = difference(left, held)
-    again: list[Callable[[], Any]] = [
-        lambda: backend.forward(DATA),
-        lambda: backend.save_state("more"),
-        lambda: backend.optim_step(PARAMS),
-        backend.gradients,
-    ]
-    return told | {"later": [tried(work) for work in again]}
-
-
-def resumed(folder: Path) -> Told:
-    """Load what was saved before the failure, go on, and compare with a run that nothing has interrupted."""
-    ends = []
-    for again in (True, False):
-        backend = make(folder)
-        if again:
-            backend.load_state_with_optimizer(folder / "last").result()
-        else:
-            train(backend, range(2))
-            backend.forward_backward(DATA, "ppo").result()
-        backend.forward_backward_custom(DATA, summed).result()
-        backend.optim_step(PARAMS).result()
-        train(backend, range(2, 4))
-        ends.append(weights(backend))
-    return {"apart": difference(*ends)}
-
-
 def main(what: str, target: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     folder = Path(target)
-    works: dict[str, Callable[[Path], Told]] = {
+    works: dict[str, Callable[[Path], Outcome]] = {
         "resume": resumed,
         "together": together,
         "few": partial(together, names=FEW_CASES, works=FEW_WORKS),

@@ -16,7 +16,8 @@ import pytest
 import torch
 from many_ranks import failing_ranks
 from many_ranks.failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
-from many_ranks.failing_ranks import ALONE, Told
+from many_ranks.lost_groups import ALONE
+from many_ranks.outcomes import Outcome
 from many_ranks.ranks import reports, run_ranks
 from tiers import TIER
 
@@ -103,13 +104,13 @@ EXPECTED: dict[str, Expected] = {
 }
 
 
-def launched(what: str, folder: Path, killed: bool = False) -> list[Told]:
+def launched(what: str, folder: Path, killed: bool = False) -> list[Outcome]:
     """Return what each rank that has lived to the end was told."""
     run_ranks(SCRIPT, what, str(folder), ends=(0, -signal.SIGKILL if killed else 0))
     return reports(folder, 1 if killed else 2, f"{what}-")
 
 
-def require_told(found: Told, expected: tuple[str, str], seconds: float) -> None:
+def require_told(found: Outcome, expected: tuple[str, str], seconds: float) -> None:
     kind, words = expected
     assert found["type"] == kind, found["words"]
     assert re.search(words, found["words"]), found["words"]
@@ -121,13 +122,13 @@ def some_slow(names: Iterable[str], few: Collection[str]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     return launched("few" if TIER == "quick" else "together", tmp_path_factory.mktemp("together"))
 
 
 @pytest.mark.parametrize("kind", ["whole", "resharded"])
 @pytest.mark.parametrize("case", some_slow(CASES, FEW_CASES))
-def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: list[Told]) -> None:
+def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         told = found[f"{case}, {kind}"]
         require_told(told, expected, 2 * SECONDS)
@@ -137,7 +138,7 @@ def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: lis
 
 @pytest.mark.parametrize("after", [0, 1])
 @pytest.mark.parametrize("work", some_slow(WORKS, FEW_WORKS))
-def test_all_ranks_try_again_where_one_runs_out_of_memory(work: str, after: int, together: list[Told]) -> None:
+def test_all_ranks_try_again_where_one_runs_out_of_memory(work: str, after: int, together: list[Outcome]) -> None:
     for found in together:
         told = found[f"{work}, memory short once after {after}"]
         assert told["type"] == "NoneType", told["words"]
@@ -145,7 +146,7 @@ def test_all_ranks_try_again_where_one_runs_out_of_memory(work: str, after: int,
 
 
 @pytest.mark.parametrize("work", some_slow(WORKS, FEW_WORKS))
-def test_where_memory_never_suffices_on_one_rank_all_say_so(work: str, together: list[Told]) -> None:
+def test_where_memory_never_suffices_on_one_rank_all_say_so(work: str, together: list[Outcome]) -> None:
     for found in together:
         told = found[f"{work}, no memory"]
         words = "a datum of 12 tokens does not fit .* even alone .rank 1 ran out of memory.*gradient_checkpointing"
@@ -153,7 +154,7 @@ def test_where_memory_never_suffices_on_one_rank_all_say_so(work: str, together:
         assert told["moved"] == 0.0
 
 
-def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: list[Told]) -> None:
+def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED["optimizer"], strict=True):
         told = found["optimizer"]
         require_told(told, expected, 2 * SECONDS)
@@ -164,19 +165,19 @@ def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: l
 @pytest.mark.parametrize(
     "case", ["other weights", "other budget", "other seed", "nothing trained", "missing checkpoint"]
 )
-def test_other_models_settings_and_folders_are_refused(case: str, together: list[Told]) -> None:
+def test_other_models_settings_and_folders_are_refused(case: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         require_told(found[case], expected, 2 * SECONDS)
 
 
 @pytest.mark.parametrize("case", ["other dtype", "other shape", "other moments"])
-def test_files_of_other_tensors_are_refused_before_any_work(case: str, together: list[Told]) -> None:
+def test_files_of_other_tensors_are_refused_before_any_work(case: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         require_told(found[case], expected, 2 * SECONDS)
         assert found[case]["moved"] == 0.0
 
 
-def test_without_agreements_other_data_on_one_rank_goes_unnoticed(together: list[Told]) -> None:
+def test_without_agreements_other_data_on_one_rank_goes_unnoticed(together: list[Outcome]) -> None:
     """The negative control: the gradient of a batch that nobody was given."""
     for found in together:
         assert found["silent"]["type"] == "NoneType"
@@ -184,7 +185,7 @@ def test_without_agreements_other_data_on_one_rank_goes_unnoticed(together: list
 
 
 @pytest.fixture(scope="module", params=some_slow(ALONE, ()))
-def lost(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Told]]:
+def lost(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Outcome]]:
     folder = tmp_path_factory.mktemp("lost")
     return request.param, folder, launched(request.param, folder, killed=request.param == "kill")
 
