@@ -174,6 +174,24 @@ def flatten(
         hidden, head, targets, needed: as for `selected_logprobs`.
         bounded: targets must lie in the head's vocabulary.
     """
+    _check_shapes(hidden, head, targets, needed)
+    (vocab, width), shape = head.weight.shape, tuple(hidden.shape[:-1])
+    candidates = targets.shape[-1] if targets.dim() > len(shape) else 1
+    if not candidates:
+        raise ShapeError(f"targets must name a token of each position, got {list(targets.shape)}: none of any")
+    flat, chosen = hidden.reshape(-1, width), targets.reshape(-1, candidates)
+    if needed is not None and not bool(needed.all()):
+        flat, chosen = flat[needed.reshape(-1)], chosen[needed.reshape(-1)]
+    checked = bounded and not chosen.is_cuda and chosen.numel()
+    if checked and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocab:
+        raise ShapeError(
+            f"targets must lie in [0, {vocab}), got {int(chosen.min())} to {int(chosen.max())}; mark positions without a "
+            "target by needed=, not by a token id"
+        )
+    return flat, chosen, shape
+
+
+def _check_shapes(hidden: Tensor, head: Head, targets: Tensor, needed: Tensor | None) -> None:
     if head.weight.requires_grad and hasattr(head.weight, "full_tensor"):
         raise UnsupportedError(
             "head.weight is sharded (a DTensor) and trainable: call this inside the forward of the module that FSDP gathers, "
@@ -192,19 +210,6 @@ def flatten(
         )
     if needed is not None and (tuple(needed.shape) != shape or needed.dtype != torch.bool):
         raise ShapeError(f"needed must be bool {list(shape)}, got {needed.dtype} {list(needed.shape)}")
-    candidates = targets.shape[-1] if targets.dim() > len(shape) else 1
-    if not candidates:
-        raise ShapeError(f"targets must name a token of each position, got {list(targets.shape)}: none of any")
-    flat, chosen = hidden.reshape(-1, width), targets.reshape(-1, candidates)
-    if needed is not None and not bool(needed.all()):
-        flat, chosen = flat[needed.reshape(-1)], chosen[needed.reshape(-1)]
-    checked = bounded and not chosen.is_cuda and chosen.numel()
-    if checked and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocab:
-        raise ShapeError(
-            f"targets must lie in [0, {vocab}), got {int(chosen.min())} to {int(chosen.max())}; mark positions without a "
-            "target by needed=, not by a token id"
-        )
-    return flat, chosen, shape
 
 
 def prepare(
