@@ -108,11 +108,8 @@ def plan_training(
         shape = graph_shape(model, text, checkpointed=gradient_checkpointing)
         per_token, again = shape.per_token, shape.again
     each, where = min(w.bytes_each for w in weights), {"trained": lora is None, "gpu": gpu}
-    together = [tokens] * placement.shards
     if cut:
-        rows = -(-text.vocab_size // placement.shards)
-        head = rows_bytes([together] * retained, 0, text.hidden_size, rows, each, **where)
-        received = exchange_bytes([*map(Positions, together)], text.hidden_size, each, each)
+        head, received = _rows_on_paper(text, [tokens] * placement.shards, retained, each, **where)
     else:
         head, received = head_bytes(retained * tokens, text.hidden_size, text.vocab_size, each, **where), 0.0
     step = Step(
@@ -190,6 +187,24 @@ def _head_of(model: Any) -> list[Tensor]:
             "vocab_parallel=True cannot cut this head: it is the embedding too, or has an adapter on it"
         )
     return [*head.parameters(recurse=False)]
+
+
+def _rows_on_paper(
+    text: Any, together: Sequence[int], retained: int, bytes_each: int, *, trained: bool, gpu: bool
+) -> tuple[float, float]:
+    """Return the bytes that a process's rows of the head need, and those that it receives for them in a micro-batch.
+
+    Args:
+        text: config of the language model.
+        together: positions of a micro-batch on each process that holds rows.
+        retained: micro-batches whose graphs wait at once.
+        bytes_each: of a number, as the model computes with it.
+        trained: the head gets a gradient.
+        gpu: see `plan_training`.
+    """
+    rows = -(-text.vocab_size // len(together))
+    held = rows_bytes([together] * retained, 0, text.hidden_size, rows, bytes_each, trained=trained, gpu=gpu)
+    return held, exchange_bytes([*map(Positions, together)], text.hidden_size, bytes_each, bytes_each)
 
 
 def _mesh(local: NativeEngine) -> DeviceMesh:
