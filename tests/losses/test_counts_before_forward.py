@@ -18,12 +18,13 @@ NUMBERS = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs", "re
 CORRECTED: list[Loss] = [GRPO(correction=Correction.tis(2.0)), GRPO(correction=Correction.geometric(0.99, 1.01))]
 
 
-def without_numbers(loss: Loss, padded: bool) -> tuple[TokenBatch, TokenBatch]:
-    """Return a batch, and one with its masks, ids and labels only."""
+def without_numbers(loss: Loss, padded: bool) -> tuple[TokenBatch, list[TokenBatch]]:
+    """Return a batch, and two that have its masks, ids and labels only, each with groups of its own."""
     inputs = make(loss, padded=padded, old=True)
     bare: Any = {name: tensor for name, tensor in inputs.tensors.items() if name not in NUMBERS}
     bare["logprobs"] = torch.zeros_like(bare["logprobs"])
-    return inputs.batch(), type(inputs)(padded, inputs.lengths, bare).batch()
+    others = [bare, bare if "group_id" not in bare else {**bare, "group_id": bare["group_id"] + 1000}]
+    return inputs.batch(), [type(inputs)(padded, inputs.lengths, tensors).batch() for tensors in others]
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -31,7 +32,7 @@ def without_numbers(loss: Loss, padded: bool) -> tuple[TokenBatch, TokenBatch]:
 def test_masks_are_enough(loss: Loss, padded: bool) -> None:
     """The counts of a batch without numbers are those of the whole batch."""
     whole, bare = without_numbers(loss, padded)
-    counts = loss.counts([bare, bare])
+    counts = loss.counts(bare)
     assert counts == {name: 2 * count for name, count in loss.counts([whole]).items()}
     assert counts.keys() == loss.denominators
 
