@@ -32,7 +32,7 @@ def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
         IncompleteUnitError: a mean by groups, and a group lies in two batches.
     """
     groups: set[int] = set()
-    counts = []
+    counts: list[dict[str, float]] = []
     for batch in batches:
         means, filled = _means(loss, batch)
         if any(term.aggregation.by_group for term in means):
@@ -49,7 +49,8 @@ def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
 def _means(loss: Evaluable, batch: TokenBatch) -> tuple[list[Summand], TokenBatch]:
     """Return the terms that are divided by a count, and the batch to count in, with zeros for what no count depends on."""
     absent = _absent(loss, batch)
-    filled = replace(batch, **{name: _zeros(name, batch) for name in absent}) if absent else batch
+    zeros: dict[str, Any] = {name: _zeros(name, batch) for name in absent}
+    filled = replace(batch, **zeros) if zeros else batch
     means = [term for term in loss.terms(filled) if term.aggregation.is_mean]
     if absent and any(term.where is not None for term in means):
         raise missing_input(absent[0], batch, f": {loss.name} may choose by it what counts")

@@ -122,7 +122,8 @@ def check_counts(counts: object) -> None:
 
 def denominators_of(terms: Iterable[Summand]) -> set[str]:
     """Return what the terms of a loss are divided by."""
-    return {term.aggregation.denominator for term in terms} - {"none"}
+    names: set[str] = {term.aggregation.denominator for term in terms}
+    return names - {"none"}
 
 
 def require_counts(

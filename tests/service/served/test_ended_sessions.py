@@ -108,7 +108,7 @@ def test_finished_sessions_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     sessions.finish(kept)
     come_and_go(sessions, 20, 5)
     assert set(sessions.held().values()) == {0}
-    assert len(sessions.direct.sequencer._ended) == 8
+    assert len(sessions.direct.sequencer._end_reasons) == 8
     assert alive(TorchBackend, Sampler) == before
     sessions.close()
 
@@ -119,7 +119,7 @@ def test_two_thousand_sessions_leave_nothing(tmp_path: Path) -> None:
     sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
     come_and_go(sessions, 2000, 200)
     assert set(sessions.held().values()) == {0}
-    assert len(sessions.direct.sequencer._ended) == queues._REMEMBERED < 2000
+    assert len(sessions.direct.sequencer._end_reasons) == queues._REMEMBERED < 2000
     assert alive(TorchBackend, Sampler) == before
     sessions.close()
 

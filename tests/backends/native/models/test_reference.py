@@ -100,8 +100,9 @@ def _same_embedding(model: HFModel) -> nn.Module:
 
 def _same_memory(model: HFModel) -> nn.Module:
     other = copy.deepcopy(model)
-    norm: Any = other.model.model.norm  # type: ignore[union-attr]
-    norm.weight = nn.Parameter(model.model.model.norm.weight.data)  # type: ignore[union-attr]
+    inner: Any = model.model
+    norm: Any = other.model.model.norm
+    norm.weight = nn.Parameter(inner.model.norm.weight.data)
     return other
 
 
