@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -9,12 +10,12 @@ from urllib.parse import urlsplit
 
 from ..native.models.lora import LoraChoice
 from .backend import RemoteBackend
-from .capabilities import detect
+from .capabilities import Capabilities, detect
 from .connection.liveness import Liveness
 from .connection.probe import ask_capabilities
 from .sdk.convert import ready
 from .sdk.error_mapping import at_service
-from .sdk.sdks import sdk_named
+from .sdk.sdks import Sdk, sdk_named
 
 __all__ = ["connect"]
 
@@ -62,25 +63,35 @@ def connect(
     chosen = sdk_named(sdk)
     key = chosen.key(api_key) or (_NO_KEY if _is_here(service) else "")
     if options.get("capabilities") is None:
-        capabilities = detect(service, key, base_model, chosen.plain)
-        options["capabilities"] = replace(
-            capabilities,
-            normalizes=capabilities.normalizes and chosen.normalizes,
-            takes_divisor=capabilities.takes_divisor and chosen.sends_divisor,
-        )
+        options["capabilities"] = _detected(service, key, base_model, chosen)
     else:
         ask_capabilities(service, key, must_answer=False)  # what is no service is said now; the SDK would take minutes
-    liveness = Liveness(service)
-    with at_service(f"connect to {service}"):
-        client = chosen.connect(service, key or None)
+    client, trainer = _client_with(create, service, chosen, key, options.get("timeout"))
+    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, "url": service, **options})
+
+
+def _detected(url: str, key: str, base_model: str, sdk: Sdk) -> Capabilities:
+    """Ask a service what it can do, and leave out what the SDK has no words for."""
+    found = detect(url, key, base_model, sdk.plain)
+    return replace(
+        found,
+        normalizes=found.normalizes and sdk.normalizes,
+        takes_divisor=found.takes_divisor and sdk.sends_divisor,
+    )
+
+
+def _client_with(create: Callable[[Any], Any], url: str, sdk: Sdk, key: str, timeout: float | None) -> tuple[Any, Any]:
+    """Return an SDK's client and what ``create`` makes of it; the client is closed if that fails."""
+    liveness = Liveness(url)
+    with at_service(f"connect to {url}"):
+        client = sdk.connect(url, key or None)
         try:
-            with liveness.explaining("create_model", options.get("timeout")):
-                trainer = create(client)
+            with liveness.explaining("create_model", timeout):
+                return client, create(client)
         except BaseException:
             with suppress(Exception):  # the one on its way out matters more
-                liveness.end(lambda: chosen.close(client, None), options.get("timeout"))
+                liveness.end(lambda: sdk.close(client, None), timeout)
             raise
-    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, "url": service, **options})
 
 
 def _is_here(url: str) -> bool:
