@@ -62,37 +62,56 @@ def loss_under_test(
     common: dict[str, Any] = {"expected": expected, "rerun": Rerun.of(loss, options)}
     common["invariant"] = None if invariant is None else tuple(invariant)
     if isinstance(loss, Loss):
-        common["declared"] = kind or loss.gradient_kind
-        registered = RegisteredUnderTest(name=loss.name, loss=loss, detached=("all",), **common)
-        return _first_that_runs((registered, replace(registered, per_sequence=("advantages",))))
+        return _registered(loss, kind, common)
     if not callable(loss):
         raise ConfigError(f"a loss is a Loss or a function, or the name of a registered loss, got {loss!r}")
     common |= {"name": _name(loss), "declared": kind}
-    given = dict(arguments or {})
-    form = form or _form_of(loss)
+    given, form = dict(arguments or {}), form or _form_of(loss)
     if form == "datums":
-        function = functools.partial(loss, **given) if given else loss
-        under_test = DatumsUnderTest(function=function, per_sequence=tuple(per_sequence or ()), **common)
-        _ = under_test.kind  # one call, so that it is known what it reads
-        under_test.used.update(name for name in FIELDS if name not in under_test.read and _matters(under_test, name))
-        return under_test
+        return _of_datums(functools.partial(loss, **given) if given else loss, per_sequence, common)
     if form == "transformers":
         return LogitsUnderTest(function=functools.partial(loss, **given), **common)
-    roles, optional = roles_of(loss, given)
+    return _padded(loss, given, form, per_sequence, detached, common)
+
+
+def _registered(loss: Loss, kind: GradientKind | None, common: Mapping[str, Any]) -> LossUnderTest:
+    """Return a `Loss`, with one advantage a sequence where it asks for that."""
+    declared = kind or loss.gradient_kind
+    under_test = RegisteredUnderTest(name=loss.name, loss=loss, declared=declared, detached=("all",), **common)
+    return _first_that_runs((under_test, replace(under_test, per_sequence=("advantages",))))
+
+
+def _of_datums(function: Any, per_sequence: Sequence[str] | None, common: Mapping[str, Any]) -> LossUnderTest:
+    """Return a function ``(data, logprobs_list) -> (loss, metrics)``, after one call, so that it is known what it reads."""
+    under_test = DatumsUnderTest(function=function, per_sequence=tuple(per_sequence or ()), **common)
+    _ = under_test.kind
+    under_test.used.update(name for name in FIELDS if name not in under_test.read and _matters(under_test, name))
+    return under_test
+
+
+def _padded(
+    function: Any,
+    given: dict[str, Any],
+    form: str,
+    per_sequence: Sequence[str] | None,
+    detached: Sequence[str],
+    common: Mapping[str, Any],
+) -> LossUnderTest:
+    """Return a function of padded tensors, whose mask is bool or float."""
+    roles, optional = roles_of(function, given)
     one_a_row = form == "trl" or "rewards" in roles.values()
     rows = per_sequence if per_sequence is not None else (("advantages",) if one_a_row else ())
-    fields = tuple(FIELD_OF.get(role_of(name) or "", name) for name in detached)
-    padded = PaddedUnderTest(
-        function=loss,
+    under_test = PaddedUnderTest(
+        function=function,
         roles=roles,
         given=given,
         optional=optional,
         per_sequence=tuple(rows),
         style=form,
-        detached=fields,
+        detached=tuple(FIELD_OF.get(role_of(name) or "", name) for name in detached),
         **common,
     )
-    return _first_that_runs((padded, replace(padded, bool_mask=False)))
+    return _first_that_runs((under_test, replace(under_test, bool_mask=False)))
 
 
 def _check_arguments(loss: Any, arguments: Mapping[str, Any]) -> None:
