@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pullback.losses.functional import log1mexp
+from pullback.losses.functional import bounded_exp, log1mexp
 
 __all__ = ["MORE_SOUND"]
 
@@ -201,6 +201,16 @@ def reinforce_with_baseline(
     return torch.stack(losses).sum(), {"largest": math.fsum(float(x.detach()) for x in losses)}
 
 
+def geometric_mean(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """GMPO, in the manner of verl: one advantage for a sequence, the mean of its tokens'."""
+    lp, old, a = (clean(x, mask) for x in (logprobs, old_logprobs, advantages))
+    lengths = mask.sum(1).clamp(min=1)
+    sign = (a.sum(1, keepdim=True) > 0).to(lp.dtype) * 2 - 1
+    clipped = sign * (sign * (lp - old)).clamp(max=0.4)
+    ratio = bounded_exp(clean(clipped, mask).sum(1) / lengths)
+    return -(a.sum(1) / lengths * ratio).sum() / mask.any(1).sum().clamp(min=1)
+
+
 PADDED: Final = {"form": "padded"}
 TRL: Final = {"form": "trl"}
 
@@ -220,6 +230,7 @@ MORE_SOUND: Final[dict[str, tuple[Callable[..., Any], dict[str, Any]]]] = {
     "advantage-weighted": (advantage_weighted, {}),
     "leave one out": (leave_one_out, {**PADDED, "per_sequence": ["advantages"]}),
     "dro": (quadratic, {}),
+    "geometric mean": (geometric_mean, {}),
     "decoupled": (decoupled, {"form": "verl"}),
     "slic": (slic, TRL),
     "ipo": (ipo, TRL),

@@ -25,7 +25,7 @@ _FAR: Final = (-6.0, 6.0)
 def _row(at: float, other: float, advantage: float) -> CaseSequence:
     two = [at, -1.0]
     anchor = [other, -1.0]
-    return CaseSequence(two, [1.0, 1.0], [advantage, 1.0], anchor, anchor, anchor)
+    return CaseSequence(two, [1.0, 1.0], [advantage, 0.5], anchor, anchor, anchor)  # whose sum is not 0
 
 
 def _extremes(under_test: LossUnderTest, case: Case) -> None:
