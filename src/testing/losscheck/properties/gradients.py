@@ -18,6 +18,7 @@ from ..forms import LossUnderTest
 from ..forms.base import kind_case, leaves_of
 from ..invariance import centred
 from ..results import Property
+from .pulls import pulls
 
 __all__ = ["GRADIENTS"]
 
@@ -201,6 +202,7 @@ def _direction(under_test: LossUnderTest, case: Case) -> str | None:
             note = (
                 "by how the gradient changes with the advantage: a baseline, or an exponential of it, decides the sign"
             )
+    pulls(under_test, case)
     return note
 
 
@@ -277,7 +279,8 @@ GRADIENTS = (
     ),
     Property(
         "direction",
-        "Minimising makes tokens of positive advantage, chosen and trained ones more likely, and the others less.",
+        "Minimising makes tokens of positive advantage, chosen and trained ones more likely, and the others less; a clip, a "
+        "ratio and a KL pull to their right side.",
         ("the sign of the loss is turned around", "chosen and rejected are swapped"),
         _direction,
         "on_policy",
