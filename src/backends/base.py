@@ -22,7 +22,7 @@ from .operations.futures import Answer, Future, then
 from .operations.runner import Operations, sized
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
 from .reference import ReferenceView, refusal
-from .sampling import check_prompts
+from .sampling import check_params, check_prompts
 from .types import AdamParams, ForwardBackwardOutput, OptimStepOutput, Plan, Rollout, SamplingParams, SaveStateOutput
 
 __all__ = ["Backend"]
@@ -196,6 +196,7 @@ class Backend:
         """Draw ``n`` completions of each prompt, prompt-major; log-probs are those of the untempered policy."""
 
         def work() -> Answer[list[Rollout]]:
+            check_params(params, self._engine.limits.vocab_size)
             check_prompts(prompts, n, self._engine.limits.vocab_size)
             return self._engine.sample(prompts, n, params)
 

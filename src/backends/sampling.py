@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Self, final
 
 import torch
 from torch import Tensor
 
 from ..datums.types import ModelInput
-from ..errors import DatumError, InvalidDatumsError
+from ..errors import ConfigError, DatumError, InvalidDatumsError
 from .types import SamplingParams
 
-__all__ = ["RowParams", "check_prompts", "choose_tokens"]
+__all__ = ["RowParams", "check_params", "check_prompts", "choose_tokens", "drawn_seed", "row_uniforms"]
+
+
+def row_uniforms(seed: int, row: int) -> random.Random:
+    """Return the random numbers of one completion of a prompt, by its place among them: its own, whatever others do."""
+    return random.Random(f"{seed}:{row}")
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """Return the next seed of a backend's running generator, for a prompt without one."""
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+def check_params(params: SamplingParams, vocab_size: int | None) -> None:
+    """Check the parameters of one call.
+
+    Raises:
+        ConfigError: they are none, or a token to stop at is outside the vocabulary.
+    """
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"sample needs SamplingParams, got {type(params).__name__}")
+    outside = [token for token in params.stop or () if vocab_size is not None and token >= vocab_size]
+    if outside:
+        raise ConfigError(
+            f"stop has {outside[:5]}, outside the vocabulary of {vocab_size}: no completion would end there"
+        )
 
 
 def check_prompts(
@@ -33,12 +60,16 @@ def check_prompts(
         max_tokens: longest completion.
 
     Raises:
-        DatumError: there is no prompt, or no completion is asked for.
+        DatumError: there is no list of prompts, or no completion is asked for.
         InvalidDatumsError: a prompt is empty, is no `ModelInput`, has tokens outside the vocabulary, or leaves the context;
             lists all of them.
     """
+    if isinstance(n, bool) or not isinstance(n, Integral):
+        raise DatumError(f"n must be a whole number of completions per prompt, got {n!r}")
     if n < 1:
         raise DatumError(f"n must be at least 1 completion per prompt, got {n}")
+    if isinstance(prompts, (ModelInput, str)) or not isinstance(prompts, Sequence):
+        raise DatumError(f"prompts must be a list of ModelInput, got {type(prompts).__name__}; for one: [prompt]")
     if not prompts:
         raise DatumError("prompts is empty: give at least one ModelInput")
     problems = []

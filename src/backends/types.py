@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Final, Self, cast, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..datums.types import TensorData
 from ..errors import ConfigError
+from .sampling_params import SamplingParams
 
 __all__ = [
     "AdamParams",
@@ -26,7 +27,6 @@ __all__ = [
 
 _LARGEST: Final = 1e20  # of an optimizer's parameters: a step of it, bias correction included, is a number in fp32
 _SMALLEST_EPS: Final = float(torch.finfo(torch.float32).tiny)
-_SEED_STRIDE: Final = 0x9E3779B1  # far from any difference that a user's seeds have
 
 
 @final
@@ -75,45 +75,6 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     return cast(float, value)
-
-
-@final
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample.
-
-    Args:
-        max_tokens: longest completion, tokens.
-        temperature: 0 = greedy.
-        top_k: keep the k most probable tokens; -1 = all.
-        top_p: keep the smallest set of tokens with this mass; 1.0 = all.
-        stop: token ids that end a completion (they are part of it); None = the model's own end-of-text tokens.
-        seed: makes the samples repeatable, whatever other prompts are drawn with them; None = the backend's running
-            generator.
-    """
-
-    max_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
-    stop: Sequence[int] | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k != -1 and self.top_k < 1:
-            raise ConfigError(f"top_k must be positive, or -1 for all, got {self.top_k}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-
-    def for_prompt(self, index: int) -> SamplingParams:
-        """Return how to draw one prompt of a call alone: the first one by the seed itself, each other by its own."""
-        if self.seed is None:
-            return self
-        return replace(self, seed=(self.seed + index * _SEED_STRIDE) % 2**31)
 
 
 @final

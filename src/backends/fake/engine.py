@@ -15,6 +15,7 @@ from ..calls.cotangents import evaluate_all, summarize
 from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..operations.normalization import Divisor, Ledger
+from ..sampling import drawn_seed, row_uniforms
 from ..types import AdamParams, Rollout, SamplingParams
 from .table import TableModel
 
@@ -88,17 +89,18 @@ class FakeEngine(Engine):
         return lambda call: _score(self.base, call)
 
     def sample(self, prompts: Sequence[ModelInput], n: int, params: SamplingParams) -> list[Rollout]:
-        seeds = [params.for_prompt(i).seed for i in range(len(prompts))]
-        generators = [self.generator if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+        given = [params.for_prompt(i).seed for i in range(len(prompts))]
+        seeds = [drawn_seed(self.generator) if seed is None else seed for seed in given]
         stop = self.stop if params.stop is None else frozenset(params.stop)
 
-        def rollout(index: int, prompt: ModelInput) -> Rollout:
-            tokens, logprobs, tempered = self.model.complete(prompt.to_ints()[-1], params, stop, generators[index])
+        def rollout(index: int, prompt: ModelInput, row: int) -> Rollout:
+            uniforms = row_uniforms(seeds[index], row)
+            tokens, logprobs, tempered = self.model.complete(prompt.to_ints()[-1], params, stop, uniforms)
             reason = "stop" if tokens[-1] in stop else "length"
             how = (params.temperature, params.top_p, params.top_k)
             return Rollout(index, tokens, logprobs, reason, self.weights_version, *how, tempered)
 
-        return [rollout(i, prompt) for i, prompt in enumerate(prompts) for _ in range(n)]
+        return [rollout(i, prompt, row) for i, prompt in enumerate(prompts) for row in range(n)]
 
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> str:
         if name in self.saved and not overwrite:

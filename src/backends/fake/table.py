@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -61,15 +62,14 @@ class TableModel:
         self.logits = decayed - params.learning_rate * mean / spread
 
     def complete(
-        self, last: int, params: SamplingParams, stop: frozenset[int], generator: torch.Generator
+        self, last: int, params: SamplingParams, stop: frozenset[int], uniforms: random.Random
     ) -> tuple[list[int], list[float], list[float]]:
         """Draw tokens after ``last``; return them and their log-probs under the untempered and the tempered table."""
         tokens, logprobs, tempered = list[int](), list[float](), list[float]()
         how = RowParams.of([params], self.logits)
         while len(tokens) < params.max_tokens and not (tokens and last in stop):
             row = self.logits[last]
-            uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-            last = int(choose_tokens(row[None], how, [uniform]))
+            last = int(choose_tokens(row[None], how, [uniforms.random()]))
             tokens.append(last)
             logprobs.append(float(row.log_softmax(-1)[last]))
             tempered.append(float((row / (params.temperature or 1.0)).log_softmax(-1)[last]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ....errors import BackendError
+from ...sampling import row_uniforms
 from ...types import SamplingParams
 from ..causal_lm import CausalLM
 
@@ -102,7 +103,7 @@ class GenerationRequest:
         """Return the row that enters next: one that had to leave, or the next one that has not begun."""
         if self._returned:
             return self._returned.pop()
-        self.rows.append(Row(self, random.Random(f"{self.seed}:{len(self.rows)}")))
+        self.rows.append(Row(self, row_uniforms(self.seed, len(self.rows))))
         return self.rows[-1]
 
     def give_back(self, row: Row) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ....datums.types import ModelInput
-from ...sampling import check_prompts
+from ...sampling import check_prompts, drawn_seed
 from ...types import Rollout, SamplingParams
 from ..causal_lm import CausalLM
 from .batch import ContinuousBatch, facts_of
@@ -37,7 +37,7 @@ def draw(
     requests = []
     for i, prompt in enumerate(prompts):
         seed = params.for_prompt(i).seed
-        requests.append(batch.add(prompt, n, params, _drawn_seed(generator) if seed is None else seed, ends=ends))
+        requests.append(batch.add(prompt, n, params, drawn_seed(generator) if seed is None else seed, ends=ends))
     while batch.busy:
         batch.advance()
     return [rollout for i, request in enumerate(requests) for rollout in rollouts_of(request, i, version)]
@@ -64,7 +64,3 @@ def rollouts_of(request: GenerationRequest, prompt_index: int, version: int) -> 
         )
         for row in request.result()
     ]
-
-
-def _drawn_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
