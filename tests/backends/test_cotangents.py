@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import make_data
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reads import pretend_device
 from torch import Tensor
 
-from pullback.backends import AdamParams, FakeBackend
+from pullback.backends import AdamParams, Backend, FakeBackend, TorchBackend
 from pullback.backends.calls.cotangents import evaluate, evaluate_all, signal_metrics, summarize
 from pullback.backends.calls.prepared import prepare
+from pullback.datums import Datum
 from pullback.errors import DatumError, LossTypeError, NonFiniteError, NotDifferentiableError
 from pullback.losses import GRPO, GSPO, CrossEntropy, TokenBatch
+from pullback.testing import TinyLM
 
 LENGTHS = (3, 2, 4)
 DATA = make_data(list(LENGTHS))
@@ -54,6 +56,44 @@ def test_what_has_no_gradient_does_not_count(slopes: list[float]) -> None:
         assert step.stepped == (tokens > 0)
         if step.stepped:
             assert step.divided_by == count
+
+
+@given(slopes=st.lists(SLOPES, min_size=3, max_size=3))
+def test_candidates_of_one_token_are_one_token(slopes: list[list[float]]) -> None:
+    """Where a position has several targets, it counts once, as it does in a mean over tokens."""
+    rows = torch.tensor(slopes).T.split(LENGTHS)  # [T, 3] each
+    wide = [
+        Datum(d.model_input, {"target_tokens": torch.zeros(n, 3).long()}) for d, n in zip(DATA, LENGTHS, strict=True)
+    ]
+
+    def loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        return torch.stack([(row.to(x.dtype) * x).sum() for row, x in zip(rows, logprobs, strict=True)]).sum(), {}
+
+    backend = FakeBackend()
+    found = backend.forward_backward_custom(wide, loss).result()
+    tokens = sum(any(slope != 0 for slope in position) for row in rows for position in row.tolist())
+    assert found.metrics["tokens_with_gradient:sum"] == tokens
+    step = backend.optim_step(AdamParams(), "num_loss_tokens").result()
+    assert step.divided_by == tokens
+
+
+@pytest.mark.parametrize("make", [FakeBackend, lambda: TorchBackend(TinyLM())])
+@settings(max_examples=10)
+@given(datum=st.integers(0, 2), token=st.integers(0, 1))
+def test_infinite_cotangents_add_nothing(make: Callable[[], Backend], datum: int, token: int) -> None:
+    """Where a root has its corner the loss is finite and its slope is not: on every backend that is said of the token."""
+
+    def corner(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        one = logprobs[datum][token]
+        return (one - one.detach()).sqrt(), {}
+
+    backend = make()
+    backend.forward_backward(DATA, "cross_entropy").result()
+    before = backend.gradients()
+    with pytest.raises(NonFiniteError, match=f"datum {datum}: corner has the gradient inf at target token {token} "):
+        backend.forward_backward_custom(DATA, corner).result()
+    assert all(torch.equal(gradient, before[name]) for name, gradient in backend.gradients().items())
+    assert math.isfinite(backend.optim_step(AdamParams()).result().metrics["grad_norm"])
 
 
 @given(slopes=SLOPES)

@@ -21,7 +21,7 @@ from ..protocol import CustomLoss
 from .losses import loss_name
 from .prepared import PreparedCall
 
-__all__ = ["Cotangents", "evaluate", "evaluate_all", "signal_metrics", "summarize"]
+__all__ = ["Cotangents", "evaluate", "evaluate_all", "require_finite_cotangents", "signal_metrics", "summarize"]
 
 _logger = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Cotangents:
 
     @property
     def tokens(self) -> int:
-        """With a non-zero cotangent."""
-        return sum(int((c != 0).sum()) for c in self.by_datum.values())
+        """With a non-zero cotangent; of several candidates at a token, of any."""
+        return sum(int((c != 0).reshape(len(c), -1).any(-1).sum()) for c in self.by_datum.values())
 
     @property
     def sequences(self) -> int:
@@ -60,19 +60,28 @@ def evaluate(call: PreparedCall, logprobs: Mapping[int, Tensor]) -> Cotangents:
 
     Raises:
         LossError: a function breaks its contract (it needs all datums), or the loss cannot be computed.
+        NonFiniteError: a cotangent is NaN or inf.
     """
     members = sorted(logprobs)  # neighbours stay neighbours
     if call.registered is None:
-        return _of_function(call, [logprobs[i] for i in members])
-    leaf = torch.cat([logprobs[i].detach() for i in members]).requires_grad_()
-    with torch.enable_grad():
-        with running_loss():
-            part, output = _evaluated(call, call.registered, call.batch(members, leaf))
-        (cotangent,) = torch.autograd.grad(part.numerator, leaf)
-    if output.problems:
-        output.check()
-    apart = torch.split(cotangent, [len(logprobs[i]) for i in members])
-    return Cotangents(dict(zip(members, apart, strict=True)), part.denominator, float(part.count), output.metrics)
+        found = _of_function(call, [logprobs[i] for i in members])
+    else:
+        found = _of_registered(call, call.registered, members, logprobs)
+    require_finite_cotangents(found.by_datum, call)
+    return found
+
+
+def require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
+    """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
+    for i, cotangent in sorted(cotangents.items()):
+        bad = ~torch.isfinite(cotangent)
+        if bool(bad.any()):
+            token = int(bad.nonzero()[0, 0])
+            raise NonFiniteError(
+                f"datum {i}: {call.name} has the gradient {cotangent[bad][0].item()} at target token {token} "
+                f"(id {call.requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a "
+                "product"
+            )
 
 
 def evaluate_all(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
@@ -91,6 +100,20 @@ def signal_metrics(parts: Sequence[Cotangents]) -> dict[str, Metric]:
     absolute = torch.cat([c.cpu().abs().reshape(-1).double() for p in parts for c in p.by_datum.values()])
     tokens = float(sum(part.tokens for part in parts))
     return read({"cotangent_abs": mean(absolute), "tokens_with_gradient": total(tokens)})
+
+
+def _of_registered(
+    call: PreparedCall, loss: Loss, members: Sequence[int], logprobs: Mapping[int, Tensor]
+) -> Cotangents:
+    leaf = torch.cat([logprobs[i].detach() for i in members]).requires_grad_()
+    with torch.enable_grad():
+        with running_loss():
+            part, output = _evaluated(call, loss, call.batch(members, leaf))
+        (cotangent,) = torch.autograd.grad(part.numerator, leaf)
+    if output.problems:
+        output.check()
+    apart = torch.split(cotangent, [len(logprobs[i]) for i in members])
+    return Cotangents(dict(zip(members, apart, strict=True)), part.denominator, float(part.count), output.metrics)
 
 
 def _evaluated(call: PreparedCall, loss: Loss, batch: TokenBatch) -> tuple[Part, LossOutput]:

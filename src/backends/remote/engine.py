@@ -211,5 +211,6 @@ def _gradient(
 def _trained(datum: Datum) -> int:
     weights = datum.loss_fn_inputs.get("weights")
     if weights is not None:
-        return int((weights.to_torch() != 0).sum())
+        trained = weights.to_torch() != 0
+        return int(trained.reshape(len(trained), -1).any(-1).sum())
     return datum.loss_fn_inputs["target_tokens"].to_torch().shape[0]

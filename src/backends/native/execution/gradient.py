@@ -13,7 +13,7 @@ from ....errors import NonFiniteError
 from ....losses.evaluation.metrics import Metric
 from ....losses.evaluation.output import LossOutput
 from ....losses.evaluation.streaming import TokenStream
-from ...calls.cotangents import Cotangents, evaluate, summarize
+from ...calls.cotangents import Cotangents, evaluate, require_finite_cotangents, summarize
 from ...calls.prepared import PreparedCall
 from ...calls.requests import ScoreRequest
 from ...engine import Gradient
@@ -30,7 +30,6 @@ __all__ = [
     "NOTHING",
     "Streamed",
     "gradient_of",
-    "require_finite_cotangents",
     "require_finite_logprobs",
     "streamed",
     "streams_in_one_pass",
@@ -134,9 +133,7 @@ def _in_two_acts(
 
     def loss() -> Cotangents:
         require_finite_logprobs(scored, call.requests)
-        cotangents = evaluate(call, scored) if scored else NOTHING
-        require_finite_cotangents(cotangents.by_datum, call)
-        return cotangents
+        return evaluate(call, scored) if scored else NOTHING
 
     cotangents = run_loss(loss)
     graphs.backward(cotangents.by_datum, scale.choose(cotangents.by_datum))
@@ -237,17 +234,4 @@ def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[S
             raise NonFiniteError(
                 f"datum {i}: the model gives target token {token} (id {requests[i].targets[token].tolist()}) the log-prob "
                 f"{values[bad][0].item()}; its weights or activations have overflowed"
-            )
-
-
-def require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
-    """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
-    for i, cotangent in sorted(cotangents.items()):
-        bad = ~torch.isfinite(cotangent)
-        if bool(bad.any()):
-            token = int(bad.nonzero()[0, 0])
-            raise NonFiniteError(
-                f"datum {i}: {call.name} has the gradient {cotangent[bad][0].item()} at target token {token} "
-                f"(id {call.requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a "
-                "product"
             )

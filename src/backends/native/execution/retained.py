@@ -16,7 +16,7 @@ from ...calls.prepared import PreparedCall
 from ...calls.requests import ScoreRequest
 from ...engine import Gradient
 from .deferred_backward import DeferredBackward
-from .gradient import require_finite_cotangents, require_finite_logprobs, summary
+from .gradient import require_finite_logprobs, summary
 from .scaling import GradientScale
 
 __all__ = ["RetainedForward", "backward_retained", "retained_gradient", "reuse"]
@@ -87,7 +87,6 @@ def retained_gradient(
     logprobs = {i: x for retained, at in places.items() for i, x in zip(at, retained.logprobs, strict=True)}
     require_finite_logprobs(logprobs, call.requests)
     cotangents = evaluate(call, logprobs)
-    require_finite_cotangents(cotangents.by_datum, call)
     backward_retained(places, cotangents.by_datum, scale)
     return summary(call, [cotangents], logprobs, [*(r.graphs.metrics() for r in places), reuse(places, reused)])
 

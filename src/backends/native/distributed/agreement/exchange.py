@@ -13,7 +13,6 @@ from .....losses.evaluation.metrics import Metric, combine_metrics
 from ....calls.cotangents import Cotangents, evaluate
 from ....calls.prepared import PreparedCall
 from ...dtensors import local_part
-from ...execution.gradient import require_finite_cotangents
 from ..ranks import Ranks
 from .agreement import Agreement
 from .digest import datum_digest
@@ -47,13 +46,7 @@ def agreed_cotangents(agreement: Agreement, ranks: Ranks, call: PreparedCall, lo
         RanksDifferError: a rank has found others.
         NonFiniteError: one is NaN or inf.
     """
-
-    def work() -> Cotangents:
-        found = evaluate(call, dict(enumerate(logprobs)))
-        require_finite_cotangents(found.by_datum, call)
-        return found
-
-    found = agreement.attempt("loss", work)
+    found = agreement.attempt("loss", lambda: evaluate(call, dict(enumerate(logprobs))))
     everywhere = of_rank_zero(ranks, found.by_datum)
     agreement.attempt("cotangents", lambda: require_equal(call.name, found.by_datum, everywhere))
     return replace(found, by_datum=everywhere)
