@@ -35,11 +35,15 @@ class Registry:
     def register(self, loss: LossClass) -> LossClass:
         """Add a loss class under its ``name`` and return it unchanged, so it serves as a decorator too.
 
+        A class of ``__main__`` takes the place of the one that it was before: a cell of a notebook may run again.
+
         Raises:
             DuplicateLossError: another class has that name.
             ConfigError: the gradient of a token depends on more than the class declares; see `pullback.losses.kind`.
         """
         known = self._classes.get(loss.name)
+        if known is not None and _is_cell_again(known, loss):
+            known = None
         if known is not None and known is not loss:
             raise DuplicateLossError(
                 f"the name {loss.name!r} belongs to {known.__module__}.{known.__qualname__}; choose another"
@@ -107,6 +111,10 @@ class Registry:
             self.register(loss)
         except DuplicateLossError as error:
             raise DuplicateLossError(f"{place}: {error}, or uninstall {package}") from error
+
+
+def _is_cell_again(known: type, loss: type) -> bool:
+    return known.__module__ == loss.__module__ == "__main__" and known.__qualname__ == loss.__qualname__
 
 
 def config_of(loss: Loss) -> dict[str, Any] | None:
