@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Final
 
 import torch
@@ -16,9 +15,8 @@ from ..detached import Detached, DetachedPartsVary
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
 from ..forms.base import kind_case, leaves_of
-from ..invariance import centred
 from ..results import Property
-from .pulls import pulls
+from .direction import direction
 
 __all__ = ["GRADIENTS"]
 
@@ -167,78 +165,6 @@ def _kind(under_test: LossUnderTest, case: Case) -> str:
     )
 
 
-def _direction(under_test: LossUnderTest, case: Case) -> str | None:
-    knows = "advantages" in under_test.fields or under_test.paired or under_test.labelled
-    if not knows and under_test.fields:
-        raise NotApplicable("what is to become more likely is not known")
-    if under_test.relative and not under_test.grouped:
-        raise NotApplicable("rewards are good or bad by a baseline that is not known")
-    case = case.edited("advantages", lambda i, j, a: math.copysign(max(abs(a), 1.0), a))
-    case = replace(
-        case,
-        sequences=tuple(
-            replace(s, ref_logprobs=s.logprobs, weights=[float(w != 0) for w in s.weights]) for s in case.sequences
-        ),
-    )
-    measured = under_test.measure(case)
-    advantages = centred(case) if under_test.relative else _first_of_each(under_test, case)
-    # The strongest gradient decides what counts as one: regularisers are weaker.
-    floor = 1e-3 * float(measured.flat.abs().max())
-    note = None
-    for i, s in enumerate(case.sequences):
-        for j in s.trained():
-            good, slope = _good(under_test, case, (i, j), advantages), float(measured.rows[i][j])
-            if slope * good <= floor:
-                continue
-            if not _follows_advantage(under_test, case, (i, j), slope):
-                wish, does = ("more", "less") if good > 0 else ("less", "more")
-                raise Failed(
-                    f"token {j} of sequence {i} should become {wish} likely ({_why(under_test, good)}), but with its gradient "
-                    f"of {slope:.4g} minimising the loss makes it {does} likely",
-                    "the sign of the loss is turned around, or chosen and rejected are swapped"
-                    if under_test.paired
-                    else "the sign of the loss is turned around",
-                )
-            note = (
-                "by how the gradient changes with the advantage: a baseline, or an exponential of it, decides the sign"
-            )
-    pulls(under_test, case)
-    return note
-
-
-def _first_of_each(under_test: LossUnderTest, case: Case) -> list[float]:
-    """Return the one advantage of each sequence; nothing, if each token has its own."""
-    if "advantages" not in under_test.per_sequence:
-        return []
-    return [s.advantages[s.trained()[0]] for s in case.sequences]
-
-
-def _good(under_test: LossUnderTest, case: Case, place: tuple[int, int], advantages: list[float]) -> float:
-    s = case.sequences[place[0]]
-    if "advantages" in under_test.fields:
-        return advantages[place[0]] if advantages else s.advantages[place[1]]
-    if under_test.labelled:
-        return 1.0 if s.label else -1.0
-    return -1.0 if under_test.paired and place[0] % 2 else 1.0
-
-
-def _follows_advantage(under_test: LossUnderTest, case: Case, place: tuple[int, int], slope: float) -> bool:
-    """Return whether a token becomes more likely where its own advantage alone is larger, whatever its sign."""
-    if "advantages" not in under_test.fields:
-        return False
-    whole = "advantages" in under_test.per_sequence
-    raised = case.edited("advantages", lambda i, j, a: a + 0.1 if i == place[0] and (whole or j == place[1]) else a)
-    return float(under_test.measure(raised).rows[place[0]][place[1]]) < slope - 1e-6 * abs(slope)
-
-
-def _why(under_test: LossUnderTest, good: float) -> str:
-    if "advantages" in under_test.fields:
-        return f"advantage {good:g}"
-    if under_test.paired:
-        return "chosen" if good > 0 else "rejected"
-    return "it is trained" if good > 0 else "its label is 0"
-
-
 def _constants(under_test: LossUnderTest, case: Case) -> None:
     if not under_test.detached:
         raise NotApplicable("no input is declared as detached (detached=)")
@@ -282,7 +208,7 @@ GRADIENTS = (
         "Minimising makes tokens of positive advantage, chosen and trained ones more likely, and the others less; a clip, a "
         "ratio and a KL pull to their right side.",
         ("the sign of the loss is turned around", "chosen and rejected are swapped"),
-        _direction,
+        direction,
         "on_policy",
     ),
     Property(
