@@ -90,6 +90,11 @@ class LossUnderTest(abc.ABC):
         return True
 
     @property
+    def counts(self) -> tuple[str, ...]:
+        """Its arguments that are how many tokens the whole step trains."""
+        return ()
+
+    @property
     def labelled(self) -> bool:
         """Whether it reads of each sequence that it is good or bad; see `CaseSequence.label`."""
         return False
@@ -182,14 +187,30 @@ class LossUnderTest(abc.ABC):
         return self.run(case, leaves_of(case))[1]
 
     @final
-    def measure(self, case: Case, *, dtype: torch.dtype = torch.float64, layout: str | None = None) -> Measured:
+    def measure(
+        self,
+        case: Case,
+        *,
+        dtype: torch.dtype = torch.float64,
+        layout: str | None = None,
+        step: int = 1,
+    ) -> Measured:
         """Return the loss and its gradient.
+
+        Args:
+            case: the numbers.
+            dtype: of the log-probs.
+            layout: one of `layouts`.
+            step: by how much more tokens the whole step has than the case; see `counts`.
 
         Raises:
             Failed: the loss cannot be differentiated.
         """
         leaves = leaves_of(case, dtype)
-        loss = self.loss_of(self.arguments(case, leaves, layout or self.layouts[0]))
+        arguments = self.arguments(case, leaves, layout or self.layouts[0])
+        if step != 1:
+            arguments = {**arguments, **{name: arguments[name] * step for name in self.counts}}
+        loss = self.loss_of(arguments)
         if not loss.requires_grad:
             raise Failed(
                 "the loss is not connected to the log-probs",

@@ -46,6 +46,10 @@ class LogitsUnderTest(LossUnderTest):
     def weighs(self) -> bool:
         return False
 
+    @property
+    def counts(self) -> tuple[str, ...]:
+        return tuple(name for name in inspect.signature(self.function).parameters if role_of(name) == "count")
+
     def arguments(self, case: Case, leaves: Sequence[Tensor], layout: str) -> Any:
         spare = 3 if layout == "wide" else 0
         masks = [torch.tensor([0 if w else _IGNORED for w in s.weights], dtype=torch.float64) for s in case.sequences]
@@ -55,10 +59,11 @@ class LogitsUnderTest(LossUnderTest):
         # labels belong to input tokens: the logits at a position are those of the token after it
         last = logits.new_zeros(logits.shape[0], 1, 2)
         before = labels.new_full((labels.shape[0], 1), _IGNORED)
+        count = torch.tensor(sum(len(s.trained()) for s in case.sequences))
         return {
             "logits": torch.cat([logits, last], 1),
             "labels": torch.cat([before, labels], 1),
-            "count": torch.tensor(sum(len(s.trained()) for s in case.sequences)),
+            **dict.fromkeys(self.counts, count),
         }
 
     def call(self, arguments: Any) -> tuple[Tensor, Mapping[str, Any]]:
@@ -70,8 +75,10 @@ class LogitsUnderTest(LossUnderTest):
                 called[name] = arguments["logits"]
             elif name == "vocab_size":
                 called[name] = 2
-            elif role_of(name) in ("labels", "count"):
-                called[name] = arguments[role_of(name) or ""]
+            elif role_of(name) == "labels":
+                called[name] = arguments["labels"]
+            elif name in self.counts:
+                called[name] = arguments[name]
         return self.reduced(self.function(**called))
 
 

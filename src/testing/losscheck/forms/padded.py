@@ -72,6 +72,10 @@ class PaddedUnderTest(LossUnderTest):
         return "weights" in {*self.roles.values(), *self.read} or self._pairwise
 
     @property
+    def counts(self) -> tuple[str, ...]:
+        return tuple(name for name, role in self.roles.items() if role == "count" and name not in self.given)
+
+    @property
     def paired(self) -> bool:
         return self._pairwise or super().paired
 

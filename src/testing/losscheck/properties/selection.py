@@ -108,7 +108,23 @@ def _inputs(under_test: LossUnderTest, case: Case) -> str | None:
     needed = [field for field in silent if field in under_test.required]
     if needed:
         raise Failed(f"{needed[0]} change neither the value nor the gradient nor a metric", None, kind_case(False))
+    if under_test.counts:
+        _counted(under_test)
     return f"{', '.join(silent)} without influence, with these defaults" if silent else None
+
+
+def _counted(under_test: LossUnderTest) -> None:
+    """Check that a loss that is told how many tokens the step trains makes use of it."""
+    case = kind_case(False)
+    few, many = (under_test.measure(case, step=step) for step in (1, 3))
+    if few.value == many.value and torch.equal(few.flat, many.flat):
+        raise Failed(
+            f"{' and '.join(under_test.counts)} change neither the value nor the gradient: of a step with three times as many "
+            "tokens the loss is the same",
+            "it divides by a count of its own: with several micro-batches to a step each then counts as a whole step, and a "
+            "short one as much as a long one",
+            case,
+        )
 
 
 def _untrained(under_test: LossUnderTest, case: Case) -> None:
