@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -187,6 +188,38 @@ def test_causes_of_wrong_masks(defect: str) -> None:
 
     expected = {"all": "the whole text", "one term": "every term"}.get(defect, "shifted by one token")
     assert expected in verdict(loss, "untrained")[1]
+
+
+CAUSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
+    "turned": (lambda x, a: a * x, "direction", "the sign of the loss is turned around"),
+    "abs": (lambda x, a: -a.abs() * x, "direction", "the sign of the advantages is lost"),
+    "a weight of the policy": (lambda x, a: -a * x.exp() * x, "direction", "is not detached"),
+    "only good ones": (lambda x, a: -a.clamp(min=0) * x, "influence", "nothing is learnt from negative advantages"),
+    "of no tokens": (lambda x, a: -a.clamp(min=0) * x, "alive", "none at any log-prob"),
+    "a clamp": (lambda x, a: -a * x.clamp(min=-5), "alive", "beyond its bound nothing is learnt"),
+    "a root": (lambda x, a: -a * x.exp() * x, "alive", "a weight that should be detached is not"),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_causes_of_directions_and_silence(name: str) -> None:
+    """Which tokens are pushed the wrong way, or not at all, says why."""
+    formula, found_by, cause = CAUSES[name]
+
+    def loss(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return clean(formula(clean(logprobs, mask), clean(advantages, mask)), mask).sum()
+
+    assert verdict(loss, found_by)[0] == "failed"
+    assert cause in verdict(loss, found_by)[1]
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_one_side_of_a_pair(side: str) -> None:
+    def loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
+        kept = (chosen_logps.detach(), rejected_logps) if side == "chosen" else (chosen_logps, rejected_logps.detach())
+        return -torch.nn.functional.logsigmoid(0.1 * (kept[0] - kept[1])).mean()
+
+    assert f"the {side} responses are detached" in verdict(loss, "influence", form="trl")[1]
 
 
 def test_a_loss_without_a_number_is_told_so() -> None:

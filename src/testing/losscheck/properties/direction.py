@@ -9,7 +9,7 @@ from ...cases import Case
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
 from ..invariance import centred
-from .pulls import pulls
+from .pulls import pulls, turned_how
 
 __all__ = ["direction"]
 
@@ -53,10 +53,11 @@ def _with_clear_signs(case: Case) -> Case:
 def _wrong_direction(under_test: LossUnderTest, sequence: int, token: int, good: float, slope: float) -> Failed:
     wish, does = ("more", "less") if good > 0 else ("less", "more")
     turned = "the sign of the loss is turned around"
+    cause = f"{turned}, or chosen and rejected are swapped" if under_test.paired else turned_how(under_test) or turned
     return Failed(
         f"token {token} of sequence {sequence} should become {wish} likely ({_why(under_test, good)}), but with its gradient "
         f"of {slope:.4g} minimising the loss makes it {does} likely",
-        f"{turned}, or chosen and rejected are swapped" if under_test.paired else turned,
+        cause,
     )
 
 

@@ -51,15 +51,15 @@ def _finite(measured: Measured) -> bool:
 
 def _alive(under_test: LossUnderTest, case: Case) -> None:
     """Near certain and near impossible tokens, and those far from the reference, still have a gradient."""
-    for at in (-1e-3, -0.05, -1.0, -12.0):
-        likely = _on_policy(under_test, at)
-        rows = under_test.measure(likely).rows
-        if any(float(row[0]) == 0.0 for row in rows):
-            raise Failed(
-                f"a trained token of log-prob {at:g} has no gradient, on policy",
-                "a clamp: beyond its bound nothing is learnt any more; use a tangent there",
-                likely,
-            )
+    levels = [(at, _on_policy(under_test, at)) for at in (-1e-3, -0.05, -1.0, -12.0)]
+    dead = [(at, case) for at, case in levels if any(float(row[0]) == 0.0 for row in under_test.measure(case).rows)]
+    if dead:
+        at, likely = dead[0]
+        raise Failed(
+            f"a trained token of log-prob {at:g} has no gradient, on policy",
+            _why_dead([each in dead for each in levels]),
+            likely,
+        )
     if "ref_logprobs" not in under_test.fields:
         return
     near = max(_pull(under_test, d) for d in (-1.0, 1.0))
@@ -71,6 +71,15 @@ def _alive(under_test: LossUnderTest, case: Case) -> None:
                 "a clamp on the KL or its log-ratio: the penalty is switched off where it is needed most; use a tangent there",
                 _far_from_reference(d),
             )
+
+
+def _why_dead(dead: list[bool]) -> str:
+    """Return why some of several levels, from likely to unlikely, have no gradient."""
+    if all(dead):
+        return "it has none at any log-prob, so this is no clamp of log-probs; `influence` says more"
+    if dead[0] or dead[-1]:
+        return "a clamp: beyond its bound nothing is learnt any more; use a tangent there"
+    return "on both sides it has one, so its sign changes there: a weight that should be detached is not"
 
 
 def _on_policy(under_test: LossUnderTest, at: float) -> Case:

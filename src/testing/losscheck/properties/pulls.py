@@ -12,14 +12,15 @@ from torch import Tensor
 from ...cases import Case
 from ..failures import Failed
 from ..forms import LossUnderTest
-from ..forms.base import ANCHORS
+from ..forms.base import ANCHORS, kind_case
 
-__all__ = ["pulls"]
+__all__ = ["pulls", "turned_how"]
 
 _DRIFTS: Final = (0.3, 0.6)  # nats; ratios that ordinary clip ranges hold back on one side
 _NEAR: Final = 0.1  # nats; within them
 _FROM_REFERENCE: Final = 0.5
 _GROWN: Final = 1.05
+_LIKELY, _UNLIKELY = -0.25, -3.0  # nats; exp(x) x has slopes of both signs
 
 
 def pulls(under_test: LossUnderTest, case: Case) -> None:
@@ -41,6 +42,27 @@ def pulls(under_test: LossUnderTest, case: Case) -> None:
         _upside_down(under_test, case, anchors[0])
     if "ref_logprobs" in under_test.fields:
         _reference(under_test, case)
+
+
+def turned_how(under_test: LossUnderTest) -> str | None:
+    """Return which of some tokens are pushed the wrong way, where that says why; None where all are, or no pattern is seen."""
+    if "advantages" not in under_test.fields or under_test.relative:
+        return None
+    case = kind_case(True).edited("advantages", lambda i, j, a: a if i % 2 else -a)
+    for name in ("logprobs", *ANCHORS, "ref_logprobs"):
+        case = case.edited(name, lambda i, j, x: _UNLIKELY if j % 2 else _LIKELY)
+    rows = under_test.measure(case).rows
+    tokens = [(i % 2 == 1, j % 2 == 1, float(x)) for i, row in enumerate(rows) for j, x in enumerate(row)]
+    wrong = [(good, unlikely) for good, unlikely, slope in tokens if slope and (slope > 0) == good]
+    right = [(good, unlikely) for good, unlikely, slope in tokens if slope and (slope > 0) != good]
+    if wrong and right and {good for good, _ in wrong}.isdisjoint(good for good, _ in right):
+        return "the sign of the advantages is lost: an abs, a square, or a bound that is the same for both"
+    if wrong and right and {unlikely for _, unlikely in wrong}.isdisjoint(unlikely for _, unlikely in right):
+        return (
+            "a ratio or a probability that multiplies the log-prob is not detached: by its own gradient unlikely tokens are "
+            "pushed the other way"
+        )
+    return None
 
 
 def _clipped_side(under_test: LossUnderTest, case: Case) -> None:

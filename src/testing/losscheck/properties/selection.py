@@ -84,6 +84,12 @@ def _dropped(under_test: LossUnderTest) -> str | None:
     silent = [i for i, row in enumerate(under_test.measure(case).rows) if not bool((row != 0).any())]
     if silent and silent == list(range(silent[0], len(case.sequences))) and silent[0] > 0:
         return f"only the first {silent[0]} sequences are read, and the others ignored"
+    if under_test.paired and silent in ([0, 2], [1, 3]):
+        return f"the {'rejected' if silent[0] else 'chosen'} responses are detached, or left out"
+    if not silent and "advantages" in under_test.fields and not under_test.relative:
+        worse = case.edited("advantages", lambda i, j, a: -a)
+        if len(_dead(under_test, worse)) == sum(len(s.logprobs) for s in worse.sequences):
+            return "nothing is learnt from negative advantages: a clamp at 0"
     long = {i: len(s.logprobs) for i, s in enumerate(case.sequences) if len(s.logprobs) > 1}
     dead = {(i, j) for i, j in _dead(under_test, case) if i in long}
     if dead == {(i, n - 1) for i, n in long.items()}:
