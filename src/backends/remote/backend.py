@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from ...errors import RemoteError
+from ...datums.types import Datum
+from ...errors import ConfigError, RemoteError
 from ..base import Backend
+from ..engine import Call
+from ..futures import Answer, Future, then
+from ..operations import sized
+from ..prepared import loss_name
 from ..protocol import ReferenceModel
+from ..reference import ReferenceView
+from ..types import ForwardBackwardOutput
 from .capabilities import Capabilities
 from .connection.liveness import Liveness
 from .engine import RemoteEngine
@@ -73,9 +81,26 @@ class RemoteBackend(Backend):
         return self._remote.trainer
 
     def reference(self) -> ReferenceModel:
-        """Return a forward-only view of the base model."""
+        """Return a forward-only view of the base model, which gives log-probs and evaluates no loss."""
+        self._operations.require_open("reference")
         with at_service("reference"), self._liveness.explaining("reference", self._timeout):
-            return self._sdk.reference(self._service, self._base_model, self.capabilities, self._timeout)
+            base = self._sdk.reference(self._service, self._base_model, self.capabilities, self._timeout)
+
+        def forward(
+            data: Sequence[Datum], loss_fn: str, config: Mapping[str, Any] | None
+        ) -> Future[ForwardBackwardOutput]:
+            def work() -> Answer[ForwardBackwardOutput]:
+                if loss_fn != "cross_entropy" or config:
+                    raise ConfigError(
+                        f"the reference of a service gives log-probs only; drop loss_fn={loss_fn!r} and its config"
+                    )
+                call = self._prepare(data, None)
+                with at_service("reference"):
+                    return then(base.score(call.data), lambda logprobs: ForwardBackwardOutput.of(logprobs, {}))
+
+            return self._run(Call("reference", loss_name(loss_fn), sized(data)), work)
+
+        return ReferenceView(forward)
 
     def close(self, timeout: float | None = None) -> None:
         """Refuse what follows, wait for what is under way, and end the session; see `Backend.close`.

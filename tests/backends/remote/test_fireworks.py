@@ -104,7 +104,7 @@ def test_state_and_reference_by_their_sdk(connect: Any, models: Any) -> None:
     for one, other in zip(found.loss_fn_outputs, wanted.loss_fn_outputs, strict=True):
         torch.testing.assert_close(one["logprobs"].to_torch(), other["logprobs"].to_torch(), atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match="log-probs only"):
-        first.reference().forward(DATA, "ppo")
+        first.reference().forward(DATA, "ppo").result()
     assert first.reference().forward(DATA).result()
     before = len(models.backends)
     path = first.save_state("here-1").result().path

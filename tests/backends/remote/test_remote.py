@@ -146,27 +146,6 @@ def test_two_denominators_do_not_meet(connect: Any) -> None:
         assert backend.optim_step(PARAMS).result().stepped
 
 
-@pytest.mark.parametrize("capabilities", [None, PLAIN], ids=["by a model", "by a sampler"])
-def test_reference(connect: Any, models: Any, capabilities: Capabilities | None) -> None:
-    """The base scores as natively: to the bit where a model does it in one call; a sampler knows next tokens only."""
-    remote = connect() if capabilities is None else connect(capabilities=capabilities)
-    native = twin(models, remote.trainer)
-    own = [Datum(ModelInput.from_ints([1, 5, 6, 3][:n]), {"target_tokens": [5, 6, 3, 2][:n]}) for n in (4, 3, 2)]
-    found, wanted = (b.reference().forward(own).result().loss_fn_outputs for b in (remote, native))
-    near = 0.0 if capabilities is None else 1e-5
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one["logprobs"].to_torch(), other["logprobs"].to_torch(), atol=near, rtol=0)
-    assert remote.reference().forward(own).result().loss_fn_outputs == found
-    with pytest.raises(ConfigError, match="log-probs only"):
-        remote.reference().forward(own, "ppo")
-    others = [DATA[0].with_inputs(target_tokens=[0] * 6)]
-    if capabilities is None:
-        assert remote.reference().forward(others).result()
-    else:
-        with pytest.raises(UnsupportedError, match="next tokens"):
-            remote.reference().forward(others)
-
-
 def test_forward_and_sample(connect: Any, models: Any) -> None:
     """Scores and samples are the native ones."""
     remote = connect()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, final
 
 import torch
+from torch import Tensor
 
 from ....datums.types import Datum
-from ....errors import ConfigError, UnsupportedError
+from ....errors import UnsupportedError
 from ...calls.requests import scored
-from ...types import ForwardBackwardOutput
-from ..connection.futures import RemoteFuture, Sent
+from ..connection.futures import Sent
 from .convert import bare, logprobs_of
 
-__all__ = ["BaseView", "SamplerView"]
+__all__ = ["BaseScorer", "SamplerScorer", "TrainerScorer"]
+
+
+class BaseScorer(Protocol):
+    """Scores with the base model of a service."""
+
+    def score(self, data: Sequence[Datum]) -> Sent[list[Tensor]]:
+        """Ask for the log-probs of the target tokens, one tensor per datum."""
+        ...
 
 
 @final
-class BaseView:
-    """Scores any targets with the base model, by a training client of it.
+class TrainerScorer:
+    """Scores any targets, by a training client of the base model.
 
     Args:
         trainer: an SDK's.
@@ -32,26 +40,14 @@ class BaseView:
     ) -> None:
         self._trainer, self._datums, self._deadline = trainer, datums, deadline
 
-    def forward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
-    ) -> RemoteFuture[ForwardBackwardOutput]:
-        """Score the target tokens of ``data``.
-
-        Raises:
-            ConfigError: another loss than ``cross_entropy``.
-        """
-        _require_plain(loss_fn, loss_fn_config)
+    def score(self, data: Sequence[Datum]) -> Sent[list[Tensor]]:
         sent = self._trainer.forward(self._datums(bare(data)), "cross_entropy")
-
-        def read(answers: list[Any]) -> ForwardBackwardOutput:
-            return ForwardBackwardOutput.of(logprobs_of(answers[0]), {})
-
-        return Sent([sent], read, deadline=self._deadline).future("reference")
+        return Sent([sent], lambda answers: logprobs_of(answers[0]), deadline=self._deadline)
 
 
 @final
-class SamplerView:
-    """Scores next tokens with the base model, by the service's sampler.
+class SamplerScorer:
+    """Scores next tokens, by the service's sampler of the base model.
 
     Args:
         sampler: an SDK's.
@@ -62,30 +58,19 @@ class SamplerView:
     def __init__(self, sampler: Any, model_input: Any, deadline: float | None = None) -> None:
         self._sampler, self._model_input, self._deadline = sampler, model_input, deadline
 
-    def forward(
-        self, data: Sequence[Datum], loss_fn: str = "cross_entropy", loss_fn_config: Mapping[str, Any] | None = None
-    ) -> RemoteFuture[ForwardBackwardOutput]:
+    def score(self, data: Sequence[Datum]) -> Sent[list[Tensor]]:
         """Score ``data``, whose targets must be its own next tokens (that is what a sampler can score).
 
         Raises:
             UnsupportedError: they are others.
-            ConfigError: another loss than ``cross_entropy``: a sampler gives log-probs, and no loss.
         """
-        _require_plain(loss_fn, loss_fn_config)
-        sent = [
-            self._sampler.compute_logprobs(self._model_input.from_ints(_whole(i, datum)))
-            for i, datum in enumerate(data)
-        ]
-
-        def read(answers: list[Any]) -> ForwardBackwardOutput:
-            return ForwardBackwardOutput.of([torch.tensor([float(x) for x in answer[1:]]) for answer in answers], {})
-
-        return Sent(sent, read, deadline=self._deadline).future("reference")
+        texts = [self._model_input.from_ints(_whole(i, datum)) for i, datum in enumerate(data)]
+        sent = [self._sampler.compute_logprobs(text) for text in texts]
+        return Sent(sent, _next_tokens, deadline=self._deadline)
 
 
-def _require_plain(loss_fn: str, loss_fn_config: Mapping[str, Any] | None) -> None:
-    if loss_fn != "cross_entropy" or loss_fn_config:
-        raise ConfigError(f"the reference of a service gives log-probs only; drop loss_fn={loss_fn!r} and its config")
+def _next_tokens(answers: list[Any]) -> list[Tensor]:
+    return [torch.tensor([float(x) for x in answer[1:]]) for answer in answers]
 
 
 def _whole(index: int, datum: Datum) -> list[int]:

@@ -10,11 +10,10 @@ from typing import Any, Final, Protocol, final
 from ....datums.convert import to_fireworks, to_tinker
 from ....datums.types import Datum, ModelInput
 from ....errors import ConfigError, UnsupportedError, require_extra
-from ...protocol import ReferenceModel
 from ...types import AdamParams, SamplingParams
 from ..capabilities import Capabilities
 from .convert import ready
-from .reference import BaseView, SamplerView
+from .reference import BaseScorer, SamplerScorer, TrainerScorer
 
 __all__ = ["FireworksSdk", "Sdk", "TinkerSdk", "sdk_named", "sdk_of"]
 
@@ -69,8 +68,8 @@ class Sdk(Protocol):
         """Return a training client with the weights of a checkpoint."""
         ...
 
-    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
-        """Return the frozen base model of a service that can do this."""
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> BaseScorer:
+        """Return what scores with the frozen base model of a service that can do this."""
         ...
 
     def sampler(self, trainer: Any, timeout: float | None) -> Any:
@@ -139,12 +138,12 @@ class TinkerSdk:
         created = "create_training_client_from_state" + ("_with_optimizer" if optimizer else "")
         return ready(getattr(service, created)(path), timeout)
 
-    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> BaseScorer:
         if can.starts_at_base:
             self._base = self._base or ready(service.create_lora_training_client(base_model, rank=1), timeout)
-            return BaseView(self._base, self.datums, timeout)
+            return TrainerScorer(self._base, self.datums, timeout)
         sampler = ready(service.create_sampling_client(base_model=base_model), timeout)
-        return SamplerView(sampler, self._types.ModelInput, timeout)
+        return SamplerScorer(sampler, self._types.ModelInput, timeout)
 
     def sampler(self, trainer: Any, timeout: float | None) -> Any:
         return ready(trainer.save_weights_and_get_sampling_client(), timeout)
@@ -211,9 +210,9 @@ class FireworksSdk:
         ready(trainer.load_state_with_optimizer(path) if optimizer else trainer.load_state(path), timeout)
         return trainer
 
-    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> ReferenceModel:
+    def reference(self, service: Any, base_model: str, can: Capabilities, timeout: float | None) -> BaseScorer:
         self._base = self._base or service.create_base_training_client(base_model)
-        return BaseView(self._base, self.datums, timeout)
+        return TrainerScorer(self._base, self.datums, timeout)
 
     def sampler(self, trainer: Any, timeout: float | None) -> Any:
         raise UnsupportedError(
