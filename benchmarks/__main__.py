@@ -21,6 +21,14 @@ from .serving import sampling, service
 
 def main() -> None:
     """Run the benchmark that was asked for."""
+    arguments = command_parser().parse_args()
+    if "threads" in arguments:
+        torch.set_num_threads(arguments.threads)
+    arguments.run(arguments)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all benchmarks."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="benchmark")
     for add in (
@@ -38,10 +46,7 @@ def main() -> None:
         _splits,
     ):
         add(commands)
-    arguments = parser.parse_args()
-    if "threads" in arguments:
-        torch.set_num_threads(arguments.threads)
-    arguments.run(arguments)
+    return parser
 
 
 def _heads(commands: Any) -> None:
