@@ -8,10 +8,10 @@ from typing import Any, final
 from ...datums.types import Datum
 from ...errors import ConfigError, RemoteError
 from ..base import Backend
+from ..calls.prepared import loss_name
 from ..engine import Call
-from ..futures import Answer, Future, then
 from ..operations import sized
-from ..prepared import loss_name
+from ..operations.futures import Answer, Future, then
 from ..protocol import ReferenceModel
 from ..reference import ReferenceView
 from ..types import ForwardBackwardOutput
