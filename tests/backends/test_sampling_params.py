@@ -93,4 +93,5 @@ def test_one_prompt_and_plain_mappings() -> None:
         FakeBackend().sample(PROMPTS[0], 1, SamplingParams()).result()  # type: ignore[arg-type]  # the point
     with pytest.raises(ConfigError, match="sample needs SamplingParams, got dict"):
         FakeBackend().sample(PROMPTS, 1, {"max_tokens": 3}).result()  # type: ignore[arg-type]  # the point
-    assert SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.int64(1)).max_tokens == 3
+    of_numpy: dict[str, Any] = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int64(1)}
+    assert SamplingParams(**of_numpy).max_tokens == 3

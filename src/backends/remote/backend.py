@@ -8,10 +8,10 @@ from typing import Any, final
 from ...datums.types import Datum
 from ...errors import ConfigError, RemoteError
 from ..base import Backend
-from ..calls.prepared import loss_name
+from ..calls.losses import loss_name
 from ..engine import Call
-from ..operations import sized
-from ..operations.futures import Answer, Future, then
+from ..operations.futures import Answer, Future
+from ..operations.runner import sized
 from ..protocol import ReferenceModel
 from ..reference import ReferenceView
 from ..types import ForwardBackwardOutput
@@ -96,7 +96,7 @@ class RemoteBackend(Backend):
                     )
                 call = self._prepare(data, None)
                 with at_service("reference"):
-                    return then(base.score(call.data), lambda logprobs: ForwardBackwardOutput.of(logprobs, {}))
+                    return base.score(call.data).map(lambda logprobs: ForwardBackwardOutput.of(logprobs, {}))
 
             return self._run(Call("reference", loss_name(loss_fn), sized(data)), work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def _off(under_test: LossUnderTest, case: Case, fields: tuple[str, ...], advanta
     """Return the gradient of the trained tokens where the policy is ``by`` nats above some of what it is compared with."""
     rows = []
     for s in case.sequences:
-        others = dict.fromkeys((*ANCHORS, "ref_logprobs"), s.logprobs)
+        others: dict[str, Any] = dict.fromkeys((*ANCHORS, "ref_logprobs"), s.logprobs)
         moved = {name: [x - by for x in s.logprobs] for name in fields}
         rows.append(replace(s, advantages=[advantage] * len(s.logprobs), **{**others, **moved}))
     found = under_test.measure(replace(case, sequences=tuple(rows)))
