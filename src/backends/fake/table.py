@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+from random import Random
 from typing import Self, final
 
 import torch
@@ -62,7 +62,7 @@ class TableModel:
         self.logits = decayed - params.learning_rate * mean / spread
 
     def complete(
-        self, last: int, params: SamplingParams, stop: frozenset[int], uniforms: random.Random
+        self, last: int, params: SamplingParams, stop: frozenset[int], uniforms: Random
     ) -> tuple[list[int], list[float], list[float]]:
         """Draw tokens after ``last``; return them and their log-probs under the untempered and the tempered table."""
         tokens, logprobs, tempered = list[int](), list[float](), list[float]()
