@@ -150,7 +150,7 @@ def test_a_dead_service_is_not_running(place: Place, held: threading.Event) -> N
 @pytest.mark.slow
 def test_calls_that_wait_inside(place: Place) -> None:
     """Making a sampler, loading, and the reference say it too, within the backend's time limit."""
-    backend = place.connect(timeout=1.0)
+    backend = place.connect(timeout=5.0)  # making a model counts, too
     path = backend.save_state("one").result(30).path
     place.die()
     prompts = [pullback.ModelInput.from_ints([1])]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 # Imported once in the fork server, so that a server process starts in a fraction of a second.
 _HEAVY = ["torch", "transformers.models.llama.modeling_llama", "peft", "starlette.applications", "uvicorn", "zstandard"]
-_START_SECONDS = 60.0
+_START_SECONDS = 240.0  # imports take a minute where four times as many processes as cores run
 
 
 def _serve(folder: Path, options: dict[str, Any], connection: Connection) -> None:
@@ -98,6 +98,7 @@ class CommandProcess:
                 return
             except httpx.TransportError:
                 time.sleep(0.05)
+        self.kill()
         raise RuntimeError("pullback serve did not start")
 
     def end(self, signal: int) -> None:
