@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from .calls.losses import as_loss, loss_name, missing_inputs
 from .calls.prepared import PreparedCall, prepare
 from .calls.requests import Positions
 from .engine import Call, Engine, Gradient
-from .operations.accumulation import Accumulation
+from .operations.accumulation import Accumulation, step_output
 from .operations.futures import Answer, Future, then
 from .operations.runner import Operations, sized
 from .protocol import CustomLoss, NormalizationMode, ReferenceModel
@@ -269,20 +270,13 @@ class Backend:
 
     def _step(self, params: AdamParams, mode: NormalizationMode) -> Answer[OptimStepOutput]:
         ledger = self._accumulation.ledger
-        divisor, entries = self._engine.divisor(ledger, mode), tuple(ledger.entries)
+        divisor = self._engine.divisor(ledger, mode)
         if ledger.tokens == 0 or divisor.value == 0:
             self._clear()
-            return OptimStepOutput.empty(divisor.value, entries)
-        counted = {"tokens": float(ledger.tokens), "sequences": float(ledger.sequences)}
+            return OptimStepOutput.empty(divisor.value, tuple(ledger.entries))
         answer = self._engine.step(params, divisor)
         self._accumulation.clear()
-
-        def output(metrics: Mapping[str, float]) -> OptimStepOutput:
-            divided_by = divisor.value * metrics.get("divided_by", 1.0)
-            own = {"learning_rate": params.learning_rate, **counted, **metrics, "divided_by": divided_by}
-            return OptimStepOutput(own, True, divided_by, divisor.reason, entries)
-
-        return then(answer, output)
+        return then(answer, partial(step_output, params, divisor, ledger))
 
     def _clear(self) -> None:
         self._engine.clear()

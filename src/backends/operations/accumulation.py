@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 from ...errors import PrecedingOperationFailed, UnretrievedFailureError
 from ..calls.prepared import PreparedCall
 from ..engine import Gradient
+from ..types import AdamParams, OptimStepOutput
 from .futures import Failure, Outcome
-from .normalization import Ledger
+from .normalization import Divisor, Ledger
 
-__all__ = ["Accumulation", "preceding_failure", "unretrieved"]
+__all__ = ["Accumulation", "preceding_failure", "step_output", "unretrieved"]
 
 
 @final
@@ -82,6 +83,21 @@ class Accumulation:
     def clear(self) -> None:
         """Begin anew."""
         self.ledger, self.outcomes, self.last = self.ledger.emptied(), [], None
+
+
+def step_output(params: AdamParams, divisor: Divisor, ledger: Ledger, metrics: Mapping[str, float]) -> OptimStepOutput:
+    """Return the output of a step that an engine has made.
+
+    Args:
+        params: hyperparameters of the step.
+        divisor: by which the engine was asked to divide.
+        ledger: the operations whose gradients went into it.
+        metrics: the engine's; ``divided_by`` is by what a service divided besides.
+    """
+    divided_by = divisor.value * metrics.get("divided_by", 1.0)
+    counted = {"tokens": float(ledger.tokens), "sequences": float(ledger.sequences)}
+    own = {"learning_rate": params.learning_rate, **counted, **metrics, "divided_by": divided_by}
+    return OptimStepOutput(own, True, divided_by, divisor.reason, tuple(ledger.entries))
 
 
 def preceding_failure(cause: BaseException) -> PrecedingOperationFailed:
