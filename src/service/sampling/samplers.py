@@ -17,8 +17,8 @@ from ..served.registry import ServedModels
 from ..served.sampler import Sampler
 from ..wire.protobuf import tokens_of
 from ..wire.sampling import encode_sample
+from .fair_cache import FairCache
 from .sample_requests import RequestedScores, sampling_of
-from .shares import Shares
 
 __all__ = ["Samplers"]
 
@@ -39,7 +39,7 @@ class Samplers:
 
     def __init__(self, models: ServedModels, journal: Journal, sequencer: Sequencer, limits: Limits) -> None:
         self._models, self._journal, self._sequencer, self._limits = models, journal, sequencer, limits
-        self._loaded = Shares[Sampler](limits.samplers, limits.samplers_per_key)
+        self._loaded = FairCache[Sampler](limits.samplers, limits.samplers_per_key)
         self._shared: WeakValueDictionary[str, Sampler] = WeakValueDictionary()  # by what names their weights
         self._base = models.base.fingerprint
         self._ends: dict[str, float] = {}  # of those in memory that have a time to live

@@ -35,7 +35,7 @@ class Counterexample(Exception):
 
 
 @final
-class _Enough(BaseException):
+class _StopSearch(BaseException):
     """Ends a search from within; Hypothesis catches no more than an Exception."""
 
 
@@ -53,7 +53,7 @@ class _Smallest:
         if self.best is not None:
             self._left -= 1
             if self._left < 0:
-                raise _Enough
+                raise _StopSearch
         try:
             note = outcome(self._under_test, self._property, case)
             self.note = min(filter(None, (note, self.note)), key=len, default=None)  # the most definite one
@@ -136,7 +136,7 @@ def _shrink(check: _Smallest, unit: int, on_policy: bool, examples: int) -> None
     """Look for smaller failures than the first one, which the check remembers."""
     try:
         _examine(check, unit, on_policy, examples)
-    except (Exception, _Enough) as error:
+    except (Exception, _StopSearch) as error:
         # Hypothesis calls a loss with state flaky; the failures themselves were remembered.
         if isinstance(error, NotApplicable):
             raise

@@ -156,7 +156,7 @@ class ConfigsShared(Relay):
         self.right.close()
 
 
-class Late(Future[T]):
+class LazyFuture(Future[T]):
     """The result of an operation that begins when somebody waits for it."""
 
     def __init__(self, begin: Callable[[], Future[T]]) -> None:
@@ -187,7 +187,7 @@ class Late(Future[T]):
 )
 class StepsOvertake(Relay):
     def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Config = None) -> Future[ForwardBackwardOutput]:
-        return Late(lambda: self.right.forward_backward(data, loss_fn, loss_fn_config))
+        return LazyFuture(lambda: self.right.forward_backward(data, loss_fn, loss_fn_config))
 
 
 @planted(

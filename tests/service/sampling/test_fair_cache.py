@@ -1,4 +1,4 @@
-"""Whose things go when there are too many in memory: an owner's own, unless another holds more than a share."""
+"""Whose entry is evicted when there are too many: an owner's own, unless another holds more than an equal share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pullback.service.sampling.shares import Shares
+from pullback.service.sampling.fair_cache import FairCache
 
 
 class Use(NamedTuple):
@@ -20,7 +20,7 @@ class Use(NamedTuple):
 USES = st.lists(st.builds(Use, st.sampled_from("abc"), st.integers(0, 12), st.booleans()), max_size=60)
 
 
-def lost(shares: Any, uses: list[Use]) -> list[tuple[str, Counter[str], str]]:
+def lost(cache: Any, uses: list[Use]) -> list[tuple[str, Counter[str], str]]:
     """Who added, what everybody held at that moment, and whose was lost."""
     held: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -29,16 +29,16 @@ def lost(shares: Any, uses: list[Use]) -> list[tuple[str, Counter[str], str]]:
         name = f"{owner}:{number}"
         last[name] = moment
         if not adds:
-            assert (shares.get(name) is not None) == (name in held)
+            assert (cache.get(name) is not None) == (name in held)
             continue
-        shares.add(name, owner, object())
+        cache.add(name, owner, object())
         held[name] = owner
-        gone = [one for one in held if one not in shares._things]
+        gone = [one for one in held if one not in cache._entries]
         for one in gone:
             found.append((owner, Counter(held.values()), held.pop(one)))
             mine = [other for other in held if held[other] == found[-1][2]]
             assert all(last[other] > last[one] for other in mine)  # the one used longest ago goes
-    assert len(shares) == len(held)
+    assert len(cache) == len(held)
     return found
 
 
@@ -51,10 +51,10 @@ def within(total: int, events: list[tuple[str, Counter[str], str]]) -> bool:
 @settings(max_examples=60)
 def test_nobody_loses_a_share_to_another(uses: list[Use], total: int, each: int | None) -> None:
     """An owner loses its own where it has too many; only who has more than an equal share loses by what others add."""
-    shares = Shares[object](total, each)
-    events = lost(shares, uses)
-    assert len(shares) <= total
-    held = Counter(owner for owner, _ in shares._things.values())
+    cache = FairCache[object](total, each)
+    events = lost(cache, uses)
+    assert len(cache) <= total
+    held = Counter(owner for owner, _ in cache._entries.values())
     assert each is None or not held or max(held.values()) <= each
     assert within(total, events)
 
@@ -63,20 +63,20 @@ class LeastRecentlyUsed:
     """What was used longest ago goes, whosever it is."""
 
     def __init__(self, total: int) -> None:
-        self._things, self._total = OrderedDict[str, object](), total
+        self._entries, self._total = OrderedDict[str, object](), total
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._entries)
 
-    def add(self, name: str, owner: str, thing: object) -> None:
-        self._things[name] = thing
-        self._things.move_to_end(name)
-        while len(self._things) > self._total:
-            self._things.popitem(last=False)
+    def add(self, name: str, owner: str, value: object) -> None:
+        self._entries[name] = value
+        self._entries.move_to_end(name)
+        while len(self._entries) > self._total:
+            self._entries.popitem(last=False)
 
 
 def test_the_one_used_longest_ago_would_be_anothers() -> None:
     """Negative control: without owners, a greedy one pushes out what another has just one of."""
     uses = [Use("a", 0, True), *(Use("b", number, True) for number in range(4))]
     assert not within(4, lost(LeastRecentlyUsed(4), uses))
-    assert within(4, lost(Shares[object](4), uses))
+    assert within(4, lost(FairCache[object](4), uses))
