@@ -155,6 +155,12 @@ def _call_function(
             f"{name} must return (loss, metrics), a scalar tensor and a dict, got {type(returned).__name__}{size}"
         )
     loss, metrics = returned
+    _check_loss(function, loss, metrics)
+    return loss, {str(key): _as_float(str(key), value) for key, value in metrics.items()}
+
+
+def _check_loss(function: CustomLoss | Loss, loss: object, metrics: object) -> None:
+    name = loss_name(function)
     if not isinstance(loss, Tensor):
         raise LossTypeError(
             f"{name} returned a {type(loss).__name__} as loss; return a tensor computed from the log-probs "
@@ -168,7 +174,6 @@ def _call_function(
         raise NotDifferentiableError(_no_path(function))
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"{name} returned the loss {loss.item()}; its metrics: {dict(metrics)}")
-    return loss, {str(key): _as_float(str(key), value) for key, value in metrics.items()}
 
 
 def _no_path(function: object) -> str:

@@ -193,15 +193,19 @@ def prepare(
         pairs=registered is not None and registered.gradient_kind == "pair",
     )
     requests = [ScoreRequest.of(datum, positions) for datum in data]
+    _require_same_candidates(requests)
+    totals = None if counts is None else {name: float(total) for name, total in counts.items()}
+    with running_loss():  # measuring evaluates it
+        kind: GradientKind = "batch" if registered is None else trusted_kind(registered)
+    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind)
+
+
+def _require_same_candidates(requests: Sequence[ScoreRequest]) -> None:
     shapes = [tuple(request.targets.shape[1:]) for request in requests]
     words = "datum {}: has {} target(s) a position, datum 0 has {}"
     other = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
     if other:
         raise InvalidDatumsError([words.format(i, shapes[i] or "one", shapes[0] or "one") for i in other])
-    totals = None if counts is None else {name: float(total) for name, total in counts.items()}
-    with running_loss():  # measuring evaluates it
-        kind: GradientKind = "batch" if registered is None else trusted_kind(registered)
-    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind)
 
 
 def _no_loss(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, Mapping[str, float]]:

@@ -62,16 +62,7 @@ def group_advantages(
     choice("baseline", baseline, ("mean", "leave_one_out"))
     choice("scale", scale, ("std", "none"))
     number("eps", eps, low=0.0, strict=False)
-    for name, given in (("rewards", rewards), ("group_id", group_id)):
-        if not isinstance(given, Tensor):
-            raise DatumError(f"{name} must be a tensor, one number per sequence, got {type(given).__name__}")
-    if rewards.dim() != 1 or rewards.shape != group_id.shape:
-        raise LengthError(
-            f"rewards and group_id must both be [B], got {tuple(rewards.shape)} and {tuple(group_id.shape)}"
-        )
-    if not bool(torch.isfinite(rewards).all()):
-        broken = (~torch.isfinite(rewards)).nonzero().squeeze(1).tolist()
-        raise DatumError(f"rewards must be finite; sequences {broken} are not")
+    _check_rewards(rewards, group_id)
     exact = rewards.double()
     ids, index = torch.unique(group_id, return_inverse=True)
     size = torch.bincount(index, minlength=ids.numel()).double()
@@ -86,6 +77,19 @@ def group_advantages(
     advantages = torch.where(silent[index], torch.zeros_like(centred), centred)
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
     return GroupAdvantages(advantages.to(dtype), int((size == 1).sum()), int((silent & (size > 1)).sum()))
+
+
+def _check_rewards(rewards: Tensor, group_id: Tensor) -> None:
+    for name, given in (("rewards", rewards), ("group_id", group_id)):
+        if not isinstance(given, Tensor):
+            raise DatumError(f"{name} must be a tensor, one number per sequence, got {type(given).__name__}")
+    if rewards.dim() != 1 or rewards.shape != group_id.shape:
+        raise LengthError(
+            f"rewards and group_id must both be [B], got {tuple(rewards.shape)} and {tuple(group_id.shape)}"
+        )
+    if not bool(torch.isfinite(rewards).all()):
+        broken = (~torch.isfinite(rewards)).nonzero().squeeze(1).tolist()
+        raise DatumError(f"rewards must be finite; sequences {broken} are not")
 
 
 def _without_signal(rewards: Tensor, index: Tensor, groups: int) -> Tensor:
