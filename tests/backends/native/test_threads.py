@@ -15,7 +15,8 @@ import torch
 from helpers import make_data, tiny_llama
 from torch import Tensor
 
-from pullback.backends import AdamParams, TorchBackend, cotangents
+from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.calls import cotangents
 from pullback.backends.operations.lock import OperationLock
 from pullback.errors import BackendError
 from pullback.losses import CrossEntropy

@@ -18,7 +18,8 @@ from many_ranks.many_cases import LOSSES, MODELS, apart, batch, steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from pullback.backends import TorchBackend, cotangents
+from pullback.backends import TorchBackend
+from pullback.backends.calls import cotangents
 from pullback.backends.native.distributed import passes, schedule, sharding
 from pullback.backends.native.distributed.agreement import agreement
 from pullback.backends.native.dtensors import local_part
