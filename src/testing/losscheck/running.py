@@ -59,8 +59,7 @@ def _sentence(under_test: LossUnderTest, error: Exception) -> str:
     if isinstance(error, Failed):
         return f"{error} {nothing}. Likely cause: {error.cause}."
     told = f"{under_test.name} raises {nothing}: {type(error).__name__}: {error}{_place(error)}"
-    given = _given(under_test)
-    return f"{told}. It was given {given}; arguments=, form= and per_sequence= change that." if given else told
+    return told + _given(under_test)
 
 
 def _place(error: Exception) -> str:
@@ -72,7 +71,12 @@ def _place(error: Exception) -> str:
 
 
 def _given(under_test: LossUnderTest) -> str:
-    """Return the shapes of the tensors that it is given by name."""
+    """Return what it is given, and how that is changed."""
+    if under_test.form == "datums":
+        return (
+            ". It was given a list of datums and the list of their log-probs, as forward_backward_custom gives them; form= "
+            "changes that, and so do arguments of names that are known (logprobs, mask, advantages)."
+        )
     case = next(_plain())
     try:
         arguments: Any = under_test.arguments(case, leaves_of(case), under_test.layouts[0])
@@ -80,4 +84,5 @@ def _given(under_test: LossUnderTest) -> str:
         return ""
     if not isinstance(arguments, dict):
         return ""
-    return ", ".join(f"{name} {list(x.shape)}" for name, x in arguments.items() if isinstance(x, Tensor))
+    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in arguments.items() if isinstance(x, Tensor))
+    return f". It was given {shapes}; arguments=, form= and per_sequence= change that." if shapes else ""

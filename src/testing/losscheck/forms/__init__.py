@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
+import torch
+
 from ....errors import ConfigError, suggestion
 from ....losses.base import GradientKind, Loss
 from ....losses.checks import choice
@@ -63,9 +65,11 @@ def loss_under_test(
     common["invariant"] = None if invariant is None else tuple(invariant)
     if isinstance(loss, Loss):
         return _registered(loss, kind, common)
-    if not callable(loss):
-        raise ConfigError(f"a loss is a Loss or a function, or the name of a registered loss, got {loss!r}")
+    if not callable(loss) or isinstance(loss, type):
+        what = f"the class {loss.__name__}: give an object of it" if isinstance(loss, type) else repr(loss)
+        raise ConfigError(f"a loss is a Loss or a function, or the name of a registered loss, got {what}")
     common |= {"name": _name(loss), "declared": kind}
+    loss = _called(loss)
     given, form = dict(arguments or {}), form or _form_of(loss)
     if form == "datums":
         return _of_datums(functools.partial(loss, **given) if given else loss, per_sequence, common)
@@ -99,6 +103,12 @@ def _padded(
 ) -> LossUnderTest:
     """Return a function of padded tensors, whose mask is bool or float."""
     roles, optional = roles_of(function, given)
+    if not {"policy", "chosen", "inputs"} & {*roles.values()}:
+        raise ConfigError(
+            f"{common['name']}{inspect.signature(function)} takes no log-probs by a name that is known (logprobs, chosen_logps, "
+            "inputs): what it is to be given cannot be told; form='datums' gives it (data, logprobs_list), and a decorator "
+            "needs functools.wraps"
+        )
     one_a_row = form == "trl" or "rewards" in roles.values()
     rows = per_sequence if per_sequence is not None else (("advantages",) if one_a_row else ())
     under_test = PaddedUnderTest(
@@ -114,6 +124,13 @@ def _padded(
     return _first_that_runs((under_test, replace(under_test, bool_mask=False)))
 
 
+def _called(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is called; of a module, with the arguments of its forward."""
+    if not isinstance(loss, torch.nn.Module):
+        return loss
+    return functools.wraps(loss.forward)(lambda *args, **named: loss(*args, **named))
+
+
 def _check_arguments(loss: Any, arguments: Mapping[str, Any]) -> None:
     """Check that a loss takes the arguments that it is to be given.
 
@@ -126,7 +143,7 @@ def _check_arguments(loss: Any, arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"arguments is for functions, got {', '.join(arguments)}; a Loss is given its hyperparameters when it is made"
         )
-    parameters = inspect.signature(loss).parameters
+    parameters = inspect.signature(_called(loss)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in arguments:

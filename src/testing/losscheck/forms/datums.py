@@ -88,7 +88,7 @@ class _Recording(dict[str, TensorData]):
         key = name
         if not super().__contains__(name):
             key = {"weights": "weights", "mask": "weights", "rollout": "logprobs"}.get(
-                role or "", FIELD_OF.get(role or "", "")
+                role or "", FIELD_OF.get(role or "", name)
             )
         value = super().__getitem__(key)
         self._read.add("rollout_logprobs" if key == "logprobs" else key)
