@@ -66,7 +66,7 @@ def test_a_module_is_checked_by_its_name() -> None:
     ("loss", "words"),
     [
         (PolicyGradient, "the class PolicyGradient: give an object of it"),
-        (undecorated(PolicyGradient().forward), "takes no log-probs by a name that is known"),
+        (undecorated(PolicyGradient().forward), "takes no log-probs by a known name"),
         (lambda **named: named["logprobs"], "a decorator needs functools.wraps"),
         (lambda: torch.zeros(()), r"<lambda>\(\) takes no log-probs"),
     ],

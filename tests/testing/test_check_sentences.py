@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from example_losses.more_sound_losses import kto, leave_one_out, reward_weighted, slic
+from example_losses.more_sound_losses import kto, leave_one_out, partly_single, reward_weighted, slic
 from hypothesis import given
 from torch import Tensor
 
@@ -175,6 +175,37 @@ def test_half_precision_inside() -> None:
     assert verdict(half, "resolution", form="padded")[0] == "failed"
     assert verdict(single, "resolution", form="padded")[0] == verdict(PPO(), "resolution")[0] == "passed"
     assert verdict(surrogate, "resolution")[0] == "not applicable"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_differences_of_what_is_partly_single(factor: float) -> None:
+    """Rounding of a part that is computed in fp32 is no wrong gradient; beside it a factor in the backward is."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return factor * gradients[0]
+
+    def backward(logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        scaled: Tensor = Scaled.apply(logprobs)  # type: ignore[no-untyped-call]
+        return partly_single(scaled, ref_logprobs, advantages, mask)
+
+    assert verdict(backward, "differences")[0] == ("passed" if factor == 1.0 else "failed")
+
+
+def test_a_loss_without_a_gradient_is_told_once() -> None:
+    """Not once for each property."""
+
+    def detached(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return -clean(logprobs.detach(), mask).sum()
+
+    (result,) = loss_report(detached, form="padded", examples=3).results
+    assert result.sentence.startswith("the loss is not connected to the log-probs on every batch, so nothing could be")
+    assert "Likely cause: all of it is detached" in result.sentence
 
 
 @pytest.mark.parametrize("defect", ["all", "later", "earlier", "one term"])

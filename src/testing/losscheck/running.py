@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case
 from .failures import Failed
 from .forms import LossUnderTest
-from .forms.base import kind_case, leaves_of
+from .forms.base import kind_case, leaves_of, require_connected
 from .results import RUNS, Result
 from .search import drawn
 
@@ -35,7 +35,8 @@ def crash(under_test: LossUnderTest, examples: int) -> Result | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whether it runs is all that is asked
-                under_test.run(case, leaves_of(case))
+                loss, _ = under_test.run(case, leaves_of(case))
+            require_connected(loss)
         except Exception as error:
             first = first or error
         else:

@@ -201,6 +201,13 @@ def reinforce_with_baseline(
     return torch.stack(losses).sum(), {"largest": math.fsum(float(x.detach()) for x in losses)}
 
 
+def partly_single(logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """A policy gradient in the precision that is given, and a KL in fp32, whose small values are mostly rounding."""
+    lp, ref, a = (clean(x, mask) for x in (logprobs, ref_logprobs, advantages))
+    distance = (ref - lp).float()
+    return masked_mean(0.04 * (bounded_exp(distance) - distance - 1) - a * lp, mask)
+
+
 def geometric_mean(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """GMPO, in the manner of verl: one advantage for a sequence, the mean of its tokens'."""
     lp, old, a = (clean(x, mask) for x in (logprobs, old_logprobs, advantages))
@@ -231,6 +238,7 @@ MORE_SOUND: Final[dict[str, tuple[Callable[..., Any], dict[str, Any]]]] = {
     "leave one out": (leave_one_out, {**PADDED, "per_sequence": ["advantages"]}),
     "dro": (quadratic, {}),
     "geometric mean": (geometric_mean, {}),
+    "kl in fp32": (partly_single, {}),
     "decoupled": (decoupled, {"form": "verl"}),
     "slic": (slic, TRL),
     "ipo": (ipo, TRL),

@@ -105,7 +105,7 @@ def _padded(
     roles, optional = roles_of(function, given)
     if not {"policy", "chosen", "inputs"} & {*roles.values()}:
         raise ConfigError(
-            f"{common['name']}{inspect.signature(function)} takes no log-probs by a name that is known (logprobs, chosen_logps, "
+            f"{common['name']}{inspect.signature(function)} takes no log-probs by a known name (logprobs, chosen_logps, "
             "inputs): what it is to be given cannot be told; form='datums' gives it (data, logprobs_list), and a decorator "
             "needs functools.wraps"
         )

@@ -19,7 +19,7 @@ from ..invariance import invariances_of
 from ..rerun import Rerun
 from .returned import loss_and_metrics
 
-__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured"]
+__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "kind_case", "leaves_of", "require_connected"]
 
 ANCHORS: Final = ("rollout_logprobs", "old_logprobs")
 Expected = Callable[[Case], Sequence[Sequence[float]]]
@@ -211,11 +211,7 @@ class LossUnderTest(abc.ABC):
         if step != 1:
             arguments = {**arguments, **{name: arguments[name] * step for name in self.counts}}
         loss = self.loss_of(arguments)
-        if not loss.requires_grad:
-            raise Failed(
-                "the loss is not connected to the log-probs",
-                "all of it is detached, or was computed from plain numbers (.item(), .tolist(), no_grad)",
-            )
+        require_connected(loss)
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         if loss.dtype != torch.float64:  # it computes in single precision: what is beyond that is noise
             found = tuple(None if slope is None else slope.float() for slope in found)
@@ -271,6 +267,19 @@ class LossUnderTest(abc.ABC):
 
         point = torch.tensor([x for s in case.sequences for x in s.logprobs], dtype=torch.float64)
         return dependence(gradient, rows, point, (1e-4,) if on_policy else (0.05, -0.7))
+
+
+def require_connected(loss: Tensor) -> None:
+    """Check that a loss can be differentiated.
+
+    Raises:
+        Failed: it has no gradient.
+    """
+    if not loss.requires_grad:
+        raise Failed(
+            "the loss is not connected to the log-probs",
+            "all of it is detached, or was computed from plain numbers (.item(), .tolist(), no_grad)",
+        )
 
 
 def leaves_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:

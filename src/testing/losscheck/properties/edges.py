@@ -15,7 +15,7 @@ from ..forms import LossUnderTest, Measured
 from ..forms.base import kind_case
 from ..results import Property
 
-__all__ = ["EDGES"]
+__all__ = ["EDGES", "first_token"]
 
 _EXTREME: Final = (0.0, -1e-6, -1.0, -1e4)
 _DTYPES: Final = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -138,7 +138,7 @@ def _moved(at: float, by: float) -> Case:
 def _few(under_test: LossUnderTest, case: Case) -> None:
     per = under_test.unit()
     one = tuple(_row(-1.25, -1.0, a) for a in (1.0, -1.0))[:per]
-    short = tuple(_first_token(s) for s in one)
+    short = tuple(first_token(s) for s in one)
     groups = [("one unit", one), ("one unit of single tokens", short)]
     if per == 1:
         groups.append(
@@ -164,7 +164,8 @@ def _few(under_test: LossUnderTest, case: Case) -> None:
             )
 
 
-def _first_token(s: CaseSequence) -> CaseSequence:
+def first_token(s: CaseSequence) -> CaseSequence:
+    """Return a sequence of no more than its first token."""
     columns: dict[str, Any] = {name: getattr(s, name)[:1] for name in COLUMNS}
     return replace(s, **columns)
 

@@ -64,7 +64,8 @@ def _slope(
     """Return the slope of the value at a token, and whether the gradient is it (at a kink: lies between both sides')."""
     behind = ahead = math.nan
     for step, tolerance in ((_STEP, 1e-5), (_COARSE, 3e-3)):
-        if step == _COARSE and not (_single(gradient) or all(_single(x) for x in (behind, ahead))):
+        single = _single(gradient) or all(_single(x) for x in (behind, ahead))
+        if step == _COARSE and not (single or _noisy(under_test, case, place, detached)):
             break
         behind, ahead = (_value(under_test, case, place, step * k, detached) for k in (-1, 1))
         central = (ahead - behind) / (2 * step)
@@ -80,6 +81,17 @@ def _slope(
         if high - low > 1e-2 * steepest and low - slack <= gradient <= high + slack:
             return central, True
     return central, False
+
+
+def _noisy(under_test: LossUnderTest, case: Case, place: tuple[int, int], detached: Detached) -> bool:
+    """Return whether differences over small steps disagree: a part of the value is computed in single precision."""
+
+    def slope(step: float) -> float:
+        behind, ahead = (_value(under_test, case, place, by, detached) for by in (-step, step))
+        return (ahead - behind) / (2 * step)
+
+    slopes = [slope(_STEP * k) for k in (1, 2, 3, 5)]
+    return max(slopes) - min(slopes) > 1e-6 * max(map(abs, slopes))
 
 
 def _value(under_test: LossUnderTest, case: Case, place: tuple[int, int], by: float, detached: Detached) -> float:

@@ -13,11 +13,14 @@ from ...cases import Case
 from ..failures import Failed
 from ..forms import LossUnderTest
 from ..forms.base import ANCHORS, kind_case
+from .edges import first_token
 
 __all__ = ["pulls", "turned_how"]
 
 _DRIFTS: Final = (0.3, 0.6)  # nats; ratios that ordinary clip ranges hold back on one side
 _NEAR: Final = 0.1  # nats; within them
+_CLOSE: Final = 0.05
+_ONCE: Final = 1.5  # the power of a ratio of which an importance is the first
 _FROM_REFERENCE: Final = 0.5
 _GROWN: Final = 1.05
 _LIKELY, _UNLIKELY = -0.25, -3.0  # nats; exp(x) x has slopes of both signs
@@ -40,6 +43,7 @@ def pulls(under_test: LossUnderTest, case: Case) -> None:
     if anchors:
         _clipped_side(under_test, case)
         _upside_down(under_test, case, anchors[0])
+        _twice(under_test, anchors[0])
     if "ref_logprobs" in under_test.fields:
         _reference(under_test, case)
 
@@ -91,6 +95,23 @@ def _upside_down(under_test: LossUnderTest, case: Case, anchor: str) -> None:
             "as where they are as much below, for either sign of the advantage",
             "a ratio is upside-down: what is subtracted is the log-prob of whoever drew the token, exp(logprob - anchor) and "
             "exp(old - rollout)",
+        )
+
+
+def _twice(under_test: LossUnderTest, anchor: str) -> None:
+    """Compare the same of single tokens, for which the ratio of a sequence is the token's own."""
+    whole = kind_case(True).edited("logprobs", lambda i, j, x: x - 1.0)
+    case = replace(whole, sequences=tuple(first_token(s) for s in whole.sequences))
+    factors = []
+    for advantage in (1.0, -1.0):
+        above, below = (float(_off(under_test, case, (anchor,), advantage, by).norm()) for by in (_CLOSE, -_CLOSE))
+        factors.append(math.log(above / below) / (2 * _CLOSE) if above > 0.0 < below else 0.0)
+    if min(factors) > _ONCE:
+        raise Failed(
+            f"a nat between a token's log-prob and {anchor} multiplies its gradient by exp({min(factors):.3g}), for either "
+            "sign of the advantage, where its importance is exp(1)",
+            "the mismatch counts twice: as a ratio to the sampler, and again in a weight",
+            case,
         )
 
 

@@ -15,7 +15,7 @@ from pullback.testing import loss_report
 from pullback.testing.losscheck.failures import Failed
 from pullback.testing.losscheck.forms import loss_under_test
 from pullback.testing.losscheck.forms.base import kind_case
-from pullback.testing.losscheck.properties.pulls import pulls
+from pullback.testing.losscheck.properties.direction import direction
 
 Function = Callable[..., Tensor]
 Formula = Callable[..., Tensor]
@@ -65,6 +65,7 @@ RIGHT: Final[dict[str, Formula]] = {
     "binary TV (DPPO)": lambda x, old, q, ref, a: binary_tv(x, old, a),
     "a soft gate (SAPO)": lambda x, old, q, ref, a: -4 * torch.sigmoid((x - old).exp() - 1) * a,
     "a truncated weight": lambda x, old, q, ref, a: -(old - q).exp().clamp(max=2) * (x - old).exp() * a,
+    "a weight of the sequence": lambda x, old, q, ref, a: -(old - q).sum(1, keepdim=True).exp() * (x - old).exp() * a,
     "no ratio, a weight of old": lambda x, old, q, ref, a: -(old - q).exp().clamp(max=2) * a * x,
     "a quadratic (DRO)": lambda x, old, q, ref, a: 0.025 * (x - q).square() - a * x,
     "the ratio turned for one sign (ASPO)": lambda x, old, q, ref, a: (
@@ -84,6 +85,10 @@ WRONG: Final[dict[str, tuple[Formula, str]]] = {
         "exp(old - rollout)",
     ),
     "upside-down weight of the policy": (lambda x, old, q, ref, a: -(q - x).exp().detach() * a * x, "upside-down"),
+    "counted twice": (
+        lambda x, old, q, ref, a: (old - q).exp().detach() * ppo(torch.min, (x - q).exp(), a),
+        "the mismatch counts twice",
+    ),
     "KL subtracted": (lambda x, old, q, ref, a: -0.1 * k3(x, ref) - a * x, "the sign of the KL"),
     "KL added to the advantages": (
         lambda x, old, q, ref, a: -(a + 0.1 * (x - ref)).detach() * x,
@@ -95,7 +100,7 @@ WRONG: Final[dict[str, tuple[Formula, str]]] = {
 def blamed(loss: Any) -> str:
     """Return what is said of a loss; nothing if all is well."""
     try:
-        pulls(loss_under_test(loss), kind_case(True))
+        direction(loss_under_test(loss), kind_case(True))
     except Failed as failure:
         return f"{failure} {failure.cause}"
     return ""
