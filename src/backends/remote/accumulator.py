@@ -115,6 +115,10 @@ class RemoteAccumulator:
         if getattr(error, "category", "unknown") == "unknown":
             self.unknown = f"a gradient was sent and got no final answer, so the service may hold it or not ({error})"
 
+    def step_failed(self, error: BaseException) -> None:
+        """Note a step that failed: whatever the answer, nobody knows whether the service has kept its gradient."""
+        self.unknown = f"an optimizer step failed, so the service may still hold the gradient that it was of ({error})"
+
     def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
         """Return what is divided here, and what the service is asked for.
 

@@ -19,6 +19,7 @@ from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import RemoteAccumulator, weighted_datums
 from .capabilities import Capabilities, named_config, named_data
 from .connection.dispatch import Dispatch
+from .connection.futures import RemoteFuture
 from .connection.liveness import Liveness
 from .local_loss import LocalLoss
 from .reduction_check import SumAudit
@@ -69,9 +70,12 @@ class RemoteEngine(Engine):
         self._dispatch = Dispatch(timeout, self.accumulator.operation_failed, liveness)
         self._audit = SumAudit()
         self._sampler: Any = None
+        self._last_step: RemoteFuture[Any] | None = None
 
     def begin(self, call: Call) -> None:
         if call.operation not in _RECOVERS:
+            if self._last_step is not None and self._last_step.arrived:
+                self._require_stepped()
             self.accumulator.require_known()
 
     @at_service("forward")
@@ -89,6 +93,7 @@ class RemoteEngine(Engine):
         return self._held_back(call) if self.accumulator.deferred else self._by_weights(call)
 
     def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
+        self._require_stepped()  # what has been added since has waited for it
         self.accumulator.require_known()
         return self.accumulator.divisor(ledger, mode)
 
@@ -96,11 +101,17 @@ class RemoteEngine(Engine):
     def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
         self._send_held_back(divisor.value)
         mode = (divisor.elsewhere or "none") if self._capabilities.normalizes else None
-        request = self._sdk.step(self.trainer, params, mode)
+        try:
+            request = self._sdk.step(self.trainer, params, mode)
+        except Exception as error:
+            self.accumulator.step_failed(error)
+            raise
         self.clear()
         self._sampler = None
         self.weights_version += 1
-        return self._dispatch.sent([request], lambda answers: dict(answers[0].metrics or {}))
+        answer = self._dispatch.sent([request], lambda answers: dict(answers[0].metrics or {}))
+        self._last_step = answer.future("optim_step")
+        return answer
 
     def clear(self) -> None:
         self.accumulator.clear()
@@ -140,7 +151,7 @@ class RemoteEngine(Engine):
     def load(self, path: str, everything: bool) -> Ledger:
         with self._liveness.explaining("load_state", self._timeout):
             self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
-        self._sampler = None
+        self._sampler = self._last_step = None
         self.clear()
         self.accumulator.unknown = None
         return Ledger()
@@ -155,6 +166,16 @@ class RemoteEngine(Engine):
             return
         self._owns = False
         self._liveness.end(lambda: self._sdk.close(self._service, self.trainer), timeout)
+
+    def _require_stepped(self) -> None:
+        """Wait for the last step, and take note if it has failed: what it was to use up may be there still."""
+        step = self._last_step
+        if step is None:
+            return
+        error = step.settle(self._timeout)
+        step.retrieved, self._last_step = True, None  # the user has a future of it
+        if error is not None:
+            self.accumulator.step_failed(error)
 
     def _by_name(self, call: PreparedCall) -> Gradient:
         loss = call.registered
