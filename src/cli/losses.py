@@ -21,13 +21,15 @@ _HEAD: Final = (
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     text = "list the registered losses, with their config keys and inputs"
-    commands.add_parser("losses", help=text, description=f"{text.capitalize()}.").set_defaults(run=_list_losses)
+    losses = commands.add_parser("losses", help=text, description=f"{text.capitalize()}.")
+    losses.add_argument("name", nargs="*", help="names of losses (default: all)")
+    losses.set_defaults(run=_list_losses)
 
 
 def _list_losses(arguments: argparse.Namespace) -> int:
+    chosen = [(name, registry.build(name)) for name in arguments.name or loss_names()]
     print(_HEAD)
-    for name in loss_names():
-        loss = registry.build(name)
+    for name, loss in chosen:
         keys = ", ".join(f"{key}={default!r}" for key, default in config_keys(type(loss)).items())
         print(f"\n{name}: {_about(type(loss))}")
         print(f"  config keys and defaults: {keys or 'none'}")

@@ -15,6 +15,7 @@ import torch
 
 from ..backends.native.distributed.ranks import find_mesh
 from ..errors import ConfigError
+from ..losses import loss_names
 from ..service.distributed.follow import follow
 from ..service.distributed.lead import leading
 from ..service.distributed.member import Member, spread
@@ -111,12 +112,27 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.adopt is not None:
         return _adopt(Path(arguments.checkpoints), arguments.adopt)
     plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
-    saved = arguments.keys.read_text().splitlines() if arguments.keys else []
-    keys = Keys([*map(digest_of, plain), *saved])
+    keys = Keys([*map(digest_of, plain), *_saved_keys(arguments.keys)])
     require_keys(arguments.host, keys)
+    loss_names()  # a package of losses that cannot be loaded is said before anything is served
     with _address(arguments) as sockets:
         _load_and_serve(arguments, keys, sockets)
     return 0
+
+
+def _saved_keys(file: Path | None) -> list[str]:
+    """Return the lines of the file of keys.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return file.read_text().splitlines() if file is not None else []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot read --keys {file}: {reason}; pullback serve --keys {file} --new-key makes a file with one key"
+        ) from error
 
 
 def _address(arguments: argparse.Namespace) -> AbstractContextManager[list[socket.socket]]:

@@ -50,6 +50,7 @@ class TestBroken(LossProperties):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two losses, which is the current one."""
     (tmp_path / "plugin_losses.py").write_text(LOSSES)
+    (tmp_path / "half_there.py").write_text("import nowhere")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "plugin_losses", raising=False)
@@ -81,6 +82,8 @@ def test_json_and_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["grop"], "did you mean 'grpo'"),
         (["plugin_losses:nothing"], "there is no plugin_losses:nothing"),
         (["nowhere:nothing"], "there is no nowhere:nothing"),
+        (["nowhere.deeper:nothing"], "there is no nowhere.deeper:nothing"),
+        (["half_there:loss"], "half_there is there, but cannot be imported: No module named 'nowhere'"),
         (["plugin_losses.py"], "given as package.module:function (here: plugin_losses:function)"),
         (["some/plugin_losses.py:sound"], "names a file: give its module, some.plugin_losses:sound"),
         (["grpo", "--only", "diferences"], "did you mean 'differences'"),

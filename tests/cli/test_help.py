@@ -96,3 +96,10 @@ def test_losses_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in loss_names() if not re.search(rf"^{name}: \w.{{20,}}$", printed, re.M)] == []
     assert "inputs of each datum beside target_tokens: [weights], [group_id]" in printed
     assert "none" not in printed.partition("\ncross_entropy: ")[2].partition("\n\n")[0]
+    assert main(["losses", "dpo", "kto"]) == 0
+    chosen = capsys.readouterr().out
+    assert re.findall(r"^(\w+): ", chosen, re.M) == ["dpo", "kto"]
+    assert main(["losses", "dpoo"]) == 2
+    refused = capsys.readouterr()
+    assert "did you mean 'dpo'?" in refused.err
+    assert refused.out == ""

@@ -45,6 +45,17 @@ def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
         assert MODEL_HELP in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused in words before anything is loaded, and so is a word that is no device; those of torch are taken."""
+    elsewhere = "mps" if torch.cuda.is_available() else "cuda"
+    for device in (elsewhere, "gpu"):
+        with pytest.raises(ConfigError, match=f"--device {device} cannot be used here: .*; here is: "):
+            load_named("smolm2", device=device)
+    assert main(["serve", "--model", "tiny", "--device", elsewhere, "--port", "0"]) == 2
+    assert f"--device {elsewhere} cannot be used here" in capsys.readouterr().err
+    assert load_named("tiny", device="cpu:0").model.device.type == "cpu"
+
+
 def test_plans_take_the_same_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A plan of ``tiny`` is that of its config in a folder; a name of a hub is refused at once."""
     random_llama().config.save_pretrained(tmp_path)

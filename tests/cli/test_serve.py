@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from argparse import Namespace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pullback.cli.arguments.addresses import bound, listen, port_of
 from pullback.cli.arguments.models import load_named
 from pullback.cli.serve import load_base
 from pullback.errors import ConfigError
+from pullback.losses import Registry, registry
+from pullback.losses.registry import ENTRY_POINT_GROUP
 from pullback.service import ServedModels, serving
 from pullback.service.limits import Limits
 from pullback.testing import random_llama
@@ -105,6 +109,27 @@ def test_an_address_that_is_none(
     monkeypatch.setattr(serve, "load_base", fails_to_load)
     assert main(["serve", "--model", "tiny", *address]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of keys that is not there, with what makes one; a package of losses that cannot be loaded."""
+    monkeypatch.setattr(serve, "load_base", fails_to_load)
+    missing = tmp_path / "keys.txt"
+    assert main(["serve", "--model", "tiny", "--keys", str(missing)]) == 2
+    printed = capsys.readouterr()
+    assert (
+        f"cannot read --keys {missing}: No such file or directory; pullback serve --keys {missing} --new-key"
+        in printed.err
+    )
+    broken = EntryPoint("broken", "no_such_module:Loss", ENTRY_POINT_GROUP)
+    monkeypatch.setattr(sys.modules[Registry.__module__], "entry_points", lambda group: [broken])
+    monkeypatch.setattr(registry, "_group", ENTRY_POINT_GROUP)
+    assert main(["serve", "--model", "tiny"]) == 2
+    printed = capsys.readouterr()
+    assert "the entry point 'broken'" in printed.err
+    assert printed.out == ""
 
 
 def test_hosts_of_other_machines() -> None:

@@ -76,6 +76,14 @@ def test_a_service_needs_the_name_of_its_model(capsys: pytest.CaptureFixture[str
     assert "--base-model" in capsys.readouterr().err
 
 
+def test_nobody_at_the_address_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """And not by every check."""
+    assert main(["check", "backend", "--url", "http://127.0.0.1:9", "--base-model", "tiny"]) == 2
+    printed = capsys.readouterr()
+    assert "no service answers at http://127.0.0.1:9" in printed.err
+    assert printed.out == ""
+
+
 class Forgetful(Relay):
     """New models begin anywhere; checkpoints are the service's, not the model's."""
 

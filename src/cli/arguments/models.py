@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+import torch
+
 from ...backends.native.models.load import default_device, load_pretrained, torch_dtype
 from ...errors import ConfigError
 from ...testing.models.llama import random_llama
@@ -58,10 +60,11 @@ def load_named(
         config: changes to the configuration of ``tiny``; the other models have their own.
 
     Raises:
-        ConfigError: the name is none of these.
+        ConfigError: the name is none of these, or there is no such device here.
         MissingExtraError: transformers, or the package that carries SmolLM2, is not installed.
     """
     device = device or default_device()
+    require_device(device)
     if name == "tiny":
         return NamedModel(name, random_llama(dtype=torch_dtype(dtype), **(config or {})).to(device))
     folder = folder_named(name, f"--model must be {MODEL_HELP}")
@@ -69,6 +72,19 @@ def load_named(
         folder, gguf_file=None, lora=None, dtype=dtype, device=device, gradient_checkpointing=False
     )
     return NamedModel(name, wrapped.model, tokenizer, folder)
+
+
+def require_device(device: str) -> None:
+    """Check that tensors can be made on a device.
+
+    Raises:
+        ConfigError: it is no device, or this machine or this build of torch has none.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used here: {said}; here is: {default_device()}") from error
 
 
 def config_named(name: str) -> Any:

@@ -30,6 +30,10 @@ def load_object(reference: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{module} is there, but cannot be imported: {error}") from error
+        raise ConfigError(f"there is no {reference}: {error}") from error
+    except AttributeError as error:
         raise ConfigError(f"there is no {reference}: {error}") from error
     return found

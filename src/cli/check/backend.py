@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 
 from ...backends import FakeBackend, TorchBackend, TrainerBackend, connect
 from ...backends.native import HFModel
+from ...backends.remote.connection.probe import ask_capabilities
 from ...errors import ConfigError, suggestion
 from ...testing import PROMISES, BackendUnderTest, TinyLM
 from ...testing.conformance import Check, backend_report
@@ -127,6 +129,8 @@ def _command(arguments: argparse.Namespace) -> str:
 def _service(arguments: argparse.Namespace) -> BackendUnderTest:
     if arguments.base_model is None:
         raise ConfigError("--url needs --base-model: the name by which the service knows its model")
+    # Where nobody answers, every check would say so.
+    ask_capabilities(arguments.url, arguments.api_key or os.environ.get("TINKER_API_KEY", ""))
     return service_under_test(
         arguments.url,
         arguments.base_model,
