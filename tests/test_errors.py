@@ -119,6 +119,7 @@ DATUM_ROWS = [
     Bad("empty data", named([]), InvalidDatumsError, ["data is empty"]),
     Bad("one datum, no list", named(DATA[0]), InvalidDatumsError, ["got one Datum", "[datum]"]),
     Bad("a string", named("data"), InvalidDatumsError, ["list of Datum", "str"]),
+    Bad("a row", named([{"input_ids": [1]}]), InvalidDatumsError, ["datum 0", "builtins.dict", "from_rows(rows, tokenizer)"]),
     Bad("foreign object", named([DATA[0], object()]), InvalidDatumsError, ["datum 1", "object"]),
     Bad("input token too large", named(tokens(1, 99, 2)), InvalidDatumsError, ["datum 1", "position 1: 99", "0 to 16"]),
     Bad("negative token", named(tokens(1, -5, 2)), InvalidDatumsError, ["datum 1", "position 1: -5"]),
@@ -205,6 +206,7 @@ LOSS_ROWS = [
 
 STEP_ROWS = [
     Bad("mean, then divided", step(AdamParams(), "num_loss_tokens", first=CrossEntropy("token_mean")), DoubleNormalizationError, ["already a mean", "unset"]),
+    Bad("a dict of hyperparameters", step({"lr": 1e-3}), ConfigError, ["AdamParams(learning_rate=...)", "got dict"]),
     Bad("unknown mode", step(AdamParams(), "tokens"), ConfigError, ["'tokens'", "num_loss_tokens"]),
     Bad("no AdamParams", step({"lr": 1}), ConfigError, ["AdamParams", "dict"]),
     Bad("negative rate", make(lambda: AdamParams(learning_rate=-1)), ConfigError, ["learning_rate"]),

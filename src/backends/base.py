@@ -135,7 +135,7 @@ class Backend:
 
         def work() -> Answer[OptimStepOutput]:
             if not isinstance(params, AdamParams):
-                raise ConfigError(f"optim_step needs AdamParams, got {type(params).__name__}")
+                raise ConfigError(f"optim_step needs AdamParams(learning_rate=...), got {type(params).__name__}")
             self._accumulation.require_complete(self._engine.operation_failed)
             return self._step(params, grad_accumulation_normalization)
 

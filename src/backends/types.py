@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..datums.types import TensorData
-from ..errors import ConfigError
+from ..errors import ConfigError, suggestion
 from .sampling_params import SamplingParams
 
 __all__ = [
@@ -27,6 +27,12 @@ __all__ = [
 
 _LARGEST: Final = 1e20  # of an optimizer's parameters: a step of it, bias correction included, is a number in fp32
 _SMALLEST_EPS: Final = float(torch.finfo(torch.float32).tiny)
+_ELSEWHERE: Final = {  # what torch and trainers call fields of AdamParams
+    "lr": "learning_rate=...",
+    "betas": "beta1=..., beta2=...",
+    "epsilon": "eps=...",
+    "max_grad_norm": "grad_clip_norm=...",
+}
 
 
 @final
@@ -43,6 +49,7 @@ class AdamParams:
 
     Raises:
         ConfigError: a field is no number, or out of range: it must be finite and small enough for a step in fp32.
+        TypeError: there is no such field; says what torch's or a trainer's name for one is called here.
     """
 
     learning_rate: float = 1e-4
@@ -51,6 +58,14 @@ class AdamParams:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+
+    def __new__(cls, *_: object, **given: object) -> Self:
+        """Refuse a keyword that is no field, in words."""
+        for name in given:
+            if name not in cls.__annotations__:
+                meant = f": write {_ELSEWHERE[name]}" if name in _ELSEWHERE else suggestion(name, cls.__annotations__)
+                raise TypeError(f"AdamParams has no {name!r}{meant}; it has: {', '.join(cls.__annotations__)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):

@@ -80,6 +80,8 @@ def _not_data(data: Any) -> Iterator[str]:
         for i, datum in enumerate(data):
             if not isinstance(datum, Datum):
                 hint = "; convert it with pullback.datums.from_tinker" if hasattr(datum, "loss_fn_inputs") else ""
+                if isinstance(datum, Mapping):
+                    hint = "; data, report = pullback.datums.from_rows(rows, tokenizer) makes datums of dicts"
                 yield f"datum {i}: expected a pullback Datum, got {type(datum).__module__}.{type(datum).__name__}{hint}"
 
 

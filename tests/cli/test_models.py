@@ -75,7 +75,12 @@ def test_names_of_the_commands_in_python(tmp_path: Path, monkeypatch: pytest.Mon
         assert name in MODEL_HELP
         with pytest.raises(CheckpointError, match=f"'{name}' is a name of the commands; in Python: TorchBackend"):
             TorchBackend.from_pretrained(name)
-    random_llama(vocab_size=50).save_pretrained("tiny")
+    loaded: Any = random_llama(vocab_size=50)
+    with pytest.raises(
+        ConfigError, match=r"got LlamaForCausalLM; .*: TorchBackend\(pullback.backends.HFModel\(model\)\)"
+    ):
+        TorchBackend.from_pretrained(loaded)
+    loaded.save_pretrained("tiny")
     assert TorchBackend.from_pretrained("tiny").vocab_size == 50
 
 

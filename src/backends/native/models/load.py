@@ -53,6 +53,11 @@ def load_pretrained(
 ) -> tuple[HFModel, Any]:
     """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(
+            f"from_pretrained takes a folder or a name, got {type(path).__name__}; a model that is loaded already is wrapped: "
+            "TorchBackend(pullback.backends.HFModel(model))"
+        )
     if str(path) in _OF_COMMANDS and not Path(path).exists():
         raise CheckpointError(
             f"there is no folder {path}: {str(path)!r} is a name of the commands; in Python: {_OF_COMMANDS[str(path)]}"
