@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -132,3 +132,16 @@ def cut(data: list[Datum], calls: int, order: list[int]) -> list[list[Datum]]:
     pairs = [data[2 * p : 2 * p + 2] for p in order]
     size = -(-len(pairs) // calls)
     return [list(itertools.chain(*pairs[i : i + size])) for i in range(0, len(pairs), size)]
+
+
+def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy as a user would write it, a raw sum."""
+    loss = torch.zeros(())
+    for datum, lp in zip(data, logprobs, strict=True):
+        loss = loss - torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch().to(lp.dtype))
+    return loss, {"nll": loss.item()}
+
+
+def unweighted_nll(data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """The sum over all positions, whatever their weights."""
+    return -torch.cat(list(logprobs)).sum(), {}

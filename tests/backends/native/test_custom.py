@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, distance, make_data, tiny_llama
+from helpers import VOCAB, distance, make_data, nll, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,14 +19,6 @@ from pullback.errors import BackendError
 from pullback.testing import TinyLM
 
 DATA = make_data([4, 6, 3, 5])
-
-
-def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy as a user would write it, a raw sum."""
-    loss = torch.zeros(())
-    for datum, lp in zip(data, logprobs, strict=True):
-        loss = loss - torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch().to(lp.dtype))
-    return loss, {"nll": loss.item()}
 
 
 def policy(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:

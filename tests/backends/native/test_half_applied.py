@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import distance, make_data, tiny_backend, tiny_llama, weights_of
+from helpers import distance, make_data, tiny_backend, tiny_llama, unweighted_nll, weights_of
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
@@ -29,10 +29,6 @@ from pullback.testing import TinyLM
 
 DATA = make_data([6, 4, 5, 3])
 PARAMS = AdamParams(learning_rate=1e-2)
-
-
-def nll(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    return -torch.cat(logprobs).sum(), {}
 
 
 def test_a_retained_forward_serves_no_retry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +158,7 @@ def test_a_loss_may_score_but_not_train() -> None:
     def training(data: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         assert backend.forward(DATA).result()
         backend.forward_backward(DATA, "cross_entropy").result()
-        return nll(data, logprobs)
+        return unweighted_nll(data, logprobs)
 
     for verb in ("optim_step", "forward_backward"):
         with pytest.raises(BackendError, match="a loss may score, but not train"):
@@ -171,7 +167,7 @@ def test_a_loss_may_score_but_not_train() -> None:
 
     def discarding(data: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         backend.discard_gradients()
-        return nll(data, logprobs)
+        return unweighted_nll(data, logprobs)
 
     with pytest.raises(BackendError, match="discard_gradients inside another"):
         backend.forward_backward_custom(DATA, discarding).result()
@@ -193,7 +189,7 @@ def test_discarding_and_closing_wait_for_what_runs() -> None:
         inside.set()
         thread.join(0.2)
         assert thread.is_alive()
-        return nll(data, logprobs)
+        return unweighted_nll(data, logprobs)
 
     backend.forward_backward_custom(DATA, slow).result()
     thread.join()

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers import AllocationTracker, accumulate, distance, flop_counter, make_data, tiny_backend, tiny_llama
+from helpers import (
+    AllocationTracker,
+    accumulate,
+    distance,
+    flop_counter,
+    make_data,
+    tiny_backend,
+    tiny_llama,
+    unweighted_nll,
+)
 from torch import Tensor, nn
 
 from pullback.backends import ScoreRequest, TorchBackend
@@ -20,11 +28,6 @@ from pullback.losses import DPO
 from pullback.testing import TinyLM
 
 LENGTHS = [24, 31, 40, 17, 28, 36, 22, 33]
-
-
-def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """A sum over all positions."""
-    return -torch.cat(logprobs).sum(), {}
 
 
 MODELS: dict[str, Any] = {
@@ -42,7 +45,7 @@ def _frozen(model: TinyLM) -> TinyLM:
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("share", [None, 0.6])
-@pytest.mark.parametrize("loss", ["cross_entropy", "dpo", nll], ids=["cross_entropy", "dpo", "function"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "dpo", unweighted_nll], ids=["cross_entropy", "dpo", "function"])
 def test_plan_holds(model: Any, share: float | None, loss: Any) -> None:
     """FLOPs are predicted to 15 %, bytes (of graphs, and all) and tokens that run twice to 20 % (one call to calibrate)."""
     data = make_data(LENGTHS)
@@ -108,7 +111,7 @@ def test_out_of_memory_means_smaller_forwards(custom: bool) -> None:
     for backend in (expected, small):
         backend.forward_backward(data[:2], "ppo" if custom else "dpo").result()
         if custom:
-            backend.forward_backward_custom(data, nll).result()
+            backend.forward_backward_custom(data, unweighted_nll).result()
         else:
             backend.forward_backward(data, "dpo").result()
     found = {name.removeprefix("inner."): g for name, g in small.gradients().items()}
@@ -128,7 +131,7 @@ def test_graphs_are_given_up_by_halves() -> None:
     """Where the graphs were too many, some of them stay: not every forward runs twice from then on."""
     data = make_data([8] * 8)
     expected, backend = TorchBackend(TinyLM(), token_budget=8), TorchBackend(TinyLM(), token_budget=8)
-    whole = expected.forward_backward_custom(data, nll).result().metrics
+    whole = expected.forward_backward_custom(data, unweighted_nll).result().metrics
     memory = backend._native.memory
     settings, limit = memory.settings, 0.6 * whole["graph_bytes:max"]
 
@@ -141,7 +144,7 @@ def test_graphs_are_given_up_by_halves() -> None:
         patch.setattr(
             type(memory), "settings", lambda self, layout: scarce(layout) if layout != "single" else settings(layout)
         )
-        found = backend.forward_backward_custom(data, nll).result().metrics
+        found = backend.forward_backward_custom(data, unweighted_nll).result().metrics
     assert distance(backend.gradients(), expected.gradients()) < 1e-12
     assert found["recomputed_tokens:sum"] == 32
     with pytest.raises(RuntimeError, match="something else"):
@@ -188,11 +191,11 @@ def test_a_model_that_changes_its_mind_is_noticed() -> None:
     """Recomputing the base model's forward is refused where it does not give the same hidden states (dropout switched on)."""
     model = _Dropout()
     backend = TorchBackend(model, token_budget=40, activation_budget=0)
-    backend.forward_backward_custom(make_data(LENGTHS), nll).result()
+    backend.forward_backward_custom(make_data(LENGTHS), unweighted_nll).result()
     before = backend.gradients()
     model.noisy = True
     with pytest.raises(BackendError, match="second time"):
-        backend.forward_backward_custom(make_data(LENGTHS), nll).result()
+        backend.forward_backward_custom(make_data(LENGTHS), unweighted_nll).result()
     assert distance(backend.gradients(), before) == 0.0
 
 
@@ -205,7 +208,7 @@ def test_a_long_datum_never_holds_all_logits(tokens: int) -> None:
         data = make_data([length], vocab_size=5000)
         with AllocationTracker() as tracker:
             backend.forward_backward(data, "cross_entropy").result()
-            backend.forward_backward_custom(data, nll).result()
+            backend.forward_backward_custom(data, unweighted_nll).result()
         assert tracker.largest < 0.5 * length * 5000 * 4
         peaks.append(tracker.peak)
     assert peaks[1] < 2.2 * peaks[0]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import flop_counter
+from helpers import flop_counter, unweighted_nll
 from servers import SDK_WARNINGS, Counting
-from torch import Tensor
 
 from pullback.backends import AdamParams, SamplingParams, TorchBackend, with_reference
 from pullback.backends.native.models.gguf import convert_gguf
@@ -68,11 +66,6 @@ def test_half_precision_head_on_real_hidden_states() -> None:
         assert ours.largest <= 1.05 * plain.largest
 
 
-def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy as a user would write it."""
-    return -torch.cat(logprobs).sum(), {}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("lora", "whole", "half"), [(8, 1.0, 1.2), (None, 1.11, None)], ids=["LoRA", "full"])
 def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: float | None) -> None:
@@ -86,7 +79,7 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
     def flops(custom: bool) -> tuple[int, float]:
         with flop_counter() as counter:
             future = (
-                backend.forward_backward_custom(data, nll)
+                backend.forward_backward_custom(data, unweighted_nll)
                 if custom
                 else backend.forward_backward(data, "cross_entropy")
             )
@@ -95,7 +88,7 @@ def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: 
         return counter.get_total_flops(), held
 
     built_in, _ = flops(custom=False)
-    planned = backend.plan(nll, data)
+    planned = backend.plan(unweighted_nll, data)
     own, held = flops(custom=True)
     assert planned.graph_bytes == pytest.approx(held, rel=0.2)
     assert own == built_in if whole == 1.0 else built_in < own <= whole * built_in
@@ -126,6 +119,6 @@ def test_custom_at_the_service_costs_what_built_in_costs(
         with Counting() as built_in:
             trainer.forward_backward(data, "cross_entropy").result()
         with Counting() as custom:
-            metrics = trainer.forward_backward_custom(data, nll).result().metrics
+            metrics = trainer.forward_backward_custom(data, unweighted_nll).result().metrics
     assert metrics["reused_tokens:sum"] == 96
     assert custom.total == built_in.total if most == 1.0 else built_in.total < custom.total <= most * built_in.total

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import distance, make_data, tiny_backend, weights_of
+from helpers import distance, make_data, nll, tiny_backend, weights_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,14 +27,6 @@ from pullback.losses import DPO, GRPO, KL, ORPO, CrossEntropy, preset
 from pullback.testing import TinyLM, example_datums
 
 DATA = make_data([4, 6, 3, 5])
-
-
-def nll(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy as a user would write it, a raw sum."""
-    loss = torch.zeros(())
-    for datum, lp in zip(data, logprobs, strict=True):
-        loss = loss - torch.dot(lp, datum.loss_fn_inputs["weights"].to_torch().to(lp.dtype))
-    return loss, {"nll": loss.item()}
 
 
 @given(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, final
 
 import pytest
 import torch
-from helpers import make_data, tiny_llama
+from helpers import make_data, tiny_llama, unweighted_nll
 from torch import Tensor
 
 from pullback.backends import AdamParams, TorchBackend
@@ -57,10 +57,6 @@ def test_without_the_lock_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OperationLock, "operation", lambda *_: contextlib.nullcontext())
     backend = TorchBackend(tiny_llama(torch.float32, lora=4))
     assert any(worst(backend) > 1e-2 for _ in range(5))
-
-
-def nll(data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    return -torch.cat(list(logprobs)).sum(), {}
 
 
 @final
@@ -121,7 +117,7 @@ def test_a_loss_may_score_in_another_thread(registered: bool) -> None:
 
     def function(data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         score()
-        return nll(data, logprobs)
+        return unweighted_nll(data, logprobs)
 
     def work() -> Any:
         if registered:
@@ -138,7 +134,7 @@ def test_a_loss_may_score_in_another_thread(registered: bool) -> None:
     if registered:
         backend.forward_backward(DATA, "cross_entropy").result()
     else:
-        backend.forward_backward_custom(DATA, nll).result()
+        backend.forward_backward_custom(DATA, unweighted_nll).result()
     assert all(torch.allclose(g, gradients[name], atol=1e-6) for name, g in backend.gradients().items())
 
 
@@ -155,7 +151,7 @@ def test_a_loss_may_not_train_in_another_thread() -> None:
 
         def function(data: Sequence[Any], logprobs: Sequence[Tensor], verb: Any = verb) -> Any:
             elsewhere(verb)
-            return nll(data, logprobs)
+            return unweighted_nll(data, logprobs)
 
         with pytest.raises(BackendError, match="a loss may score, but not train"):
             within(60, partial(backend.forward_backward_custom, DATA, function)).result()
@@ -173,7 +169,7 @@ def test_a_loss_that_is_not_marked_waits_for_ever(monkeypatch: pytest.MonkeyPatc
         thread.start()
         thread.join(0.5)
         given_up.append(thread.is_alive())
-        return nll(data, logprobs)
+        return unweighted_nll(data, logprobs)
 
     within(60, lambda: backend.forward_backward_custom(DATA, function).result())
     assert given_up == [True]

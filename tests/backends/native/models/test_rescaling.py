@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import unweighted_nll
 
 pytest.importorskip("transformers", reason="the architectures are transformers' (extra hf)")
 
@@ -27,10 +28,6 @@ def rwkv() -> Any:
     return zoo.build("rwkv", num_hidden_layers=5, rescale_every=2)
 
 
-def nll(_: Any, logprobs: Any) -> tuple[Tensor, dict[str, float]]:
-    return -torch.cat(list(logprobs)).sum(), {}
-
-
 def own(model: Any, data: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Log-probs of a model in training mode, where nothing is divided, and the gradient of their sum, by autograd."""
     model.train().zero_grad()
@@ -38,7 +35,7 @@ def own(model: Any, data: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     for datum in data:
         logits = model(input_ids=datum.model_input.tokens[None], use_cache=False).logits[0].log_softmax(-1)
         found.append(logits.gather(-1, datum.loss_fn_inputs["target_tokens"].to_torch()[:, None])[:, 0])
-    nll(data, found)[0].backward()
+    unweighted_nll(data, found)[0].backward()
     return [x.detach() for x in found], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -68,7 +65,7 @@ def test_logprobs_and_gradients(prompt: int, has_run: bool) -> None:
     for layout in backend.layouts():
         with using_layout(backend, layout):
             found = [o["logprobs"].to_torch() for o in backend.forward(data).result().loss_fn_outputs]
-            backend.forward_backward_custom(data, nll).result()
+            backend.forward_backward_custom(data, unweighted_nll).result()
         gradients = {n.removeprefix("model."): g for n, g in backend.gradients().items()}
         backend.discard_gradients()
         assert max(float((x - y).abs().max()) for x, y in zip(found, expected, strict=True)) < 1e-5
@@ -94,7 +91,7 @@ def test_without_the_mend_the_weights_change(monkeypatch: pytest.MonkeyPatch) ->
     model, data = rwkv(), sharing_prompt(6, (5, 3))
     backend = TorchBackend(HFModel(model))
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), rwkv().parameters(), strict=True))
-    backend.forward_backward_custom(data, nll).result()
+    backend.forward_backward_custom(data, unweighted_nll).result()
     gradients = {n.removeprefix("model."): g for n, g in backend.gradients().items()}
     assert gap(gradients, own(rwkv(), data)[1]) > 1e-4
 
