@@ -15,13 +15,10 @@ from typing import Any
 import pytest
 import tinker
 import torch
-from helpers import make_data
 from safetensors.torch import load_file
 from served.processes import ServerProcess
-from servers import KEY, SDK_WARNINGS
+from servers import KEY, SDK_WARNINGS, sdk_data
 from tiers import SOAK
-
-from pullback.datums import to_tinker
 
 pytestmark = SDK_WARNINGS
 MODELS = 8
@@ -30,12 +27,6 @@ EACH = 63 if SOAK else 3
 GROWTH = 32 * 1024 * 1024  # bytes that the server may grow by after a quarter of the work
 PARAMS = tinker.AdamParams(learning_rate=1e-2)
 Act = tuple[str, int]
-
-
-def data(seed: int) -> list[tinker.Datum]:
-    kept = ("target_tokens", "weights", "logprobs", "advantages")
-    found = make_data([6, 5, 7, 4], seed)
-    return to_tinker([type(d)(d.model_input, {key: d.loss_fn_inputs[key] for key in kept}) for d in found])
 
 
 class Model:
@@ -64,7 +55,7 @@ class Model:
         if verb == "step":
             return self.client.optim_step(PARAMS)
         send = self.client.forward if verb == "look" else self.client.forward_backward
-        return send(data(seed), "ppo")
+        return send(sdk_data(seed), "ppo")
 
     def end(self, folder: Path) -> dict[str, torch.Tensor]:
         """Save and read what was saved."""

@@ -13,7 +13,7 @@ import torch
 from helpers import VOCAB, flop_counter, make_data, tiny_llama, weights_of
 
 from pullback.backends import TorchBackend
-from pullback.datums import Datum
+from pullback.datums import Datum, to_tinker
 from pullback.service import Base, ServedModels
 from pullback.service.durability.journal import Journal
 from pullback.service.limits import Limits
@@ -91,6 +91,13 @@ def new_model(http: httpx.Client, **lora: Any) -> tuple[str, Any]:
     session = http.post("create_session", json={}).json()["session_id"]
     body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2, **lora}}
     return session, finished(http, http.post("create_model", json=body).json()["request_id"])
+
+
+def sdk_data(seed: int) -> list[Any]:
+    """Return four datums of the SDK with what PPO reads."""
+    kept = ("target_tokens", "weights", "logprobs", "advantages")
+    found = make_data([6, 5, 7, 4], seed)
+    return to_tinker([type(d)(d.model_input, {key: d.loss_fn_inputs[key] for key in kept}) for d in found])
 
 
 def json_datum(tokens: list[int]) -> dict[str, Any]:

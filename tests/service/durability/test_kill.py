@@ -17,13 +17,12 @@ import pytest
 import tinker
 import torch
 from clients.hurried import hurry
-from helpers import make_data, tiny_llama
+from helpers import tiny_llama
 from safetensors.torch import load_file
 from served.processes import CommandProcess, ServerProcess
-from servers import KEY, SDK_WARNINGS, rest
+from servers import KEY, SDK_WARNINGS, rest, sdk_data
 from tiers import SOAK
 
-from pullback.datums import to_tinker
 from pullback.testing.network.faults import Exchange, FaultyProxy, misbehaving
 
 pytestmark = SDK_WARNINGS
@@ -35,12 +34,6 @@ LAST = re.compile(r"restarted, and what \S+ had in memory is gone; the last dura
 UP_TO = re.compile(r"all up to seq_id (\d+)")
 NONE = "there is no durable checkpoint"
 AGAIN = "nothing else is lost: ask again"
-
-
-def data(step: int) -> list[tinker.Datum]:
-    kept = ("target_tokens", "weights", "logprobs", "advantages")
-    found = make_data([6, 5, 7, 4], step)
-    return to_tinker([type(d)(d.model_input, {key: d.loss_fn_inputs[key] for key in kept}) for d in found])
 
 
 class Training:
@@ -77,7 +70,7 @@ class Training:
             client = service.create_training_client_from_state_with_optimizer(self.path).result()
         number = 0
         for step in range(self.done, STEPS):
-            sent: list[Any] = [client.forward_backward(data(step), "ppo"), client.optim_step(PARAMS)]
+            sent: list[Any] = [client.forward_backward(sdk_data(step), "ppo"), client.optim_step(PARAMS)]
             number += 2
             if (step + 1) % SAVE_EVERY == 0:
                 name = "last" if self.names == "one" else f"step-{step + 1}"
