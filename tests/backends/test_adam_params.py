@@ -39,7 +39,7 @@ def test_every_setting_of_torch_that_a_step_has_is_known_by_its_name() -> None:
         assert name in torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults
         if name not in FIELDS:
             with pytest.raises(TypeError, match=rf"no '{name}': write (learning_rate|beta1)="):
-                AdamParams(**{name: 0.5})  # type: ignore[arg-type]
+                AdamParams(**{name: 0.5})
 
 
 @given(st.lists(st.sampled_from(FIELDS), unique=True))

@@ -19,7 +19,7 @@ from ..types import AdamParams, Plan, Rollout, SamplingParams
 from .accumulator import RemoteAccumulator, weighted_datums
 from .capabilities import Capabilities, named_config, named_data
 from .connection.dispatch import Dispatch
-from .connection.futures import RemoteFuture
+from .connection.futures import RemoteFuture, Sent
 from .connection.liveness import Liveness
 from .local_loss import LocalLoss
 from .reduction_check import SumAudit
@@ -109,7 +109,9 @@ class RemoteEngine(Engine):
         self.clear()
         self._sampler = None
         self.weights_version += 1
-        answer = self._dispatch.sent([request], lambda answers: dict(answers[0].metrics or {}))
+        answer: Sent[Mapping[str, float]] = self._dispatch.sent(
+            [request], lambda answers: dict(answers[0].metrics or {})
+        )
         self._last_step = answer.future("optim_step")
         return answer
 
