@@ -21,6 +21,11 @@ def sound(logprobs, mask):
 
 def broken(logprobs, mask):
     return -(logprobs * mask).sum() / mask.sum().clamp(min=1)
+
+def scaled(logprobs, advantages, mask, beta, mode):
+    assert advantages.dim() == 1 and mode == "mean"
+    gain = torch.where(mask, logprobs, 0.0).sum(1) * advantages
+    return -beta * gain.sum() / mask.any(1).sum().clamp(min=1)
 """
 TESTS = """
 import sys
@@ -93,6 +98,22 @@ def test_mistakes(arguments: list[str], words: str, folder: Path, capsys: pytest
     """What is not there has status 2, and says so."""
     assert main(["check", "loss", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("beta", "status"), [("0.5", 0), ("-0.5", 1)])
+def test_arguments_of_its_own(beta: str, status: int, folder: Path) -> None:
+    """Numbers and words for what a function takes besides, and inputs of one number per sequence, as check_loss has them."""
+    given = ["--argument", f"beta={beta}", "--argument", "mode=mean", "--per-sequence", "advantages"]
+    assert main(["check", "loss", "plugin_losses:scaled", *given, "--only", "direction", "--fast"]) == status
+
+
+def test_what_an_argument_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing one is told with the option that gives it; what is no name and value is refused."""
+    assert main(["check", "loss", "plugin_losses:scaled", "--argument", "mode=mean", "--fast"]) == 2
+    assert "--argument beta=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["check", "loss", "plugin_losses:scaled", "--argument", "beta"])
+    assert "'beta' is not NAME=VALUE, e.g. beta=0.1" in capsys.readouterr().err
 
 
 def run_pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 from typing import Any, get_args
 
@@ -35,6 +36,20 @@ def add_parser(commands: Any) -> None:
         "(default: what the loss declares)",
     )
     loss.add_argument(
+        "--argument",
+        action="append",
+        default=[],
+        type=_argument,
+        metavar="NAME=VALUE",
+        help="value of an argument that is the function's own, e.g. beta=0.1; may be given several times",
+    )
+    loss.add_argument(
+        "--per-sequence",
+        action="append",
+        metavar="NAME",
+        help="name of an input of which there is one number per sequence, e.g. advantages; may be given several times",
+    )
+    loss.add_argument(
         "--detached",
         action="append",
         default=[],
@@ -64,12 +79,25 @@ def _run(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         kind=arguments.kind,
         detached=arguments.detached,
+        arguments=dict(arguments.argument) or None,
+        per_sequence=arguments.per_sequence,
         invariant=arguments.invariant,
         only=arguments.only,
         examples=_FAST if arguments.fast else arguments.examples,
     )
     print(json.dumps(report.as_json(), indent=1) if arguments.json else report)
     return int(bool(report.failed))
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Return the name and the value of ``name=value``, which is Python, or else a word."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. beta=0.1")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def load(place: str) -> Any:

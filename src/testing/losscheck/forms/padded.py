@@ -207,8 +207,8 @@ def _unknown_argument(function: str, name: str) -> ConfigError:
         else ""
     )
     return ConfigError(
-        f"{function} takes {name!r}, which stands for nothing known ({known}); give it a default, or call "
-        f"check_loss(..., arguments={{{name!r}: value}}){sides}"
+        f"{function} takes {name!r}, which stands for nothing known ({known}); give it a default, "
+        f"check_loss(..., arguments={{{name!r}: value}}), or --argument {name}=value on the command line{sides}"
     )
 
 
