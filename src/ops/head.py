@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
@@ -127,7 +128,9 @@ def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
     if not hasattr(output, "get_delta_weight"):
         return output.weight, output.bias
     base = output.get_base_layer()
-    weight: Tensor = base.weight
+    # A sum in bfloat16 would be the weight itself until an adapter has changed it by one part in 512. Switched off, it is the
+    # reference, whose products are made as the policy's.
+    weight: Tensor = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))
     for name in active:
         if any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
             weight = weight + output.get_delta_weight(name).to(weight.dtype)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
 
@@ -47,6 +49,28 @@ def adapted(config: Any, tied: bool = False) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return peft.get_peft_model(zoo.build("llama", tie_word_embeddings=tied), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@settings(max_examples=6)
+@given(std=st.sampled_from([0.0, 1e-4, 1e-3, 1e-2, 1e-1]))
+@torch.no_grad()
+def test_a_small_change_of_a_half_precision_head(dtype: torch.dtype, std: float) -> None:
+    """However little an adapter has learned, all of it is in the log-probs; where that is nothing they are the reference's."""
+    model = adapted(peft.LoraConfig(r=4, lora_alpha=4, **HEAD)).to(dtype)
+    head = model.get_base_model().get_output_embeddings()
+    a, b = (part["default"].float().weight for part in (head.lora_A, head.lora_B))
+    b.copy_(std * torch.randn(b.shape, generator=torch.Generator().manual_seed(0)))
+    hf_model, whole = HFModel(model), head.base_layer.weight.double() + b.double() @ a.double()
+    backend = TorchBackend(hf_model, layout="single")
+    outputs = [each.forward(DATA).result().loss_fn_outputs for each in (backend, backend.reference())]
+    found, reference = ([output["logprobs"] for output in each] for each in outputs)
+    for datum, logprobs in zip(DATA, found, strict=True):
+        tokens, targets = datum.model_input.tokens, datum.loss_fn_inputs["target_tokens"].to_torch()
+        hidden = hf_model.hidden_states(tokens[None], torch.arange(len(tokens))[None])[0].double()
+        wanted = (hidden @ whole.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        torch.testing.assert_close(logprobs.to_torch().double(), wanted, atol=1e-5, rtol=1e-5)
+    assert (found == reference) == (std == 0.0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of tied weights
