@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import NonFiniteError
+from ...errors import BackendError, NonFiniteError
 
 __all__ = ["Accumulator", "all_finite"]
 
@@ -36,6 +36,21 @@ class Accumulator:
     """
 
     parameters: Mapping[str, nn.Parameter]
+    _own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def require_own(self) -> None:
+        """Check that the gradients are those that were added here.
+
+        Raises:
+            BackendError: another has taken some away, or has put others in their place.
+        """
+        for name, p in self.parameters.items():
+            if p.grad is not self._own.get(name):
+                raise BackendError(
+                    f"the gradient of {name} is not the one that has accumulated here: another backend on this model, or "
+                    "zero_grad() or backward() outside of this backend, has changed it; call discard_gradients() and make "
+                    "the calls since the last step again"
+                )
 
     @contextmanager
     def adding(self, divide_by: Callable[[], float] = lambda: 1.0) -> Iterator[None]:
@@ -56,6 +71,7 @@ class Accumulator:
                 old = before[name]
                 if old is not None:
                     p.grad = old if p.grad is None else p.grad.add_(old)
+            self._own = self.gradients
         except BaseException:
             for name, p in self.parameters.items():
                 p.grad = before[name]
@@ -85,9 +101,11 @@ class Accumulator:
         """Forget everything."""
         for p in self.parameters.values():
             p.grad = None
+        self._own = {}
 
     def restore(self, gradients: Mapping[str, Tensor]) -> None:
         """Take over saved gradients."""
         self.clear()
         for name, gradient in gradients.items():
             self.parameters[name].grad = gradient.to(self.parameters[name].device)
+        self._own = self.gradients

@@ -112,6 +112,8 @@ class NativeEngine(Engine):
         return self._score(self.model, call)
 
     def accumulate(self, call: PreparedCall) -> Gradient:
+        self.accumulator.require_own()
+
         def attempt() -> Gradient:
             scale = GradientScale(self.parameters.values(), self._in_fp16)
             with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
@@ -155,6 +157,7 @@ class NativeEngine(Engine):
             retained: which of its datums each of a forward's is.
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
+        self.accumulator.require_own()
         rest = self.not_retained(call, retained)
         scale = GradientScale(self.parameters.values(), self._in_fp16 or any(r.fp16 for r in retained))
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
@@ -181,6 +184,7 @@ class NativeEngine(Engine):
         return [i for i in range(len(call.data)) if i not in set(places)]
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
+        self.accumulator.require_own()
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
         return self.step_unchecked(params, divisor)
 
