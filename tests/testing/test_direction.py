@@ -14,7 +14,7 @@ from pullback.losses import DRO, GRPO, GSPO, KL, Correction
 from pullback.testing import loss_report
 from pullback.testing.losscheck.failures import Failed
 from pullback.testing.losscheck.forms import loss_under_test
-from pullback.testing.losscheck.forms.base import kind_case
+from pullback.testing.losscheck.forms.measured import kind_case
 from pullback.testing.losscheck.properties.direction import direction
 
 Function = Callable[..., Tensor]

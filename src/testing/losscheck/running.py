@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case
 from .failures import Failed
 from .forms import LossUnderTest
-from .forms.base import kind_case, leaves_of, require_connected
+from .forms.measured import kind_case, leaves_of, require_connected
 from .results import RUNS, Result
 from .search import drawn
 

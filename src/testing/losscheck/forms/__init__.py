@@ -17,9 +17,10 @@ from ....losses.checks import choice
 from ....losses.registry import get_loss
 from ..invariance import INVARIANCES
 from ..rerun import Rerun
-from .base import Expected, LossUnderTest, Measured, kind_case, leaves_of
+from .base import Expected, LossUnderTest
 from .datums import DatumsUnderTest
 from .logits import LogitsUnderTest, takes_logits
+from .measured import Measured, kind_case, leaves_of
 from .names import FIELD_OF, role_of
 from .padded import PaddedUnderTest, roles_of
 from .registered import FIELDS, RegisteredUnderTest

@@ -13,37 +13,16 @@ from torch import Tensor
 
 from ....losses.base import GradientKind
 from ....losses.kind import dependence
-from ...cases import Case, CaseSequence
-from ..failures import Failed
+from ...cases import Case
 from ..invariance import invariances_of
 from ..rerun import Rerun
+from .measured import Measured, kind_case, leaves_of, require_connected
 from .returned import loss_and_metrics
 
-__all__ = ["ANCHORS", "Expected", "LossUnderTest", "Measured", "kind_case", "leaves_of", "require_connected"]
+__all__ = ["ANCHORS", "Expected", "LossUnderTest"]
 
 ANCHORS: Final = ("rollout_logprobs", "old_logprobs")
 Expected = Callable[[Case], Sequence[Sequence[float]]]
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """A loss on one case.
-
-    Attributes:
-        value: the loss.
-        rows: dL/dlogprob, one float64 tensor per sequence.
-        loose: sequences whose log-probs the loss is not connected to.
-    """
-
-    value: float
-    rows: tuple[Tensor, ...]
-    loose: tuple[int, ...]
-
-    @property
-    def flat(self) -> Tensor:
-        """The gradient of all tokens, end to end."""
-        return torch.cat(self.rows)
 
 
 @dataclass(frozen=True)
@@ -269,46 +248,6 @@ class LossUnderTest(abc.ABC):
         return dependence(gradient, rows, point, (1e-4,) if on_policy else (0.05, -0.7))
 
 
-def require_connected(loss: Tensor) -> None:
-    """Check that a loss can be differentiated.
-
-    Raises:
-        Failed: it has no gradient.
-    """
-    if not loss.requires_grad:
-        raise Failed(
-            "the loss is not connected to the log-probs",
-            "all of it is detached, or was computed from plain numbers (.item(), .tolist(), no_grad)",
-        )
-
-
-def leaves_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Return the log-probs of a case, one leaf per sequence."""
-    return [torch.tensor(list(s.logprobs), dtype=dtype).requires_grad_() for s in case.sequences]
-
-
 def _uneven(i: int, j: int) -> float:
     """Return a move, in nats, that cancels in no sum or mean over a sequence, and in no difference of two of them."""
     return 0.0371 * (1 + i + 2 * j + 0.37 * i * i)
-
-
-def kind_case(on_policy: bool) -> Case:
-    """Return fixed random numbers: two pairs; on policy, or 0.1 nats from it."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(length: int, low: float, high: float) -> list[float]:
-        values: list[float] = (
-            low + (high - low) * torch.rand(length, generator=generator, dtype=torch.float64)
-        ).tolist()
-        return values
-
-    sequences = []
-    for i, length in enumerate((2, 1, 3, 2)):
-        at = draw(length, -3.0, -1.0)
-        near = [
-            [x + 0.0 * d if on_policy else x + d for x, d in zip(at, draw(length, -0.1, 0.1), strict=True)]
-            for _ in "ab"
-        ]
-        ref = [x + d for x, d in zip(at, draw(length, -0.5, 0.5), strict=True)]
-        sequences.append(CaseSequence(at, [1.0] * length, draw(length, 0.5, 2.0), near[0], near[1], ref, i // 2))
-    return Case(tuple(sequences), with_old=True)

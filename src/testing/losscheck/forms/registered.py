@@ -18,7 +18,8 @@ from ....losses.evaluation.output import LossOutput
 from ....losses.kind import measured_kind
 from ...cases import Case
 from ..failures import Failed
-from .base import LossUnderTest, leaves_of
+from .base import LossUnderTest
+from .measured import leaves_of
 
 __all__ = ["FIELDS", "RegisteredUnderTest", "padded_column"]
 

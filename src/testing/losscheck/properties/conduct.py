@@ -13,7 +13,7 @@ from torch import Tensor
 from ...cases import Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
-from ..forms.base import kind_case, leaves_of
+from ..forms.measured import kind_case, leaves_of
 from ..results import Property
 
 __all__ = ["CONDUCT"]

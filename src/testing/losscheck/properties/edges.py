@@ -12,7 +12,7 @@ from ....errors import PullbackError
 from ...cases import COLUMNS, Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
-from ..forms.base import kind_case
+from ..forms.measured import kind_case
 from ..results import Property
 
 __all__ = ["EDGES", "first_token"]

@@ -14,7 +14,7 @@ from ...cases import Case
 from ..detached import Detached, DetachedPartsVary
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest
-from ..forms.base import kind_case, leaves_of
+from ..forms.measured import kind_case, leaves_of
 from ..results import Property
 from .direction import direction
 

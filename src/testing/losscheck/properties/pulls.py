@@ -12,7 +12,8 @@ from torch import Tensor
 from ...cases import Case
 from ..failures import Failed
 from ..forms import LossUnderTest
-from ..forms.base import ANCHORS, kind_case
+from ..forms.base import ANCHORS
+from ..forms.measured import kind_case
 from .edges import first_token
 
 __all__ = ["pulls", "turned_how"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...cases import Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
-from ..forms.base import kind_case
+from ..forms.measured import kind_case
 from ..invariance import centred
 from ..results import Property
 
