@@ -34,6 +34,7 @@ def totals(loss: Evaluable, batches: Iterable[TokenBatch]) -> dict[str, float]:
     groups: set[int] = set()
     counts: list[dict[str, float]] = []
     for batch in batches:
+        batch.refresh()
         means, filled = _means(loss, batch)
         if any(term.aggregation.by_group for term in means):
             groups |= _new_groups(loss, batch, groups)

@@ -14,7 +14,7 @@ from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problem
 from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
-from .selection import as_weight, finite, select, wide
+from .selection import as_weight, finite, select, transformed, wide
 from .sums import row_sum, weighted_sum
 from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
@@ -66,6 +66,7 @@ class TokenBatch:
         given, shape = {name: getattr(self, name) for name in INPUTS}, tuple(self.logprobs.shape)
         check_inputs(given, shape, self.num_sequences, self.layout.candidates)
         raise_readable(label_problems(self.weights))
+        self.refresh()
 
     @classmethod
     @renamed_keyword("behaviour_logprobs", "rollout_logprobs")
@@ -264,6 +265,7 @@ class TokenBatch:
             LengthError: the shape is another one.
         """
         check_shape("logprobs", logprobs, tuple(self.logprobs.shape), "that of the log-probs in their place")
+        self.refresh()
         known = self._known if wide(logprobs).dtype == wide(self.logprobs).dtype else {}
         return self._with(logprobs=logprobs, _known=known, _computed={})
 
@@ -290,6 +292,16 @@ class TokenBatch:
         paired = self._known["pairs"][1] if "pairs" in self._known else None
         found = [*label_problems(self.weights), self.layout.problem(), paired]
         return [problem for problem in found if problem is not None]
+
+    def refresh(self) -> None:
+        """Forget what was computed of inputs into whose memory something else has been written since."""
+        if transformed():
+            return
+        inputs = (getattr(self, name) for name in INPUTS)
+        versions = tuple(0 if x.is_inference() else x._version for x in inputs if x is not None)
+        if self._known.setdefault("versions", versions) != versions:
+            self._known.clear()
+            self._known["versions"] = versions
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from example_losses.loss_inputs import VARIANTS, ids, make
+from example_losses.loss_inputs import DEFAULTS, VARIANTS, ids, make
 
 from pullback.errors import LengthError
 from pullback.losses import (
@@ -148,6 +148,31 @@ def test_candidates_share_their_tokens_coefficient() -> None:
     (gradient,) = torch.autograd.grad(CrossEntropy("sequence_mean_token_mean").evaluate(batch).loss, leaf)
     per_token = torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64)  # trained tokens of the token's sequence
     assert torch.allclose(gradient, -weights / per_token[:, None] / 2, rtol=1e-12, atol=0)
+
+
+WRITTEN = [
+    (loss, name) for loss in [*DEFAULTS, *WEIGHED[-6:]] for name in make(loss, old=True).tensors if name != "logprobs"
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), WRITTEN, ids=[f"{i}-{x.name}-{n}" for i, (x, n) in enumerate(WRITTEN)])
+def test_new_inputs_in_the_same_memory(loss: Loss, name: str) -> None:
+    """A batch whose inputs were written over is what a new one of the same numbers is: no count of the old ones is kept."""
+    inputs = make(loss, padded=True, old=True, pair_ids=True)
+    if "advantages" in inputs.tensors:
+        inputs = inputs.replaced(advantages=torch.full_like(inputs.tensors["advantages"], 0.5))
+    batch = inputs.batch()
+    loss.evaluate(batch)
+    loss.counts([batch])
+    written = inputs.tensors[name]
+    written.copy_({"weights": 3 * written, "role": 1 - written, "label": 1 - written}.get(name, written * 0.75 - 0.01))
+    if name in ("group_id", "reference_point", "pair_id"):
+        written.copy_(torch.arange(4).flip(0) // 2)
+    if name == "weights":
+        written[:, 1:3] = 1.0
+    new = inputs.batch()
+    assert loss.counts([batch]) == loss.counts([new])
+    assert loss.evaluate(batch).loss.item() == loss.evaluate(new).loss.item()
 
 
 def test_new_numbers_in_the_same_memory() -> None:
