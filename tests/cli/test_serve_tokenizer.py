@@ -44,5 +44,5 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     """It has none to tell of, and says so where strings need one."""
     base = base_of("--model", "tiny")
     assert base.tokenizer_id is base.tokenizer_folder is None
-    with pytest.raises(ValueError, match="give token ids"):
+    with pytest.raises(ValueError, match="give stop as token ids"):
         base.tokenizer()

@@ -151,7 +151,7 @@ def test_candidates_share_their_tokens_coefficient() -> None:
 
 
 WRITTEN = [
-    (loss, name) for loss in [*DEFAULTS, *WEIGHED[-6:]] for name in make(loss, old=True).tensors if name != "logprobs"
+    (loss, name) for loss in [*DEFAULTS, *WEIGHTED[-6:]] for name in make(loss, old=True).tensors if name != "logprobs"
 ]
 
 

@@ -104,7 +104,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 2.5}, "max_tokens must be a whole number"),
     ({"max_tokens": True}, "max_tokens must be a whole number"),
     ({"max_tokens": 10**30}, "max_tokens must be a whole number"),
-    ({"max_tokens": 10**9}, "takes 4000000 tokens"),
+    ({"max_tokens": 10**9}, "takes at most 4000000 tokens"),
     ({"temperature": "hot"}, "temperature must be a number"),
     ({"temperature": -1}, "temperature must be finite"),
     ({"temperature": 10**400}, "temperature must be a number"),
