@@ -116,8 +116,10 @@ def check_token_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -
         and value.shape == (shape[0], *(1,) * (len(shape) - 1))
     ):
         return
-    rows = f"; one per sequence is [{shape[0]}]" if name == "advantages" and len(shape) > 1 else ""
-    check_shape(name, value, shape, f"the shape of logprobs{rows}")
+    if value is not None and value.shape != shape and name == "advantages" and len(shape) > 1:
+        # Said only then: to write a size down makes it a constant of a compiled graph.
+        check_shape(name, value, shape, f"the shape of logprobs; one per sequence is [{shape[0]}]")
+    check_shape(name, value, shape, "the shape of logprobs")
 
 
 def check_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
