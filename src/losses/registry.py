@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar, final
 from ..errors import ConfigError, DuplicateLossError, UnknownLossError, suggestion
 from .base import Loss
 from .config import to_wire
+from .declaration import require_declaration
 from .kind import check_declared
 
 __all__ = ["ENTRY_POINT_GROUP", "Registry", "config_of", "get_loss", "loss_names", "register", "registry"]
@@ -39,9 +40,10 @@ class Registry:
 
         Raises:
             DuplicateLossError: another class has that name.
-            ConfigError: the gradient of a token depends on more than the class declares; see `pullback.losses.kind`.
+            ConfigError: it is no class of losses, lacks a part, declares an input that does not exist, or the gradient of a
+                token depends on more than it declares; see `pullback.losses.declaration` and `kind`.
         """
-        known = self._classes.get(loss.name)
+        known = self._classes.get(getattr(loss, "name", ""))
         if known is not None and _is_cell_again(known, loss):
             known = None
         if known is not None and known is not loss:
@@ -49,6 +51,7 @@ class Registry:
                 f"the name {loss.name!r} belongs to {known.__module__}.{known.__qualname__}; choose another"
             )
         if known is None:
+            require_declaration(loss)
             check_declared(loss)
         self._classes[loss.name] = loss
         return loss
@@ -111,6 +114,8 @@ class Registry:
             self.register(loss)
         except DuplicateLossError as error:
             raise DuplicateLossError(f"{place}: {error}, or uninstall {package}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
 
 
 def _is_cell_again(known: type, loss: type) -> bool:

@@ -73,7 +73,8 @@ def test_known_names_look_for_nothing(installed: Path) -> None:
 def test_a_name_that_is_taken(installed: Path) -> None:
     """Two losses of one name are refused, with both places, and every time: a package is never left out in silence."""
     mine = Registry(ENTRY_POINT_GROUP)
-    mine.register(type("Own", (Loss,), {"name": "cal_dpo"}))
+    parts = {"aggregation": "sum", "gradient_kind": "batch", "required_inputs": (), "terms": lambda self, batch: ()}
+    mine.register(type("Own", (Loss,), {"name": "cal_dpo", **parts}))
     for _ in range(2):
         with pytest.raises(DuplicateLossError, match=r"'cal_dpo' of pullback-cal-dpo \(pullback_cal_dpo:CalDPO\).*Own"):
             mine.names()

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..batch.adapt import batch_field
 from ..batch.problems import Problem, raise_readable
 from ..batch.selection import wide
@@ -57,6 +58,10 @@ def assemble(
     loss: Evaluable, batch: TokenBatch, terms: tuple[Summand, ...], counts: Counts | None, *, divided: bool = True
 ) -> LossOutput:
     """Reduce the terms of a loss and put them together; see `Loss.evaluate` and `Loss.undivided`."""
+    if not isinstance(terms, tuple | list) or not all(isinstance(term, Summand) for term in terms):
+        raise ConfigError(
+            f"terms of {loss.name} must return a tuple of Term, TokenTerm, PairTerm or SequenceTerm, got {type(terms).__name__}"
+        )
     check_counts(counts)
     require_counts(loss.name, denominators_of(terms), counts)
     parts: list[Part] = []

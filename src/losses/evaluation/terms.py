@@ -10,6 +10,7 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor
 
+from ...errors import LengthError
 from ..aggregation import AGGREGATIONS, Aggregation, Unit
 from ..batch.selection import select, wide
 from ..batch.sums import scaled
@@ -135,6 +136,7 @@ class Term(Summand):
 
     Raises:
         ConfigError: the unit is unknown, the aggregation does not fit it, or the scale is no finite number.
+        LengthError: (on use) there are more or fewer values than units in the batch.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Term(Summand):
         return self.unreduced.detach()
 
     def numerator(self, batch: TokenBatch, coefficients: Tensor | None = None) -> Tensor:
+        self._require_shape(batch)
         scale = self.scale * self.aggregation.constant
         if self.unit != "token":
             return scaled(self.unreduced.sum(dtype=torch.float64), scale)
@@ -164,3 +167,16 @@ class Term(Summand):
         if per_row is not None:
             weighted = weighted * batch.layout.spread(per_row, weighted.dim())
         return (weighted if coefficients is None else weighted * coefficients).sum(dtype=torch.float64) * scale
+
+    def _require_shape(self, batch: TokenBatch) -> None:
+        if self.unit == "token":
+            expected = tuple(batch.logprobs.shape)
+        elif self.unit == "sequence" or batch.neighbours_are_pairs:
+            expected = (batch.num_sequences // (2 if self.unit == "pair" else 1),)
+        else:
+            expected = (batch.pairs.chosen.shape[0],)
+        if tuple(self.unreduced.shape) != expected:
+            shape = tuple(self.unreduced.shape)
+            raise LengthError(
+                f"term {self.name!r} has values of shape {shape}, expected {expected}, one per {self.unit}"
+            )

@@ -240,7 +240,8 @@ def test_stable_reinforce_is_refused() -> None:
         get_loss("stable_reinforce")
     assert not set(REFUSED) & set(loss_names())
     mine = Registry()
-    mine.register(type("Mine", (Loss,), {"name": "stable_reinforce"}))
+    parts = {"aggregation": "sum", "gradient_kind": "batch", "required_inputs": (), "terms": lambda self, batch: ()}
+    mine.register(type("Mine", (Loss,), {"name": "stable_reinforce", **parts}))
     assert mine.names() == ("stable_reinforce",)
     assert mine.get("stable_reinforce").name == "stable_reinforce"
 
