@@ -10,7 +10,7 @@ import torch
 from pullback.testing import loss_report
 from pullback.testing.enumerate import SmallPolicy, as_estimator, bias, reverse_kl
 from pullback.testing.losscheck import loss_under_test
-from pullback.testing.losscheck.forms.base import kind_case
+from pullback.testing.losscheck.forms.measured import kind_case
 
 from .areal_losses import AREAL
 from .hatchery_losses import HATCHERY
