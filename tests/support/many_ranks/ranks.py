@@ -41,7 +41,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(ranks)]
         started = [
-            _SERVER.Process(target=_run, args=(str(script), arguments, environment, str(output)))
+            _SERVER.Process(target=_run, args=(str(script), arguments, {**os.environ, **environment}, str(output)))
             for environment, output in zip(_environments(ranks), outputs, strict=True)
         ]
         codes = _ended(started, seconds)
@@ -67,6 +67,7 @@ def _ended(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]
 
 def _run(script: str, arguments: Sequence[str], environment: dict[str, str], output: str) -> None:
     """Be a process that was started as ``python script arguments``, and write to a file."""
+    os.environ.clear()  # that of the server, which may be older than what a test has set
     os.environ.update(environment)
     sys.path[:0] = [str(Path(script).parent), *map(str, SEARCHED)]
     written = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
