@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
+from typing import Any
 
-__all__ = ["SOAK", "TIER", "TIERS", "reason_to_skip"]
+__all__ = ["SOAK", "TIER", "TIERS", "reason_to_skip", "sampled"]
 
 TIERS = ("quick", "all", "soak")
 TIER = os.environ.get("PULLBACK_TIER", "quick")
@@ -24,3 +26,10 @@ def reason_to_skip(marker: str, tier: str = TIER) -> str | None:
         return None
     first, reason = _FIRST[marker]
     return reason if TIERS.index(tier) < TIERS.index(first) else None
+
+
+def sampled(cases: Iterable[Any], few: Collection[Any]) -> list[Any]:
+    """Return cases of one kind as parameters of a test, of which ``few`` are in the quick tier and the others slow."""
+    import pytest  # the tier is asked for where there are no tests, too
+
+    return [case if case in few else pytest.param(case, marks=pytest.mark.slow) for case in cases]
