@@ -14,7 +14,8 @@ from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problem
 from .labels import mask_of_labels
 from .layout import Layout, Packed, Padded, count_of
 from .problems import Problem, raise_readable
-from .selection import as_weight, finite, select, transformed, wide
+from .remembered import forget_overwritten, kept_sum
+from .selection import as_weight, finite, select, wide
 from .sums import row_sum, weighted_sum
 from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
@@ -227,23 +228,15 @@ class TokenBatch:
         if relative_to == "ref_logprobs" and self.ref_logprob_sums is not None:
             return self.weighted_row_sum() - self.ref_logprob_sums
 
-        def sums() -> Tensor:
+        def sums(x: Tensor) -> Tensor:
             minus = None if relative_to is None else self.given(relative_to)
-            return row_sum(wide(self.logprobs), minus, self.mask, self.scale, self.layout)
+            return row_sum(x, minus, self.mask, self.scale, self.layout)
 
-        return self._summed(f"row sums relative to {relative_to}", sums)
+        return kept_sum(self._computed, f"row sums relative to {relative_to}", self.logprobs, sums)
 
     def negative_log_likelihood(self) -> Tensor:
         """Return ``-sum_t w_t logprob_t`` of all tokens; 0-d, fp32 or better, differentiable in the log-probs."""
-        return self._summed("nll", lambda: weighted_sum(wide(self.logprobs), self.mask, self.scale, -1.0))
-
-    def _summed(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Return a sum over the log-probs; one that was computed before does where no graph is wanted."""
-        if key in self._computed and not self.logprobs.requires_grad:
-            return self._computed[key]
-        sums = compute()
-        self._computed[key] = sums.detach()
-        return sums
+        return kept_sum(self._computed, "nll", self.logprobs, lambda x: weighted_sum(x, self.mask, self.scale, -1.0))
 
     def shown_finite(self) -> bool:
         """Return whether a sum of all trained log-probs has been taken, and is finite: then so is each of them."""
@@ -295,13 +288,8 @@ class TokenBatch:
 
     def refresh(self) -> None:
         """Forget what was computed of inputs into whose memory something else has been written since."""
-        if transformed():
-            return
         inputs = (getattr(self, name) for name in INPUTS)
-        versions = tuple(0 if x.is_inference() else x._version for x in inputs if x is not None)
-        if self._known.setdefault("versions", versions) != versions:
-            self._known.clear()
-            self._known["versions"] = versions
+        forget_overwritten(self._known, (x for x in inputs if x is not None))
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""
