@@ -21,7 +21,15 @@ from ..protocol import CustomLoss
 from .losses import loss_name
 from .prepared import PreparedCall
 
-__all__ = ["Cotangents", "evaluate", "evaluate_all", "require_finite_cotangents", "signal_metrics", "summarize"]
+__all__ = [
+    "Cotangents",
+    "evaluate",
+    "evaluate_all",
+    "first_not_finite",
+    "require_finite_cotangents",
+    "signal_metrics",
+    "summarize",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -73,15 +81,22 @@ def evaluate(call: PreparedCall, logprobs: Mapping[int, Tensor]) -> Cotangents:
 
 def require_finite_cotangents(cotangents: Mapping[int, Tensor], call: PreparedCall) -> None:
     """Raise `NonFiniteError` with the datum and token of the first cotangent that is not finite."""
-    for i, cotangent in sorted(cotangents.items()):
-        bad = ~torch.isfinite(cotangent)
+    found = first_not_finite(cotangents)
+    if found is not None:
+        i, token, value = found
+        raise NonFiniteError(
+            f"datum {i}: {call.name} has the gradient {value} at target token {token} "
+            f"(id {call.requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a product"
+        )
+
+
+def first_not_finite(numbers: Mapping[int, Tensor]) -> tuple[int, int, float] | None:
+    """Return datum, target token and value of the first of some numbers per token that is not finite, if any is."""
+    for i, values in sorted(numbers.items()):
+        bad = ~torch.isfinite(values)
         if bool(bad.any()):
-            token = int(bad.nonzero()[0, 0])
-            raise NonFiniteError(
-                f"datum {i}: {call.name} has the gradient {cotangent[bad][0].item()} at target token {token} "
-                f"(id {call.requests[i].targets[token].tolist()}); select untrained positions with torch.where, not by a "
-                "product"
-            )
+            return i, int(bad.nonzero()[0, 0]), values[bad][0].item()
+    return None
 
 
 def evaluate_all(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:

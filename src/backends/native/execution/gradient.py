@@ -13,7 +13,7 @@ from ....errors import NonFiniteError
 from ....losses.evaluation.metrics import Metric
 from ....losses.evaluation.output import LossOutput
 from ....losses.evaluation.streaming import TokenStream
-from ...calls.cotangents import Cotangents, evaluate, require_finite_cotangents, summarize
+from ...calls.cotangents import Cotangents, evaluate, first_not_finite, require_finite_cotangents, summarize
 from ...calls.prepared import PreparedCall
 from ...calls.requests import ScoreRequest
 from ...engine import Gradient
@@ -227,11 +227,10 @@ def summary(
 
 def require_finite_logprobs(logprobs: Mapping[int, Tensor], requests: Sequence[ScoreRequest]) -> None:
     """Raise `NonFiniteError` with the datum and token of the first log-prob that is not finite."""
-    for i, values in sorted(logprobs.items()):
-        bad = ~torch.isfinite(values)
-        if bool(bad.any()):
-            token = int(bad.nonzero()[0, 0])
-            raise NonFiniteError(
-                f"datum {i}: the model gives target token {token} (id {requests[i].targets[token].tolist()}) the log-prob "
-                f"{values[bad][0].item()}; its weights or activations have overflowed"
-            )
+    found = first_not_finite(logprobs)
+    if found is not None:
+        i, token, value = found
+        raise NonFiniteError(
+            f"datum {i}: the model gives target token {token} (id {requests[i].targets[token].tolist()}) the log-prob "
+            f"{value}; its weights or activations have overflowed"
+        )
