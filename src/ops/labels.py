@@ -121,23 +121,13 @@ def _require_ids(labels: Tensor, vocab: int | None) -> None:
 def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
     """Call a model, and return what its head is given, [B, T, H], and the head."""
     causal = unwrapped(model)
-    head, output = Head.of(causal), causal.get_output_embeddings()
+    head = Head.of(causal)
     if getattr(causal.config.get_text_config(), "output_router_logits", False):
         raise UnsupportedError(
             "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model, which a loss on log-probs "
             "would drop: set it to False, or add outputs.aux_loss of a call of your own"
         )
-    seen: list[Tensor] = []
-
-    def keep_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(given[0])
-        return given[0][:, :1], *given[1:]
-
-    hook = output.register_forward_pre_hook(keep_first)
-    try:
-        outputs = model(input_ids=input_ids, **{"use_cache": False, **inputs})
-    finally:
-        hook.remove()
+    outputs, seen = _seen_by_head(model, causal.get_output_embeddings(), {"input_ids": input_ids, **inputs})
     if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
         shapes = [list(hidden.shape) for hidden in seen]
         raise UnsupportedError(
@@ -148,6 +138,21 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
         _compare(causal, seen[0][:, 0], head, outputs.logits[:, 0])
         _compared.add(causal)
     return seen[0], head
+
+
+def _seen_by_head(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Call a model; return its outputs for the first positions, and what its head was given at all."""
+    seen: list[Tensor] = []
+
+    def keep_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(given[0])
+        return given[0][:, :1], *given[1:]
+
+    hook = head.register_forward_pre_hook(keep_first)
+    try:
+        return model(**{"use_cache": False, **inputs}), seen
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -60,19 +60,9 @@ class Optimizer:
         held = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         scaled = torch._foreach_div(list(held.values()), divisor)
         meet("divided")
-        norm = full(torch.nn.utils.get_total_norm(scaled))  # of all processes
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteError(
-                f"the norm of the gradient is {float(norm)}, though each number is finite; nothing has changed"
-            )
+        norm = _finite_norm(scaled)
         stepped = [self._stepped(name) for name in held]
-        for group in self._adamw.param_groups:
-            group |= {
-                "lr": params.learning_rate,
-                "betas": (params.beta1, params.beta2),
-                "eps": params.eps,
-                "weight_decay": params.weight_decay,
-            }
+        self._configure(params)
         versions = self._versions(stepped)
         try:
             for p, gradient in zip(stepped, scaled, strict=True):
@@ -135,6 +125,15 @@ class Optimizer:
                     k: v.reshape(()) if k == "step" else v.to(stepped.device) for k, v in found.items()
                 }
 
+    def _configure(self, params: AdamParams) -> None:
+        for group in self._adamw.param_groups:
+            group |= {
+                "lr": params.learning_rate,
+                "betas": (params.beta1, params.beta2),
+                "eps": params.eps,
+                "weight_decay": params.weight_decay,
+            }
+
     def _stepped(self, name: str) -> nn.Parameter:
         return self._masters.get(name, self._parameters[name])
 
@@ -148,3 +147,13 @@ class Optimizer:
         for name, master in self._masters.items():
             self._parameters[name].copy_(master)
         forget_casts()
+
+
+def _finite_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm over all gradients of all processes."""
+    norm = full(torch.nn.utils.get_total_norm(gradients))
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteError(
+            f"the norm of the gradient is {float(norm)}, though each number is finite; nothing has changed"
+        )
+    return norm

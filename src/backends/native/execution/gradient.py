@@ -163,16 +163,19 @@ def _in_one_pass(
         require_finite_logprobs(scored, call.requests)
         skipped = torch.ones_like(given, dtype=torch.bool).index_fill(0, index.at, False).nonzero()[:, 0]
         stream.cotangent(given[skipped], skipped)
-        by_datum = batch.apart(given)
-        require_finite_cotangents(by_datum, call)
-        output = stream.output()
-        if output.problems:
-            output.check()
-        part = output.deferred()
-        denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
-        return Cotangents(by_datum, denominator, count, output.metrics)
+        return _cotangents_of(call, batch.apart(given), stream.output())
 
     return scored, run_loss(finish)
+
+
+def _cotangents_of(call: PreparedCall, by_datum: dict[int, Tensor], output: LossOutput) -> Cotangents:
+    """Return what the loss has given, once it is known to be sound."""
+    require_finite_cotangents(by_datum, call)
+    if output.problems:
+        output.check()
+    part = output.deferred()
+    denominator, count = (part.denominator, float(part.count)) if call.counts is None else ("none", 1.0)
+    return Cotangents(by_datum, denominator, count, output.metrics)
 
 
 @final

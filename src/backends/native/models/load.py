@@ -53,15 +53,7 @@ def load_pretrained(
 ) -> tuple[HFModel, Any]:
     """Load a model and its tokenizer (None where the folder has none); see `TorchBackend.from_pretrained`."""
     transformers = require_extra("transformers", "hf", "TorchBackend.from_pretrained")
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(
-            f"from_pretrained takes a folder or a name, got {type(path).__name__}; a model that is loaded already is wrapped: "
-            "TorchBackend(pullback.backends.HFModel(model))"
-        )
-    if str(path) in _OF_COMMANDS and not Path(path).exists():
-        raise CheckpointError(
-            f"there is no folder {path}: {str(path)!r} is a name of the commands; in Python: {_OF_COMMANDS[str(path)]}"
-        )
+    _require_path(path)
     if gguf_file is not None:
         path = convert_gguf(Path(path), gguf_file)
     device = torch.device(default_device() if device is None else device)
@@ -80,6 +72,19 @@ def load_pretrained(
             model = add_lora(model, lora)
     wrapped = HFModel(model.to(device), gradient_checkpointing=gradient_checkpointing, compile=compile)
     return wrapped, next((t for t in map(load_tokenizer, folders) if t is not None), None)
+
+
+def _require_path(path: Any) -> None:
+    """Refuse a model in place of its folder, and a name that only the commands know."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(
+            f"from_pretrained takes a folder or a name, got {type(path).__name__}; a model that is loaded already is wrapped: "
+            "TorchBackend(pullback.backends.HFModel(model))"
+        )
+    if str(path) in _OF_COMMANDS and not Path(path).exists():
+        raise CheckpointError(
+            f"there is no folder {path}: {str(path)!r} is a name of the commands; in Python: {_OF_COMMANDS[str(path)]}"
+        )
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,35 +29,47 @@ def install(causal: Any) -> bool:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if causal.config._attn_implementation not in ("sdpa", NAME):
+        return False
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _by_segment(sdpa_attention_forward))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _of_current_row(sdpa_mask))
+    causal.set_attn_implementation(NAME)
+    return bool(causal.config._attn_implementation == NAME)
+
+
+def _by_segment(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention function that goes through the segments that its inputs name, one after another."""
+
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         segments: Sequence[Segment] | None = kwargs.pop("segments", None)
         length = query.shape[2]
         if segments is None or (attention_mask is not None and attention_mask.shape[-2:] != (length, length)):
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            return attention(module, query, key, value, attention_mask, **kwargs)
         found = []
         for one in segments:
             kwargs["is_causal"] = one.shared == 0
             keys, values = one.seen(key), one.seen(value)
             visible = one.visible(query.device, attention_mask)
             queries = query[:, :, one.start : one.end]
-            found.append(sdpa_attention_forward(module, queries, keys, values, visible, **kwargs)[0])
+            found.append(attention(module, queries, keys, values, visible, **kwargs)[0])
         return torch.cat(found, 1), None
+
+    return attend
+
+
+def _of_current_row(usual: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes the mask of the row of packed sequences that the model runs on, if it runs on one."""
 
     def mask(*call: Any, **kwargs: Any) -> Any:
         row = _current.get()
         if row is None:
-            return sdpa_mask(*call, **kwargs)
+            return usual(*call, **kwargs)
         if kwargs.get("use_vmap", False):  # the model adds a pattern of its own to the causal mask
             row.require_no_forks()
-            return sdpa_mask(*call, **kwargs)
+            return usual(*call, **kwargs)
         return row.mask(kwargs.get("local_size"), kwargs.get("config"), kwargs.get("device", "cpu"))
 
-    if causal.config._attn_implementation not in ("sdpa", NAME):
-        return False
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
-    causal.set_attn_implementation(NAME)
-    return bool(causal.config._attn_implementation == NAME)
+    return mask
 
 
 @final

@@ -45,21 +45,17 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
         CheckpointError: missing, damaged, or of another model.
     """
     manifest = files.agreement.attempt("manifest", lambda: _sound(files, folder, everything))
-    fingerprint = frozen_fingerprint(state.module)
     ledger = files.agreement.attempt("ledger", lambda: saved_ledger(folder, manifest) if everything else Ledger())
     weights = trained_weights(state.module)
+    fingerprint = frozen_fingerprint(state.module)
 
     def check() -> _Files:
         if manifest["frozen"] != fingerprint:
             raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
-        like = {file: files.as_saved(tensors) for file, tensors in weights.items()}
-        for file in like:
+        for file in weights:
             require_there(folder, file, manifest)
-        if everything:
-            like |= {OPTIMIZER: _moments_like(state, folder), WINDOW: _gradients_like(state, folder)}
-        for file, tensors in like.items():
-            _require_same(folder, file, tensors)
-        return like
+        as_saved = {file: files.as_saved(tensors) for file, tensors in weights.items()}
+        return _fitting(folder, as_saved | (_training_like(state, folder) if everything else {}))
 
     like = files.agreement.attempt("weights", check)
     loaded = {file: files.read(tensors, folder / file) for file, tensors in like.items()}
@@ -104,6 +100,13 @@ def _sound(files: ShardedFiles, folder: Path, everything: bool) -> dict[str, Any
     return manifest
 
 
+def _fitting(folder: Path, like: _Files) -> _Files:
+    """Return what the files of a folder are to be like; all of them are."""
+    for file, tensors in like.items():
+        _require_same(folder, file, tensors)
+    return like
+
+
 def _require_same(folder: Path, file: str, expected: Mapping[str, Tensor]) -> None:
     """Check names, shapes and dtypes of a file, of which only the head is read.
 
@@ -130,6 +133,10 @@ def _forms(file: Path) -> dict[str, tuple[list[int], torch.dtype]]:
         shapes = {name: list(each.get_shape()) for name, each in slices.items()}
         nothing = {name: each[:0] if shapes[name] else saved.get_tensor(name) for name, each in slices.items()}
     return {name: (shape, nothing[name].dtype) for name, shape in shapes.items()}
+
+
+def _training_like(state: TrainingState, folder: Path) -> _Files:
+    return {OPTIMIZER: _moments_like(state, folder), WINDOW: _gradients_like(state, folder)}
 
 
 def _moments_like(state: TrainingState, folder: Path) -> dict[str, Tensor]:
