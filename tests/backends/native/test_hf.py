@@ -58,17 +58,22 @@ def test_forked_equals_single_on_transformers(options: dict[str, Any]) -> None:
     "backend", [pytest.param("eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.soak)]
 )
 def test_compiled_trunk(backend: str) -> None:
-    """A compiled base model gives the same gradient, packed or alone, kept or run again; its parameters have their names."""
+    """A compiled base model gives the same gradient, packed or alone, kept or run again; its parameters have their names.
+
+    The norms of an fp64 Llama compute in fp32: from the gradient with fp64 norms this one is 1.4e-4 away, and inductor's,
+    which sums in another order, 1.0e-4.
+    """
+    limit = 1e-6 if backend == "eager" else 2e-4
     data = make_data(LENGTHS[:4])
     plain = TorchBackend(tiny_llama(lora=2), layout="single")
     expected = accumulate(plain, DPO(), [data])
     model = tiny_llama(lora=2, compile=backend)
     assert set(model.state_dict()) == set(plain.model.state_dict())
     compiled = TorchBackend(model, layout="packed", token_budget=9, activation_budget=0)
-    assert distance(accumulate(compiled, DPO(), [data]), expected) < 1e-6
+    assert distance(accumulate(compiled, DPO(), [data]), expected) < limit
     compiled.discard_gradients()
     compiled.forward_backward_custom(data, DPO(aggregation="sum")).result()
-    assert distance({k: g / 2 for k, g in compiled.gradients().items()}, expected) < 1e-6
+    assert distance({k: g / 2 for k, g in compiled.gradients().items()}, expected) < limit
 
 
 def test_running_positions_would_leak() -> None:
