@@ -154,6 +154,12 @@ def unwritable(backend: TorchBackend) -> Any:
     return backend.save_weights("x", folder=root / "below")
 
 
+def in_float16(backend: TorchBackend, ranks: Sequence[int], call: Callable[..., Any], *arguments: Any) -> Any:
+    """Ask under an autocast on some ranks."""
+    with torch.autocast("cpu", torch.float16, enabled=dist.get_rank() in ranks):
+        return call(backend, DATA, *arguments)
+
+
 def prompts(*tokens: int) -> list[ModelInput]:
     return [ModelInput.from_ints(tokens)]
 
@@ -185,6 +191,9 @@ CASES: Final[dict[str, Callable[[TorchBackend], Any]]] = {
     "random loss": lambda b: b.forward_backward_custom(DATA, random),
     "forward inside a loss": asked_inside,
     "forward_retain": lambda b: b.forward_retain(on_one(BAD, DATA)),
+    "float16 on one rank": lambda b: in_float16(b, (1,), TorchBackend.forward_backward, "ppo"),
+    "float16": lambda b: in_float16(b, (0, 1), TorchBackend.forward_backward, "ppo"),
+    "float16, retained": lambda b: in_float16(b, (0, 1), TorchBackend.forward_retain),
 }
 
 

@@ -36,7 +36,7 @@ from .passes import Passes
 from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule
-from .sharding import Shards
+from .sharding import Shards, require_no_fp16
 
 __all__ = ["DistributedEngine"]
 
@@ -202,6 +202,7 @@ class DistributedEngine(Engine):
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
         require_same_call(self._agreement, call, self.weights_version)
+        require_no_fp16(self.local.memory.device)
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
             share = self._schedule.datums(call)
@@ -262,6 +263,7 @@ class DistributedEngine(Engine):
 
     def _added(self, add: Callable[[], Gradient]) -> Gradient:
         """Run a gradient operation into fresh gradients; after a failure those of earlier ones are as they were."""
+        require_no_fp16(self.local.memory.device)
         with self.local.accumulator.adding(), self._shards.resetting():
             self._passes.gather(self._shards)
             with torch.enable_grad():

@@ -15,13 +15,24 @@ from ....errors import UnsupportedError
 from ..causal_lm import CausalLM
 from ..dtensors import local_part
 from ..execution.memory import GraphMeter
+from ..execution.scaling import autocasts_to_fp16
 from ..models.hf import HFModel
 from .vocabulary.rows import HeadRows
 
-__all__ = ["Reshard", "Shards", "forget_pass", "gathered_dtype", "shard_model", "sharded_units", "whole_bytes"]
+__all__ = [
+    "Reshard",
+    "Shards",
+    "forget_pass",
+    "gathered_dtype",
+    "require_no_fp16",
+    "shard_model",
+    "sharded_units",
+    "whole_bytes",
+]
 
 Reshard = Literal["auto"] | bool
 _HALVES = (torch.bfloat16, torch.float16)
+_NO_FLOAT16 = "float16 needs a loss scale that all processes share, which is not built; use bfloat16"
 _FORWARDS = ("hidden_states", "cached_states")
 
 
@@ -60,6 +71,16 @@ def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True, rows: 
         getattr(unit, "set_reduce_scatter_unused_params", lambda _: None)(True)  # since torch 2.13
 
 
+def require_no_fp16(device: torch.device) -> None:
+    """Refuse gradients under an autocast to float16, which small ones do not survive without a scale.
+
+    Raises:
+        UnsupportedError: there is one now.
+    """
+    if autocasts_to_fp16(device):
+        raise UnsupportedError(f"torch.autocast computes in float16 here; {_NO_FLOAT16}")
+
+
 def sharded_units(module: nn.Module) -> list[nn.Module]:
     """Return the layers of a model: what transformers would not split, or else the members of its longest list."""
     names = {name for part in module.modules() for name in (getattr(part, "_no_split_modules", None) or ()) if name}
@@ -73,7 +94,7 @@ def sharded_units(module: nn.Module) -> list[nn.Module]:
 def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
     trained = {p.dtype for p in module.parameters() if p.requires_grad}
     if torch.float16 in {p.dtype for p in module.parameters()}:
-        raise UnsupportedError("float16 needs a loss scale that all processes share, which is not built; use bfloat16")
+        raise UnsupportedError(_NO_FLOAT16)
     if not trained & set(_HALVES):
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     every = {p.dtype for p in module.parameters()}

@@ -75,6 +75,9 @@ EXPECTED: dict[str, Expected] = {
     "random loss": rank_1("RanksDifferError", "datum 0: random has another gradient .*; .*seed what it draws"),
     "forward inside a loss": rank_1("InvalidDatumsError", "datum 0", "forward_backward_custom > forward"),
     "forward_retain": rank_1("InvalidDatumsError", "datum 2", "forward_retain"),
+    "float16 on one rank": both('loss .*"ppo .*, autocast to torch.float16 on cpu" instead of'),
+    "float16": (("UnsupportedError", "torch.autocast computes in float16 .* use bfloat16"),) * 2,
+    "float16, retained": (("UnsupportedError", "torch.autocast computes in float16"),) * 2,
     "optimizer": (
         ("RankFailedError", r"failed on rank 1 \(other ranks have changed their weights already\): OutOfMemory"),
         ("OutOfMemoryError", "planted"),

@@ -30,13 +30,23 @@ _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; two machines may
 
 
 def require_same_call(agreement: Agreement, call: PreparedCall, weights_version: int) -> None:
-    """Check that every rank has been given the same loss and the same data, for the same weights.
+    """Check that every rank has been given the same loss and the same data, for the same weights, under the same autocast.
 
     Raises:
         RanksDifferError: names the loss, or the datum, that differs.
     """
-    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {weights_version}"
+    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {weights_version}{_autocast()}"
     agreement.meet("batch", *map(datum_digest, call.data), text=loss, text_is="loss")
+
+
+def _autocast() -> str:
+    """Return what `torch.autocast` computes in now, in words; nothing where there is none."""
+    found = [
+        f", autocast to {torch.get_autocast_dtype(kind)} on {kind}"
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    ]
+    return "".join(found)
 
 
 def agreed_cotangents(agreement: Agreement, ranks: Ranks, call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
