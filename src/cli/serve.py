@@ -27,6 +27,7 @@ from ..service.http.server import require_keys, serve_forever
 from ..service.limits import Keys, Limits, digest_of
 from ..service.served.registry import Base, ServedModels
 from .arguments.addresses import bound, listen, port_of
+from .arguments.loss_modules import import_losses
 from .arguments.models import DEVICE_HELP, MODEL_HELP, default_device, load_named
 from .arguments.parser import DTYPES
 
@@ -56,6 +57,15 @@ def add_parser(commands: Any) -> None:
     )
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; all but 127.0.0.1 and its like need API keys"
+    )
+    serve.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module to import before anything is served, found from the current folder too: clients can then name the losses "
+        "that it registers; may be given several times",
     )
     serve.add_argument("--port", type=int, default=8765, help="port to listen on; 0: any that is free")
     serve.add_argument(
@@ -114,7 +124,9 @@ def _run(arguments: argparse.Namespace) -> int:
     plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
     keys = Keys([*map(digest_of, plain), *_saved_keys(arguments.keys)])
     require_keys(arguments.host, keys)
-    loss_names()  # a package of losses that cannot be loaded is said before anything is served
+    loss_names()  # a package or module of losses that cannot be loaded is said before anything is served
+    for module, names in import_losses(arguments.modules).items():
+        print(f"losses of {module}: {', '.join(names)}")
     with _address(arguments) as sockets:
         _load_and_serve(arguments, keys, sockets)
     return 0
