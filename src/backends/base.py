@@ -207,7 +207,7 @@ class Backend:
         """Write weights, optimizer, accumulation, counters and random state, atomically."""
 
         def work() -> Answer[SaveStateOutput]:
-            self._accumulation.require_saveable()
+            self._accumulation.require_complete(self._engine.operation_failed)
             return then(self._engine.save(name, overwrite, self._accumulation.ledger), SaveStateOutput)
 
         return self._run(Call("save_state", name), work)
@@ -271,7 +271,7 @@ class Backend:
     def _step(self, params: AdamParams, mode: NormalizationMode) -> Answer[OptimStepOutput]:
         ledger = self._accumulation.ledger
         divisor = self._engine.divisor(ledger, mode)
-        if ledger.tokens == 0 or divisor.value == 0:
+        if self._engine.holds_nothing(ledger, divisor):
             self._clear()
             return OptimStepOutput.empty(divisor.value, tuple(ledger.entries))
         answer = self._engine.step(params, divisor)

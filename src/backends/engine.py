@@ -96,8 +96,11 @@ class Engine(abc.ABC):
         """Add the gradient of the call's loss, all of it or nothing."""
 
     @abc.abstractmethod
-    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
-        """Divide what has been accumulated, make one AdamW step, forget the gradients; return metrics."""
+    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float] | None]:
+        """Divide what has been accumulated, make one AdamW step, forget the gradients; return metrics.
+
+        None: elsewhere, nothing had been accumulated, and no step was made.
+        """
 
     @abc.abstractmethod
     def clear(self) -> None:
@@ -128,6 +131,10 @@ class Engine(abc.ABC):
     def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
         """What the accumulation is divided by, and where."""
         return ledger.divisor(mode)
+
+    def holds_nothing(self, ledger: Ledger, divisor: Divisor) -> bool:
+        """Whether what has been accumulated is known to be no gradient, so that there is no step to make."""
+        return ledger.tokens == 0 or divisor.value == 0
 
     def gradients(self) -> Mapping[str, Tensor]:
         """Return what has been accumulated, not divided, by parameter name."""

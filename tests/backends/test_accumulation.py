@@ -36,23 +36,19 @@ def failures(seen: list[bool]) -> list[Failure]:
 
 @given(seen=st.lists(st.booleans(), max_size=4))
 def test_the_first_failure_that_nobody_saw_is_told(seen: list[bool]) -> None:
-    """By a step and by a checkpoint; a step waits for every operation before it, and tells of each failure."""
+    """A step, or a checkpoint, waits for every operation before it, and tells of each failure."""
     fine, told = Succeeded(), list[BaseException]()
     accumulation = Accumulation(outcomes=[fine, *failures(seen)])
     first = seen.index(False) if False in seen else None
     if first is None:
         accumulation.require_complete(told.append)
-        accumulation.require_saveable()
     else:
         with pytest.raises(PrecedingOperationFailed, match=f"number {first}"):
             accumulation.require_complete(told.append)
-        with pytest.raises(PrecedingOperationFailed, match=f"number {first}"):
-            accumulation.require_saveable()
     assert fine.waited == 7.0
     assert [str(error) for error in told] == [f"'number {i}'" for i in range(len(seen) if first is None else first + 1)]
     accumulation.retrieve_failures()
     accumulation.require_complete(told.append)
-    accumulation.require_saveable()
     assert all(outcome.retrieved for outcome in accumulation.outcomes)
 
 

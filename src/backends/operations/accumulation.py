@@ -10,7 +10,7 @@ from ...errors import PrecedingOperationFailed, UnretrievedFailureError
 from ..calls.prepared import PreparedCall
 from ..engine import Gradient
 from ..types import AdamParams, OptimStepOutput
-from .futures import Failure, Outcome
+from .futures import Outcome
 from .normalization import Divisor, Ledger
 
 __all__ = ["Accumulation", "preceding_failure", "step_output", "unretrieved"]
@@ -49,7 +49,7 @@ class Accumulation:
         )
 
     def require_complete(self, on_failure: Callable[[BaseException], None]) -> None:
-        """Wait for every gradient operation.
+        """Wait for every gradient operation, before a step that would lack one, or a checkpoint that would not know of it.
 
         Args:
             on_failure: is told of each error first.
@@ -64,16 +64,6 @@ class Accumulation:
             if error is not None and not outcome.retrieved:
                 raise preceding_failure(error) from error
 
-    def require_saveable(self) -> None:
-        """Check that no gradient operation has failed unseen: a checkpoint would not know of it.
-
-        Raises:
-            PrecedingOperationFailed: one has.
-        """
-        failures = [o.error for o in self.outcomes if isinstance(o, Failure) and not o.retrieved]
-        if failures:
-            raise preceding_failure(failures[0]) from failures[0]
-
     def retrieve_failures(self) -> None:
         """Count every failure as retrieved."""
         for outcome in self.outcomes:
@@ -85,15 +75,19 @@ class Accumulation:
         self.ledger, self.outcomes, self.last = self.ledger.emptied(), [], None
 
 
-def step_output(params: AdamParams, divisor: Divisor, ledger: Ledger, metrics: Mapping[str, float]) -> OptimStepOutput:
-    """Return the output of a step that an engine has made.
+def step_output(
+    params: AdamParams, divisor: Divisor, ledger: Ledger, metrics: Mapping[str, float] | None
+) -> OptimStepOutput:
+    """Return the output of a step that an engine has made, or had nothing for.
 
     Args:
         params: hyperparameters of the step.
         divisor: by which the engine was asked to divide.
         ledger: the operations whose gradients went into it.
-        metrics: the engine's; ``divided_by`` is by what a service divided besides.
+        metrics: the engine's; ``divided_by`` is by what a service divided besides; None: it made no step.
     """
+    if metrics is None:
+        return OptimStepOutput.empty(divisor.value, tuple(ledger.entries))
     divided_by = divisor.value * metrics.get("divided_by", 1.0)
     counted = {"tokens": float(ledger.tokens), "sequences": float(ledger.sequences)}
     own = {"learning_rate": params.learning_rate, **counted, **metrics, "divided_by": divided_by}

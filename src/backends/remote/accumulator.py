@@ -37,6 +37,7 @@ class RemoteAccumulator:
         named_mean: name of the mean that the service counts, and divides at the step.
         counted_mean: name of the mean that is counted here, and that the service is told to divide.
         own_count: name of the mean that was divided by its own count and must therefore stay alone.
+        restored: a checkpoint was loaded that may have brought gradients, of which only the service knows.
         unknown: why nobody knows what the service holds.
     """
 
@@ -47,6 +48,7 @@ class RemoteAccumulator:
     named_mean: str | None = None
     counted_mean: str | None = None
     own_count: str | None = None
+    restored: bool = False
     unknown: str | None = None
 
     def by_name(self, call: PreparedCall) -> bool:
@@ -108,6 +110,37 @@ class RemoteAccumulator:
         if self.unknown is not None:
             raise BackendError(f"{self.unknown}; load the last checkpoint, or begin again")
 
+    @property
+    def settled_there(self) -> bool:
+        """Whether the service may hold gradients, and knows itself whether they are empty and what divides them."""
+        return self.capabilities.divides and (self.restored or (bool(self.sent) and not self.deferred))
+
+    def require_saveable(self) -> None:
+        """Check that a checkpoint of the service would hold all that the next step depends on.
+
+        Raises:
+            BackendError: it is not known what the service holds.
+            UnsupportedError: gradients have accumulated, of which something would be missing.
+        """
+        if self.unknown is not None:
+            raise BackendError(
+                f"{self.unknown}, and a checkpoint would hold what the service holds; load the last checkpoint, or "
+                "begin again (backend.trainer.save_state(name) saves all the same: its weights alone, by load_state, are sound)"
+            )
+        if self.held_back:
+            missing = f"the gradients of {len(self.held_back)} datums are held here until optim_step"
+        elif self.counted_mean:
+            missing = f"what divides the mean of {self.counted_mean} is counted here"
+        elif self.sent and not self.capabilities.divides:
+            missing = f"nobody says whether this service saves gradients (of {self.sent[0]})"
+        else:
+            return
+        raise UnsupportedError(f"save_state between a gradient and its step: {missing}; call optim_step first")
+
+    def interrupted(self, operation: str) -> None:
+        """Note an operation that was interrupted (Ctrl-C) when it may have been sent."""
+        self.unknown = f"{operation} was interrupted, so nobody knows whether the service has carried it out"
+
     def operation_failed(self, error: BaseException) -> None:
         """Note a failure after which nobody knows whether the service has its gradient; a final answer says it has not."""
         if not isinstance(error, (RemoteError, TimeoutError)):
@@ -138,7 +171,7 @@ class RemoteAccumulator:
                 f"this service takes no number to divide by, so {mode!r} must be applied here: connect with defer_backward=True"
             )
         if self.counted_mean is not None:
-            return Divisor(1.0 if divisor.value else 0.0, f"{divisor.reason}, at the service", divisor.value)
+            return Divisor(1.0 if divisor.value else 0.0, f"{divisor.reason}, at the service", divisor.value or None)
         if mode is not None or ledger.denominator not in (None, "none"):
             return Divisor(1.0, f"{mode or ledger.denominator}, at the service", mode)
         return Divisor(1.0, f"{self.own_count} by its own count" if self.own_count else divisor.reason)
@@ -158,7 +191,7 @@ class RemoteAccumulator:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.held_back, self.sent = [], []
+        self.held_back, self.sent, self.restored = [], [], False
         self.named_mean = self.counted_mean = self.own_count = None
 
 

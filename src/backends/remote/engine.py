@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from .sdk.sdks import Sdk
 __all__ = ["RemoteEngine"]
 
 _RECOVERS = ("load_state", "load_state_with_optimizer", "save_state", "sample", "reference")
+_CHANGES = ("forward_backward", "forward_backward_custom", "optim_step")
 
 
 @final
@@ -62,7 +64,7 @@ class RemoteEngine(Engine):
         liveness: Liveness,
     ) -> None:
         self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
-        self.weights_version = 0
+        self._version = 0
         self.accumulator = RemoteAccumulator(capabilities, defer_backward)
         self._sdk, self._service, self.trainer = sdk, service, trainer
         self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
@@ -71,6 +73,24 @@ class RemoteEngine(Engine):
         self._audit = SumAudit()
         self._sampler: Any = None
         self._last_step: RemoteFuture[Any] | None = None
+
+    @property
+    def weights_version(self) -> int:  # type: ignore[override]  # a step that was sent counts until it is known to be none
+        if self._last_step is not None and self._last_step.arrived:
+            self._require_stepped()
+        return self._version
+
+    @contextmanager
+    def operation(self, call: Call) -> Iterator[None]:
+        self.begin(call)
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:  # what was sent goes on there, whoever waits for it
+            if call.operation == "optim_step" or (call.operation in _CHANGES and not self.accumulator.deferred):
+                self.accumulator.interrupted(call.operation)
+            raise
 
     def begin(self, call: Call) -> None:
         if call.operation not in _RECOVERS:
@@ -97,8 +117,11 @@ class RemoteEngine(Engine):
         self.accumulator.require_known()
         return self.accumulator.divisor(ledger, mode)
 
+    def holds_nothing(self, ledger: Ledger, divisor: Divisor) -> bool:
+        return not self.accumulator.settled_there and super().holds_nothing(ledger, divisor)
+
     @at_service("optim_step")
-    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float]]:
+    def step(self, params: AdamParams, divisor: Divisor) -> Answer[Mapping[str, float] | None]:
         self._send_held_back(divisor.value)
         mode = (divisor.elsewhere or "none") if self._capabilities.normalizes else None
         try:
@@ -108,12 +131,15 @@ class RemoteEngine(Engine):
             raise
         self.clear()
         self._sampler = None
-        self.weights_version += 1
-        answer: Sent[Mapping[str, float]] = self._dispatch.sent(
-            [request], lambda answers: dict(answers[0].metrics or {})
-        )
+        self._version += 1
+        answer: Sent[Mapping[str, float] | None] = self._dispatch.sent([request], self._metrics_of_step)
         self._last_step = answer.future("optim_step")
         return answer
+
+    def _metrics_of_step(self, answers: list[Any]) -> Mapping[str, float] | None:
+        """Read the answer to a step; a service of ours leaves out the learning rate where it had nothing to step on."""
+        metrics = dict(answers[0].metrics or {})
+        return None if self._capabilities.divides and "learning_rate" not in metrics else metrics
 
     def clear(self) -> None:
         self.accumulator.clear()
@@ -146,6 +172,8 @@ class RemoteEngine(Engine):
 
     @at_service("save_state")
     def save(self, name: str, overwrite: bool, ledger: Ledger) -> Answer[str]:
+        self._require_stepped()  # what it was to use up would be saved with the weights
+        self.accumulator.require_saveable()
         request = self._sdk.save(self.trainer, name, overwrite)
         return self._dispatch.sent([request], lambda answers: str(answers[0].path))
 
@@ -155,7 +183,7 @@ class RemoteEngine(Engine):
             self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
         self._sampler = self._last_step = None
         self.clear()
-        self.accumulator.unknown = None
+        self.accumulator.unknown, self.accumulator.restored = None, everything
         return Ledger()
 
     def operation_failed(self, error: BaseException) -> None:
@@ -178,6 +206,8 @@ class RemoteEngine(Engine):
         step.retrieved, self._last_step = True, None  # the user has a future of it
         if error is not None:
             self.accumulator.step_failed(error)
+        elif step.result() is None:
+            self._version -= 1
 
     def _by_name(self, call: PreparedCall) -> Gradient:
         loss = call.registered

@@ -1,0 +1,199 @@
+"""What accumulates at a service, when it is saved, loaded, empty or interrupted: the native step, or a refusal in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import distance, make_data
+from servers import SDK_WARNINGS, adapter, served, twin
+from torch import Tensor
+
+from pullback.backends import AdamParams, Backend
+from pullback.backends.remote import Capabilities, RemoteBackend
+from pullback.backends.remote.connection.futures import RemoteFuture
+from pullback.datums import Datum
+from pullback.errors import BackendError, PrecedingOperationFailed, UnsupportedError
+from pullback.losses import GRPO
+
+pytestmark = [*SDK_WARNINGS, pytest.mark.slow]
+FIRST, SECOND = make_data([6, 5]), make_data([7, 4], seed=1)
+PARAMS = AdamParams(learning_rate=1e-2, eps=1e-2)  # so that a gradient of another size makes another step
+Connect = Callable[..., RemoteBackend]
+
+
+def confidence(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return -torch.stack([x.exp().sum() for x in logprobs]).sum(), {}
+
+
+WAYS: dict[str, Callable[[Any, Sequence[Datum]], Any]] = {
+    "sum": lambda backend, data: backend.forward_backward(data, "ppo"),
+    "mean": lambda backend, data: backend.forward_backward(data, "grpo"),
+    "function": lambda backend, data: backend.forward_backward_custom(data, confidence),
+    "counted here": lambda backend, data: backend.forward_backward_custom(data, GRPO()),
+}
+
+
+def resumed(backend: Any, path: str) -> None:
+    """Load everything, whatever has accumulated."""
+    if not isinstance(backend, RemoteBackend):
+        backend.discard_gradients()
+    backend.load_state_with_optimizer(path).result()
+
+
+@pytest.mark.parametrize("way", ["sum", "mean", "function"])
+@pytest.mark.parametrize("rest", [SECOND, None])
+def test_gradients_come_back_with_a_checkpoint(
+    connect: Connect, models: Any, way: str, rest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after a load is the native one, whether or not more has accumulated since; so is the one after it."""
+    monkeypatch.chdir(tmp_path)  # where the native backend saves
+    remote = connect()
+    native = twin(models, remote.trainer)
+    steps = []
+    for backend in (native, remote):
+        WAYS[way](backend, FIRST).result()
+        path = backend.save_state(f"half-{way}-{rest is None}").result().path
+        WAYS[way](backend, FIRST).result()  # is forgotten
+        resumed(backend, path)
+        if rest is not None:
+            WAYS[way](backend, rest).result()
+        steps.append(backend.optim_step(PARAMS).result())
+        WAYS[way](backend, SECOND).result()
+        backend.optim_step(PARAMS).result()
+    assert [step.stepped for step in steps] == [True, True]
+    assert steps[0].metrics["grad_norm"] == pytest.approx(steps[1].metrics["grad_norm"], rel=1e-4)
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "way", "words"),
+    [
+        ({"defer_backward": True}, "sum", "the gradients of 2 datums are held here until optim_step"),
+        ({}, "counted here", "what divides the mean of grpo is counted here"),
+        ({"capabilities": Capabilities()}, "sum", r"nobody says whether this service saves gradients \(of ppo\)"),
+    ],
+)
+def test_what_a_checkpoint_would_lack(connect: Connect, options: dict[str, Any], way: str, words: str) -> None:
+    """It is refused before anything is sent, and saved after the step."""
+    backend = connect(**options)
+    backend.save_state("empty", overwrite=True).result()
+    WAYS[way](backend, FIRST).result()
+    with pytest.raises(UnsupportedError, match=f"{words}; call optim_step first"):
+        backend.save_state("half").result()
+    assert backend.optim_step(PARAMS).result().stepped
+    backend.save_state("whole", overwrite=True).result()
+
+
+def test_a_checkpoint_that_would_lack_a_failed_gradient(connect: Connect) -> None:
+    """As natively: not before its error has been read."""
+    backend = connect()
+    outside = [d.with_inputs(target_tokens=[99] * len(d.model_input)) for d in FIRST]
+    failed = WAYS["sum"](backend, outside)
+    with pytest.raises(PrecedingOperationFailed, match="vocabulary"):
+        backend.save_state("half").result()
+    assert failed.exception() is not None
+    backend.save_state("without-it").result()
+
+
+@pytest.mark.parametrize("empty", ["weights", "advantages"])
+@pytest.mark.parametrize(("way", "then"), [("mean", "sum"), ("counted here", "mean"), ("function", "mean")])
+def test_an_empty_step_leaves_nothing_behind(connect: Connect, models: Any, empty: str, way: str, then: str) -> None:
+    """Neither at the service: a loss with another denominator comes next. No step is made, and none is counted."""
+    remote = connect()
+    native = twin(models, remote.trainer)
+    nothing = [d.with_inputs(**{empty: [0.0] * len(d.model_input)}) for d in FIRST]
+    for backend in (native, remote):
+        sent = WAYS[way](backend, nothing) if way != "function" else backend.forward_backward_custom(FIRST, no_gradient)
+        sent.result()
+        assert not backend.optim_step(PARAMS).result().stepped
+        assert backend.weights_version == 0
+        WAYS[then](backend, SECOND).result()
+        assert backend.optim_step(PARAMS).result().stepped
+        assert backend.weights_version == 1
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
+
+
+def no_gradient(data: Sequence[Any], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return torch.stack([x.sum() for x in logprobs]).sum() * 0.0, {}
+
+
+def test_a_step_whose_only_gradient_failed_is_none(connect: Connect) -> None:
+    """The error has been read: the step is allowed, has nothing to step on, and says so."""
+    backend = connect()
+    outside = [d.with_inputs(target_tokens=[99] * len(d.model_input)) for d in FIRST]
+    assert WAYS["sum"](backend, outside).exception() is not None
+    assert not backend.optim_step(PARAMS).result().stepped
+    assert backend.weights_version == 0
+
+
+@contextmanager
+def interrupting(operation: str) -> Iterator[None]:
+    """Ctrl-C while somebody waits for the answer to an operation, which the service has carried out."""
+    original = RemoteFuture.result
+
+    def result(self: Any, timeout: float | None = None) -> Any:
+        answer = original(self, timeout)
+        if self._operation == operation:
+            raise KeyboardInterrupt
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemoteFuture, "result", result)
+        yield
+
+
+def _interrupted_gradient(backend: Backend) -> None:
+    WAYS["function"](backend, FIRST)
+
+
+def _interrupted_step(backend: Backend) -> None:
+    backend.optim_step(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "operation", "interrupted"),
+    [
+        ({}, "confidence", _interrupted_gradient),
+        ({"defer_backward": True}, "forward_backward", _interrupted_step),
+    ],
+)
+def test_an_interrupt_is_no_reason_to_send_again(
+    connect: Connect, models: Any, options: dict[str, Any], operation: str, interrupted: Callable[[Any], None]
+) -> None:
+    """What was sent may be there: no step until a checkpoint has been loaded, whatever is discarded here."""
+    remote, plain = connect(**options), connect(**options)
+    path = remote.save_state("before").result().path
+    for backend in (remote, plain):
+        WAYS["sum"](backend, FIRST).result()
+    with interrupting(operation), pytest.raises(KeyboardInterrupt):
+        interrupted(remote)
+    words = "was interrupted, so nobody knows"
+    for again in (lambda: remote.optim_step(PARAMS), lambda: WAYS["sum"](remote, SECOND)):
+        with pytest.raises(BackendError, match=words):
+            again().result()
+    with pytest.raises(BackendError, match=rf"{words}.*backend\.trainer\.save_state|KeyboardInterrupt"):
+        remote.save_state("after").result()
+    if options:
+        remote.discard_gradients()
+    with pytest.raises(BackendError, match=words):
+        remote.optim_step(PARAMS).result()
+    remote.load_state_with_optimizer(path).result()
+    WAYS["sum"](remote, FIRST).result()
+    for backend in (remote, plain):
+        assert backend.optim_step(PARAMS).result().stepped
+    assert distance(*(adapter(served(models, backend.trainer)) for backend in (remote, plain))) < 1e-5
+
+
+def test_an_interrupt_before_anything_is_sent_spoils_nothing(connect: Connect) -> None:
+    """Held back, a gradient's call has sent no more than a forward."""
+    backend = connect(defer_backward=True)
+    with interrupting("forward"), pytest.raises(KeyboardInterrupt):
+        WAYS["sum"](backend, FIRST)
+    backend.discard_gradients()
+    WAYS["sum"](backend, FIRST).result()
+    assert backend.optim_step(PARAMS).result().stepped
