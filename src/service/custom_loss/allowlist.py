@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["ATTRIBUTES", "FUNCTIONS", "METHODS"]
+__all__ = ["ATTRIBUTES", "FIELDS", "FUNCTIONS", "METHODS"]
 
 _OPERATORS: Final = "abs add and_ eq floordiv ge getitem gt invert le lt matmul mod mul ne neg or_ pos pow sub truediv"
 _TENSOR: Final = """
@@ -29,6 +29,11 @@ _FUNCTIONAL: Final = """
 binary_cross_entropy binary_cross_entropy_with_logits elu gelu hinge_embedding_loss huber_loss leaky_relu log_softmax logsigmoid
 mse_loss relu sigmoid silu smooth_l1_loss softmax softplus softsign tanh threshold
 """
+_TRACED: Final = {  # as torch.fx calls functions that have another name where they are defined
+    "torch.functional.norm": "torch.norm",
+    "torch._C._nn.log_sigmoid": "torch.nn.functional.logsigmoid",
+    "torch.nn.functional._threshold": "torch.nn.functional.threshold",
+}
 _MATH: Final = "ceil exp floor log log1p log2 pow sqrt tanh"
 
 
@@ -39,9 +44,11 @@ def _functions() -> dict[str, Callable[..., Any]]:
     table |= {f"torch.nn.functional.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
     # Some functions of torch.nn.functional are built in, and are named after where they are from.
     table |= {f"torch._C._nn.{name}": getattr(functional, name) for name in _FUNCTIONAL.split()}
+    table |= {traced: table[name] for traced, name in _TRACED.items()}
     return table | {f"math.{name}": getattr(math, name) for name in _MATH.split()}
 
 
 FUNCTIONS: Final = _functions()
 METHODS: Final = frozenset((_TENSOR + _METHODS).split())
-ATTRIBUTES: Final = ("shape", "ndim", "dtype", "T")
+ATTRIBUTES: Final = ("shape", "ndim", "dtype", "T")  # of a tensor
+FIELDS: Final = ("values", "indices")  # of what max, sort and their like return

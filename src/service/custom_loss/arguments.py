@@ -110,7 +110,7 @@ def check_arguments(target: str, args: Sequence[Any], kwargs: Mapping[str, Any])
     for key, arg in kwargs.items():
         if isinstance(arg, str) and arg in _WORDS.get(key, ()):
             continue
-        if key == "out" or (key == "inplace" and arg):
+        if (key == "out" and arg is not None) or (key == "inplace" and arg):
             raise ConfigError(f"{target} with {key}: a custom loss makes new tensors, and changes none")
         if name in _LISTS and key == "tensors" and isinstance(arg, (list, tuple)):
             _check_all_tensors(target, arg)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, LossTypeError, MissingFieldError
-from .allowlist import ATTRIBUTES, FUNCTIONS, METHODS
+from .allowlist import ATTRIBUTES, FIELDS, FUNCTIONS, METHODS
 from .arguments import check_arguments, count_values, decode_argument, is_value
 from .budget import PER_NODE, Budget, Cost
 from .costs import cost_of
@@ -150,6 +150,8 @@ def _check(node: Any) -> None:
 
 
 def _apply(op: str, target: str, args: list[Any], kwargs: dict[str, Any], budget: Budget) -> Any:
+    if target in _GETATTR and len(args) == 2 and isinstance(args[0], tuple) and args[1] in FIELDS:
+        return getattr(args[0], args[1])
     if target in _GETATTR:
         if len(args) != 2 or not isinstance(args[0], Tensor) or args[1] not in ATTRIBUTES:
             raise ConfigError(f"custom losses can read {', '.join(ATTRIBUTES)} of a tensor, and nothing else")
