@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, final
 from weakref import WeakValueDictionary
 
+from ...backends.sampling import check_params
 from ...datums.types import ModelInput
 from ...errors import NotFoundError, ServiceError, TooLargeError
 from ..durability.journal import Journal
@@ -125,6 +126,7 @@ class Samplers:
             )
         requested = RequestedScores.of(body, prompt, params.temperature)
         sampler = self._sampler(owner, session)
+        check_params(params, sampler.vocab_size)
         requested.check(sampler.vocab_size, len(prompt), n * params.max_tokens)
         rollouts = yield from sampler.complete(prompt, n, params, ends, owner)
         scores = yield from requested.answer(sampler, prompt, rollouts)

@@ -113,6 +113,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0.0}, "top_p must be in"),
     ({"top_p": [1]}, "top_p must be a number"),
     ({"seed": "1"}, "seed must be a whole number"),
+    ({"stop": [VOCAB, 1]}, f"stop has [{VOCAB}], outside the vocabulary of {VOCAB}: no completion would end there"),
     ({"stop": ["x"] * 65}, "at most 64 strings"),
     ({"stop": ["x" * 513]}, "of 512 characters"),
     ({"n": 1025}, "samples 1 to 1024"),
