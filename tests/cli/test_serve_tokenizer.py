@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,13 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     assert base.tokenizer_id is base.tokenizer_folder is None
     with pytest.raises(ValueError, match="give stop as token ids"):
         base.tokenizer()
+
+
+def test_a_tokenizer_that_only_clients_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub is asked for it: every operation of the service would wait for the answer."""
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: asked.append(given))
+    base = base_of("--model", "tiny", "--tokenizer", "nobody/has-this-one")
+    with pytest.raises(ValueError, match=r"\(nobody/has-this-one is not on its disk\): give stop as token ids"):
+        base.tokenizer()
+    assert not asked

@@ -98,17 +98,20 @@ class Base:
         return read_facts(getattr(self.model, "config", None)).max_length
 
     def tokenizer(self) -> Any:
-        """Return its tokenizer.
+        """Return its tokenizer, from this machine's disk: the names of a hub are not looked up.
 
         Raises:
             ConfigError: this server has none.
         """
-        place = self.tokenizer_folder or self.tokenizer_id
-        if place is None:
-            raise ConfigError(
-                "strings to stop at need a tokenizer, and this server has none for its model: give stop as token ids"
-            )
-        return _tokenizer(place)
+        place, lacks = self.tokenizer_folder or self.tokenizer_id, ""
+        if place is not None:
+            try:
+                return _tokenizer(place)
+            except (OSError, ValueError):  # of a folder of its own, clients are told nothing
+                lacks = f" ({self.tokenizer_id} is not on its disk)" if self.tokenizer_id == place else ""
+        raise ConfigError(
+            f"strings to stop at need a tokenizer, and this server has none for its model{lacks}: give stop as token ids"
+        )
 
     def copy(self) -> nn.Module:
         """Return the modules anew around the same tensors."""
@@ -275,8 +278,13 @@ class ServedModels:
 
 
 @functools.cache
-def _tokenizer(folder: str) -> Any:
-    return require_extra("transformers", "hf", "strings in stop").AutoTokenizer.from_pretrained(folder)
+def _tokenizer(place: str) -> Any:
+    """Load a tokenizer of a folder, or of a hub's name if that is on this disk: for the network everybody would wait."""
+    loader = require_extra("transformers", "hf", "strings in stop").AutoTokenizer
+    hub = require_extra("huggingface_hub", "hf", "strings in stop")
+    return loader.from_pretrained(
+        place if Path(place).is_dir() else hub.snapshot_download(place, local_files_only=True)
+    )
 
 
 @torch.no_grad()
