@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 from ...datums.types import Datum
@@ -17,6 +18,7 @@ from ..reference import ReferenceView
 from ..types import ForwardBackwardOutput
 from .capabilities import Capabilities
 from .connection.liveness import Liveness
+from .connection.probe import unload
 from .engine import RemoteEngine
 from .sdk.error_mapping import at_service
 from .sdk.sdks import sdk_of
@@ -45,6 +47,7 @@ class RemoteBackend(Backend):
         owns_service: `close` also closes the service's client, which ends its session.
         url: address of the service, which is asked whether it is still there when an answer is late; default: what the
             SDK's client says.
+        api_key: for a service of ours at that address, which is then told of models that a load has replaced.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class RemoteBackend(Backend):
         timeout: float | None = None,
         owns_service: bool = False,
         url: str | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._service, self._base_model, self._timeout = service, base_model, timeout
         self._sdk = sdk_of(service)
@@ -72,6 +76,7 @@ class RemoteBackend(Backend):
             timeout,
             owns_service,
             self._liveness,
+            partial(unload, url, api_key) if url and api_key and self.capabilities.divides else None,
         )
         super().__init__(self._remote)
 

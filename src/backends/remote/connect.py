@@ -67,7 +67,8 @@ def connect(
     else:
         ask_capabilities(service, key, must_answer=False)  # what is no service is said now; the SDK would take minutes
     client, trainer = _client_with(create, service, chosen, key, options.get("timeout"))
-    return RemoteBackend(client, trainer, base_model=base_model, **{"owns_service": True, "url": service, **options})
+    own = {"owns_service": True, "url": service, "api_key": key}
+    return RemoteBackend(client, trainer, base_model=base_model, **{**own, **options})
 
 
 def _detected(url: str, key: str, base_model: str, sdk: Sdk) -> Capabilities:

@@ -50,6 +50,7 @@ class RemoteEngine(Engine):
         timeout: seconds that an answer waits; None = for ever.
         owns_service: `close` also closes the service's client.
         liveness: of the service.
+        unload: lets the service forget a model by its id; None: it cannot be told.
     """
 
     def __init__(
@@ -62,13 +63,14 @@ class RemoteEngine(Engine):
         timeout: float | None,
         owns_service: bool,
         liveness: Liveness,
+        unload: Callable[[str], None] | None = None,
     ) -> None:
         self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
         self._version = 0
         self.accumulator = RemoteAccumulator(capabilities, defer_backward)
         self._sdk, self._service, self.trainer = sdk, service, trainer
         self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
-        self._liveness = liveness
+        self._liveness, self._unload = liveness, unload
         self._dispatch = Dispatch(timeout, self.accumulator.operation_failed, liveness)
         self._audit = SumAudit()
         self._sampler: Any = None
@@ -180,7 +182,10 @@ class RemoteEngine(Engine):
     @at_service("load_state")
     def load(self, path: str, everything: bool) -> Ledger:
         with self._liveness.explaining("load_state", self._timeout):
-            self.trainer = self._sdk.load(self._service, self.trainer, path, everything, self._timeout)
+            before = self.trainer
+            self.trainer = self._sdk.load(self._service, before, path, everything, self._timeout)
+        if self._unload is not None and self.trainer is not before and self._dispatch.idle:
+            self._unload(before.model_id)  # or it would take the place of another until the session ends
         self._sampler = self._last_step = None
         self.clear()
         self.accumulator.unknown, self.accumulator.restored = None, everything

@@ -28,6 +28,11 @@ class Dispatch:
         self._timeout, self._on_failure, self._liveness = timeout, on_failure, liveness
         self._under_way: list[Sequence[Any]] = []
 
+    @property
+    def idle(self) -> bool:
+        """Whether all answers are here."""
+        return all(map(all_arrived, self._under_way))
+
     def sent(self, requests: Sequence[Any], read: Callable[[list[Any]], T]) -> Sent[T]:
         """Return what an engine answers for requests that an SDK has sent."""
         before = self._under_way = [one for one in self._under_way if not all_arrived(one)]

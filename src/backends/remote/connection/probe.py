@@ -1,14 +1,15 @@
-"""What answers at an address, asked without an SDK: where there is no service, an SDK goes on calling for minutes."""
+"""What is said to a service without an SDK: where there is none, an SDK goes on calling for minutes; and it unloads nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from ....errors import ConfigError, RemoteError, require_extra
 
-__all__ = ["alive", "ask_capabilities"]
+__all__ = ["alive", "ask_capabilities", "unload"]
 
 _PAUSES: Final = (0.1, 0.3, 1.0, 3.0)  # seconds
 _TRY: Final = 5.0  # seconds for one try
@@ -66,6 +67,14 @@ def alive(url: str, seconds: float) -> bool:
     except (httpx.HTTPError, httpx.InvalidURL):
         return False
     return True
+
+
+def unload(url: str, key: str, model: str) -> None:
+    """Ask a service of ours to let go of a model that is used no more; if it does not, the end of the session does."""
+    httpx = require_extra("httpx", "remote", "pullback.connect")
+    body, headers = {"model_id": model, "type": "unload_model"}, {"X-API-Key": key}
+    with suppress(httpx.HTTPError):
+        httpx.post(f"{url.rstrip('/')}/api/v1/unload_model", json=body, headers=headers, timeout=_TRY)
 
 
 def _require_address(url: str) -> None:
