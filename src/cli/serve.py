@@ -121,7 +121,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return _new_key(arguments.keys)
     if arguments.adopt is not None:
         return _adopt(Path(arguments.checkpoints), arguments.adopt)
-    plain = [key for key in os.environ.get(_KEYS, "").split(",") if key]
+    _require_numbers(arguments)
+    plain = [key.strip() for key in os.environ.get(_KEYS, "").split(",") if key.strip()]
     keys = Keys([*map(digest_of, plain), *_saved_keys(arguments.keys)])
     require_keys(arguments.host, keys)
     loss_names()  # a package or module of losses that cannot be loaded is said before anything is served
@@ -130,6 +131,18 @@ def _run(arguments: argparse.Namespace) -> int:
     with _address(arguments) as sockets:
         _load_and_serve(arguments, keys, sockets)
     return 0
+
+
+def _require_numbers(arguments: argparse.Namespace) -> None:
+    """Check what would otherwise be found when the first model is made, or the server has ended.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    for name, least in (("token_budget", 1), ("save_seconds", 0)):
+        value = getattr(arguments, name)
+        if not value >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
 
 
 def _saved_keys(file: Path | None) -> list[str]:

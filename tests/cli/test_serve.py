@@ -21,7 +21,7 @@ from pullback.errors import ConfigError
 from pullback.losses import Registry, registry
 from pullback.losses.registry import ENTRY_POINT_GROUP
 from pullback.service import ServedModels, serving
-from pullback.service.limits import Limits
+from pullback.service.limits import Keys, Limits
 from pullback.testing import random_llama
 
 pytest.importorskip("transformers", reason="needs transformers and peft (extra hf)")
@@ -75,6 +75,17 @@ def test_quotas_are_given_by_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert len(served) == 2
 
 
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Separated by commas, with white space or without; each lets its owner in."""
+    let_in: list[Keys] = []
+    monkeypatch.setattr(serve, "serve_forever", lambda *given, **options: let_in.append(given[3]))
+    monkeypatch.setenv("PULLBACK_API_KEYS", "tml-one, tml-two,\n,")
+    assert main(["serve", "--model", "tiny", "--checkpoints", str(tmp_path), "--port", "0"]) == 0
+    (keys,) = let_in
+    assert len(keys) == 2
+    assert None not in (keys.owner("tml-one"), keys.owner("tml-two"))
+
+
 def fails_to_load(arguments: Namespace) -> Any:
     raise AssertionError("nothing is loaded before the address is known to be free")
 
@@ -100,12 +111,15 @@ def test_a_port_that_is_taken(
         (["--port", "70000"], "--port must be a number from 0 (any that is free) to 65535, got 70000"),
         (["--port", "-1"], "--port must be a number from 0 (any that is free) to 65535, got -1"),
         (["--host", "999.1.1.1"], "999.1.1.1 can be reached from other machines"),
+        (["--token-budget", "0"], "--token-budget must be at least 1, got 0"),
+        (["--save-seconds", "-1"], "--save-seconds must be at least 0, got -1"),
+        (["--save-seconds", "nan"], "--save-seconds must be at least 0, got nan"),
     ],
 )
-def test_an_address_that_is_none(
+def test_what_cannot_be_served(
     address: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is refused before a model is loaded, and so is one that needs keys."""
+    """An address that is none or needs keys, and numbers that are none, are refused before a model is loaded."""
     monkeypatch.setattr(serve, "load_base", fails_to_load)
     assert main(["serve", "--model", "tiny", *address]) == 2
     assert words in capsys.readouterr().err
