@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, final
 
@@ -95,7 +95,7 @@ def datum_from_turns(
     Args:
         turns: in order. Each prompt is the prompt and the tokens of the turn before, token for token, and what came in between:
             the answer of a tool, the next question, a header.
-        advantage: one number, or one entry per turn: a number, or one per token of the turn.
+        advantage: one number, or one entry per turn (in a list, an array or a tensor): a number, or one per token of the turn.
         group_id, temperature, top_p, top_k, weights_version, logprobs_of: as in `datum_from_rollout`.
 
     Returns:
@@ -113,10 +113,7 @@ def datum_from_turns(
     if isinstance(turns, Turn) or not turns:
         raise DatumError("turns must be a list of at least one Turn")
     _check_sampling(temperature, top_p, top_k, logprobs_of)
-    one = (
-        torch.as_tensor(advantage).dim() == 0 if isinstance(advantage, Tensor) else not isinstance(advantage, Sequence)
-    )
-    advantages: list[Any] = [advantage] * len(turns) if one else list(advantage)  # type: ignore[arg-type]
+    advantages = _per_turn(advantage, len(turns))
     if len(advantages) != len(turns):
         raise LengthError(
             f"advantage has {len(advantages)} entries, but there are {len(turns)} turns; give a number, or one each"
@@ -162,7 +159,7 @@ def turn_from_sglang(response: Mapping[str, Any], prompt: Tokens) -> Turn:
         prompt: int [P]; the ``input_ids`` of the request.
 
     Raises:
-        DatumError: it has no log-probs, or they are of other tokens than ``output_ids``.
+        DatumError: it has no log-probs, one is missing, or they are of other tokens than ``output_ids``.
     """
     entries = (response.get("meta_info") or {}).get("output_token_logprobs")
     if not entries:
@@ -171,15 +168,25 @@ def turn_from_sglang(response: Mapping[str, Any], prompt: Tokens) -> Turn:
     told = response.get("output_ids")
     if told is not None and [int(token) for token in told] != tokens:
         raise DatumError(f"output_ids ({len(told)}) are not the tokens of output_token_logprobs ({len(tokens)})")
+    missing = next((j for j, entry in enumerate(entries) if entry[0] is None), None)
+    if missing is not None:
+        raise DatumError(f"token {missing} of the response has no log-prob; a datum needs that of each drawn token")
     return Turn(prompt, tokens, [float(entry[0]) for entry in entries])
 
 
 def _chosen(number: int, place: int, entry: Any, token: int) -> float:
-    if isinstance(entry, (int, float)):
-        return float(entry)
-    if token not in entry:
+    found = entry.get(token) if isinstance(entry, Mapping) else entry
+    value = getattr(found, "logprob", found)
+    if value is None:
         raise DatumError(f"completion {number} token {place}: its log-probs have no entry of the drawn token {token}")
-    return float(getattr(entry[token], "logprob", entry[token]))
+    return float(value)
+
+
+def _per_turn(advantage: Any, turns: int) -> list[Any]:
+    """Return the advantages of the turns: one number for all of them, or the entries of a list, an array or a tensor."""
+    if getattr(advantage, "ndim", None) == 0 or not isinstance(advantage, Iterable):
+        return [advantage] * turns
+    return list(advantage)
 
 
 def _joined(turns: Sequence[Turn], advantages: Sequence[Any]) -> Datum:
@@ -229,7 +236,12 @@ def _check_continues(number: int, before: Tensor, prompt: Tensor) -> None:
 
 
 def _per_token(name: str, values: Any, count: int, repeat: bool) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.float32)
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        missing = [j for j, value in enumerate(values) if value is None] if isinstance(values, Sequence) else []
+        what = f"{name}[{missing[0]}] is None" if missing else f"{name} are no numbers ({error})"
+        raise DatumError(f"{what}; give one number per token of the completion") from error
     if repeat and tensor.dim() == 0:
         return tensor.expand(count)
     if tensor.shape != (count,):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +65,16 @@ def test_one_turn_is_a_rollout(prompt: list[int], tokens: list[int]) -> None:
     assert scalar == datum_from_rollout(prompt, tokens, logprobs, 2.0)
 
 
+@pytest.mark.parametrize("made", [list, tuple, np.array, torch.tensor, iter])
+def test_advantages_of_turns_in_any_container(made: Any) -> None:
+    """One entry per turn is that in whatever holds it, also where turns have as many tokens as there are turns."""
+    turns = [Turn([1], [2, 3], [-1.0, -1.0]), Turn([1, 2, 3, 4], [5, 6], [-1.0, -1.0])]
+    assert datum_from_turns(turns, made([10.0, 20.0])).loss_fn_inputs["advantages"].data == [10, 10, 0, 20, 20]
+    scalars: list[Any] = [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5)]
+    for one in scalars:
+        assert datum_from_turns(turns, one).loss_fn_inputs["advantages"].data == [0.5, 0.5, 0, 0.5, 0.5]
+
+
 def vllm(completions: list[Any]) -> Any:
     """A ``RequestOutput`` by the names of its attributes."""
     return SimpleNamespace(prompt_token_ids=(1, 2), outputs=completions)
@@ -88,6 +99,11 @@ def test_vllm() -> None:
             "completion 0 token 0: .* no entry of the drawn token 5",
         ),
         (SimpleNamespace(token_ids=[5, 6], logprobs=[{5: -1.0}]), "has 2 tokens, but 1 log-probs"),
+        (SimpleNamespace(token_ids=[5, 6], logprobs=[-1.0, None]), "completion 0 token 1: .* of the drawn token 6"),
+        (
+            SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=None)}]),
+            "completion 0 token 0: .* no entry of the drawn token 5",
+        ),
     ):
         with pytest.raises(DatumError, match=reason):
             turns_from_vllm(vllm([completion]))
@@ -107,6 +123,8 @@ def test_sglang() -> None:
         turn_from_sglang({"text": "x", "meta_info": {}}, [1])
     with pytest.raises(DatumError, match="are not the tokens"):
         turn_from_sglang({**response, "output_ids": [5]}, [1])
+    with pytest.raises(DatumError, match="token 1 of the response has no log-prob"):
+        turn_from_sglang({"meta_info": {"output_token_logprobs": [(-2.0, 5, None), (None, 6, None)]}}, [1])
 
 
 FIRST = Turn([1, 2], [3, 4], [-1.0, -1.0])
@@ -126,6 +144,8 @@ FIRST = Turn([1, 2], [3, 4], [-1.0, -1.0])
         ([FIRST, Turn([1, 2, 3, 4], [5], [])], 1.0, "turn 1: logprobs has shape"),
         ([FIRST], [1.0, 2.0], "advantage has 2 entries, but there are 1 turns"),
         ([FIRST], [[1.0, 2.0, 3.0]], "advantages has shape .3,., but the completion has 2 tokens"),
+        ([FIRST, Turn([1, 2, 3, 4, 5], [6, 7], [-1.0, None])], 1.0, r"turn 1: logprobs\[1\] is None"),  # type: ignore[list-item]
+        ([FIRST], ["high"], "advantages are no numbers"),
     ],
 )
 def test_turns_that_do_not_fit(turns: list[Turn], advantage: Any, reason: str) -> None:
