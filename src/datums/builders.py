@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from .types import Datum, ModelInput
 
 __all__ = [
     "Tokens",
+    "check_max_length",
     "datum_from_prompt_completion",
     "datum_from_spans",
     "datum_from_tokens_weights",
@@ -30,6 +32,18 @@ def token_ids(tokens: Tokens) -> Tensor:
     return ModelInput.from_ints(tokens).tokens
 
 
+def check_max_length(max_length: int | None) -> None:
+    """Check the length of the longest model input; a slice would read a negative one from the other end.
+
+    Raises:
+        DatumError: it is no whole number of 1 or more, and not None.
+    """
+    whole = isinstance(max_length, Integral) and not isinstance(max_length, bool)
+    if max_length is None or (whole and max_length >= 1):
+        return
+    raise DatumError(f"max_length must be a whole number, 1 or more, got {max_length!r}")
+
+
 def datum_from_tokens_weights(tokens: Tokens, weights: Any, max_length: int | None = None) -> Datum:
     """Build from a whole sequence and one weight per token.
 
@@ -43,8 +57,9 @@ def datum_from_tokens_weights(tokens: Tokens, weights: Any, max_length: int | No
 
     Raises:
         LengthError: not one weight per token.
-        DatumError: fewer than two tokens, or no trained token within ``max_length``.
+        DatumError: fewer than two tokens, no trained token within ``max_length``, or that is below 1.
     """
+    check_max_length(max_length)
     ids, values = token_ids(tokens), as_tensor(weights).to(torch.float32)
     if values.shape != ids.shape:
         raise LengthError(

@@ -20,6 +20,7 @@ from pullback.datums import (
     datum_from_rollout,
     datum_from_spans,
     datum_from_tokens_weights,
+    from_rows,
     from_tinker,
     preference_pair,
     to_tinker,
@@ -65,6 +66,15 @@ def test_max_length_cuts_on_the_right(tokens: list[int], limit: int) -> None:
     if len(tokens) > limit + 1:
         with pytest.raises(DatumError, match="every trained token"):
             datum_from_tokens_weights(tokens, late, max_length=limit)
+
+
+@pytest.mark.parametrize("limit", [-5, -1, 0, 2.0, True])
+def test_max_length_is_a_length(limit: Any) -> None:
+    """A length that is none is refused by every builder: a negative one would leave out the last tokens."""
+    with pytest.raises(DatumError, match=f"max_length must be a whole number, 1 or more, got {limit}"):
+        datum_from_tokens_weights(range(8), [1.0] * 8, max_length=limit)
+    with pytest.raises(DatumError, match="max_length must be a whole number"):
+        from_rows([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], None, max_length=limit, overlong="truncate")
 
 
 def test_tempered_rollouts_need_their_samplers_logprobs() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final
 
 from ...errors import DatumError
+from ..builders import check_max_length
 from ..chat import Encoded
 
 __all__ = ["Lengths", "Overlong", "Side"]
@@ -49,8 +50,7 @@ class Lengths:
         ):
             if value not in known:
                 raise DatumError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        if self.max_length is not None and self.max_length < 1:
-            raise DatumError(f"max_length must be 1 or more, got {self.max_length}")
+        check_max_length(self.max_length)
 
     def fit(self, sides: Sequence[Encoded]) -> FittedRow:
         """Return the sides of a row as they fit.
