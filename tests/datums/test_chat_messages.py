@@ -163,6 +163,21 @@ def test_marked_blocks_that_are_not_turns() -> None:
         trained(CHATML_MARKED, [USER, YES], train_on="user")
 
 
+def test_marked_blocks_within_others_and_changed_afterwards() -> None:
+    """A block within another is part of it; marked text that a template works on afterwards is refused."""
+    within = CHATML_MARKED.replace(
+        "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+        "{%- generation -%}{{ message['content'] }}{%- endgeneration -%}{{ '<|im_end|>\n' }}{% endgeneration %}",
+    )
+    assert trained(within, [USER, YES, USER, {**NO, "weight": 2}]) == [("Yes<|im_end|>", 1.0), ("No<|im_end|>", 2.0)]
+    counted = CHATML_MARKED.replace(
+        "{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+        "{% set answer %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endset %}{{ answer | length }}",
+    )
+    with pytest.raises(DatumError, match=r"works on the text of its .% generation %. blocks"):
+        trained(counted, [USER, YES])
+
+
 class Trimming:
     """A tokenizer whose offsets leave the white space of its tokens out: of "a b" they are those of "a" and "b"."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pretrained.chat_tokenizer import chat_tokenizer
 
-from pullback.datums.chat import ChatReader, Encoded, read_chat
+from pullback.datums.chat import ChatReader, read_chat
 from pullback.errors import DatumError
 
 SPEC = importlib.util.find_spec("trl")
@@ -123,7 +123,6 @@ def test_published_templates(name: str, kind: str) -> None:
             ChatReader(tokenizer).read(read_chat(messages, tools=tools))
         return
     read = ChatReader(tokenizer).read(read_chat(messages, tools=tools))
-    assert not isinstance(read, Encoded)
     if kind == "parts" and ("Yes" not in text or re.search("[\"']type[\"']", text)):
         # the template wrote the list itself, or nothing: it was given the text
         assert [word in read[0][span.start : span.stop] for word, span in zip(("Yes", "No"), read[1], strict=True)] == [

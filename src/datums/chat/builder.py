@@ -8,8 +8,8 @@ from typing import Any
 from ...errors import DatumError
 from ..builders import datum_from_tokens_weights
 from ..types import Datum
-from .encoding import Encoded, encode
-from .generation import generated_tokens
+from .encoding import encode
+from .generation import generated_spans
 from .messages import Chat, Messages, Turns, read_chat
 from .renderer import Renderer
 from .spans import SpanFinder, Spans
@@ -28,8 +28,8 @@ class ChatReader:
         self._render = Renderer(tokenizer)
         self._finder = SpanFinder(self._render)
 
-    def read(self, chat: Chat, turns: Turns = "all") -> Encoded | tuple[str, Spans]:
-        """Return a chat's text and what is trained of it; its tokens, where the template marks those itself.
+    def read(self, chat: Chat, turns: Turns = "all") -> tuple[str, Spans]:
+        """Return a chat's text and what is trained of it.
 
         Raises:
             DatumError: nothing is trained, or what is trained cannot be told.
@@ -43,7 +43,7 @@ class ChatReader:
             )
         chat, text = self._render.prepare(chat.last_only() if turns == "last" else chat)
         if self._render.marks_generation(chat):
-            return Encoded(*generated_tokens(self._render, chat))
+            return text, generated_spans(self._render, chat, text)
         return text, self._finder.find(chat, text)
 
 
@@ -81,6 +81,5 @@ def datum_from_messages(
             earlier turns differently when later ones follow, so that no characters belong to one turn.
     """
     chat = read_chat(messages, train_on, tools, chat_template_kwargs)
-    read = ChatReader(tokenizer).read(chat, turns)
-    encoded = read if isinstance(read, Encoded) else encode(tokenizer, *read)
+    encoded = encode(tokenizer, *ChatReader(tokenizer).read(chat, turns))
     return datum_from_tokens_weights(*encoded.tensors(), max_length)

@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+import re
 
 from ...errors import DatumError
+from .marks import Marks
 from .messages import Chat
 from .renderer import Renderer
+from .spans import Span, Spans
 
-__all__ = ["generated_tokens"]
+__all__ = ["generated_spans"]
 
 
-def generated_tokens(renderer: Renderer, chat: Chat) -> tuple[list[int], list[float]]:
-    """Return the tokens of a chat and their weights, as its template marks them.
+def generated_spans(renderer: Renderer, chat: Chat, text: str) -> Spans:
+    """Return the trained characters of a chat, as its template marks them.
 
     What a marked block holds after its stop token is not trained: a sampler has stopped there.
 
     Args:
         renderer: of a template that marks what is generated.
         chat: prepared by it.
+        text: its rendering.
 
     Raises:
-        DatumError: the blocks are not one for each turn of the assistant, and some turns are not trained.
+        DatumError: the blocks are not one for each turn of the assistant, and some turns are not trained; or the template
+            changes what it has marked.
     """
-    options = dict(chat.arguments) if chat.tools is None else {"tools": chat.tools, **chat.arguments}
-    encoded = renderer.tokenizer.apply_chat_template(
-        [dict(message) for message in chat.messages],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **options,
-    )
-    ids = [int(token) for token in encoded["input_ids"]]
-    blocks = _blocks(encoded["assistant_masks"])
-    weights = [0.0] * len(ids)
-    for (start, stop), weight in zip(blocks, _weights_of(chat, len(blocks)), strict=True):
-        stop = _drawn(renderer.tokenizer, ids, start, stop)
-        weights[start:stop] = [weight] * (stop - start)
-    return ids, weights
+    marks = Marks.missing_in(text, 1)
+    begin, end = (chr(marks.first), chr(marks.first + 1)) if marks is not None else ("", "")
+    marked = renderer.with_generated_blocks(chat, begin, end)
+    if marks is None or re.sub(f"[{begin}{end}]", "", marked) != text:
+        raise DatumError(
+            "the chat template works on the text of its {% generation %} blocks, so where they lie cannot be told; give a "
+            "template without {% generation %}"
+        )
+    blocks = _blocks(marked, begin, end)
+    weights = _weights_of(chat, len(blocks))
+    spans = [
+        Span(start, _drawn(renderer, text, start, stop), w) for (start, stop), w in zip(blocks, weights, strict=True)
+    ]
+    return [span for span in spans if span.weight != 0]
 
 
-def _blocks(mask: Sequence[int]) -> list[tuple[int, int]]:
-    edges = [0, *(j for j, (a, b) in enumerate(pairwise(mask), start=1) if bool(a) != bool(b)), len(mask)]
-    return [(start, stop) for start, stop in pairwise(edges) if start < stop and mask[start]]
+def _blocks(marked: str, begin: str, end: str) -> list[tuple[int, int]]:
+    """Return where the blocks lie in the text without marks; those that touch, or lie in another one, are one."""
+    blocks: list[tuple[int, int]] = []
+    place = depth = 0
+    for piece in re.split(f"([{begin}{end}])", marked):
+        if piece in (begin, end):
+            depth += 1 if piece == begin else -1
+            continue
+        if depth and piece and blocks and blocks[-1][1] == place:
+            blocks[-1] = blocks[-1][0], place + len(piece)
+        elif depth and piece:
+            blocks.append((place, place + len(piece)))
+        place += len(piece)
+    return blocks
 
 
 def _weights_of(chat: Chat, blocks: int) -> list[float]:
@@ -66,11 +78,7 @@ def _weights_of(chat: Chat, blocks: int) -> list[float]:
     )
 
 
-def _drawn(tokenizer: Any, ids: Sequence[int], start: int, stop: int) -> int:
+def _drawn(renderer: Renderer, text: str, start: int, stop: int) -> int:
     """Return the end of a block without the white space that follows its stop token."""
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)}
-    last = stop
-    while last > start and ids[last - 1] not in special:
-        last -= 1
-    return last if last > start and not tokenizer.decode(ids[last:stop]).strip() else stop
+    last = max((found.end() for found in renderer.special_tokens.finditer(text, start, stop)), default=stop)
+    return stop if text[last:stop].strip() else last

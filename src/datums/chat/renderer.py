@@ -13,7 +13,10 @@ from .messages import Chat
 
 __all__ = ["Renderer"]
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_MARKED = (
+    "{{% macro pullback_generated() %}}{begin}{{{{ caller() }}}}{end}{{% endmacro %}}\n"  # the line break is trimmed
+)
 _ARGUMENTS = ("chat_template", "documents", "sanitize_control_tokens", "tokenizer_kwargs")
 
 
@@ -83,7 +86,20 @@ class Renderer:
 
     def marks_generation(self, chat: Chat) -> bool:
         """Whether the template itself says which text is generated, by ``{% generation %}``."""
-        return bool(_GENERATION.search(self.template_of(chat))) and bool(getattr(self.tokenizer, "is_fast", False))
+        return bool(_GENERATION.search(self.template_of(chat)))
+
+    def with_generated_blocks(self, chat: Chat, begin: str, end: str) -> str:
+        """Return the text of a chat whose template marks what is generated, with each such block between two strings.
+
+        transformers itself tells where they lie by the text that was written before them, which inside of a macro is not
+        there yet: it marks other characters.
+        """
+
+        def called(tag: re.Match[str]) -> str:
+            return f"{tag[1]}{'endcall' if tag[2] else 'call pullback_generated()'}{tag[3]}"
+
+        source = _MARKED.format(begin=begin, end=end) + _GENERATION.sub(called, self.template_of(chat))
+        return self(replace(chat, arguments={**chat.arguments, "chat_template": source}), chat.messages)
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ...errors import DatumError
-from ..chat import Chat, ChatReader, Encoded, read_chat
+from ..chat import Chat, ChatReader, read_chat
 from ..chat.messages import Turns
 from ..chat.roles import unusual_roles
 from ..prefix import common_prefix
@@ -125,8 +125,7 @@ class RowReader:
     def _rendered(self, chat: Chat) -> Source:
         if self._chats is None:
             self._chats = ChatReader(self._tokenizer)
-        read = self._chats.read(chat, self._options.turns)
-        return Source(encoded=read) if isinstance(read, Encoded) else Source(*read)
+        return Source(*self._chats.read(chat, self._options.turns))
 
     def _check_not_repeated(self, prompt: Any, row: Mapping[str, Any]) -> None:
         if is_chat("prompt", prompt):

@@ -51,6 +51,14 @@ CHATML_MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# the same in a macro, whose text is written when it is whole
+CHATML_MACRO = (
+    "{% macro turn(message) %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endmacro %}{% for message in messages %}{{ turn(message) }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 LLAMA3 = (
     "{{- bos_token }}{% for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
     "message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -191,6 +199,7 @@ def closed_by_next(messages: Sequence[Message]) -> list[Piece]:
 SHAPES = {
     "chatml": Shape(CHATML, chatml),
     "chatml marked": Shape(CHATML_MARKED, chatml),
+    "chatml macro": Shape(CHATML_MACRO, chatml),
     "llama3": Shape(LLAMA3, llama3),
     "mistral": Shape(MISTRAL, mistral, system=False),
     "gemma": Shape(GEMMA, gemma, system=False),
