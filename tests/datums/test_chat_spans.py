@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -39,8 +40,8 @@ HOSTILE = st.lists(PIECES | st.sampled_from(SPECIAL) | st.text(max_size=2), max_
 
 
 @cache
-def tokenizer_of(shape: str, trim_offsets: bool = False) -> Any:
-    return chat_tokenizer(SHAPES[shape].template, trim_offsets)
+def tokenizer_of(shape: str, trim_offsets: bool = False, strips: str | None = None) -> Any:
+    return chat_tokenizer(SHAPES[shape].template, trim_offsets, strips=strips)
 
 
 def chat(contents: list[str], system: str | None = None) -> list[Message]:
@@ -82,6 +83,20 @@ def test_trained_is_what_is_drawn(shape: str, contents: list[str], trim_offsets:
 def test_special_tokens_in_a_content_change_no_span(shape: str, contents: list[str]) -> None:
     """A content that spells the template's own tokens, or the marks that find it, is trained as what it is."""
     check(shape, chat(contents))
+
+
+@pytest.mark.parametrize("strips", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("shape", SHAPES)
+@given(contents=st.lists(CONTENT, min_size=4, max_size=4))
+@example(contents=["hi", " Yes ", "a\n", "\n\nNo\n"])
+def test_special_tokens_that_take_white_space(shape: str, strips: str, contents: list[str]) -> None:
+    """A special token is trained where a sampler draws it, and not for the white space of an answer that it has taken."""
+    tokenizer, messages = tokenizer_of(shape, strips=strips), chat(contents)
+    ids, flags = trained(tokenizer, messages)
+    assert ids == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    names = tokenizer.convert_ids_to_tokens([token for token, flag in zip(ids, flags, strict=True) if flag])
+    drawn = "".join(text for text, flag in SHAPES[shape].pieces(messages) if flag)
+    assert [name for name in names if name in SPECIAL] == re.findall("|".join(map(re.escape, SPECIAL)), drawn)
 
 
 @pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.system])

@@ -79,11 +79,26 @@ def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], spe
         verbose=False,
     )
     together = zip(batch["input_ids"], batch["offset_mapping"], texts, spans, strict=True)
-    return [_weighted(ids, offsets, len(text), each) for ids, offsets, text, each in together]
+    stripping = _stripping(tokenizer)
+    return [_weighted(ids, offsets, text, each, stripping) for ids, offsets, text, each in together]
 
 
-def _weighted(ids: list[int], offsets: Sequence[tuple[int, int]], length: int, spans: Spans) -> Encoded:
+def _stripping(tokenizer: Any) -> frozenset[int]:
+    """Return the added tokens that take the white space beside them, which is then in no token of its own."""
+    added = dict(getattr(tokenizer, "added_tokens_decoder", {})).items()
+    return frozenset(i for i, token in added if getattr(token, "lstrip", False) or getattr(token, "rstrip", False))
+
+
+def _weighted(
+    ids: list[int], offsets: Sequence[tuple[int, int]], text: str, spans: Spans, stripping: frozenset[int]
+) -> Encoded:
     weights, merged = [0.0] * len(ids), 0
+
+    def beside(token: int, span: Span) -> bool:
+        """Whether a token has taken white space of the span, and nothing else of it."""
+        start, stop = offsets[token]
+        return ids[token] in stripping and text[max(start, span.start) : min(stop, span.stop)].isspace()
+
     within = len(ids)  # without special tokens that stand after the text, and in no part of it
     while within and offsets[within - 1] == (0, 0):
         within -= 1
@@ -92,10 +107,12 @@ def _weighted(ids: list[int], offsets: Sequence[tuple[int, int]], length: int, s
         last = bisect_left(offsets, span.stop, hi=within, key=_start)
         if last < within and _reach(offsets, last) < span.stop:
             last += 1
+        first += first < last and beside(first, span)
+        last -= first < last and beside(last - 1, span)
         if first >= last:
             continue
         merged += (_reach(offsets, first) < span.start) + (offsets[last - 1][1] > span.stop)
-        if span.stop == length:  # the end-of-text token that the tokenizer adds ends it
+        if span.stop == len(text):  # the end-of-text token that the tokenizer adds ends it
             last = len(ids)
         weights[first:last] = [span.weight] * (last - first)
     return Encoded(ids, weights, merged)

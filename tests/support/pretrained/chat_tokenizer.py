@@ -24,13 +24,14 @@ _SYMBOLS = bytes_to_unicode()
 _BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
 
 
-def chat_tokenizer(template: str, trim_offsets: bool = False, bos: bool = False) -> Any:
+def chat_tokenizer(template: str, trim_offsets: bool = False, bos: bool = False, strips: str | None = None) -> Any:
     """Return a tokenizer with a chat template.
 
     Args:
         template: Jinja.
         trim_offsets: leave white space out of the offsets that it reports, as some published tokenizers do.
         bos: begin texts with ``<s>``.
+        strips: ``lstrip`` or ``rstrip``: special tokens take the white space before or after them, as Phi 3's do.
     """
     vocabulary, merges = {symbol: i for i, symbol in enumerate(_SYMBOLS.values())}, []
     for word in WORDS:
@@ -43,7 +44,8 @@ def chat_tokenizer(template: str, trim_offsets: bool = False, bos: bool = False)
     # one piece of text: every merge may cross the border between a header and an answer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    strip = {} if strips is None else {strips: True}
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, **strip) for token in SPECIAL])
     if bos:
         begin = tokenizer.token_to_id("<s>")
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
