@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pretrained.chat_templates import CHATML, CHATML_MARKED
 from pretrained.chat_tokenizer import chat_tokenizer
+from tokenizers import processors
 
 from pullback.datums import (
     Datum,
@@ -70,6 +71,24 @@ def test_plain_text(text: str) -> None:
     assert only([{"text": text}]) == datum_from_tokens_weights(tokens, [1.0] * len(tokens))
     ((datum,), _) = from_rows([{"text": text}], tokenizer(bos=True))
     assert datum == datum_from_tokens_weights([tokenizer().bos_token_id, *tokens], [1.0] * (len(tokens) + 1))
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("ends", [True, False])
+@given(text=TEXT)
+def test_texts_that_have_their_special_tokens(begins: bool, ends: bool, text: str) -> None:
+    """What a tokenizer puts around a text stands there once, also where the text has it already, as a rendered chat has."""
+    around = chat_tokenizer(CHATML)
+    around.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", around.bos_token_id), ("</s>", around.eos_token_id)],
+    )
+    row = {"text": f"{'<s>' * begins}{text}{'</s>' * ends}"}
+    ((datum,), _) = from_rows([row], around)
+    tokens = [around.bos_token_id, *ids(text), around.eos_token_id]
+    assert datum == datum_from_tokens_weights(tokens, [1.0] * len(tokens))
+    (sides, _) = from_rows([{"prompt": row["text"][: 3 * begins + 1], "chosen": "b</s>", "rejected": "é"}], around)
+    assert [around.decode(side.model_input.to_ints()) for side in sides] == [f"<s>{text[:1]}{x}" for x in "bé"]
 
 
 def test_chats() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -52,7 +52,7 @@ def encode(tokenizer: Any, text: str, spans: Spans, special: bool = False) -> En
         tokenizer: of transformers, or any that is called alike.
         text: a rendered chat, or plain text.
         spans: what is trained of it, in order.
-        special: add the special tokens that the tokenizer puts around a text.
+        special: add the special tokens that the tokenizer puts around a text, where the text has none of its own.
     """
     if getattr(tokenizer, "is_fast", False):
         return encode_all(tokenizer, [text], [spans], special)[0]
@@ -61,7 +61,7 @@ def encode(tokenizer: Any, text: str, spans: Spans, special: bool = False) -> En
     weights = [0.0] * len(ids)
     for (start, stop), span in zip(ranges, spans, strict=True):
         weights[start:stop] = [span.weight] * (stop - start)
-    return Encoded(ids, weights)
+    return _put_around_once(tokenizer, [Encoded(ids, weights)])[0] if special else Encoded(ids, weights)
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], special: bool = False) -> list[Encoded]:
@@ -80,7 +80,21 @@ def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], spe
     )
     together = zip(batch["input_ids"], batch["offset_mapping"], texts, spans, strict=True)
     stripping = _stripping(tokenizer)
-    return [_weighted(ids, offsets, text, each, stripping) for ids, offsets, text, each in together]
+    encoded = [_weighted(ids, offsets, text, each, stripping) for ids, offsets, text, each in together]
+    return _put_around_once(tokenizer, encoded) if special else encoded
+
+
+def _put_around_once(tokenizer: Any, texts: Sequence[Encoded]) -> list[Encoded]:
+    """Return texts without the special tokens that a tokenizer has put around them where they have those already."""
+    within, whole = (_ids(tokenizer, "a", special) for special in (False, True))
+    place = next((j for j in range(len(whole)) if whole[j : j + len(within)] == within), 0)
+    begin, end = whole[:place], whole[place + len(within) :]
+    made = []
+    for text in texts:
+        start = len(begin) if begin and text.ids[: 2 * len(begin)] == begin * 2 else 0
+        stop = len(text.ids) - (len(end) if end and text.ids[-2 * len(end) :] == end * 2 else 0)
+        made.append(replace(text, ids=text.ids[start:stop], weights=text.weights[start:stop]))
+    return made
 
 
 def _stripping(tokenizer: Any) -> frozenset[int]:
