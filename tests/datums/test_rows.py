@@ -181,6 +181,8 @@ def test_tokens() -> None:
         "attention_mask": [0, 1, 1, 1, 1, 0],
     }
     assert from_rows([padded], None)[0] == [datum_from_spans([7, 8, 9, 3], [(2, 4)])]
+    positions = {**padded, "position_ids": [1, 0, 1, 2, 3, 1], "seq_lengths": [4]}
+    assert from_rows([positions], None)[0] == [datum_from_spans([7, 8, 9, 3], [(2, 4)])]
 
 
 BAD: list[tuple[Any, str]] = [
@@ -215,6 +217,8 @@ BAD: list[tuple[Any, str]] = [
     ({"chosen": [user(), says()], "rejected": [user(), says()]}, "are the same"),
     ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, "begin with the prompt, which would stand there twice"),
     ({"prompt": [user()], "chosen": [user(), says()], "rejected": [user(), says("No")]}, "would stand there twice"),
+    ({"prompt": [user()], "completion": [user(), says()]}, "completion begins with the messages of prompt"),
+    ({"prompt": [user()], "chosen": [says()], "rejected": [user(), says("No")]}, "rejected begins with the messages of pr"),
     ({"prompt": "other", "chosen": [user(), says()], "rejected": [user(), says("No")]}, "whose first question is another"),
     ({"chosen": "a b", "rejected": "b a"}, "no common token"),
     ({"input_ids": [1, 2]}, "add labels"),
@@ -223,6 +227,9 @@ BAD: list[tuple[Any, str]] = [
     ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "a mask is 0 or 1"),
     ({"input_ids": [1.5], "labels": [1]}, "'input_ids' must hold a list of integers"),
     ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "zeros between ones"),
+    ({"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [3, 1]}, "are packed into it: one begins at token 3"),
+    ({"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "position_ids": [0, 1, 0, 1]}, "one begins at token 2"),
+    ({"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "position_ids": [0, 1]}, "position_ids has 2 entries"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ Kind: TypeAlias = RowKind | Literal["auto"]
 
 _CHAT: Final = ("tools", "chat_template_kwargs")
 _MASKS: Final = ("labels", "completion_mask", "assistant_masks")
+_SEVERAL: Final = ("position_ids", "seq_lengths")  # by which a packed row says where its sequences begin
 # what says how much, or whether, or with what else a row is trained
 _MATTERS: Final = {
     *(
@@ -71,7 +72,7 @@ FORMATS: Final[dict[RowKind, Format]] = {
     "preference": Format((("chosen",), ("rejected",)), ("prompt", *_CHAT)),
     "unpaired_preference": Format((("prompt",), ("completion",), ("label",)), _CHAT),
     "text": Format((("text",),)),
-    "tokens": Format((("input_ids",), _MASKS), ("attention_mask",)),
+    "tokens": Format((("input_ids",), _MASKS), ("attention_mask", *_SEVERAL)),
 }
 
 

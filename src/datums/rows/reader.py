@@ -76,7 +76,7 @@ class RowReader:
             _check_repeated(prompt, row)
             prompt = None
         if prompt is not None:
-            self._check_not_repeated(prompt, row)
+            _check_texts_apart(prompt, row)
             return RowSource(number, tuple(self._answer(row, prompt, side) for side in ("chosen", "rejected")))
         if not chat:
             texts = (self._text("", _text_of(side, row[side])) for side in ("chosen", "rejected"))
@@ -98,7 +98,7 @@ class RowReader:
                 "told; give both in one form"
             )
         if chat:
-            return self._chat(row, messages_of("prompt", prompt), messages_of(name, row[name]))
+            return self._chat(row, *_apart(messages_of("prompt", prompt), messages_of(name, row[name]), name))
         for column in ("tools", "chat_template_kwargs"):
             if row.get(column):
                 raise DatumError(f"column {column!r} is for chats, but prompt and {name} are text")
@@ -127,18 +127,6 @@ class RowReader:
             self._chats = ChatReader(self._tokenizer)
         return Source(*self._chats.read(chat, self._options.turns))
 
-    def _check_not_repeated(self, prompt: Any, row: Mapping[str, Any]) -> None:
-        if is_chat("prompt", prompt):
-            given = messages_of("prompt", prompt)
-            sides = [messages_of(s, row[s])[: len(given)] for s in ("chosen", "rejected") if is_chat(s, row[s])]
-            repeated = bool(given) and len(sides) == 2 and all(side == given for side in sides)
-        else:
-            repeated = bool(prompt) and all(str(row[side]).startswith(prompt) for side in ("chosen", "rejected"))
-        if repeated:
-            raise DatumError(
-                "chosen and rejected begin with the prompt, which would stand there twice; drop the column 'prompt'"
-            )
-
 
 _SAME = "chosen and rejected are the same; such a pair has no gradient"
 
@@ -157,6 +145,25 @@ def _check_repeated(prompt: str, row: Mapping[str, Any]) -> None:
             raise DatumError(
                 f"prompt is text, and {side} a list of messages whose first question is another; give the prompt as messages"
             )
+
+
+def _apart(
+    prompt: list[dict[str, Any]], answer: list[dict[str, Any]], name: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages of a prompt, and those after it; ones that hold the prompt too are refused."""
+    if prompt and answer[: len(prompt)] == prompt:
+        raise DatumError(
+            f"{name} begins with the messages of prompt, which would stand there twice; keep them in one of both"
+        )
+    return prompt, answer
+
+
+def _check_texts_apart(prompt: Any, row: Mapping[str, Any]) -> None:
+    sides = row["chosen"], row["rejected"]
+    if isinstance(prompt, str) and prompt and all(str(side).startswith(prompt) for side in sides):
+        raise DatumError(
+            "chosen and rejected begin with the prompt, which would stand there twice; drop the column 'prompt'"
+        )
 
 
 def _text_of(name: str, value: Any) -> str:

@@ -22,20 +22,24 @@ def encoded_row(row: Mapping[str, Any]) -> Encoded:
     Args:
         row: ``input_ids`` int [T + 1]; ``labels`` int [T + 1], a copy of them with -100 where a token is not trained;
             ``completion_mask`` and ``assistant_masks`` [T + 1], 0 or 1; where several are given a token is trained that all
-            of them train. ``attention_mask`` [T + 1], 0 on padding at the ends, which is cut off.
+            of them train. ``attention_mask`` [T + 1], 0 on padding at the ends, which is cut off. ``position_ids`` [T + 1] and
+            ``seq_lengths`` must say that it is one sequence.
 
     Raises:
-        DatumError: labels are something else than the tokens, a mask is no mask, or padding is inside.
+        DatumError: labels are something else than the tokens, a mask is no mask, padding is inside, or several sequences are
+            packed into the row.
         LengthError: a column has another length.
     """
     ids = _column("input_ids", row["input_ids"])
     trained = torch.ones(ids.numel(), dtype=torch.bool)
-    for name in ("labels", "completion_mask", "assistant_masks", "attention_mask"):
+    for name in ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids"):
         if row.get(name) is None:
             continue
         column = _column(name, row[name])
         if column.shape != ids.shape:
             raise LengthError(f"{name} has {column.numel()} entries, but input_ids has {ids.numel()}")
+        if name == "position_ids":
+            continue
         if name == "attention_mask":
             kept = _unpadded(column)
         elif name == "labels":
@@ -43,7 +47,24 @@ def encoded_row(row: Mapping[str, Any]) -> Encoded:
         else:
             trained &= _mask(name, column)
     start, stop = kept if row.get("attention_mask") is not None else (0, ids.numel())
+    _check_one_sequence(row, start, stop)
     return Encoded(ids[start:stop].tolist(), trained[start:stop].float().tolist())
+
+
+def _check_one_sequence(row: Mapping[str, Any], start: int, stop: int) -> None:
+    """Check that the tokens of a row are one sequence: of several each would read those before it."""
+    begins: list[int] = []
+    if row.get("seq_lengths") is not None:
+        lengths = _column("seq_lengths", row["seq_lengths"])
+        begins = lengths.cumsum(0)[:-1].tolist()
+    if row.get("position_ids") is not None:
+        positions = _column("position_ids", row["position_ids"])[start:stop]
+        begins += [start + j + 1 for j in (positions.diff() != 1).nonzero().flatten().tolist()]
+    if begins:
+        raise DatumError(
+            f"several sequences are packed into it: one begins at token {begins[0]}, and would read the tokens before; give a "
+            "row for each (backends pack them without that)"
+        )
 
 
 def _column(name: str, value: Any) -> torch.Tensor:
