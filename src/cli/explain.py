@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from ..datums import Datum, ModelInput
 from ..errors import ConfigError
+from .arguments.json_lines import numbered_lines
 
 __all__ = ["DATUMS_HELP", "add_parser", "read_datums"]
 
@@ -36,11 +36,8 @@ def read_datums(file: str) -> Iterator[Datum]:
     Raises:
         ConfigError: it cannot be read, or a line is no datum.
     """
-    try:
-        lines = Path(file).read_text().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    return (_datum(file, number + 1, line) for number, line in enumerate(lines))
+    lines = numbered_lines(file)
+    return (_datum(file, number, line) for number, line in lines)
 
 
 def _datum(file: str, number: int, line: str) -> Datum:

@@ -13,6 +13,7 @@ from pretrained.folders import chat_folder
 from pullback.cli import main
 from pullback.cli.demo.data import DemoData, rows_of_files
 from pullback.cli.demo.models import DemoModel, pretrained, tiny
+from pullback.cli.demo.objectives import batches
 from pullback.errors import ConfigError
 
 _TEMPLATE = (
@@ -74,6 +75,23 @@ def test_the_reward_of_an_answer(folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_lines_end_at_line_feeds_alone(folder: Path, tmp_path: Path) -> None:
+    """A text may hold other separators of lines; a mark of the byte order, returns and blank lines are no rows."""
+    rows = [json.dumps({"text": f"{i}a\u2028b\x85c"}, ensure_ascii=False) for i in range(6)]
+    (tmp_path / "texts").write_bytes(("\ufeff" + "\r\n\n".join(rows) + "\n\n").encode())
+    data = read(pretrained(str(folder), "cpu", "float32"), tmp_path / "texts")
+    assert data.supervised is not None
+    assert (len(data.supervised.train), len(data.supervised.held_out)) == (5, 1)
+
+
+def test_few_pairs_stand_in_a_batch_once() -> None:
+    """A batch has at most all items, in order and from the beginning again; a pair that stands there twice is refused."""
+    made = batches(list(range(6)), 16)
+    assert [next(made), next(made)] == [list(range(6))] * 2
+    made = batches(list(range(6)), 4)
+    assert [next(made), next(made)] == [[0, 1, 2, 3], [4, 5, 0, 1]]
+
+
 def test_what_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
     """Each sentence names the file and what is wrong with it."""
     model = pretrained(str(folder), "cpu", "float32")
@@ -83,12 +101,21 @@ def test_what_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
         written(tmp_path / "other", [{"instruction": "x", "output": "y"}] * 5),
     )
     (tmp_path / "text").write_text("not JSON\n")
+    (tmp_path / "latin").write_bytes('{"text": "é"}'.encode("latin-1"))
+    labelled = written(tmp_path / "kto", [{"prompt": "a", "completion": "b", "label": i % 2 == 0} for i in range(5)])
+    mixed = [written(tmp_path / f"mixed{i}", [*PAIRS, other]) for i, other in enumerate((CHATS[0], QUESTIONS[0]))]
+    bad = written(tmp_path / "bad", [*CHATS, {"messages": []}])
     for paths, words in (
         ((first, second), "b: there is data for pairs already"),
         ((few,), "few has 4 rows; at least 5"),
         ((other,), "rename instruction"),
         ((tmp_path / "text",), "text, line 1: each line is a row in JSON"),
         ((tmp_path / "nowhere",), "cannot read"),
+        ((tmp_path / "latin",), "as UTF-8"),
+        ((labelled,), "kto: rows with a label are for KTO"),
+        ((mixed[0],), "row 10: is of kind 'messages', but the rows before it are of kind 'preference'"),
+        ((mixed[1],), "row 0 has other columns than prompt and answer.*: prompt, chosen, rejected"),
+        ((bad,), "row 10: messages is empty"),
     ):
         with pytest.raises(ConfigError, match=words):
             read(model, *paths)

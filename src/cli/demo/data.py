@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 from ...datums import Datum, datum_from_prompt_completion, from_rows, preference_pair
 from ...errors import ConfigError, PullbackError
+from ..arguments.json_lines import numbered_lines
 from .models import DemoModel
 from .tasks import Pair, Split, Text, documentation, preferences, sum_prompts
 
@@ -95,22 +96,41 @@ def rows_of_files(model: DemoModel, paths: Sequence[Path], seed: int, say: Calla
         raise ConfigError(f"--data needs a model with a tokenizer, and {model.name} has none: give --model a folder")
     found: dict[str, Any] = {}
     for path in paths:
-        rows = _held_apart(list(_rows(path)), path, seed)
-        made = _questions(model, rows) if set(rows.train[0]) == _QUESTION else _datums(model, rows, path, say)
+        rows = list(_rows(path))
+        apart = _held_apart(rows, path, seed)
+        made = _questions(model, apart) if _are_questions(rows, path) else _datums(model, rows, apart, path, say)
         if twice := sorted(set(made) & set(found)):
             raise ConfigError(f"{path}: there is data for {twice[0]} already; put all of its rows into one file")
         found |= made
     return DemoData(**{"max_new_tokens": model.max_new_tokens, **found})
 
 
-def _datums(model: DemoModel, rows: Split[Any], path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _datums(
+    model: DemoModel, rows: list[Any], apart: Split[Any], path: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     read = partial(from_rows, tokenizer=model.tokenizer, max_length=_LONGEST, overlong="truncate")
     try:
-        (train, report), (held_out, _) = read(rows.train), read(rows.held_out)
+        read(rows)  # what is wrong is told by the numbers that rows have in the file
+        (train, report), (held_out, _) = read(apart.train), read(apart.held_out)
     except PullbackError as error:
         raise ConfigError(f"{path}: {error}") from error
-    say(f"{path}\ntraining: {report}\nheld out: {len(rows.held_out)} rows")
+    if report.kind == "unpaired_preference":
+        raise ConfigError(
+            f"{path}: rows with a label are for KTO, which is not among the demo's objectives, and SFT would train what is "
+            "labelled undesirable too: keep the desirable rows, without the column 'label'"
+        )
+    say(f"{path}\ntraining: {report}\nheld out: {len(apart.held_out)} rows")
     return {"pairs" if report.kind == "preference" else "supervised": Split(train, held_out)}
+
+
+def _are_questions(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    questions = [set(row) == _QUESTION for row in rows]
+    if any(questions) and not all(questions):
+        raise ConfigError(
+            f"{path}: row {questions.index(False)} has other columns than prompt and answer, which the questions of this file "
+            f"have: {', '.join(map(str, rows[questions.index(False)]))}"
+        )
+    return all(questions)
 
 
 def _questions(model: DemoModel, rows: Split[Any]) -> dict[str, Any]:
@@ -131,17 +151,14 @@ def _agreement(answer: str, completion: str, ended: bool) -> float:
 def _held_apart(rows: list[Mapping[str, Any]], path: Path, seed: int) -> Split[Mapping[str, Any]]:
     if len(rows) < 5:
         raise ConfigError(f"{path} has {len(rows)} rows; at least 5 are needed, because some of them are held out")
-    random.Random(seed).shuffle(rows)
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
     held_out = min(_HELD_OUT, len(rows) // 5)
-    return Split(rows[held_out:], rows[:held_out])
+    return Split(shuffled[held_out:], shuffled[:held_out])
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path} as lines of JSON: {error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -65,10 +65,10 @@ class Objective(ABC):
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
-    """Yield batches in order, starting again at the end."""
+    """Yield batches in order, starting again at the end; of fewer items all, as none may stand in a batch twice."""
     endless = cycle(items)
     while True:
-        yield list(islice(endless, size))
+        yield list(islice(endless, min(size, len(items))))
 
 
 @final

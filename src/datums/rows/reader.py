@@ -113,7 +113,7 @@ class RowReader:
                 raise DatumError(
                     f"prompt[{i}] asks to be trained, but a prompt is not; put it into the messages that follow"
                 )
-        if not answer:
+        if prompt and not answer:
             raise DatumError("there is no message after the prompt")
         options = self._options
         tools = tools_of(row.get("tools")) or options.tools
