@@ -11,12 +11,20 @@ from pullback.losses import DPO, TokenBatch
 from pullback.ops import logprobs_of
 
 STORED = ("ref_chosen_logps", "ref_rejected_logps")  # in the batch, with precompute_ref_log_probs
+# what would make it another loss, and is as here
+PLAIN = {"loss_type": ["sigmoid"], "loss_weights": None, "f_divergence_type": "reverse_kl", "ld_alpha": None}
 
 
 class PullbackDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl is not typed here
     """Divides by the pairs of the whole step, where TRL's own averages the means of its micro-batches."""
 
     loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, value in {**PLAIN, "use_weighting": False}.items():
+            if getattr(self.args, name) != value:
+                raise NotImplementedError(f"{name}={getattr(self.args, name)!r} is not carried over by this example")
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count pairs, over micro-batches and ranks, where the Trainer counts tokens."""
@@ -35,7 +43,8 @@ class PullbackDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl is not typed 
 
     def token_batch(self, model: Any, inputs: Any) -> TokenBatch:
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        logprobs = logprobs_of(model, inputs["input_ids"], labels, attention_mask=inputs["attention_mask"])
+        others = {k: v for k, v in inputs.items() if k not in ("input_ids", "completion_mask", *STORED)}  # images, too
+        logprobs = logprobs_of(model, inputs["input_ids"], labels, **others)
         if all(name in inputs for name in STORED):
             reference = [inputs[name] for name in STORED]
         else:

@@ -36,13 +36,12 @@ class ForeignModelGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.aux_loss_enabled or self.top_entropy_quantile < 1 or self.args.entropy_coef or self.temperature != 1:
+        entropies = self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        if self.aux_loss_enabled or entropies or self.temperature != 1:
             raise NotImplementedError("routers' losses, entropies and temperatures are no functions of the log-probs")
         if not torch.is_grad_enabled():  # the reference's, or the sampler's: nothing comes back for them
-            found = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **options
-            )
-            return found[0], found[1], found[2]
+            given = (model, input_ids, attention_mask, logits_to_keep, *args)
+            return super()._get_per_token_logps_and_entropies(*given, **options)[:3]  # type: ignore[no-any-return]
         rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         data = [Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]}) for ids in rows]
         retained = self.backend.forward_retain(data).result()

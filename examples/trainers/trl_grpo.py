@@ -16,9 +16,13 @@ class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not type
     """``loss_type`` is one that pullback has: grpo (of sequences: gspo), dapo, bnpo, dr_grpo, cispo, luspo."""
 
     def pullback_loss(self) -> Loss:
-        if self.use_vllm or self.top_entropy_quantile < 1 or self.args.entropy_coef or self.args.delta:
+        sequence = self.importance_sampling_level == "sequence"
+        name = "gspo" if self.loss_type == "grpo" and sequence else self.loss_type
+        if self.use_vllm or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled or self.args.delta:
             raise NotImplementedError("vLLM's correction, entropy terms and delta are not carried over by this example")
-        name = "gspo" if (self.loss_type, self.importance_sampling_level) == ("grpo", "sequence") else self.loss_type
+        other_level, no_kl = sequence != (name in ("gspo", "luspo")), name in ("gspo", "luspo", "cispo")
+        if other_level or (self.beta and no_kl) or self.off_policy_mask_threshold is not None:
+            raise NotImplementedError(f"{name}: its level of ratios, its KL or its mask is not that of this example")
         options: dict[str, Any] = {"epsilon_high": self.epsilon_high}
         if name != "cispo":
             options["epsilon"] = self.epsilon_low
@@ -30,14 +34,14 @@ class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not type
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         batch = self.token_batch(model, inputs)
-        loss, steps = self.pullback_loss(), self.current_gradient_accumulation_steps
+        loss, steps = self.pullback_loss(), self.current_gradient_accumulation_steps if self.model.training else 1
         denominator = loss.main_aggregation.denominator
-        own = max(1.0, loss.counts([batch])[denominator])
         if self.loss_type in ("dapo", "cispo"):  # counted over the ranks, for a generation that serves several steps
-            total = inputs["num_items_in_batch"] * steps / self.args.steps_per_generation
+            total = inputs["num_items_in_batch"].clamp(min=1) * steps
+            total = total / self.args.steps_per_generation if self.model.training else total
             share = loss.with_counts(tokens=total, averaged_over=self.accelerator.num_processes)
         else:  # means of micro-batches, which TRL averages: right where all have as many of what is counted
-            share = loss.with_counts(**{denominator: own * steps})
+            share = loss.with_counts(**{denominator: max(1.0, loss.counts([batch])[denominator]) * steps})
         return share.evaluate(batch)
 
     def token_batch(self, model: Any, inputs: Any) -> TokenBatch:

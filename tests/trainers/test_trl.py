@@ -86,6 +86,16 @@ def test_dpo(steps: int, stored: bool, tmp_path: Path) -> None:
     assert all(error(a, b) < LIMIT for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss_type", "ipo"), ("f_divergence_type", "forward_kl"), ("ld_alpha", 0.5), ("use_weighting", True)],
+)
+def test_dpo_of_other_kinds(name: str, value: Any, tmp_path: Path) -> None:
+    """An option of TRL's that would make it another loss is refused, and not left out."""
+    with pytest.raises(NotImplementedError, match=name):
+        dpo_gradients(trl_dpo.PullbackDPOTrainer, tmp_path, 1, preferences(), **{name: value})
+
+
 class Naive(trl_dpo.PullbackDPOTrainer):
     """The trap: each micro-batch divides by its own pairs, and nothing divides again."""
 
@@ -164,6 +174,23 @@ def test_grpo(name: str, steps: int, tmp_path: Path) -> None:
     assert theirs[1].norm() > 0
     assert error(theirs[1], theirs[0]) > 1e-3
     assert all(error(a, b) < LIMIT for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo", "epsilon_high": 5.0, "beta": 0.1},
+        {"loss_type": "luspo"},
+        {"loss_type": "dapo", "importance_sampling_level": "sequence"},
+        {**LOSSES["gspo"], "beta": 0.1},
+        {"loss_type": "dapo", "off_policy_mask_threshold": 0.1},
+        {"loss_type": "dapo", "use_adaptive_entropy": True},
+    ],
+)
+def test_grpo_of_other_kinds(options: dict[str, Any], tmp_path: Path) -> None:
+    """What a preset has not, a penalty, another level of ratios or a mask, is refused, and not left out."""
+    with pytest.raises(NotImplementedError, match=r"not carried over|not that of this example"):
+        grpo_gradients(trl_grpo.PullbackGRPOTrainer, tmp_path, 1, **options)
 
 
 class OwnCount(trl_grpo.PullbackGRPOTrainer):
