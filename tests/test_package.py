@@ -171,6 +171,7 @@ def test_packages_are_listed() -> None:
     assert set(listed) == folders - {"pullback.pytest_plugin"} | {"pullback_pytest"}
 
 
+@pytest.mark.slow  # two new processes; the commands themselves are tested in this one
 def test_the_package_runs() -> None:
     """`python -m pullback` is the command line, and its exit status is the command's."""
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}

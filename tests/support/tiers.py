@@ -28,8 +28,12 @@ def reason_to_skip(marker: str, tier: str = TIER) -> str | None:
     return reason if TIERS.index(tier) < TIERS.index(first) else None
 
 
-def sampled(cases: Iterable[Any], few: Collection[Any]) -> list[Any]:
-    """Return cases of one kind as parameters of a test, of which ``few`` are in the quick tier and the others slow."""
+def sampled(cases: Iterable[Any], few: Collection[Any], *, several: bool = False) -> list[Any]:
+    """Return cases of one kind as parameters of a test, of which ``few`` are in the quick tier and the others slow.
+
+    With ``several``, a case is a tuple with a value for each of several parameters.
+    """
     import pytest  # the tier is asked for where there are no tests, too
 
-    return [case if case in few else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    slow = pytest.mark.slow
+    return [case if case in few else pytest.param(*(case if several else (case,)), marks=slow) for case in cases]

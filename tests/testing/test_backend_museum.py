@@ -13,6 +13,7 @@ from pullback.testing.museum.backends import BACKENDS
 from pullback.testing.museum.backends.relay import Relay
 
 
+@pytest.mark.slow
 def test_a_backend_without_a_defect_passes() -> None:
     """Negative control: the backend that the defects are planted in keeps every promise, those of a network too."""
     report = backend_report(Relay.under_test(), PROMISES.values())

@@ -13,7 +13,7 @@ import torch
 from example_losses.more_sound_losses import MORE_SOUND
 from example_losses.sound_losses import SOUND
 from seed_examples import run
-from tiers import TIER
+from tiers import TIER, sampled
 from torch import Tensor
 
 from pullback.errors import ConfigError
@@ -54,7 +54,9 @@ LOSSES: list[Loss] = [
 ]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=[f"{i}-{loss.name}" for i, loss in enumerate(LOSSES)])
+@pytest.mark.parametrize(
+    "loss", sampled(LOSSES, LOSSES[::3]), ids=[f"{i}-{loss.name}" for i, loss in enumerate(LOSSES)]
+)
 def test_registered_losses_are_sound(loss: Loss) -> None:
     """No property raises an alarm on a loss of our own, and the gradient is compared with differences in all of them."""
     report = check_loss(loss, examples=EXAMPLES)
@@ -71,7 +73,7 @@ def test_presets_are_sound(name: str) -> None:
     assert failed == (["information"] if name == "seed:grpo" else [])
 
 
-@pytest.mark.parametrize("name", ALL_SOUND)
+@pytest.mark.parametrize("name", sampled(ALL_SOUND, [*ALL_SOUND][::3]))
 def test_sound_losses_of_others(name: str) -> None:
     """No property raises an alarm on a sound loss in another style."""
     loss, options = ALL_SOUND[name]

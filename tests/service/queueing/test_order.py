@@ -164,7 +164,7 @@ def steps_refused(answers: list[Any]) -> bool:
 
 
 @given(arrival=st.permutations(range(5)))
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_step_that_overtakes_is_as_blind(tmp_path: Path, arrival: list[int]) -> None:
     """A step before whose number a gradient failed unacknowledged makes nothing, also if the gradient arrives after it."""
     direct = Direct(tmp_path / str(uuid.uuid4()))
