@@ -12,7 +12,7 @@ from ..errors import UnsupportedError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Head", "head_weight", "require_linear", "require_whole_head", "unwrapped"]
+__all__ = ["Head", "head_weight", "require_causal", "require_linear", "require_whole_head", "unwrapped"]
 
 _PEFT_WRAPPERS: Final = ("get_delta_weight", "modules_to_save", "token_adapter")
 _TRAINER_WRAPPERS: Final = ("module", "_orig_mod")  # of data parallelism, and of torch.compile
@@ -97,6 +97,22 @@ def unwrapped(model: Any) -> Any:
             )
         inner = getattr(inner, names[0])
     return inner
+
+
+def require_causal(model: Any) -> None:
+    """Check that a transformers model scores each token by the tokens before it, at the position before it.
+
+    Raises:
+        UnsupportedError: it has an encoder, whose decoder's labels stand at its own positions, or it fills in masked tokens.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{name} has an encoder and a decoder: its labels belong to the decoder's inputs, and not to input_ids; give "
+            "selected_logprobs the decoder's hidden states, Head.of(model) and the labels, which are not shifted there"
+        )
+    if "MaskedLM" in name:
+        raise UnsupportedError(f"{name} reads the tokens that it scores; use a causal language model")
 
 
 def require_linear(output: Any) -> None:

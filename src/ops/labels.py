@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..errors import ConfigError, ShapeError, UnsupportedError
-from .head import Head, unwrapped
+from .head import Head, require_causal, unwrapped
 from .logprobs import gathered, head_logits, selected_logprobs
 
 __all__ = ["logprobs_from_logits", "logprobs_of"]
@@ -42,8 +42,8 @@ def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: f
 
     Raises:
         ShapeError: the shapes do not fit, or a label lies outside the vocabulary.
-        UnsupportedError: the model's logits are not hidden states times a head, it adds an auxiliary loss, or its head
-            is trained and sharded.
+        UnsupportedError: the model is no causal one, its logits are not hidden states times a head, it adds an auxiliary
+            loss, or its head is trained and sharded.
     """
     for name, given in (("input_ids", input_ids), ("labels", labels)):
         if not isinstance(given, Tensor):
@@ -121,6 +121,7 @@ def _require_ids(labels: Tensor, vocab: int | None) -> None:
 def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Head]:
     """Call a model, and return what its head is given, [B, T, H], and the head."""
     causal = unwrapped(model)
+    require_causal(causal)
     head = Head.of(causal)
     if getattr(causal.config.get_text_config(), "output_router_logits", False):
         raise UnsupportedError(

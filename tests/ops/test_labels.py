@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pullback.backends import HFModel
 from pullback.errors import ConfigError, ShapeError, UnsupportedError
 from pullback.ops import Head, logprobs_from_logits, logprobs_of
 from pullback.testing import random_llama
@@ -150,6 +151,20 @@ def test_a_head_that_is_not_the_whole_story_is_refused() -> None:
     coded.lm_head.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedError, match="quantized"):
         Head.of(coded)
+
+
+def test_models_that_score_a_token_elsewhere_are_refused() -> None:
+    """A decoder's labels stand at its own positions, one further than a causal model's; a masked model reads what it scores."""
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 64, "num_layers": 1, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2}
+    seq2seq = transformers.T5ForConditionalGeneration(transformers.T5Config(**size, decoder_start_token_id=0))
+    with pytest.raises(UnsupportedError, match="has an encoder and a decoder"):
+        logprobs_of(seq2seq, IDS, LABELS, decoder_input_ids=IDS)
+    with pytest.raises(UnsupportedError, match="has an encoder and a decoder"):
+        HFModel(seq2seq)
+    bert = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    with pytest.raises(UnsupportedError, match="reads the tokens that it scores"):
+        logprobs_of(transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=64, **bert)), IDS, LABELS)
 
 
 def test_bad_shapes_are_refused_before_the_forward() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError, require_extra
-from ....ops.head import Head, require_linear
+from ....ops.head import Head, require_causal, require_linear
 from ....ops.logprobs import head_logits
 from .adapters import active_adapter, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
@@ -51,6 +51,7 @@ class HFModel(nn.Module):
         self.outside: frozenset[str] | None = None  # names of what is trained beside an adapter, once they are sharded
         causal = self.causal
         self.config: Any = causal.config.get_text_config()
+        require_causal(causal)
         self.facts = read_facts(causal.config)
         if self.is_lora:
             require_supported(model)
