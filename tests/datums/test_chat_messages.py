@@ -57,7 +57,7 @@ def test_other_roles() -> None:
 
 
 @pytest.mark.parametrize("content", [None, ""])
-@pytest.mark.parametrize("arguments", [{"in": "Paris"}, {"n": 3}, {}, {"deep": [{"x": ["y"]}, 1]}, '{"in": "Paris"}'])
+@pytest.mark.parametrize("arguments", [{"in": "Paris"}, {"n": 3}, {}, {"deep": [{"x": ["y"]}, 1]}, "in Paris"])
 def test_tool_calls(content: str | None, arguments: Any) -> None:
     """A call is trained whole, to its stop token; the tool's answer is not."""
     call = {
@@ -71,6 +71,17 @@ def test_tool_calls(content: str | None, arguments: Any) -> None:
     )
     expected = f"<tool_call>{written}weather<|im_end|>"
     assert found == [(expected, 1.0), ("Yes<|im_end|>", 1.0), (expected, 1.0)]
+
+
+@pytest.mark.parametrize("given", ['{"in": "Paris"}', '{"in": "Zürich"}', "{}"])
+def test_arguments_in_json(given: str) -> None:
+    """Arguments in JSON are trained as they are where the template takes text, and refused where it would quote them."""
+    calls = [{"function": {"name": "weather", "arguments": given}}]
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+    with pytest.raises(DatumError, match=r"message 1: the arguments of its tool call are text in JSON.*json.loads"):
+        trained(CALLING, messages, tools=TOOLS)
+    plain = CALLING.replace("(call.function.arguments | tojson)", "call.function.arguments")
+    assert trained(plain, messages, tools=TOOLS) == [(f"<tool_call>{given}weather<|im_end|>", 1.0)]
 
 
 def test_parts() -> None:

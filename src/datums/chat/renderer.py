@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -58,7 +59,7 @@ class Renderer:
         Parts are joined where the template takes only text, and no content is an empty one where it needs some.
 
         Raises:
-            DatumError: the template refuses it, or ignores its tools or arguments.
+            DatumError: the template refuses it, ignores its tools or arguments, or quotes the arguments of a tool call.
         """
         self._check_arguments(chat)
         if any(isinstance(m.get("content"), (list, tuple)) for m in chat.messages) and not self._takes_parts:
@@ -70,6 +71,7 @@ class Renderer:
                 raise
             chat = replace(chat, messages=tuple(_filled(m) for m in chat.messages))
             text = self(chat, chat.messages)
+        _check_calls(chat.messages, text)
         if chat.tools is not None and text == self(replace(chat, tools=None), chat.messages):
             raise DatumError(
                 "the chat template ignores tools: the chat reads the same without them; use one that renders tools"
@@ -140,6 +142,23 @@ class Renderer:
 def _alternatives(words: set[str]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, words), key=lambda word: (-len(word), word))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _check_calls(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Check that a tool call's arguments in JSON, as OpenAI's format has them, are not written as a quoted text."""
+    for i, message in enumerate(messages):
+        for given in map(_arguments_in_json, message.get("tool_calls") or ()):
+            if given and any(json.dumps(given, ensure_ascii=ascii) in text for ascii in (False, True)):
+                raise DatumError(
+                    f"message {i}: the arguments of its tool call are text in JSON, which the chat template writes as a quoted "
+                    f"text, {json.dumps(given)[:60]}; give them as a dict: json.loads(arguments)"
+                )
+
+
+def _arguments_in_json(call: Any) -> str:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    given = function.get("arguments") if isinstance(function, Mapping) else None
+    return given if isinstance(given, str) and given.lstrip().startswith("{") else ""
 
 
 def _joined(message: Mapping[str, Any]) -> Mapping[str, Any]:
