@@ -185,6 +185,18 @@ def test_tokens() -> None:
     assert from_rows([positions], None)[0] == [datum_from_spans([7, 8, 9, 3], [(2, 4)])]
 
 
+def test_nulls_in_tool_calls_are_told() -> None:
+    """A table that fills in None for an argument that another row has is told; an empty key of a message is not."""
+    calling = CHATML.replace("+ message['content']", "+ message['content'] + (message.tool_calls | string)")
+    rows = [
+        {"messages": [user(), {**says(), "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+        for arguments in ({"a": 1, "b": None}, {"a": 1}, {"a": [{"b": None}]})
+    ]
+    _, report = from_rows([*rows, {"messages": [user(), {**says(), "tool_calls": None}]}], tokenizer(calling))
+    assert report.with_nulls == 2
+    assert str(report).endswith("chats with null in tool calls or tools (tables fill it in for missing keys): 2")
+
+
 BAD: list[tuple[Any, str]] = [
     ({"instruction": "a", "output": "b"}, "no known format.*instruction, output.*rename instruction"),
     ({"prompt": "a", "complettion": "b"}, "did you mean 'completion'"),

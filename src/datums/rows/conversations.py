@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import DatumError, suggestion
 from ..chat.roles import ROLE_OF
 
-__all__ = ["is_chat", "messages_of", "tools_of"]
+__all__ = ["holds_null", "is_chat", "messages_of", "tools_of"]
 
 
 def is_chat(name: str, value: Any) -> bool:
@@ -50,6 +50,15 @@ def tools_of(value: Any) -> list[Any] | None:
     if value is None or isinstance(value, list):
         return value or None
     raise DatumError(f"column 'tools' must hold a list of schemas, or one in JSON, got {type(value).__name__}")
+
+
+def holds_null(value: Any) -> bool:
+    """Whether there is None in tool calls or schemas, which a template writes as null; tables fill it in for missing keys."""
+    if isinstance(value, Mapping):
+        return any(map(holds_null, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(holds_null, value))
+    return value is None
 
 
 def _message(place: str, message: Any) -> dict[str, Any]:

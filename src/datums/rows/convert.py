@@ -96,6 +96,7 @@ def from_rows(
         merged_tokens=built.merged,
         unused_columns=tuple(read.unused),
         untrained_roles=tuple(reader.untrained_roles),
+        with_nulls=reader.with_nulls,
     )
 
 

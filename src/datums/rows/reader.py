@@ -12,7 +12,7 @@ from ..chat.messages import Turns
 from ..chat.roles import unusual_roles
 from ..prefix import common_prefix
 from .columns import RowKind
-from .conversations import is_chat, messages_of, tools_of
+from .conversations import holds_null, is_chat, messages_of, tools_of
 from .sources import RowSource, Source, whole_text
 from .tokens import encoded_row
 
@@ -40,12 +40,14 @@ class RowReader:
 
     Attributes:
         untrained_roles: roles beside those that nobody expects to be trained, of which turns were read and not trained.
+        with_nulls: how many chats have tool calls or tools that hold None.
     """
 
     def __init__(self, tokenizer: Any, options: ReadOptions) -> None:
         self._tokenizer, self._options = tokenizer, options
         self._chats: ChatReader | None = None
         self.untrained_roles: dict[str, None] = {}
+        self.with_nulls = 0
         self._end = _end_of_text(tokenizer) if options.append_eos and tokenizer is not None else ""
 
     def read(self, number: int, row: Mapping[str, Any], kind: RowKind) -> RowSource:
@@ -120,6 +122,8 @@ class RowReader:
         arguments = {**(options.chat_template_kwargs or {}), **_arguments(row)}
         chat = read_chat([*prompt, *answer], options.train_on, tools, arguments)
         self.untrained_roles.update(dict.fromkeys(unusual_roles((m["role"] for m in chat.messages), options.train_on)))
+        calls = [message["tool_calls"] for message in chat.messages if message.get("tool_calls")]
+        self.with_nulls += holds_null([calls, tools or []])
         return self._rendered(chat.untrained_before(len(prompt)))
 
     def _rendered(self, chat: Chat) -> Source:

@@ -41,6 +41,7 @@ class RowsReport:
         merged_tokens: trained tokens that hold characters of the prompt or the template as well.
         unused_columns: columns that were not read.
         untrained_roles: roles, beside system, user, tool and developer, whose turns are not trained.
+        with_nulls: chats whose tool calls or tools hold None, which the template writes as null.
     """
 
     kind: RowKind
@@ -53,6 +54,7 @@ class RowsReport:
     merged_tokens: int = 0
     unused_columns: tuple[str, ...] = ()
     untrained_roles: tuple[str, ...] = ()
+    with_nulls: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -66,6 +68,10 @@ class RowsReport:
             lines.append(f"columns not used: {', '.join(self.unused_columns)}")
         if self.untrained_roles:
             lines.append(f"roles whose turns are not trained: {', '.join(map(repr, self.untrained_roles))}")
+        if self.with_nulls:
+            lines.append(
+                f"chats with null in tool calls or tools (tables fill it in for missing keys): {self.with_nulls:,}"
+            )
         return "\n".join(lines)
 
 
