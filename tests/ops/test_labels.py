@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 from pullback.backends import HFModel
 from pullback.errors import ConfigError, ShapeError, UnsupportedError
+from pullback.losses import CrossEntropy, TokenBatch
 from pullback.ops import Head, logprobs_from_logits, logprobs_of
 from pullback.testing import random_llama
 from pullback.testing.models.zoo import build
@@ -151,6 +153,26 @@ def test_a_head_that_is_not_the_whole_story_is_refused() -> None:
     coded.lm_head.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UnsupportedError, match="quantized"):
         Head.of(coded)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean"])
+def test_a_row_of_several_sequences(aggregation: Any) -> None:
+    """A padding-free row, cut by its lengths, is the batch of its sequences; without weights it is another loss."""
+    model, lengths = random_llama(vocab_size=64).eval(), [4, 6, 3]
+    sequences = torch.randint(64, (sum(lengths),), generator=torch.Generator().manual_seed(0)).split(lengths)
+    row = torch.cat(sequences)[None]
+    labels = torch.cat([torch.cat([torch.full((2,), -100), ids[2:]]) for ids in sequences])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    logprobs = logprobs_of(model, row, labels, position_ids=positions)[0]
+    cut = [lengths[0] - 1, *lengths[1:]]
+    loss = CrossEntropy(aggregation)
+    packed = loss.evaluate(TokenBatch.from_packed(logprobs, cut, weights=labels[0, 1:] != -100)).loss
+    padded = pad_sequence(list(sequences), batch_first=True)
+    wanted = pad_sequence(list(labels[0].split(lengths)), batch_first=True, padding_value=-100)
+    apart = logprobs_of(model, padded, wanted, attention_mask=pad_sequence([torch.ones(n) for n in lengths], True))
+    expected = loss.evaluate(TokenBatch.from_labels(apart, wanted)).loss
+    assert (packed - expected).abs().item() < 1e-5
+    assert (loss.evaluate(TokenBatch.from_packed(logprobs, cut)).loss - expected).abs().item() > 0.1
 
 
 def test_models_that_score_a_token_elsewhere_are_refused() -> None:
