@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pretrained.chat_templates import SHAPES, Message
 from pretrained.chat_tokenizer import SPECIAL, chat_tokenizer, overlapping
 
-from pullback.datums import datum_from_messages
+from pullback.datums import datum_from_messages, from_rows
 
 PIECES = st.sampled_from(
     [
@@ -97,6 +97,38 @@ def test_special_tokens_that_take_white_space(shape: str, strips: str, contents:
     names = tokenizer.convert_ids_to_tokens([token for token, flag in zip(ids, flags, strict=True) if flag])
     drawn = "".join(text for text, flag in SHAPES[shape].pieces(messages) if flag)
     assert [name for name in names if name in SPECIAL] == re.findall("|".join(map(re.escape, SPECIAL)), drawn)
+
+
+class InPython:
+    """A tokenizer that does not say which characters its tokens hold; else it is another one."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return {"input_ids": self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@cache
+def regex_tokenizer(shape: str) -> Any:
+    return chat_tokenizer(SHAPES[shape].template, bos=True, regex=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(contents=st.lists(CONTENT, min_size=4, max_size=4))
+@example(contents=["hi", "Yes", "a", "No"])
+@example(contents=["hi\n", "\n\nYes\n", " a\n\n", "👩‍🚀 No"])
+def test_tokenizers_without_offsets(shape: str, contents: list[str]) -> None:
+    """A tokenizer in Python trains the same tokens, also where a text up to a place is split otherwise than the whole."""
+    tokenizer, messages = regex_tokenizer(shape), chat(contents)
+    assert trained(InPython(tokenizer), messages) == trained(tokenizer, messages)
+    row = {"prompt": contents[0] + "\n\n", "completion": "the" + contents[1]}
+    assert from_rows([row], InPython(tokenizer))[0] == from_rows([row], tokenizer)[0]
 
 
 @pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.system])

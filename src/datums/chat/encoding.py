@@ -11,7 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..prefix import common_prefix
+from ...errors import DatumError
+from .decoding import ranges_of, token_ids
 from .spans import Span, Spans
 
 __all__ = ["Encoded", "encode", "encode_all"]
@@ -56,12 +57,11 @@ def encode(tokenizer: Any, text: str, spans: Spans, special: bool = False) -> En
     """
     if getattr(tokenizer, "is_fast", False):
         return encode_all(tokenizer, [text], [spans], special)[0]
-    ids = _ids(tokenizer, text, special)
-    ranges = [_range_by_prefix(tokenizer, text, span, ids, special) for span in spans]
+    ids = token_ids(tokenizer, text)
     weights = [0.0] * len(ids)
-    for (start, stop), span in zip(ranges, spans, strict=True):
+    for (start, stop), span in zip(ranges_of(tokenizer, text, spans, ids), spans, strict=True):
         weights[start:stop] = [span.weight] * (stop - start)
-    return _put_around_once(tokenizer, [Encoded(ids, weights)])[0] if special else Encoded(ids, weights)
+    return _put_around(tokenizer, text, Encoded(ids, weights)) if special else Encoded(ids, weights)
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], special: bool = False) -> list[Encoded]:
@@ -84,9 +84,23 @@ def encode_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[Spans], spe
     return _put_around_once(tokenizer, encoded) if special else encoded
 
 
+def _put_around(tokenizer: Any, text: str, within: Encoded) -> Encoded:
+    """Return a text with the special tokens that a tokenizer puts around it; those that end it are trained as its end is."""
+    whole, count = token_ids(tokenizer, text, True), len(within.ids)
+    place = next((j for j in range(len(whole) - count + 1) if whole[j : j + count] == within.ids), None)
+    if place is None:
+        raise DatumError(
+            f"{type(tokenizer).__name__} tokenizes a text otherwise when it adds special tokens, so which tokens are those of "
+            "the text cannot be told; add them to the text yourself, or give tokens"
+        )
+    end = within.weights[-1] if count else 0.0
+    weights = [0.0] * place + within.weights + [end] * (len(whole) - place - count)
+    return _put_around_once(tokenizer, [Encoded(whole, weights)])[0]
+
+
 def _put_around_once(tokenizer: Any, texts: Sequence[Encoded]) -> list[Encoded]:
     """Return texts without the special tokens that a tokenizer has put around them where they have those already."""
-    within, whole = (_ids(tokenizer, "a", special) for special in (False, True))
+    within, whole = (token_ids(tokenizer, "a", special) for special in (False, True))
     place = next((j for j in range(len(whole)) if whole[j : j + len(within)] == within), 0)
     begin, end = whole[:place], whole[place + len(within) :]
     made = []
@@ -143,17 +157,3 @@ def _end(offset: tuple[int, int]) -> int:
 def _reach(offsets: Sequence[tuple[int, int]], token: int) -> int:
     """Return the first character of a token, with the white space before it that some tokenizers leave out of its offsets."""
     return min(offsets[token][0], offsets[token - 1][1] if token else 0)
-
-
-def _range_by_prefix(tokenizer: Any, text: str, span: Span, ids: list[int], special: bool) -> tuple[int, int]:
-    """Return the tokens of a span where a tokenizer does not say which characters its tokens hold."""
-    start = common_prefix(_ids(tokenizer, text[: span.start], special), ids)
-    if span.stop == len(text):
-        return start, len(ids)
-    until = _ids(tokenizer, text[: span.stop], special)
-    stop = common_prefix(until, ids)
-    return start, stop + (stop < len(until))
-
-
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return [int(token) for token in tokenizer(text, add_special_tokens=special)["input_ids"]]

@@ -24,13 +24,16 @@ _SYMBOLS = bytes_to_unicode()
 _BYTES = {symbol: byte for byte, symbol in _SYMBOLS.items()}
 
 
-def chat_tokenizer(template: str, trim_offsets: bool = False, bos: bool = False, strips: str | None = None) -> Any:
+def chat_tokenizer(
+    template: str, trim_offsets: bool = False, bos: bool = False, strips: str | None = None, regex: bool = False
+) -> Any:
     """Return a tokenizer with a chat template.
 
     Args:
         template: Jinja.
         trim_offsets: leave white space out of the offsets that it reports, as some published tokenizers do.
         bos: begin texts with ``<s>``.
+        regex: cut texts into words first, as GPT-2 does: white space is cut otherwise where a word follows.
         strips: ``lstrip`` or ``rstrip``: special tokens take the white space before or after them, as Phi 3's do.
     """
     vocabulary, merges = {symbol: i for i, symbol in enumerate(_SYMBOLS.values())}, []
@@ -41,8 +44,8 @@ def chat_tokenizer(template: str, trim_offsets: bool = False, bos: bool = False,
             vocabulary.setdefault(symbols[: j + 1], len(vocabulary))
     merges = list(dict.fromkeys(merges))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    # one piece of text: every merge may cross the border between a header and an answer
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # one piece of text (without a regex): every merge may cross the border between a header and an answer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     tokenizer.decoder = decoders.ByteLevel()
     strip = {} if strips is None else {strips: True}
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False, **strip) for token in SPECIAL])
