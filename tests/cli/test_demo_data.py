@@ -14,6 +14,7 @@ from pullback.cli import main
 from pullback.cli.demo.data import DemoData, rows_of_files
 from pullback.cli.demo.models import DemoModel, pretrained, tiny
 from pullback.cli.demo.objectives import batches
+from pullback.cli.demo.tasks import Sum
 from pullback.errors import ConfigError
 
 _TEMPLATE = (
@@ -73,6 +74,21 @@ def test_the_reward_of_an_answer(folder: Path, tmp_path: Path) -> None:
         0.5,
         0,
     ]
+
+
+def test_answers_end_as_the_template_ends_them(folder: Path) -> None:
+    """An answer ends with the token of its turn, be it the end of a text or not; a solved example is a turn, and no text."""
+    model = pretrained(str(folder), "cpu", "float32")
+    assert model.end == "<|im_end|>"
+    assert model.example(Sum(1, 2)) == (
+        "<|im_start|>user\nWhat is 2 + 6?<|im_end|>\n<|im_start|>assistant\n<answer>8</answer><|im_end|>\n"
+        "<|im_start|>user\nWhat is 1 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + _TEMPLATE.replace("<|im_end|>", "<|endoftext|>"))
+    other = pretrained(str(folder), "cpu", "float32")
+    assert other.end == "<|endoftext|>" != other.tokenizer.eos_token
+    assert other.example(Sum(1, 2)).startswith("<|im_start|><|im_start|>user")
+    assert other.example(Sum(1, 2)).count("<|im_start|><|im_start|>") == 1
 
 
 def test_lines_end_at_line_feeds_alone(folder: Path, tmp_path: Path) -> None:

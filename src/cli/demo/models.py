@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from ...backends.native.models.lora import LoraChoice
+from ...datums.chat import ChatReader, read_chat
 from ...errors import ConfigError, require_extra
 from ...service.served.registry import Base
 from ..arguments.models import NamedModel, load_named
@@ -26,7 +27,7 @@ class DemoModel:
         base: frozen weights.
         lora: the adapter.
         encode, decode: text to token ids and back.
-        chat: turns a question into a prompt.
+        chat: turns a question, or questions with answers between them, into a prompt.
         example: turns a sum into a prompt with one solved example before it.
         end: text that ends an answer.
         max_new_tokens: of a sampled answer.
@@ -44,7 +45,7 @@ class DemoModel:
     lora: LoraChoice
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
-    chat: Callable[[str], str]
+    chat: Callable[..., str]
     example: Callable[[Sum], str]
     end: str
     max_new_tokens: int
@@ -74,7 +75,7 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         chat=chat,
-        example=lambda s: f"{chat('What is 2 + 6?')}<answer>8</answer>{end}\n{chat(f'What is {s.x} + {s.y}?')}",
+        example=lambda s: chat("What is 2 + 6?", "<answer>8</answer>", f"What is {s.x} + {s.y}?"),
         end=end,
         max_new_tokens=10,
         max_text_tokens=64,
@@ -84,11 +85,16 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
     )
 
 
-def _smollm2_chat(question: str) -> str:
-    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+def _smollm2_chat(*turns: str) -> str:
+    pairs = zip(turns[::2], turns[1::2], strict=False)
+    before = "".join(
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        for question, answer in pairs
+    )
+    return f"{before}<|im_start|>user\n{turns[-1]}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _chat_of(loaded: NamedModel) -> tuple[Callable[[str], str], str]:
+def _chat_of(loaded: NamedModel) -> tuple[Callable[..., str], str]:
     """Return the chat format of a tokenizer and the text that ends an answer."""
     tokenizer = loaded.tokenizer
     if getattr(tokenizer, "chat_template", None) is None or tokenizer.eos_token is None:
@@ -96,11 +102,19 @@ def _chat_of(loaded: NamedModel) -> tuple[Callable[[str], str], str]:
             f"the demo needs a tokenizer with a chat template and an end-of-text token in {loaded.folder}"
         )
 
-    def chat(question: str) -> str:
-        messages = [{"role": "user", "content": question}]
+    def chat(*turns: str) -> str:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    return chat, str(tokenizer.eos_token)
+    return chat, _end_of_turn(tokenizer)
+
+
+def _end_of_turn(tokenizer: Any) -> str:
+    """Return the one token that a template ends an answer with, which need not be the end of a text: Gemma, Phi."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    text, spans = ChatReader(tokenizer).read(read_chat(messages))
+    end = text[spans[-1].start : spans[-1].stop].rpartition("answer")[2].strip()
+    return end if len(tokenizer(end, add_special_tokens=False)["input_ids"]) == 1 else str(tokenizer.eos_token)
 
 
 def tiny(device: str) -> DemoModel:
