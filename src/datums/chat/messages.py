@@ -19,7 +19,10 @@ Turns: TypeAlias = Literal["all", "last"]
 REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 _WEIGHT_KEYS: Final = ("weight", "train")
 # keys by which other tools say what is trained, and which no template reads
-_FOREIGN_WEIGHT_KEYS: Final = ("loss", "loss_mask", "loss_weight", "mask", "masked", "trainable", "training", "weights")
+_FOREIGN_WEIGHT_KEYS: Final = (
+    *("loss", "loss_mask", "loss_weight", "mask", "masked"),
+    *("trainable", "training", "train_detail", "training_detail", "weights"),
+)
 _OURS: Final = ("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict")
 _RESERVED: Final = (
     *_OURS,
