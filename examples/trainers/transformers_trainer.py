@@ -34,7 +34,8 @@ class ChunkedTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     ) -> Any:
         labels = inputs.pop("labels")
         logprobs = logprobs_of(model, labels=labels, **inputs)
-        share = LOSS.with_counts(tokens=num_items_in_batch, averaged_over=self.accelerator.num_processes)
+        counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # ranks of the count
+        share = LOSS.with_counts(tokens=num_items_in_batch, averaged_over=counted)
         loss = share.evaluate(TokenBatch.from_labels(logprobs, labels))
         return (loss, {"loss": loss}) if return_outputs else loss
 

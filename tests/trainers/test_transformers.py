@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,3 +106,15 @@ def test_a_trainer_that_does_not_count_is_refused() -> None:
     model, batch = toy_model(), collate(rows())
     with pytest.raises(ConfigError, match="counts if the batches have labels"):
         transformers_trainer.compute_loss(model(batch["input_ids"]), batch["labels"], None)
+
+
+@pytest.mark.parametrize(("over_all_ranks", "factor"), [(True, 2.0), (False, 1.0)])
+def test_the_mean_over_ranks_is_undone_where_the_count_is_of_all_ranks(over_all_ranks: bool, factor: float) -> None:
+    """Two ranks average their gradients: a count of both needs twice the loss, and a rank's own count needs it once."""
+    stub: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2), args=SimpleNamespace(average_tokens_across_devices=over_all_ranks)
+    )
+    batch, model = collate(rows()), toy_model().eval()
+    loss = transformers_trainer.ChunkedTrainer.compute_loss(stub, model, dict(batch), num_items_in_batch=117)
+    expected = token_mean(model, rows())
+    assert loss.item() == pytest.approx(factor * expected.item(), rel=1e-5)
