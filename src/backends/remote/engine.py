@@ -78,9 +78,8 @@ class RemoteEngine(Engine):
 
     @property
     def weights_version(self) -> int:  # type: ignore[override]  # a step that was sent counts until it is known to be none
-        if self._last_step is not None and self._last_step.arrived:
-            self._require_stepped()
-        return self._version
+        step = self._last_step
+        return self._version - (step is not None and step.arrived and _was_none(step))
 
     @contextmanager
     def operation(self, call: Call) -> Iterator[None]:
@@ -211,7 +210,7 @@ class RemoteEngine(Engine):
         step.retrieved, self._last_step = True, None  # the user has a future of it
         if error is not None:
             self.accumulator.step_failed(error)
-        elif step.result() is None:
+        elif _was_none(step):
             self._version -= 1
 
     def _by_name(self, call: PreparedCall) -> Gradient:
@@ -254,6 +253,11 @@ class RemoteEngine(Engine):
         if held_back:
             weighted = self._sdk.datums(weighted_datums(held_back, divisor))
             self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
+
+
+def _was_none(step: RemoteFuture[Any]) -> bool:
+    """Whether a step that has its answer had nothing to step on."""
+    return step.settle() is None and step.result() is None
 
 
 def _gradient(
