@@ -100,6 +100,22 @@ def test_what_can_join() -> None:
         raw.admit("b", "pairs", "b()")
 
 
+@given(calls=CALLS, empties=st.integers(1, 3), first=st.booleans())
+def test_sums_without_a_gradient_are_no_part_of_a_mean(
+    calls: list[tuple[int, int, float]], empties: int, first: bool
+) -> None:
+    """Such as what a service keeps of a loss that failed at its client: neither refused, nor counted; with one, refused."""
+    mean, nothing = ledger(calls, None, "tokens"), ledger([(0, 0, 1.0)] * empties, "num_loss_tokens")
+    both = [nothing, mean] if first else [mean, nothing]
+    mixed = Ledger([e for part in both for e in part.entries], [d for part in both for d in part.declared])
+    assert nothing.denominator is None
+    nothing.admit("mean", "tokens")
+    assert mixed.divisor(None) == mean.divisor(None)
+    nothing.record(loss="sum", datums=1, declared=None, tokens=1, sequences=1, denominator="none", count=1.0)
+    with pytest.raises(MixedDenominatorsError, match=r"divided by nothing \(from sum\)"):
+        nothing.admit("mean", "tokens")
+
+
 def test_units_of_a_step() -> None:
     """One total and whole groups for a loss; another loss, another denominator and another group are free."""
     made = Ledger(counts={("a", "tokens"): 8.0}, groups={("a", 1), ("b", 2)})

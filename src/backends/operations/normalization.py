@@ -64,7 +64,12 @@ class Ledger:
     @property
     def denominator(self) -> str | None:
         """What the accumulated gradient waits to be divided by; None before the first."""
-        return self.entries[0].denominator if self.entries else None
+        return self._divided[0].denominator if self._divided else None
+
+    @property
+    def _divided(self) -> list[LedgerEntry]:
+        """The operations that a division matters to: all but sums without a gradient, as of a loss that failed elsewhere."""
+        return [entry for entry in self.entries if entry.tokens or entry.denominator != "none"]
 
     def admit(self, name: str, denominator: str, loss: str = "") -> None:
         """Check that a gradient with this denominator can join.
@@ -81,7 +86,7 @@ class Ledger:
         if self.denominator not in (None, denominator):
             raise MixedDenominatorsError(
                 f"{name} is divided by {_words(denominator)}, but gradients have accumulated that are to be divided by "
-                f"{_words(self.denominator)} (from {self.entries[0].loss}): one division cannot serve both; "
+                f"{_words(self.denominator)} (from {self._divided[0].loss}): one division cannot serve both; "
                 "call optim_step first, or give counts={...} with the totals of the whole step to both calls"
             )
         if denominator != "none" and self.deferred and loss and loss != self.deferred:
@@ -185,10 +190,10 @@ class Ledger:
     def _deferred(self) -> Divisor:
         if self.denominator in (None, "none"):
             return Divisor(1.0, "nothing")
-        total = sum(entry.count for entry in self.entries)
+        total = sum(entry.count for entry in self._divided)
         if self.denominator == "weight_sum" and total <= 0 and self.tokens:
             raise not_positive(total)
-        return Divisor(total, f"{self.denominator} over {_calls(self.entries)}")
+        return Divisor(total, f"{self.denominator} over {_calls(self._divided)}")
 
 
 def _calls(ledger: list[LedgerEntry]) -> str:

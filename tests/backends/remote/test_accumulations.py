@@ -131,6 +131,22 @@ def test_a_step_whose_only_gradient_failed_is_none(connect: Connect) -> None:
     assert backend.weights_version == 0
 
 
+def test_a_loss_that_fails_here_leaves_nothing_behind(connect: Connect, models: Any) -> None:
+    """A mean may come after it, though the SDK has sent its gradient of nothing."""
+    remote = connect()
+    native = twin(models, remote.trainer)
+
+    def broken(data: Any, logprobs: Any) -> Any:
+        raise KeyError("mine")
+
+    for backend in (native, remote):
+        with pytest.raises(KeyError, match="mine"):
+            backend.forward_backward_custom(FIRST, broken).result()
+        WAYS["mean"](backend, SECOND).result()
+        assert backend.optim_step(PARAMS).result().stepped
+    assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
+
+
 @contextmanager
 def interrupting(operation: str) -> Iterator[None]:
     """Ctrl-C while somebody waits for the answer to an operation, which the service has carried out."""
