@@ -127,15 +127,12 @@ class RemoteAccumulator:
                 f"{self.unknown}, and a checkpoint would hold what the service holds; load the last checkpoint, or "
                 "begin again (backend.trainer.save_state(name) saves all the same: its weights alone, by load_state, are sound)"
             )
-        if self.held_back:
-            missing = f"the gradients of {len(self.held_back)} datums are held here until optim_step"
-        elif self.counted_mean:
-            missing = f"what divides the mean of {self.counted_mean} is counted here"
-        elif self.sent and not self.capabilities.divides:
-            missing = f"nobody says whether this service saves gradients (of {self.sent[0]})"
-        else:
-            return
-        raise UnsupportedError(f"save_state between a gradient and its step: {missing}; call optim_step first")
+        if self.sent:
+            here = f"the cotangents of {len(self.held_back)} datums, and what" if self.held_back else "what"
+            raise UnsupportedError(
+                f"save_state between a gradient (of {self.sent[-1]}) and its step: {here} divides and may join them is kept "
+                "here, where a checkpoint of the service does not reach; call optim_step first"
+            )
 
     def interrupted(self, operation: str) -> None:
         """Note an operation that was interrupted (Ctrl-C) when it may have been sent."""
