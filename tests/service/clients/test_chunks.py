@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.service import ServedModels, serving
 from pullback.service.http import app
+from pullback.service.queueing.sequencer import Sequencer
 
 pytestmark = SDK_WARNINGS
 PARAMS = tinker.AdamParams(learning_rate=1e-2)
@@ -48,14 +50,35 @@ def test_graphs_are_kept_across_a_clients_chunks(cut: Any) -> None:
     assert distance(served(models, client).gradients(), native.gradients()) < 1e-5
 
 
-def test_a_pair_that_was_cut_is_refused(cut: Any) -> None:
+def wait_for_a_step(models: ServedModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no operation begin before the service has a step, so that it comes before its client can read of a failure."""
+    arrived, submit, backend = threading.Event(), Sequencer.submit, models.backend
+
+    def noticed(
+        self: Any, owner: str, queue: str, number: Any, payload: bytes, kind: str, *given: Any, **more: Any
+    ) -> str:
+        request = submit(self, owner, queue, number, payload, kind, *given, **more)
+        if kind == "optim_step":
+            arrived.set()
+        return request
+
+    def waited(*given: Any, **more: Any) -> Any:
+        assert arrived.wait(60)
+        return backend(*given, **more)
+
+    monkeypatch.setattr(Sequencer, "submit", noticed)
+    monkeypatch.setattr(models, "backend", waited)
+
+
+def test_a_pair_that_was_cut_is_refused(cut: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a pair says so; nothing of the call that can be refused is trained on in silence."""
-    _, service = cut
+    models, service = cut
     client = trainer(service)
     sent = client.forward_backward(to_tinker(read_by("dpo")), "dpo")
     with pytest.raises(tinker.RequestFailedError, match="has no partner; pairs are neighbours"):
         sent.result()
     client = trainer(service)
+    wait_for_a_step(models, monkeypatch)
     client.forward_backward(to_tinker(read_by("dpo")), "dpo")
     with pytest.raises(tinker.RequestFailedError, match="this step was sent before that was known"):
         client.optim_step(PARAMS).result()
