@@ -137,9 +137,16 @@ class Schedule:
             most = max(sum(call.lengths[i] for i in each) for each in forward)
             return self.scheduler.micro_batch(call, forward[rank], layout, most)
 
-        every = _in_step([cut(each)[1] for each in units])
+        every = _in_step([_apart(*cut(each)) for each in units])
         batches = [[laid_out(forward) for forward in batch] for batch in every]
         return Share(batches, layout, members, self.ranks, True, [forward for batch in every for forward in batch])
+
+
+def _apart(layout: Layout, batches: _Batches) -> _Batches:
+    """Return batches whose forwards run the model once each: where sequences run one by one, each is a forward."""
+    if layout != "single":
+        return batches
+    return [[[i] for forward in batch for i in forward] for batch in batches]
 
 
 def _in_step(every: list[_Batches]) -> list[list[list[list[int]]]]:
