@@ -45,11 +45,15 @@ class DeferredBackward:
 
     The graph is cut at the hidden states. The head's side is small (see `selected_logprobs`) and always retained, so a
     micro-batch beyond the budget runs only its base model a second time.
+
+    Attributes:
+        served: a backward has begun, of which there is one.
     """
 
     def __init__(self, model: CausalLM, settings: GraphSettings) -> None:
         self._model, self._settings = model, settings
         self._forwards: list[_Forward] = []
+        self.served = False
         self._peak = 0.0
         self._recomputed = 0
 
@@ -74,6 +78,7 @@ class DeferredBackward:
 
     def backward(self, cotangents: Mapping[int, Tensor], scale: float = 1.0) -> None:
         """Take the cotangents, times ``scale``, back into ``parameter.grad``, retained graphs first; forget everything."""
+        self.served = True
         waiting, self._forwards = sorted(self._forwards, key=lambda f: f.hidden is not None), []
         while waiting:  # each graph is freed once it has served; after a failure none is left that could serve twice
             forward = waiting.pop()
@@ -120,11 +125,6 @@ class DeferredBackward:
     def exact(self) -> bool:
         """Whether log-probs are fp64."""
         return self._model.head().weight.dtype == torch.float64
-
-    @property
-    def waiting(self) -> int:
-        """Forwards that still wait for their cotangents."""
-        return len(self._forwards)
 
     @property
     def graph_bytes(self) -> int:

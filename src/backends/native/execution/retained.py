@@ -50,8 +50,8 @@ class RetainedForward:
 
     @property
     def spent(self) -> bool:
-        """Whether it has served."""
-        return not self.graphs.waiting
+        """Whether it has served; one of several processes may have no datum of it, and so nothing that waits."""
+        return self.graphs.served
 
     @property
     def bytes(self) -> int:
