@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import BackendError, NonFiniteError
+from .dtensors import local_part
 
 __all__ = ["Accumulator", "all_finite"]
 
@@ -33,19 +34,22 @@ class Accumulator:
 
     Attributes:
         parameters: the trainable parameters by name.
+        calls: that were added since the last step; 0 after a load.
     """
 
     parameters: Mapping[str, nn.Parameter]
-    _own: Mapping[str, Tensor] = field(default_factory=dict)
+    calls: int = 0
+    _own: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def require_own(self) -> None:
         """Check that the gradients are those that were added here.
 
         Raises:
-            BackendError: another has taken some away, or has put others in their place.
+            BackendError: another has taken some away, has put others in their place, or has changed them.
         """
         for name, p in self.parameters.items():
-            if p.grad is not self._own.get(name):
+            own, version = self._own.get(name, (None, 0))
+            if p.grad is not own or (own is not None and _version(own) != version):
                 raise BackendError(
                     f"the gradient of {name} is not the one that has accumulated here: another backend on this model, or "
                     "zero_grad() or backward() outside of this backend, has changed it; call discard_gradients() and make "
@@ -71,7 +75,8 @@ class Accumulator:
                 old = before[name]
                 if old is not None:
                     p.grad = old if p.grad is None else p.grad.add_(old)
-            self._own = self.gradients
+            self._take_over()
+            self.calls += 1
         except BaseException:
             for name, p in self.parameters.items():
                 p.grad = before[name]
@@ -102,10 +107,20 @@ class Accumulator:
         for p in self.parameters.values():
             p.grad = None
         self._own = {}
+        self.calls = 0
 
     def restore(self, gradients: Mapping[str, Tensor]) -> None:
         """Take over saved gradients."""
         self.clear()
         for name, gradient in gradients.items():
             self.parameters[name].grad = gradient.to(self.parameters[name].device)
-        self._own = self.gradients
+        self._take_over()
+
+    def _take_over(self) -> None:
+        self._own = {name: (gradient, _version(gradient)) for name, gradient in self.gradients.items()}
+
+
+def _version(gradient: Tensor) -> int:
+    """Return a number that every change of a gradient in place raises, such as autograd's when it adds another to it."""
+    part = local_part(gradient)
+    return 0 if part.is_inference() else part._version

@@ -23,9 +23,9 @@ from ..native.checkpoints.files import new_folder
 from ..native.distributed.agreement.agreement import Agreement
 from ..native.distributed.agreement.exchange import agreed_cotangents, require_finite_gradients, require_same_call
 from ..native.distributed.checkpoints.save import shared_folder
+from ..native.distributed.fsdp import forget_pass
 from ..native.distributed.ranks import Ranks
 from ..native.distributed.schedule import Share, share_out
-from ..native.distributed.sharding import forget_pass
 from ..native.dtensors import full
 from ..native.execution.forward import trainable
 from ..native.execution.gradient import require_finite_logprobs, summary
@@ -77,7 +77,7 @@ class VerlEngine(Engine):
 
     def score(self, call: PreparedCall) -> list[Tensor]:
         require_expressible(call)
-        require_same_call(self._agreement, call, self.weights_version)
+        require_same_call(self._agreement, call, f"step {self.weights_version}")
         share, own, batch = self._dealt(call, {})
         with self._running(self.verl.eval_mode()):
             rows = self.verl.infer_batch(batch)["model_output"]["log_probs"].unbind()

@@ -31,12 +31,22 @@ def _backward(model: nn.Module, other: TorchBackend) -> None:
     sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
 
 
+def _backward_on_top(model: nn.Module, other: TorchBackend) -> None:
+    sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+
+
+def _clip(model: nn.Module, other: TorchBackend) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
 CHANGES: dict[str, Change] = {
     "another backend is made": lambda model, other: TorchBackend(model),
     "another backend forgets": lambda model, other: other.discard_gradients(),
     "another backend trains": _trained_by_another,
     "zero_grad": lambda model, other: model.zero_grad(),
     "a backward of one's own": _backward,
+    "a backward that adds to what is there": _backward_on_top,
+    "gradients clipped in place": _clip,
 }
 
 

@@ -195,7 +195,7 @@ def _with_masters(state: TrainingState, files: dict[str, dict[str, Tensor]]) -> 
     """Return what is written where fp32 shards stand for bfloat16 weights: these, and the shards beside the moments."""
     if not any(hasattr(p, "full_tensor") for p in state.parameters.values()):
         return files
-    from ..distributed.sharding import gathered_dtype
+    from ..distributed.fsdp import gathered_dtype
 
     half = gathered_dtype(state.module)
     if half is None:

@@ -75,7 +75,7 @@ class DistributedEngine(Engine):
 
     @contextmanager
     def operation(self, call: Call) -> Iterator[None]:
-        with self._agreement.operation(call.operation):
+        with self._agreement.operation(call.operation), self._shards.casting_anew():
             self.local.begin(call)
             yield
 
@@ -83,12 +83,14 @@ class DistributedEngine(Engine):
         return self._score(self.local.model, self._shards, call)
 
     def accumulate(self, call: PreparedCall) -> Gradient:
-        require_same_call(self._agreement, call, self.weights_version)
+        self._require_own()
+        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
         add = self._passes.function if call.needs_all_datums else self._passes.stream
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
-        settings = f"{params}, gradient divided by {divisor.value}, at step {self.weights_version}"
+        self._require_own()
+        settings = f"{params}, gradient of {self._calls} divided by {divisor.value}, at step {self.weights_version}"
         self._agreement.meet("choice of settings", text=settings)
         self._require_finite("the sum of calls that are finite one by one")
         self._shards.release()
@@ -107,6 +109,7 @@ class DistributedEngine(Engine):
         return metrics
 
     def clear(self) -> None:
+        self._shards.forget_gradients()
         self.local.clear()
 
     def gradients(self) -> Mapping[str, Tensor]:
@@ -201,7 +204,7 @@ class DistributedEngine(Engine):
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
-        require_same_call(self._agreement, call, self.weights_version)
+        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
         require_no_fp16(self.local.memory.device)
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
@@ -224,8 +227,9 @@ class DistributedEngine(Engine):
         prepare: Callable[[list[int]], PreparedCall],
     ) -> Gradient:
         """Add the gradient of a loss on forwards that were retained; see `NativeEngine.accumulate_retained`."""
+        self._require_own()
         rest = self.local.not_retained(call, retained)
-        require_same_call(self._agreement, call, self.weights_version)
+        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
 
         def add() -> Gradient:
             places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
@@ -250,7 +254,7 @@ class DistributedEngine(Engine):
         return self.local.memory.retry(attempt, call.lengths)
 
     def _score(self, model: CausalLM, shards: Shards, call: PreparedCall) -> list[Tensor]:
-        require_same_call(self._agreement, call, self.weights_version)
+        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
 
         def attempt() -> list[Tensor]:
             share = self._schedule.datums(call)
@@ -269,9 +273,20 @@ class DistributedEngine(Engine):
             with torch.enable_grad():
                 gradient = add()
             with self._agreement.together("sum of the gradients"):
-                self._shards.reduce()
+                self._shards.reduce(self._ranks)
             self._require_finite("the sum over all processes of what is finite on each")
         return gradient
+
+    @property
+    def _calls(self) -> str:
+        """How many gradients have accumulated on this rank, in words."""
+        calls = self.local.accumulator.calls
+        return f"{calls} call{'s' * (calls != 1)}"
+
+    def _require_own(self) -> None:
+        """Check that this rank's gradients are those that were added here."""
+        self.local.accumulator.require_own()
+        self._shards.require_own_gradients()
 
     def _require_finite(self, cause: str) -> None:
         """Check the gradients of all ranks."""

@@ -21,8 +21,9 @@ from ..execution.graph_size import head_bytes
 from ..plan import recomputed
 from .budget import Placement, RankMemory, Step, Traffic, Weight, rank_memory, traffic
 from .budget.outline import graph_shape, model_outline
+from .fsdp import gathered_dtype
 from .schedule import Share
-from .sharding import Shards, gathered_dtype, sharded_units
+from .sharding import Shards, sharded_units
 from .vocabulary.cost import positions_together, rows_bytes, shard_group
 
 __all__ = ["TrainingBudget", "plan_rank", "plan_training", "weights_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, final
 
@@ -11,19 +11,29 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from ....errors import UnsupportedError
+from ....errors import BackendError, UnsupportedError
 from ..causal_lm import CausalLM
 from ..dtensors import local_part
 from ..execution.memory import GraphMeter
 from ..execution.scaling import autocasts_to_fp16
 from ..models.hf import HFModel
+from ..optimizer import forget_casts
+from .fsdp import (
+    Reached,
+    both_forms,
+    forget_gradients,
+    forget_pass,
+    gathered_dtype,
+    groups_of,
+    holds_gradients,
+    units_of,
+)
+from .ranks import Ranks
 from .vocabulary.rows import HeadRows
 
 __all__ = [
     "Reshard",
     "Shards",
-    "forget_pass",
-    "gathered_dtype",
     "require_no_fp16",
     "shard_model",
     "sharded_units",
@@ -65,7 +75,7 @@ def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True, rows: 
     for name in _FORWARDS:
         if hasattr(module, name):
             register_fsdp_forward_method(module, name)
-    for unit in _units(module):
+    for unit in units_of(module):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply as it sums
         getattr(unit, "set_reduce_scatter_unused_params", lambda _: None)(True)  # since torch 2.13
@@ -107,22 +117,10 @@ def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
-def _units(module: nn.Module) -> Iterator[FSDPModule]:
-    return (part for part in module.modules() if isinstance(part, FSDPModule))
-
-
 def whole_bytes(module: nn.Module) -> int:
     """Return the bytes of a model's weights, and of their gradients (at least fp32) where they are trained."""
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     return weights + sum(p.numel() * max(p.element_size(), 4) for p in module.parameters() if p.requires_grad)
-
-
-def gathered_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return FSDP's dtype of gathered weights, which has no public name; None: that of the shards, or there are none."""
-    if not isinstance(module, FSDPModule):
-        return None
-    state: Any = module._get_fsdp_state()
-    return cast("torch.dtype | None", state._mp_policy.param_dtype)
 
 
 @final
@@ -153,7 +151,7 @@ class Shards:
         self.reshard, self.module, self.model, self._meter, self.rows = reshard, module, model, meter, rows
         self.in_step = reshard or rows is not None
         self._root = cast(FSDPModule, module)
-        self._gathered = False
+        self._gathered, self._reached = False, Reached(module)
         self.masters = gathered_dtype(module) is not None  # fp32 shards that compute in half precision
         self._root.set_reshard_after_forward(reshard)
         self._root.set_reshard_after_backward(reshard)
@@ -172,15 +170,16 @@ class Shards:
         """Gather the weights on every rank; with resharding, only those outside of the layers."""
         if self._gathered:
             return
-        for unit in [self._root] if self.reshard else [*_units(self.module)]:
+        for unit in [self._root] if self.reshard else [*units_of(self.module)]:
             unit.unshard()
         self._gathered = True
+        self._reached.watch()
         if self._meter is not None and not self.reshard:
             self._meter.owned = GraphMeter.of(self.module).owned
 
     def release(self) -> None:
         """Free what was gathered; the weights may now change."""
-        for unit in _units(self.module):
+        for unit in units_of(self.module):
             unit.reshard()
         self._gathered = False
 
@@ -191,7 +190,7 @@ class Shards:
     @contextmanager
     def keeping_trained(self) -> Iterator[None]:
         """Keep which weights are trained, of each of which FSDP has two; PEFT switches the one of the moment off and on."""
-        held = [p for group in _groups(self.module) for each in group.fsdp_params for p in _both(each)]
+        held = [p for group in groups_of(self.module) for each in group.fsdp_params for p in both_forms(each)]
         flags = [p.requires_grad for p in held]
         try:
             yield
@@ -199,12 +198,50 @@ class Shards:
             for p, flag in zip(held, flags, strict=True):
                 p.requires_grad_(flag)
 
-    def reduce(self) -> None:
-        """Add the gradients of all ranks up, each rank keeping its shards; they are there already with resharding."""
+    @contextmanager
+    def casting_anew(self) -> Iterator[None]:
+        """Keep autocast from remembering its casts of weights that are freed and gathered again.
+
+        A backward reaches the weight behind a remembered cast last, when FSDP has added up the gradients of its layer
+        already, so that this one would be lost; and the casts would take the memory that resharding is to save.
+        """
+        before = torch.is_autocast_cache_enabled()
+        if self.reshard:
+            forget_casts()
+            torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    def require_own_gradients(self) -> None:
+        """Check that no gradient waits that another than this backend has made.
+
+        Raises:
+            BackendError: one does.
+        """
+        if holds_gradients(self.module):
+            raise BackendError(
+                "a gradient that has not accumulated here waits in the model: backward() outside of this backend has made it; "
+                "call discard_gradients() and make the calls since the last step again"
+            )
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients that wait in the model, whoever has made them."""
+        forget_gradients(self.module)
+        self._reached.forget()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add the gradients of all ranks up, each rank keeping its shards; what none of them has reached has no gradient."""
         if self.rows is not None:
             self.rows.reduce()
-        if self.reshard:
-            return
+        reached = self._reached.taken(ranks)
+        if not self.reshard:  # else they are there already
+            self._reduce_once()
+            self.forget_gradients()  # zeros that a remembered cast has handed on late
+        self._reached.drop_others(reached, ranks)
+
+    def _reduce_once(self) -> None:
         for p in self.module.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -227,6 +264,7 @@ class Shards:
     def reset(self) -> None:
         """Forget an operation that failed half-way, with its gradients; those of earlier operations stay."""
         forget_pass(self.module)
+        self._reached.forget()
         self.release()
 
     def _dummy(self) -> Tensor:
@@ -236,46 +274,3 @@ class Shards:
             return self.model.hidden_states(
                 torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None]
             )
-
-
-def _both(parameter: Any) -> list[nn.Parameter]:
-    """The sharded and the gathered form of a parameter, where there is one."""
-    gathered = getattr(parameter, "_unsharded_param", None)
-    return [parameter.sharded_param] if gathered is None else [parameter.sharded_param, gathered]
-
-
-def _groups(module: nn.Module) -> Iterator[Any]:
-    """FSDP's groups of parameters, which have no public name."""
-    for unit in _units(module):
-        state: Any = unit._get_fsdp_state()
-        groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        yield from (group for group in groups if group is not None)
-
-
-def forget_pass(module: nn.Module) -> None:
-    """Bring a sharded module back to where it was before a pass that failed half-way, gradients that it holds included."""
-    for group in _groups(module):
-        for parameter in group.fsdp_params:
-            parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):  # may hold a gradient that was not reduced, gathered or not
-                parameter._unsharded_param.grad = None
-    _reset_iteration(cast(FSDPModule, module))
-
-
-def _reset_iteration(root: FSDPModule) -> None:
-    """Bring FSDP's own state back to between two operations."""
-    if hasattr(root, "reset_iter_state"):  # since torch 2.13
-        root.reset_iter_state()
-        return
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    state: Any = root._get_fsdp_state()
-    state._comm_ctx.post_forward_order.clear()
-    state._state_ctx.iter_forward_root = None
-    state._state_ctx.post_backward_final_callback_queued = False
-    for each in state._state_ctx.all_states:
-        each._training_state = TrainingState.IDLE
-    for group in _groups(cast(nn.Module, root)):
-        group._training_state = TrainingState.IDLE
-        group._post_forward_indices.clear()
-        group._all_gather_result = None

@@ -29,13 +29,18 @@ __all__ = [
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; two machines may sum in another order
 
 
-def require_same_call(agreement: Agreement, call: PreparedCall, weights_version: int) -> None:
-    """Check that every rank has been given the same loss and the same data, for the same weights, under the same autocast.
+def require_same_call(agreement: Agreement, call: PreparedCall, place: str) -> None:
+    """Check that every rank has been given the same loss and the same data, at the same place, under the same autocast.
+
+    Args:
+        agreement: of the ranks.
+        call: the call.
+        place: of the call: steps of the weights, and calls since the last one, in words.
 
     Raises:
         RanksDifferError: names the loss, or the datum, that differs.
     """
-    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at step {weights_version}{_autocast()}"
+    loss = f"{call.name} {call.described} {sorted((call.counts or {}).items())} at {place}{_autocast()}"
     agreement.meet("batch", *map(datum_digest, call.data), text=loss, text_is="loss")
 
 
