@@ -145,6 +145,36 @@ def forgotten_on_one(what: Callable[[TorchBackend], Any]) -> str:
     return error_of(lambda: what(many))
 
 
+class Buffered(TinyLM):  # type: ignore[misc]  # the same model but for this
+    """Computes in bfloat16, with a correction that is kept in fp32, as routers of experts have it, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+        self.register_buffer("wide", torch.full((3,), 1.001, dtype=torch.float32))
+        self.register_buffer("narrow", torch.full((3,), 1.25, dtype=torch.bfloat16))
+
+
+def buffers(folder: Path) -> Found:
+    """Buffers of a trained bfloat16 model: as they are here, and as one process and all find them in a checkpoint."""
+    many = TorchBackend(Buffered(), timeout=60, checkpoint_dir=folder)
+    one = TorchBackend(Buffered(), mesh=None)
+    said = many.checkpoint_bytes()
+    path = Path(many.save_state("buffers").result().path)
+    written = sum(file.stat().st_size for file in path.iterdir())
+    found: Found = {"here": described(many), "bytes": abs(written - said) / said}
+    for name, backend in (("one", one), ("all", many)):
+        for buffer in backend.model.buffers():
+            buffer.zero_()
+        found[name] = error_of(lambda backend=backend: backend.load_state_with_optimizer(path).result())  # type: ignore[misc]
+        found[f"loaded on {name}"] = described(backend)
+    return found
+
+
+def described(backend: TorchBackend) -> dict[str, str]:
+    return {name: f"{b.dtype} {b.float()[0]:.6f}" for name, b in backend.model.named_buffers() if b.shape == (3,)}
+
+
 def page() -> str:
     """The blocks of the page, one after the other."""
 
@@ -171,6 +201,7 @@ def main(target: str) -> None:
             forgotten_on_one(lambda b: b.forward(DATA).result()),
         ],
         "page": page(),
+        "buffers": buffers(Path(target).parent),
     }
     Path(f"{target}-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()

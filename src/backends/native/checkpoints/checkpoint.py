@@ -200,8 +200,10 @@ def _with_masters(state: TrainingState, files: dict[str, dict[str, Tensor]]) -> 
     half = gathered_dtype(state.module)
     if half is None:
         return files
+    buffers = dict(state.module.named_buffers())
     for file in trained_weights(state.module).keys() - {ADAPTER, OUTSIDE}:
-        files[file] = {name: torch.empty(w.shape, dtype=half, device="meta") for name, w in files[file].items()}
+        shards = {name: w for name, w in files[file].items() if name not in buffers}
+        files[file] |= {name: torch.empty(w.shape, dtype=half, device="meta") for name, w in shards.items()}
     if _OPTIMIZER in files:
         files[_OPTIMIZER] |= {f"master:{name}": p.detach() for name, p in state.parameters.items()}
     return files

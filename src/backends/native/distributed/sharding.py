@@ -113,7 +113,8 @@ def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
             f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; "
             "load the model in one dtype, or train an adapter"
         )
-    module.to(torch.float32)
+    for p in module.parameters():  # buffers are never gathered: they stay what the model computes with
+        p.data = p.data.float()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 

@@ -75,3 +75,13 @@ def test_gradients_that_one_rank_has_forgotten(two: list[Found]) -> None:
 def test_the_page_runs_on_two_ranks(two: list[Found]) -> None:
     for found in two:
         assert found["page"] == "none"
+
+
+def test_buffers_of_a_bfloat16_model(two: list[Found]) -> None:
+    """What is no trained weight stays in its dtype: here, in the file, and on any number of processes that load it."""
+    for found in two:
+        told = found["buffers"]
+        assert told["here"] == {"wide": "torch.float32 1.001000", "narrow": "torch.bfloat16 1.250000"}
+        assert (told["one"], told["all"]) == ("none", "none")
+        assert told["loaded on one"] == told["loaded on all"] == told["here"]
+        assert told["bytes"] < 0.1

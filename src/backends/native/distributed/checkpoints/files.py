@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -44,9 +44,9 @@ class ShardedFiles:
         """Whether this is rank 0, which writes what is no tensor."""
         return self.ranks.rank == 0
 
-    def as_saved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights in the dtype in which one process has them, which is that of their file."""
-        return {name: w.to(torch.bfloat16) if self.masters else w for name, w in weights.items()}
+    def as_saved(self, weights: Mapping[str, Tensor], buffers: Container[str] = ()) -> dict[str, Tensor]:
+        """Return weights, some of which are buffers, in the dtype of one process, which is that of their file."""
+        return {n: w.to(torch.bfloat16) if self.masters and n not in buffers else w for n, w in weights.items()}
 
     def write(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         """Write tensors, each rank its shards, as one file."""

@@ -46,7 +46,7 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
     """
     manifest = files.agreement.attempt("manifest", lambda: _sound(files, folder, everything))
     ledger = files.agreement.attempt("ledger", lambda: saved_ledger(folder, manifest) if everything else Ledger())
-    weights = trained_weights(state.module)
+    weights, buffers = trained_weights(state.module), dict(state.module.named_buffers())
     fingerprint = frozen_fingerprint(state.module)
 
     def check() -> _Files:
@@ -54,7 +54,7 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
             raise CheckpointError(f"{folder} was trained on other frozen weights than this model has")
         for file in weights:
             require_there(folder, file, manifest)
-        as_saved = {file: files.as_saved(tensors) for file, tensors in weights.items()}
+        as_saved = {file: files.as_saved(tensors, buffers) for file, tensors in weights.items()}
         return _fitting(folder, as_saved | (_training_like(state, folder) if everything else {}))
 
     like = files.agreement.attempt("weights", check)

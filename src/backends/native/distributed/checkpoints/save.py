@@ -75,13 +75,13 @@ def shared_folder(ranks: Ranks, agreement: Agreement, final_folder: Path) -> Ite
 
 
 def _write_weights(state: TrainingState, files: ShardedFiles, folder: Path) -> list[str]:
-    named = trained_weights(state.module)
+    named, buffers = trained_weights(state.module), dict(state.module.named_buffers())
     for file, tensors in named.items():
         if file in (ADAPTER, OUTSIDE):  # small, and PEFT's own format: one rank writes it
             whole = {name: full(tensor) for name, tensor in tensors.items()}
             files.agreement.attempt(f"writing {file}", partial(_write_if_first, files, whole, folder / file))
         else:
-            files.write(files.as_saved(tensors), folder / file)
+            files.write(files.as_saved(tensors, buffers), folder / file)
     return [*named]
 
 
