@@ -57,10 +57,10 @@ def missing_reduction(name: str) -> Callable[[TorchBackend], Any]:
     def plant(backend: TorchBackend) -> Any:
         reduce = sharding.Shards.reduce
 
-        def without(shards: sharding.Shards) -> None:
+        def without(shards: sharding.Shards, *ranks: Any) -> None:
             if dist.get_rank() == 1:
                 dict(shards.module.named_parameters())[name].grad = None
-            reduce(shards)
+            reduce(shards, *ranks)
 
         return mock.patch.object(sharding.Shards, "reduce", without)
 
@@ -151,8 +151,8 @@ def not_finite(rank: int) -> Iterator[None]:
     """Put a NaN into one rank's shard of a gradient when it has been reduced."""
     reduce = sharding.Shards.reduce
 
-    def spoilt(shards: sharding.Shards) -> None:
-        reduce(shards)
+    def spoilt(shards: sharding.Shards, *ranks: Any) -> None:
+        reduce(shards, *ranks)
         if dist.get_rank() == rank:
             shards.release()
             gradient: Any = next(p.grad for p in shards.module.parameters() if p.grad is not None)
