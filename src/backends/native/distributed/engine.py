@@ -84,7 +84,7 @@ class DistributedEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         self._require_own()
-        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
+        require_same_call(self._agreement, call, self._place)
         add = self._passes.function if call.needs_all_datums else self._passes.stream
         return self._retried(call, lambda: self._added(lambda: add(call)))
 
@@ -204,7 +204,7 @@ class DistributedEngine(Engine):
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
         """Score all positions and retain the graphs of this rank's share; one beyond ``budget`` bytes will run again."""
-        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
+        require_same_call(self._agreement, call, self._place)
         require_no_fp16(self.local.memory.device)
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
@@ -229,7 +229,7 @@ class DistributedEngine(Engine):
         """Add the gradient of a loss on forwards that were retained; see `NativeEngine.accumulate_retained`."""
         self._require_own()
         rest = self.local.not_retained(call, retained)
-        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
+        require_same_call(self._agreement, call, self._place)
 
         def add() -> Gradient:
             places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
@@ -254,7 +254,7 @@ class DistributedEngine(Engine):
         return self.local.memory.retry(attempt, call.lengths)
 
     def _score(self, model: CausalLM, shards: Shards, call: PreparedCall) -> list[Tensor]:
-        require_same_call(self._agreement, call, f"step {self.weights_version} after {self._calls}")
+        require_same_call(self._agreement, call, self._place)
 
         def attempt() -> list[Tensor]:
             share = self._schedule.datums(call)
@@ -282,6 +282,11 @@ class DistributedEngine(Engine):
         """How many gradients have accumulated on this rank, in words."""
         calls = self.local.accumulator.calls
         return f"{calls} call{'s' * (calls != 1)}"
+
+    @property
+    def _place(self) -> str:
+        """Where this rank is, in words: the steps of the weights, and what has accumulated since."""
+        return f"step {self.weights_version} after {self._calls}"
 
     def _require_own(self) -> None:
         """Check that this rank's gradients are those that were added here."""

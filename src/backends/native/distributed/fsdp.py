@@ -111,10 +111,13 @@ class Reached:
     def drop_others(self, reached: Sequence[bool], ranks: Ranks) -> None:
         """Take the gradient of zeros from the shards of each parameter that no rank has reached."""
         shards = [parameter.sharded_param for parameter in _parameters(self._module)]
-        zero = [p.grad is not None and not bool(local_part(p.grad).any()) for p in shards]
+        others = [p for p, seen in zip(shards, reached, strict=True) if not seen and p.requires_grad]
+        if not others:  # on no rank, as what has been reached is known to all
+            return
+        zero = [p.grad is not None and not bool(local_part(p.grad).any()) for p in others]
         everywhere = ranks.gather(torch.tensor(zero)).all(0).tolist()
-        for p, seen, empty in zip(shards, reached, everywhere, strict=True):
-            if empty and not seen:
+        for p, empty in zip(others, everywhere, strict=True):
+            if empty:
                 p.grad = None
 
     def _see(self, parameter: Any, _: Tensor) -> None:
