@@ -36,8 +36,7 @@ def read_datums(file: str) -> Iterator[Datum]:
     Raises:
         ConfigError: it cannot be read, or a line is no datum.
     """
-    lines = numbered_lines(file)
-    return (_datum(file, number, line) for number, line in lines)
+    return (_datum(file, number, line) for number, line in numbered_lines(file))
 
 
 def _datum(file: str, number: int, line: str) -> Datum:

@@ -48,15 +48,20 @@ _PER_KEY = {
 def add_parser(commands: Any) -> None:
     """Add the command to a parser."""
     serve = commands.add_parser("serve", help="serve a model to clients of the Tinker training API")
+    _add_model(serve)
+    _add_access(serve)
+    _add_limits(serve)
+    serve.set_defaults(run=_run)
+
+
+def _add_model(serve: Any) -> None:
+    """Add the options of what is served."""
     serve.add_argument("--model", default="smollm2", help=MODEL_HELP)
     serve.add_argument("--name", help="the model's name for clients (default: the model as given)")
     serve.add_argument(
         "--tokenizer",
         help="what clients are told to load its tokenizer by: the id of a public repository, or a folder that they have "
         f"(default: {_TOKENIZERS['smollm2']} for smollm2, else nothing, and they try the name)",
-    )
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; all but 127.0.0.1 and its like need API keys"
     )
     serve.add_argument(
         "--import",
@@ -67,12 +72,18 @@ def add_parser(commands: Any) -> None:
         help="module to import before anything is served, found from the current folder too: clients can then name the losses "
         "that it registers; may be given several times",
     )
-    serve.add_argument("--port", type=int, default=8765, help="port to listen on; 0: any that is free")
     serve.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of the base weights; adapters are fp32"
     )
     serve.add_argument("--device", help=DEVICE_HELP)
-    serve.add_argument("--checkpoints", default="checkpoints", help="folder of checkpoints and journal")
+
+
+def _add_access(serve: Any) -> None:
+    """Add the options of where it listens, and to whom."""
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; all but 127.0.0.1 and its like need API keys"
+    )
+    serve.add_argument("--port", type=int, default=8765, help="port to listen on; 0: any that is free")
     serve.add_argument(
         "--keys",
         type=Path,
@@ -81,6 +92,17 @@ def add_parser(commands: Any) -> None:
         "separated by commas",
     )
     serve.add_argument("--new-key", action="store_true", help="add a key to the file, print it once, and end")
+    serve.add_argument(
+        "--adopt",
+        metavar="OWNER",
+        help="give checkpoints that do not say whose they are to a key (its digest in the file of keys), or, where there "
+        f"are no keys, to {_EVERYBODY!r}; and end",
+    )
+
+
+def _add_limits(serve: Any) -> None:
+    """Add the options of what it may take, and what it keeps."""
+    serve.add_argument("--checkpoints", default="checkpoints", help="folder of checkpoints and journal")
     serve.add_argument(
         "--max-models", type=int, default=Limits().models, metavar="N", help="models in memory, of all clients together"
     )
@@ -107,13 +129,6 @@ def add_parser(commands: Any) -> None:
         metavar="SECONDS",
         help="when the server ends, save the models in memory as checkpoints, in so many seconds at most; 0: let them go",
     )
-    serve.add_argument(
-        "--adopt",
-        metavar="OWNER",
-        help="give checkpoints that do not say whose they are to a key (its digest in the file of keys), or, where there "
-        f"are no keys, to {_EVERYBODY!r}; and end",
-    )
-    serve.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

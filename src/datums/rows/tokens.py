@@ -15,6 +15,9 @@ __all__ = ["encoded_row"]
 
 _UNTRAINED: Final = -100
 
+_MASKS: Final = ("completion_mask", "assistant_masks")
+_PER_TOKEN: Final = ("labels", *_MASKS, "attention_mask", "position_ids")
+
 
 def encoded_row(row: Mapping[str, Any]) -> Encoded:
     """Return the tokens of a row and their weights.
@@ -31,35 +34,36 @@ def encoded_row(row: Mapping[str, Any]) -> Encoded:
         LengthError: a column has another length.
     """
     ids = _column("input_ids", row["input_ids"])
+    columns = _columns_beside(row, ids)
     trained = torch.ones(ids.numel(), dtype=torch.bool)
-    for name in ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids"):
-        if row.get(name) is None:
-            continue
-        column = _column(name, row[name])
-        if column.shape != ids.shape:
-            raise LengthError(f"{name} has {column.numel()} entries, but input_ids has {ids.numel()}")
-        if name == "position_ids":
-            continue
-        if name == "attention_mask":
-            kept = _unpadded(column)
-        elif name == "labels":
-            trained &= _labelled(column, ids)
-        else:
-            trained &= _mask(name, column)
-    start, stop = kept if row.get("attention_mask") is not None else (0, ids.numel())
-    _check_one_sequence(row, start, stop)
+    if "labels" in columns:
+        trained &= _labelled(columns["labels"], ids)
+    for name in _MASKS:
+        if name in columns:
+            trained &= _mask(name, columns[name])
+    start, stop = _unpadded(columns["attention_mask"]) if "attention_mask" in columns else (0, ids.numel())
+    _check_one_sequence(row.get("seq_lengths"), columns.get("position_ids"), start, stop)
     return Encoded(ids[start:stop].tolist(), trained[start:stop].float().tolist())
 
 
-def _check_one_sequence(row: Mapping[str, Any], start: int, stop: int) -> None:
+def _columns_beside(row: Mapping[str, Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the columns that a row has for its tokens.
+
+    Raises:
+        LengthError: one is longer or shorter.
+    """
+    columns = {name: _column(name, row[name]) for name in _PER_TOKEN if row.get(name) is not None}
+    for name, column in columns.items():
+        if column.shape != ids.shape:
+            raise LengthError(f"{name} has {column.numel()} entries, but input_ids has {ids.numel()}")
+    return columns
+
+
+def _check_one_sequence(lengths: Any, positions: torch.Tensor | None, start: int, stop: int) -> None:
     """Check that the tokens of a row are one sequence: of several each would read those before it."""
-    begins: list[int] = []
-    if row.get("seq_lengths") is not None:
-        lengths = _column("seq_lengths", row["seq_lengths"])
-        begins = lengths.cumsum(0)[:-1].tolist()
-    if row.get("position_ids") is not None:
-        positions = _column("position_ids", row["position_ids"])[start:stop]
-        begins += [start + j + 1 for j in (positions.diff() != 1).nonzero().flatten().tolist()]
+    begins: list[int] = [] if lengths is None else _column("seq_lengths", lengths).cumsum(0)[:-1].tolist()
+    if positions is not None:
+        begins += [start + j + 1 for j in (positions[start:stop].diff() != 1).nonzero().flatten().tolist()]
     if begins:
         raise DatumError(
             f"several sequences are packed into it: one begins at token {begins[0]}, and would read the tokens before; give a "
