@@ -14,6 +14,7 @@ import torch
 from hypothesis import Phase, settings
 from tiers import TIER, reason_to_skip
 
+gc.disable()  # until all tests are collected: they stay
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
@@ -36,6 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             reason = reason_to_skip(marker) if item.get_closest_marker(marker) else None
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through thousands of tests again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 _left_open: set[Path] = set()  # modules of which a test ignored what the SDK leaves open

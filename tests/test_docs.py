@@ -18,6 +18,8 @@ from pullback.losses import registry
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.md"  # tests/test_tutorial.py runs it: it needs a model
 PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {TUTORIAL})]
+CODE = re.compile(r"```python\n(.*?)```", re.S)
+WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
 LONG_PAGES = ("backends.md", "checking.md", "conformance.md", "museum.md", "service.md")  # seconds each
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 ALL_PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
@@ -26,13 +28,13 @@ ALL_PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 # The SDK leaves its sockets to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(
-    "page", sampled(PAGES, [page for page in PAGES if page.name not in LONG_PAGES]), ids=lambda page: page.name
+    "page", sampled(WITH_CODE, [page for page in WITH_CODE if page.name not in LONG_PAGES]), ids=lambda page: page.name
 )
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run in order, in one namespace; the losses that it registers go with it."""
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     namespace: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    for block in CODE.findall(page.read_text()):
         exec(compile(block, str(page), "exec"), namespace)
     namespace.clear()
     gc.collect()  # closes what the SDK left open, while its warnings are ignored

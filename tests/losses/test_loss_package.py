@@ -100,6 +100,7 @@ def test_a_package_that_is_wrong(
         Registry(ENTRY_POINT_GROUP).get("something")
 
 
+@pytest.mark.slow
 def test_checked_from_the_command_line(installed: Path) -> None:
     """`pullback check loss` and `pullback losses` know it by its name."""
     code = "from pullback.cli import main; main(['losses']); exit(main(['check', 'loss', 'cal_dpo', '--fast']))"

@@ -12,6 +12,7 @@ import pytest
 from helpers import distance
 from seed_examples import EDITS, VOCAB, raw_sum, run, weight_datums
 from servers import SDK_WARNINGS, adapter, served, tiny_models, twin
+from tiers import sampled
 
 import pullback
 from pullback import AdamParams, TorchBackend
@@ -44,7 +45,7 @@ class Side(NamedTuple):
     names: dict[str, Any]
 
 
-@pytest.fixture(params=["sdk", "remote", "deferred"])
+@pytest.fixture(params=sampled(["sdk", "remote", "deferred"], ["sdk", "remote"]))
 def side(request: pytest.FixtureRequest, url: str, service: Any, models: Any) -> Iterator[Side]:
     """The one line that differs between the clients."""
     import tinker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,30 +34,38 @@ from pullback.testing import PROMISES, BackendUnderTest, TinyLM
 from pullback.testing.conformance import run_check
 
 DATA = make_data([5, 3, 7, 4])
-# Of a transformers model, and over HTTP, the quick tier has the cheapest sample of every theme.
+# Of a transformers model, and over HTTP, the quick tier has a sample, and the slow one that of every theme.
+FEW = ("scores_are_aligned", "gradients_match_the_loss", "mistakes_are_refused", "close_reports_failures")
 SAMPLE = (
-    "scores_are_aligned",
-    "gradients_match_the_loss",
+    *FEW,
     "one_normalizer",
-    "mistakes_are_refused",
     "failed_calls_block_the_step",
     "checkpoints_hold_everything",
-    "close_reports_failures",
     "models_are_isolated",
 )
 
 
-def tiered(marks: dict[str, list[pytest.MarkDecorator]]) -> list[Any]:
-    """Every kind with every promise; in the quick tier a sample of each kind, the others as marked."""
+def tiered(marks: dict[str, tuple[Collection[str], list[pytest.MarkDecorator]]]) -> list[Any]:
+    """Every kind with every promise: for each kind those of the quick tier, and the mark of what is in no sample."""
+
+    def marked(promise: str, quick: Collection[str], others: list[pytest.MarkDecorator]) -> list[pytest.MarkDecorator]:
+        return [] if promise in quick else [pytest.mark.slow] if promise in SAMPLE else others
+
     return [
-        pytest.param(kind, promise, marks=[] if promise in SAMPLE else others)
-        for kind, others in marks.items()
+        pytest.param(kind, promise, marks=marked(promise, quick, others))
+        for kind, (quick, others) in marks.items()
         for promise in PROMISES
     ]
 
 
-QUICK_AND_SLOW = tiered({"exact": [], "llama": [pytest.mark.soak], "adapter": [pytest.mark.slow]})
-REMOTE = tiered({"sent": [pytest.mark.slow], "held": [pytest.mark.soak]})
+NATIVE = tiered(
+    {
+        "exact": (PROMISES, []),
+        "llama": (FEW, [pytest.mark.soak]),
+        "adapter": ((*FEW, "checkpoints_hold_everything"), [pytest.mark.slow]),
+    }
+)
+REMOTE = tiered({"sent": ((*FEW, "one_normalizer"), [pytest.mark.slow]), "held": (FEW, [pytest.mark.soak])})
 
 
 @pytest.mark.parametrize("promise", PROMISES)
@@ -66,7 +74,7 @@ def test_the_fake_backend(promise: str) -> None:
     PROMISES[promise](BackendUnderTest(FakeBackend))
 
 
-@pytest.mark.parametrize(("model", "promise"), QUICK_AND_SLOW)
+@pytest.mark.parametrize(("model", "promise"), NATIVE)
 def test_the_native_backend(model: str, promise: str, tmp_path: Path) -> None:
     """On our exact model, and on transformers', whole and with an adapter."""
     makers: dict[str, Callable[[], Any]] = {

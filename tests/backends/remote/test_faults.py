@@ -103,7 +103,7 @@ def plain(place: tuple[str, ServedModels]) -> tuple[list[float], Tensor]:
     return trained(place, None)
 
 
-@pytest.mark.parametrize("kind", sampled(FAULT_KINDS, ("drop_response", "duplicate", "stall", "cut_request")))
+@pytest.mark.parametrize("kind", sampled(FAULT_KINDS, ("drop_response", "cut_request")))
 def test_every_second_request_fails(
     place: tuple[str, ServedModels], plain: tuple[list[float], Tensor], kind: Any
 ) -> None:
@@ -113,7 +113,7 @@ def test_every_second_request_fails(
     assert torch.equal(weights, plain[1])
 
 
-@pytest.mark.parametrize("kind", ["drop_response", "duplicate"])
+@pytest.mark.parametrize("kind", sampled(["drop_response", "duplicate"], ["drop_response"]))
 def test_held_gradients_arrive_once(
     place: tuple[str, ServedModels], plain: tuple[list[float], Tensor], kind: Any
 ) -> None:

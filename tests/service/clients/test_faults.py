@@ -153,7 +153,7 @@ class Twins(RuleBasedStateMachine):
 def test_no_fault_changes_what_is_trained(place: tuple[str, ServedModels], capsys: Any) -> None:
     """Random faults on random requests of a random training: pipelined, in parallel chunks, with custom losses."""
     shape = settings(
-        max_examples=200 if SOAK else 4,
+        max_examples=200 if SOAK else 2,
         stateful_step_count=25 if SOAK else 12,
         deadline=None,
         suppress_health_check=list(HealthCheck),
