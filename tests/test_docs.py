@@ -30,9 +30,10 @@ ALL_PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 @pytest.mark.parametrize(
     "page", sampled(WITH_CODE, [page for page in WITH_CODE if page.name not in LONG_PAGES]), ids=lambda page: page.name
 )
-def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python blocks of a page run in order, in one namespace; the losses that it registers go with it."""
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.chdir(tmp_path)  # for what a page saves
     namespace: dict[str, object] = {}
     for block in CODE.findall(page.read_text()):
         exec(compile(block, str(page), "exec"), namespace)
