@@ -24,12 +24,7 @@ BATCHES = {"even": [batch()], "odd": [batch((6, 4)), batch((5, 7, 3, 9, 2, 8), s
 def cases(whole: bool) -> list[tuple[str, str, str, Any, bool]]:
     """Return model, loss, batch, normalization and whether layers are resharded."""
     if not whole:
-        return [
-            ("full", "grpo", "odd", None, False),
-            ("full", "coupled", "odd", None, True),
-            ("lora", "dpo", "one", None, True),
-            ("lora", "ppo", "odd", "num_sequences", False),
-        ]
+        return [("full", "coupled", "odd", None, True), ("lora", "ppo", "odd", "num_sequences", False)]
     modes = ("num_loss_tokens", "num_sequences")
     found: list[tuple[str, str, str, Any, bool]] = [
         *(
@@ -42,6 +37,7 @@ def cases(whole: bool) -> list[tuple[str, str, str, Any, bool]]:
         *(("lora", loss, "odd", None, True) for loss in LOSSES),
         *(("lora", loss, "odd", mode, False) for loss in ("ppo", "ordered") for mode in modes),
         ("lora", "ppo", "odd", "auto", False),
+        ("lora", "dpo", "one", None, True),
     ]
     return list(dict.fromkeys(found))
 
