@@ -144,10 +144,9 @@ def _plan(
     return planned
 
 
-def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any, processes: Processes = ALONE) -> Curve:
-    """Train one objective within its budget, and show the progress."""
+def _progress(console: Any) -> Any:
+    """Return a bar of steps with the newest figure."""
     progress = require_extra("rich.progress", "cli", "pullback demo")
-    curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
     columns = [
         progress.TextColumn("{task.description}"),
         progress.BarColumn(bar_width=16),
@@ -155,7 +154,13 @@ def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any,
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[figure]}"),
     ]
-    with make() as backend, progress.Progress(*columns, console=console) as bars:
+    return progress.Progress(*columns, console=console)
+
+
+def train(make: MakeBackend, objective: Objective, budget: Budget, console: Any, processes: Processes = ALONE) -> Curve:
+    """Train one objective within its budget, and show the progress."""
+    curve = Curve(objective.name, objective.title, objective.measure, objective.unit, objective.better, budget.steps)
+    with make() as backend, _progress(console) as bars:
         bar = bars.add_task(f"{objective.title:20}", total=budget.steps, figure="")
         started = time.monotonic()
         objective.prepare(backend)

@@ -175,34 +175,34 @@ class HFModel(nn.Module):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Compare head times hidden states with what the model itself answers."""
-        device = self.causal.get_input_embeddings().weight.device
-        tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
+        """Check that head times hidden states is what the model itself answers, and answers again."""
         try:
             with perturbed_adapters(self), in_float32(self):
-                hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-                theirs = self._own_logits(tokens)
-                ours = head_logits(hidden, self._head(hidden.dtype)).double()
-                difference = _relative(ours, theirs)
-                again = (
-                    0.0
-                    if difference <= _LOGITS_TOLERANCE[hidden.dtype]
-                    else _relative(self._own_logits(tokens), theirs)
-                )
+                difference, again, tolerance = self._logits_apart()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises
             raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error
-        if not again <= _LOGITS_TOLERANCE[hidden.dtype]:
+        if not again <= tolerance:
             raise self._unsupported(
                 "gives other logits each time, in evaluation mode too, so that no two policies can be compared; often a "
                 "functional dropout that is not given module.training"
             )
-        if not difference <= _LOGITS_TOLERANCE[hidden.dtype]:
+        if not difference <= tolerance:
             raise self._unsupported(
                 f"does not compute its logits as hidden states times a head (relative difference {difference:.2g}); "
                 "write an adapter with hidden_states and head"
             )
+
+    def _logits_apart(self) -> tuple[float, float, float]:
+        """Return how far our logits are from the model's own, those from themselves when asked again, and the tolerance."""
+        device = self.causal.get_input_embeddings().weight.device
+        tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
+        hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
+        theirs, tolerance = self._own_logits(tokens), _LOGITS_TOLERANCE[hidden.dtype]
+        difference = _relative(head_logits(hidden, self._head(hidden.dtype)).double(), theirs)
+        again = 0.0 if difference <= tolerance else _relative(self._own_logits(tokens), theirs)
+        return difference, again, tolerance
 
     def _own_logits(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self.causal(input_ids=tokens, use_cache=False).logits[0].double())
