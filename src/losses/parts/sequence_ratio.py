@@ -63,17 +63,21 @@ def without_ratio(batch: TokenBatch, name: str) -> tuple[Problem, ...]:
     )
 
 
-def sequence_ratio_metrics(batch: TokenBatch, clip: ClipRange) -> dict[str, DeferredMetric]:
-    """Return mean and maximum of the ratio over the sequences, and the fraction of them that is clipped."""
+def sequence_ratio_metrics(batch: TokenBatch, clip: ClipRange, dual: float | None = None) -> dict[str, DeferredMetric]:
+    """Return mean and maximum of the ratio over the sequences, and the fractions that are clipped, and bounded by ``dual``."""
     there = (batch.tokens_per_sequence > 0).double()
     ratio, advantages = bounded_exp(mean_log_ratio(batch)) * there, advantage_per_sequence(batch)
     clipped = ((ratio > clip.high) & (advantages > 0)) | ((ratio < clip.low) & (advantages < 0))
     count = there.sum()
-    return {
+    metrics = {
         "sequence_ratio": mean(ratio, count),
         "sequence_ratio_largest": maximum(ratio, count),
         "clip_fraction": mean(clipped.double() * there, count),
     }
+    if dual is not None:
+        bounded = (ratio > dual) & (advantages < 0)
+        metrics["dual_clip_fraction"] = mean(bounded.double() * there, count)
+    return metrics
 
 
 def _taken(batch: TokenBatch) -> Tensor:

@@ -102,7 +102,7 @@ class GSPO(Loss):
         return unequal, *without_ratio(batch, self.name)
 
     def describe(self, batch: TokenBatch) -> Mapping[str, DeferredMetric]:
-        return {**ratio_metrics(batch, None), **sequence_ratio_metrics(batch, self._clip)}
+        return {**ratio_metrics(batch, None), **sequence_ratio_metrics(batch, self._clip, self.dual_clip)}
 
     @property
     def _clip(self) -> ClipRange:

@@ -163,12 +163,14 @@ def test_candidates_are_tokens(case: Case, rows: list[float], by_row: bool) -> N
         close(PPO().evaluate(candidates(case, weights, per_row)).metrics, want)
 
 
-@given(case=cases(), epsilon=st.floats(0.01, 0.9))
-@example(case=RICH, epsilon=0.2)
-@example(case=Case((token(30.0, 1.0), token(25.0, -1.0))), epsilon=0.2)
-def test_sequence_ratios(case: Case, epsilon: float) -> None:
+@given(case=cases(), epsilon=st.floats(0.01, 0.9), dual=st.none() | st.floats(2, 5))
+@example(case=RICH, epsilon=0.2, dual=None)
+@example(case=Case((token(30.0, 1.0), token(25.0, -1.0))), epsilon=0.2, dual=3.0)
+def test_sequence_ratios(case: Case, epsilon: float, dual: float | None) -> None:
     """One ratio per sequence, clipped by the mean advantage of its trained tokens."""
-    close(metrics_of(GSPO(epsilon), case), plain_metrics.of_sequence_ratios(case, 1 - epsilon, 1 + epsilon))
+    found = metrics_of(GSPO(epsilon, dual_clip=dual), case)
+    assert ("dual_clip_fraction" in found) == (dual is not None)
+    close(found, plain_metrics.of_sequence_ratios(case, 1 - epsilon, 1 + epsilon, dual))
 
 
 def test_sequence_ratios_on_their_bounds() -> None:

@@ -69,7 +69,7 @@ def of_ratios(case: Case, low: float, high: float, dual: float) -> dict[str, flo
     }
 
 
-def of_sequence_ratios(case: Case, low: float, high: float) -> dict[str, float]:
+def of_sequence_ratios(case: Case, low: float, high: float, dual: float | None = None) -> dict[str, float]:
     """Return the metrics of a loss with one ratio per sequence, of the mean advantage there."""
     rows = [(s, s.trained()) for s in case.sequences if s.trained()]
     ratios = [
@@ -80,6 +80,7 @@ def of_sequence_ratios(case: Case, low: float, high: float) -> dict[str, float]:
         "sequence_ratio": average(s for s, _ in ratios),
         "sequence_ratio_largest": max((s for s, _ in ratios), default=-math.inf),
         "clip_fraction": average(float((s > high and a > 0) or (s < low and a < 0)) for s, a in ratios),
+        **({} if dual is None else {"dual_clip_fraction": average(float(s > dual and a < 0) for s, a in ratios)}),
     }
 
 
