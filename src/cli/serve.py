@@ -106,6 +106,13 @@ def _add_limits(serve: Any) -> None:
     serve.add_argument(
         "--max-models", type=int, default=Limits().models, metavar="N", help="models in memory, of all clients together"
     )
+    serve.add_argument(
+        "--answer-bytes",
+        type=int,
+        default=Limits().answer_bytes,
+        metavar="N",
+        help="bytes of answers that the journal keeps for clients to ask for again; beyond it the oldest go",
+    )
     for name, what in _PER_KEY.items():
         serve.add_argument(f"--{name}-per-key", type=int, metavar="N", help=f"one key's {what} (default: a fair share)")
     serve.add_argument(
@@ -226,7 +233,7 @@ def _end(number: int, _: object) -> None:
 
 def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace, sockets: list[socket.socket]) -> None:
     quotas = {f"{name}_per_key": getattr(arguments, f"{name}_per_key") for name in _PER_KEY}
-    limits = Limits(models=arguments.max_models, **quotas)
+    limits = Limits(models=arguments.max_models, answer_bytes=arguments.answer_bytes, **quotas)
     listen(sockets)
     port = port_of(sockets)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

@@ -29,6 +29,7 @@ class Limits:
         models, samplers, losses: that are kept in memory; losses are those made by ``create_custom_loss``.
         queue_per_key, models_per_key, samplers_per_key, losses_per_key: of these, one key's; None = see ``shared``.
         disk_per_key: bytes of one key's checkpoints; None = see ``shared``.
+        answer_bytes: of answers that are kept for a day; beyond it, the oldest go of the key that has most.
         shared: several keys use the server: one may have more only while it holds less than is left free.
         rank: of an adapter.
         samples: completions of one request.
@@ -61,6 +62,7 @@ class Limits:
     samplers_per_key: int | None = None
     losses_per_key: int | None = None
     disk_per_key: int | None = None
+    answer_bytes: int = 10_000_000_000
     shared: bool = False
     rank: int = 512
     samples: int = 1024

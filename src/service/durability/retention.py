@@ -8,7 +8,7 @@ from typing import Final
 from .database import ROWS_AT_ONCE, Database
 from .journal import ANSWER_SECONDS, Journal
 
-__all__ = ["ROW_SECONDS", "prune"]
+__all__ = ["ROW_SECONDS", "bound_answers", "prune"]
 
 ROW_SECONDS: Final = 7 * 24 * 3600.0  # how long a session that nobody has finished stays, and a model's operations
 _OPERATIONS: Final = (
@@ -31,6 +31,12 @@ _SESSIONS: Final = (
 _SAVES: Final = (
     "EXISTS (SELECT 1 FROM operations WHERE line = saves.model AND number = saves.number AND form IS NOT NULL)"
 )
+_HELD: Final = "SELECT owner, sum(length(answer)) FROM operations WHERE answer IS NOT NULL GROUP BY owner"
+_FORGET_BEYOND: Final = (
+    "UPDATE operations SET answer = NULL, answer_checksum = answer_checksum(request, form, NULL) WHERE request IN "
+    "(SELECT request FROM (SELECT request, sum(length(answer)) OVER (ORDER BY created DESC, request) AS with_newer "
+    "FROM operations WHERE owner = ? AND answer IS NOT NULL) WHERE with_newer > ? LIMIT ?) RETURNING 1"
+)
 
 
 def prune(journal: Journal, now: float, alive: Collection[str]) -> int:
@@ -50,6 +56,39 @@ def prune(journal: Journal, now: float, alive: Collection[str]) -> int:
         if session not in alive:
             count += _end(database, session, answered)
     return count
+
+
+def bound_answers(journal: Journal, most: int) -> int:
+    """Throw away the oldest answers beyond ``most`` bytes, of the keys that have most of them; return how many."""
+    database = journal.database
+    if _used_bytes(database) <= most:
+        return 0
+    held = dict(database.select(_HELD, listing=True))
+    share, count = _largest_share([*held.values()], most), 0
+    for owner in (owner for owner, size in held.items() if size > share):
+        while forgotten := database.change(_FORGET_BEYOND, owner, share, ROWS_AT_ONCE):
+            count += forgotten
+    return count
+
+
+def _used_bytes(database: Database) -> int:
+    """Return how many bytes of the file are in use, which says without reading a row that the answers are no more."""
+    pages, free, size = (
+        int(database.select(f"PRAGMA {name}", listing=True)[0][0])
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def _largest_share(held: Collection[int], most: int) -> int:
+    """Return the largest c such that the sum of ``min(h, c)`` is at most ``most``."""
+    left = most
+    for i, size in enumerate(sorted(held)):
+        share = left // (len(held) - i)
+        if size > share:
+            return share
+        left -= size
+    return most
 
 
 def _end(database: Database, session: str, before: float) -> int:

@@ -71,7 +71,8 @@ class Lifespan:
     async def _maintain(self) -> None:
         """Look after the folder, beside the event loop."""
         do = self._operations
-        maintenance = Maintenance(do.models.checkpoints, do.journal, do.sessions, do.in_memory)
+        bound = self._limits.answer_bytes
+        maintenance = Maintenance(do.models.checkpoints, do.journal, do.sessions, do.in_memory, bound)
         while True:
             await asyncio.sleep(_MAINTENANCE_SECONDS)
             try:

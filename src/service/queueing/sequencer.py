@@ -181,7 +181,8 @@ class Sequencer:
             raise ServiceError(f"unknown request {request!r}{self._journal.caveat}")
         if operation.answer is None:
             hours = ANSWER_SECONDS / 3600
-            future.set_result(Failure(f"the answer to {request} was thrown away after {hours:g} hours", "user"))
+            kept = f"answers are kept for {hours:g} hours, or until too many have followed"
+            future.set_result(Failure(f"the answer to {request} was thrown away: {kept}", "user"))
         else:
             future.set_result(operation.answer)
         return future
