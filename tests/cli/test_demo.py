@@ -76,7 +76,7 @@ def _widest() -> Curve:
 @pytest.mark.parametrize(
     ("products", "steps", "chosen"),
     [
-        ({"float32": 1.0, "bfloat16": 5.0}, {}, "float32"),  # no instructions for bfloat16: no step is tried
+        ({"float32": 1.0, "bfloat16": 999.0}, {}, "float32"),  # no instructions for bfloat16: no step is tried
         ({"float32": 1.0, "bfloat16": 0.5}, {"float32": 2.0, "bfloat16": 1.0}, "bfloat16"),
         ({"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}, "float32"),
     ],
@@ -96,7 +96,10 @@ def test_half_precision_is_tried_where_its_products_are_faster(
     monkeypatch.setattr(run, "_sft", lambda model, seed: model)
     monkeypatch.setattr(run, "_measure", measured)
     lines = io.StringIO()
-    loaded: Any = run._load_model(Namespace(device="cpu", model="smollm2", seed=0), Console(file=lines), Processes())
+    loaded: Any = run._load_model(
+        Namespace(device="cpu", model="smollm2", seed=0), Console(file=lines, width=80), Processes()
+    )
     assert loaded == chosen
     assert tried == list(steps)
     assert lines.getvalue().strip().endswith(chosen)
+    assert len(lines.getvalue().splitlines()) == 2, "nothing wraps in 80 columns"

@@ -11,11 +11,13 @@ import pytest
 from pretrained.folders import chat_folder
 
 from pullback.cli import main
+from pullback.cli.demo.backends import native
 from pullback.cli.demo.data import DemoData, rows_of_files
 from pullback.cli.demo.models import DemoModel, pretrained, tiny
 from pullback.cli.demo.objectives import batches
 from pullback.cli.demo.tasks import Sum
 from pullback.errors import ConfigError
+from pullback.testing.models.zoo import build
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -89,6 +91,20 @@ def test_answers_end_as_the_template_ends_them(folder: Path) -> None:
     assert other.end == "<|endoftext|>" != other.tokenizer.eos_token
     assert other.example(Sum(1, 2)).startswith("<|im_start|><|im_start|>user")
     assert other.example(Sum(1, 2)).count("<|im_start|><|im_start|>") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapted"),
+    [("llama", {"q_proj", "v_proj"}), ("qwen3_moe", {"q_proj", "v_proj"}), ("phi3", {"qkv_proj", "o_proj"}),
+     ("gpt2", {"c_attn", "c_proj"}), ("falcon", {"query_key_value", "dense"})],
+)  # fmt: skip
+def test_the_adapter_fits_models_of_any_names(kind: str, adapted: set[str], folder: Path) -> None:
+    """Query and value projections where a model has them apart, else all of its attention, and nothing else."""
+    build(kind, vocab_size=259).save_pretrained(folder)
+    model = pretrained(str(folder), "cpu", "float32")
+    paths = [path for path, part in native(model).model.named_modules() if path.endswith("lora_A")]
+    assert {path.split(".")[-2] for path in paths} == adapted
+    assert [path for path in paths if "mlp" in path] == []
 
 
 def test_lines_end_at_line_feeds_alone(folder: Path, tmp_path: Path) -> None:

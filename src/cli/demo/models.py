@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from ...backends.native.models.layers import layer_names
 from ...backends.native.models.lora import LoraChoice
 from ...datums.chat import ChatReader, read_chat
 from ...errors import ConfigError, require_extra
@@ -59,6 +60,8 @@ class DemoModel:
 def pretrained(name: str, device: str, dtype: str) -> DemoModel:
     """Load ``smollm2`` or a folder, with LoRA of rank 8 on the query and value projections.
 
+    A model that has no layers of these names, as Phi 3 and GPT-2, gets it on all layers of its attention.
+
     Raises:
         ConfigError: the folder has no tokenizer with a chat template and an end-of-text token.
     """
@@ -70,7 +73,7 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         name=f"{'SmolLM2-135M-Instruct' if name == 'smollm2' else name}, LoRA rank 8",
         device=device,
         dtype=dtype,
-        base=Base(name, loaded.model, str(loaded.folder), attention=("q_proj", "v_proj")),
+        base=Base(name, loaded.model, str(loaded.folder), attention=_adapted(loaded.model)),
         lora=LoraChoice(rank=8, train_mlp=False),
         encode=lambda text: [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]],
         decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
@@ -83,6 +86,14 @@ def pretrained(name: str, device: str, dtype: str) -> DemoModel:
         learning_rate=0.5,
         tokenizer=tokenizer,
     )
+
+
+def _adapted(model: Any) -> Sequence[str]:
+    """Return the names of the query and value projections, or of all layers of attention where these are not apart."""
+    attention = layer_names(model).attention
+    ends = [name.rpartition(".")[2] for name in attention]
+    apart = {"q_proj", "v_proj"} <= set(ends)
+    return [name for name, end in zip(attention, ends, strict=True) if not apart or end in ("q_proj", "v_proj")]
 
 
 def _smollm2_chat(*turns: str) -> str:

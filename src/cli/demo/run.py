@@ -40,9 +40,10 @@ def main(arguments: argparse.Namespace) -> int:
     model = _load_model(arguments, console, processes)
     data = _data(arguments, model, console)
     names = only or data.names
+    threads = torch.get_num_threads()
     console.print(
         f"[bold]{model.name}[/bold]\n{arguments.backend} backend, {model.device}, {model.dtype}, "
-        f"{torch.get_num_threads()} threads"
+        f"{threads} thread{'s' if threads > 1 else ''}"
     )
     with backend_maker(model, arguments.backend) as make:
         planned = _plan(model, data, make, arguments, names, started, console, processes)
@@ -69,13 +70,14 @@ def _load_model(arguments: argparse.Namespace, console: Any, processes: Processe
     if arguments.model == "tiny":
         torch.set_num_threads(1)  # threads would spend their time waiting for each other
         return tiny(device)
-    console.print("Loading the model (the first time it is converted: about 20 seconds)")
+    first = " (the first time it is converted: about 20 seconds)" if arguments.model == "smollm2" else ""
+    console.print(f"Loading the model{first}")
     if device.startswith("cuda"):
         return pretrained(arguments.model, device, "bfloat16")
     # Without instructions for bfloat16 a processor takes many times as long in it: then no whole step is tried.
     slower = processes.same(_product_seconds(torch.bfloat16) / _product_seconds(torch.float32))
     if slower > 1.0:
-        console.print(f"A product of matrices takes {slower:.1f} times as long in bfloat16 as in float32 -> float32")
+        console.print(f"Products of matrices take {slower:.1f} times as long in bfloat16 -> float32")
         return pretrained(arguments.model, device, "float32")
     seconds = {}
     for dtype in ("float32", "bfloat16"):
