@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from example_losses.more_sound_losses import MORE_SOUND
+from example_losses.one_sided_losses import ONE_SIDED
 from example_losses.sound_losses import SOUND
 from seed_examples import run
 from tiers import TIER, sampled
@@ -39,7 +40,7 @@ from pullback.testing import Case, CaseSequence, LossCheckError, check_loss, los
 from pullback.testing.losscheck import FORMS, LOSS_PROPERTIES, check_property, loss_under_test
 
 EXAMPLES = 5
-ALL_SOUND = {**SOUND, **MORE_SOUND}
+ALL_SOUND = {**SOUND, **MORE_SOUND, **ONE_SIDED}
 PAGE = Path(__file__).parents[2] / "docs" / "checking.md"
 LOSSES: list[Loss] = [
     *(registry.build(name) for name in loss_names()),
@@ -77,13 +78,13 @@ def test_presets_are_sound(name: str) -> None:
 def test_sound_losses_of_others(name: str) -> None:
     """No property raises an alarm on a sound loss in another style."""
     loss, options = ALL_SOUND[name]
-    check_loss(loss, examples=EXAMPLES if name in SOUND or TIER != "quick" else 3, **options)
+    check_loss(loss, examples=EXAMPLES if name in SOUND or name in ONE_SIDED or TIER != "quick" else 3, **options)
 
 
 def test_enough_sound_losses() -> None:
     """There are thirty at least, in every form that the check knows beside our own."""
     forms = {loss_under_test(loss, **options).form for loss, options in ALL_SOUND.values()}
-    assert len(ALL_SOUND) == len(SOUND) + len(MORE_SOUND) >= 30
+    assert len(ALL_SOUND) == len(SOUND) + len(MORE_SOUND) + len(ONE_SIDED) >= 30
     assert forms == set(FORMS) - {"registered"}
 
 

@@ -22,6 +22,7 @@ from .returned import loss_and_metrics
 __all__ = ["ANCHORS", "Expected", "LossUnderTest"]
 
 ANCHORS: Final = ("rollout_logprobs", "old_logprobs")
+_APART: Final = 300.0  # nats, between the two sides of a pair
 Expected = Callable[[Case], Sequence[Sequence[float]]]
 
 
@@ -228,7 +229,20 @@ class LossUnderTest(abc.ABC):
     @property
     def paired(self) -> bool:
         """Whether sequences 2i and 2i + 1 are one unit."""
-        return (self.declared or self.kind) == "pair"
+        return (self.declared or self.kind) == "pair" or (self.declared is None and self._opposed)
+
+    @cached_property
+    def _opposed(self) -> bool:
+        """Whether neighbours are pushed apart, and not once they are: a hinge on pairs, of constant gradient before that."""
+        if self.kind != "constant" or "advantages" in self.fields or self.labelled:
+            return False
+        case = kind_case(True)
+        at = self.measure(case)
+        pushed = [row.sign().unique().tolist() for row in at.rows]
+        if pushed not in ([[-1.0], [1.0]] * 2, [[1.0], [-1.0]] * 2):
+            return False
+        apart = (case.edited("logprobs", lambda i, j, x, side=side: x - _APART * (i % 2 == side)) for side in (0, 1))  # type: ignore[misc]
+        return any(not torch.equal(self.measure(each).flat, at.flat) for each in apart)
 
     @final
     def unit(self) -> int:

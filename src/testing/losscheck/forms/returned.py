@@ -36,5 +36,12 @@ def loss_and_metrics(returned: Any, name: str) -> tuple[Tensor, Mapping[str, Any
 
 
 def _named(rest: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Return further values of a tuple with names, e.g. of verl's ``(loss, clipfrac, kl, ...)``."""
-    return [(f"returned[{i + 1}]", value) for i, value in enumerate(rest)]
+    """Return further values of a tuple with names, e.g. of verl's ``(loss, clipfrac, kl, ...)``.
+
+    They are results rather than metrics: of one for each row or pair, as TRL's rewards of a pair are, the mean is looked at.
+    """
+    return [(f"returned[{i + 1}]", value.mean() if _many(value) else value) for i, value in enumerate(rest)]
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...cases import Case, CaseSequence
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
+from ..forms.base import ANCHORS
 from ..forms.measured import kind_case
 from ..invariance import centred
 from ..results import Property
@@ -21,6 +22,7 @@ __all__ = ["SELECTION", "changed", "close", "single"]
 
 _SINGLE: Final = 1e-5
 _ODD: Final = 0.0371  # nats; a move that no clip range, grid or cancellation is made for
+_AWAY: Final = (-2.5, 1.0)  # nats, of an anchor: ratios of 12 and 0.37, which a filter of ordinary width leaves out
 
 
 def single(x: Tensor) -> bool:
@@ -107,16 +109,31 @@ def _dead(under_test: LossUnderTest, case: Case) -> list[tuple[int, int]]:
 
 
 def _inputs(under_test: LossUnderTest, case: Case) -> str | None:
-    silent = []
-    for field in under_test.fields:
-        if not any(under_test.matters(kind_case(on_policy), field) for on_policy in (True, False)):
-            silent.append(field)
+    silent = [field for field in under_test.fields if not _felt(under_test, field)]
     needed = [field for field in silent if field in under_test.required]
     if needed:
         raise Failed(f"{needed[0]} change neither the value nor the gradient nor a metric", None, kind_case(False))
     if under_test.counts:
         _counted(under_test)
     return f"{', '.join(silent)} without influence, with these defaults" if silent else None
+
+
+def _felt(under_test: LossUnderTest, field: str) -> bool:
+    """Return whether a field has an influence on or near the policy, with advantages of either sign, or filters."""
+    for case in (kind_case(True), kind_case(False)):
+        for sign in (1.0, -1.0):
+            signed = case.edited("advantages", lambda i, j, a, sign=sign: sign * a)  # type: ignore[misc]
+            if under_test.matters(signed, field):
+                return True
+    return field in ANCHORS and any(_filters(under_test, field, by) for by in _AWAY)
+
+
+def _filters(under_test: LossUnderTest, field: str, by: float) -> bool:
+    """Return whether a sequence that is far from one anchor is left out."""
+    case = kind_case(True)
+    far = case.edited(field, lambda i, j, x: x + by if i == 0 else x)
+    near, left_out = (under_test.measure(each).rows[0] for each in (case, far))
+    return bool((near != 0).any()) and not bool((left_out != 0).any())
 
 
 def _counted(under_test: LossUnderTest) -> None:
