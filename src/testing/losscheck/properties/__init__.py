@@ -9,11 +9,12 @@ from .batches import BATCHES
 from .conduct import CONDUCT
 from .edges import EDGES
 from .gradients import GRADIENTS
-from .selection import SELECTION
+from .masking import MASKING
+from .selection import ALIGNMENT, SELECTION
 from .shift import SHIFT
 
 __all__ = ["LOSS_PROPERTIES"]
 
 LOSS_PROPERTIES: Final[dict[str, Property]] = {
-    each.name: each for each in (*GRADIENTS, *SELECTION, *BATCHES, *SHIFT, *EDGES, *CONDUCT)
+    each.name: each for each in (*GRADIENTS, *SELECTION, *MASKING, *ALIGNMENT, *BATCHES, *SHIFT, *EDGES, *CONDUCT)
 }

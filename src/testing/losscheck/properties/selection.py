@@ -1,4 +1,4 @@
-"""Which tokens and inputs count: every trained one, no other, and each only where it stands."""
+"""Which tokens and inputs count: every trained one, and each only where it stands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ...cases import Case, CaseSequence
+from ...cases import Case
 from ..failures import Failed, NotApplicable
 from ..forms import LossUnderTest, Measured
 from ..forms.base import ANCHORS
@@ -18,7 +18,7 @@ from ..forms.measured import kind_case
 from ..invariance import centred
 from ..results import Property
 
-__all__ = ["SELECTION", "changed", "close", "single"]
+__all__ = ["ALIGNMENT", "SELECTION", "changed", "close", "single"]
 
 _SINGLE: Final = 1e-5
 _ODD: Final = 0.0371  # nats; a move that no clip range, grid or cancellation is made for
@@ -65,6 +65,10 @@ def _elsewhere(under_test: LossUnderTest, case: Case) -> Iterator[Case]:
     """Yield cases in which what has no gradient for a good reason has one: its place is not to blame then."""
     # Terms may cancel by accident.
     yield case.edited("advantages", lambda i, j, a: a + _ODD).edited("ref_logprobs", lambda i, j, x: x - _ODD)
+    less = case
+    for name in ("logprobs", "old_logprobs", "rollout_logprobs"):
+        less = less.edited(name, lambda i, j, x: x - _ODD)
+    yield less
     # A hinge may be content with a pair, or with a likely token.
     lower = case
     for name in ("logprobs", "old_logprobs", "rollout_logprobs"):
@@ -150,58 +154,6 @@ def _counted(under_test: LossUnderTest) -> None:
         )
 
 
-def _untrained(under_test: LossUnderTest, case: Case) -> None:
-    base = under_test.measure(case)
-    for i, s in enumerate(case.sequences):
-        for j, w in enumerate(s.weights):
-            slope = float(base.rows[i][j])
-            if w == 0 and slope != 0.0:
-                raise Failed(f"untrained token {j} of sequence {i} has gradient {slope:.4g}", _masked_how(under_test))
-    _no_effect(under_test, case, base, 3.25, "another number")
-
-
-def _masked_how(under_test: LossUnderTest) -> str:
-    """Return what is wrong with a mask, seen where one token of four is trained."""
-    at, anchor = [-1.0, -1.25, -1.5, -2.0], [-1.5] * 4
-    row = CaseSequence(at, [0.0, 1.0, 0.0, 0.0], [1.0] * 4, anchor, anchor, [-1.75] * 4)
-    case = Case((row,) * (2 * under_test.unit()), with_old=True)
-    places = {j for x in under_test.measure(case).rows for j in x.nonzero().flatten().tolist()}
-    if len(places) == 4:
-        return "there is no mask, or it is that of the whole text (an attention_mask): the prompt is trained too"
-    if places in ({0}, {2}):
-        return "the mask is shifted by one token"
-    return "the mask is not applied to every term"
-
-
-def _poison(under_test: LossUnderTest, case: Case) -> None:
-    if not under_test.poisonable:
-        raise NotApplicable("masking is not up to this function")
-    base = under_test.measure(case)
-    for value in (math.nan, math.inf):
-        poisoned = Case(case.sequences, case.with_old, math.nan)
-        _no_effect(under_test, poisoned, base, value, str(value))
-
-
-def _no_effect(under_test: LossUnderTest, case: Case, base: Measured, value: float, words: str) -> None:
-    weights = [list(s.weights) for s in case.sequences]
-    for field in ("logprobs", *under_test.fields):
-        junk = -value if field == "logprobs" else value
-        case = case.edited(field, lambda i, j, x, junk=junk: x if weights[i][j] else junk)  # type: ignore[misc]
-    other = under_test.measure(case)
-    if not close(other.value, base.value):
-        raise Failed(
-            f"with {words} at the untrained tokens and in the padding the loss is {other.value:.6g} instead of {base.value:.6g}"
-        )
-    places = [(i, j) for i, s in enumerate(case.sequences) for j in range(len(s.logprobs))]
-    for k in changed(other.flat, base.flat).nonzero().flatten().tolist():
-        i, j = places[k]
-        which = "trained" if case.sequences[i].weights[j] else "untrained"
-        raise Failed(
-            f"with {words} at the untrained tokens and in the padding the {which} token {j} of sequence {i} has gradient "
-            f"{float(other.flat[k]):.4g} instead of {float(base.flat[k]):.4g}"
-        )
-
-
 def _alignment(under_test: LossUnderTest, case: Case) -> None:
     kind = under_test.kind
     if kind in (None, "batch"):
@@ -258,18 +210,8 @@ SELECTION = (
         _inputs,
         "none",
     ),
-    Property(
-        "untrained",
-        "A token of weight 0 has no gradient, and its numbers have no effect.",
-        ("a mean over all positions, trained or not", "a mask is missing in one of the terms"),
-        _untrained,
-    ),
-    Property(
-        "poison",
-        "NaN and inf at untrained tokens and in the padding have no effect.",
-        ("a mask that multiplies: 0 * NaN is NaN; select with torch.where, before anything is computed",),
-        _poison,
-    ),
+)
+ALIGNMENT = (
     Property(
         "alignment",
         "An input of a token acts on the gradient of that token, or of its sequence or pair.",
