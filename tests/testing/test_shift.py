@@ -22,7 +22,7 @@ from pullback.testing.strategies import readable_cases
 EXAMPLES = 5
 ASKED = {
     "cispo": ("anchors",),
-    "cross_entropy": (),
+    "cross_entropy": ("level",),
     "dpo": ("anchors", "pair sums"),
     "dro": ("anchors",),
     "grpo": ("anchors",),
@@ -36,7 +36,7 @@ ASKED = {
 
 @pytest.mark.parametrize("name", ASKED)
 def test_what_registered_losses_are_held_to(name: str) -> None:
-    """Ratios are held to their anchors, pairs to their difference, and losses of bare log-probs to nothing."""
+    """Ratios are held to their anchors, pairs to their difference, and a constant gradient to no level of log-probs."""
     under_test = loss_under_test(registry.build(name))
     assert under_test.invariances == ASKED[name]
     assert check_property(under_test, "shift", EXAMPLES).verdict == ("passed" if ASKED[name] else "not applicable")
@@ -50,6 +50,25 @@ def test_probabilities_are_left_alone() -> None:
     assert result.verdict == "failed"
     assert "log-probs count by themselves" in result.sentence
     assert loss_report(ORPO(), only="shift", invariant=["pair"], examples=EXAMPLES)["shift"].verdict == "failed"
+
+
+def test_an_epsilon_inside_of_a_log() -> None:
+    """Where the gradient does not change with the level of log-probs it may not fade far away: no epsilon, no clamp."""
+
+    def with_epsilon(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return -torch.where(mask, torch.log(logprobs.exp() + 1e-8), 0.0).sum()
+
+    def clamped(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return -torch.where(mask, logprobs.clamp(min=-20.0), 0.0).sum()
+
+    def focal(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return -torch.where(mask, (1 - logprobs.exp()).square() * logprobs, 0.0).sum()
+
+    for loss in (with_epsilon, clamped):
+        result = loss_report(loss, form="padded", only="shift", examples=EXAMPLES)["shift"]
+        assert result.verdict == "failed"
+        assert "an epsilon inside of a log, or a clamp" in result.sentence
+    assert loss_report(focal, form="padded", only="shift")["shift"].verdict == "not applicable"
 
 
 def test_what_is_declared_replaces_what_is_recognised() -> None:

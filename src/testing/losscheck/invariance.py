@@ -87,6 +87,7 @@ def _batch(case: Case, by: float) -> Case:
 
 MOVES: Final[Mapping[str, Callable[[Case, float], Case]]] = {
     "anchors": _anchors,
+    "level": _anchors,  # of a loss that compares with nothing
     "pair sums": _sums,
     "pair means": _means,
     "group": _groups,
@@ -103,9 +104,8 @@ def invariances_of(loss: DeclaredInputs) -> tuple[str, ...]:
     if loss.invariant is not None:
         return tuple(_variant(loss, name) for name in INVARIANCES if name in loss.invariant)
     moves = ["group"] if loss.relative and loss.grouped else []
-    anchored = bool({*_ANCHORS} & {*loss.fields})
-    if loss.against_reference or (anchored and _holds(loss, "anchors")):
-        moves.append("anchors")
+    if loss.against_reference or _holds(loss, "anchors"):
+        moves.append("anchors" if {*_ANCHORS} & {*loss.fields} else "level")
     if loss.paired:
         moves += [name for name in ("pair sums", "pair means") if _holds(loss, name)][:1]
     return tuple(moves)

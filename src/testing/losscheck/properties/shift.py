@@ -18,6 +18,7 @@ _PAIRS: Final = (-0.5, -30.0)
 _REWARDS: Final = (3.0, -50.0)
 _AMOUNTS: Final = {
     "anchors": _NATS,
+    "level": _NATS,
     "pair sums": _PAIRS,
     "pair means": _PAIRS,
     "group": _REWARDS,
@@ -25,6 +26,7 @@ _AMOUNTS: Final = {
 }
 _WORDS: Final = {
     "anchors": "nats and more on the policy's log-prob of each token, and on all that it is compared with,",
+    "level": "nats and more on the log-prob of each token",
     "pair sums": "nats and more on the summed log-probs of both responses of each pair",
     "pair means": "nats and more on the mean log-probs of both responses of each pair",
     "group": "and multiples of it on all rewards of each group",
@@ -33,6 +35,8 @@ _WORDS: Final = {
 _CAUSES: Final = {
     "anchors": "log-probs count by themselves: a ratio of probabilities that underflow or have an epsilon added, a clamp on a "
     "log-prob, or a reference that is left out on one side or has the wrong sign",
+    "level": "an epsilon inside of a log, or a clamp on the log-prob: unlikely tokens are not learnt, though at ordinary "
+    "log-probs the gradient is the same for all",
     "pair sums": "the log-probs of one response count by themselves: a clamp, or an exp that underflows",
     "pair means": "the log-probs of one response count by themselves: a clamp, or an exp that underflows",
     "group": "the baseline is not that of the group: a mean over the whole batch, or groups that are mixed up",
@@ -44,7 +48,7 @@ def _shift(under_test: LossUnderTest, case: Case) -> str | None:
     moves = under_test.invariances
     if not moves:
         raise NotApplicable(
-            "it compares with nothing, or its log-probs count by themselves; invariant= holds it to a shift"
+            "its gradient changes with the level of the log-probs by themselves; invariant= holds it to a shift"
         )
     case = unweighted(case)
     base = under_test.measure(case).flat
