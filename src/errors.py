@@ -174,7 +174,16 @@ class RankError(BackendError):
 
 
 class RankFailedError(RankError):
-    """It failed in another process, whose error the message repeats."""
+    """It failed in another process, whose error the message repeats.
+
+    Attributes:
+        refusal: that error's words, where it refuses the data or the loss, which every process was given; None: that process
+            has failed for reasons of its own.
+    """
+
+    def __init__(self, message: str, refusal: str | None = None) -> None:
+        super().__init__(message)
+        self.refusal = refusal
 
 
 class RanksDifferError(RankError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import PullbackError, RankError, ServiceError, StorageError
+from ...errors import PullbackError, RankError, RankFailedError, ServiceError, StorageError
 from ..durability.answers import Failure
 from ..wire.texts import words_of, writable
 
@@ -13,7 +13,12 @@ __all__ = ["failure_of", "number_of", "optional_number_of", "require_number"]
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Say whose fault an error is: what was refused is the user's, what one process of several met alone is not."""
+    """Say whose fault an error is: what was refused is the user's, what one process of several met alone is not.
+
+    What one of several refuses, because it lies in its share of the data, is refused in that process's words.
+    """
+    if isinstance(error, RankFailedError) and error.refusal is not None:
+        return Failure(writable(error.refusal), "user")
     if isinstance(error, StorageError):
         return Failure(str(error), "server")
     if isinstance(error, (PullbackError, ValueError, TypeError, KeyError)) and not isinstance(error, RankError):

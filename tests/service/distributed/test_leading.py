@@ -21,8 +21,9 @@ from servers import MODEL, Direct, tiny_models
 from torch.distributed.device_mesh import init_device_mesh
 
 from pullback.backends import AdamParams, TorchBackend
+from pullback.backends.native.distributed.agreement.message import Message
 from pullback.backends.native.models.lora import LoraChoice
-from pullback.errors import LostRankError, RankFailedError, RanksDifferError
+from pullback.errors import CheckpointError, LostRankError, NonFiniteError, RankFailedError, RanksDifferError
 from pullback.service import ServedModels
 from pullback.service.custom_loss.interpreter import LossGraph
 from pullback.service.distributed.channel import Command, ForwardHandles
@@ -155,6 +156,7 @@ def test_a_model_that_could_not_be_made_is_nowhere(member: Member, monkeypatch: 
     [
         (LostRankError("gone"), "server"),
         (RankFailedError("failed"), "server"),
+        (RankFailedError("failed on rank 1: NonFiniteError: not finite", "not finite"), "user"),
         (RanksDifferError("other"), "server"),
         (ValueError("rank must be positive"), "user"),
     ],
@@ -162,6 +164,24 @@ def test_a_model_that_could_not_be_made_is_nowhere(member: Member, monkeypatch: 
 def test_whose_fault_it_is(error: Exception, category: str) -> None:
     """What one process meets alone is not the client's mistake."""
     assert failure_of(error).category == category
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [
+        (NonFiniteError("datum 1: not finite"), "datum 1: not finite"),
+        (ValueError("no such reward"), "no such reward"),
+        (CheckpointError("no such checkpoint"), None),  # which the others have found
+        (torch.OutOfMemoryError("out of memory"), None),
+        (RanksDifferError("another batch"), None),
+    ],
+)
+def test_what_a_process_refuses_is_told_from_what_it_meets_alone(error: Exception, refusal: str | None) -> None:
+    """The others read both, and only what lies in the data or in the loss as a refusal."""
+    said = Message.of(Message.of_failure(error, "here").to_tensor())
+    assert said.failed
+    assert said.refusal == refusal
+    assert said.error == f"{type(error).__name__}: {error}"
 
 
 def test_the_answer_of_a_lost_process_names_no_path(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from served.ranked_service import DISK, RankedService, asked, gradient, one_process, ranked, trained
-from served.service_rank import KILLED_TOKENS, NO_MEMORY_RANK, SKIPPED_RANK, SKIPPED_RATE
+from served.service_rank import KILLED_TOKENS, NO_MEMORY_RANK, REFUSED_TOKENS, SKIPPED_RANK, SKIPPED_RATE
 from servers import KEY, SDK_WARNINGS, finished, new_model, rest
 
 from pullback.service import serving
@@ -128,6 +128,15 @@ def test_a_mistake_of_the_client_is_not_the_servers(two: RankedService) -> None:
         assert refused["category"] == "user"
         assert "datum 1" in refused["error"]
         assert "rank" not in refused["error"]
+        assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
+
+
+def test_a_mistake_in_the_share_of_another_process_is_the_clients_too(two: RankedService) -> None:
+    """What the second process refuses in its share is refused in its words, as one process does; training goes on."""
+    with rest(two.url) as http:
+        _, made = new_model(http)
+        refused = asked(http, made["model_id"], "forward_backward", 1, **gradient(REFUSED_TOKENS, [2, 4]))
+        assert refused == {"error": "the gradient of datum 1 is not finite", "category": "user"}
         assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
 
 

@@ -13,6 +13,7 @@ from pullback.backends import TorchBackend
 from pullback.backends.native.distributed.passes import Passes
 from pullback.backends.operations.futures import FinishedFuture
 from pullback.cli import main
+from pullback.errors import NonFiniteError
 from pullback.service import Base, ServedModels
 
 # What a client asks for to let the second process fail.
@@ -20,6 +21,7 @@ NO_MEMORY_RANK: Final = 5  # of an adapter: it cannot be made
 SKIPPED_RANK: Final = 7  # of an adapter: it is not made, without an error
 SKIPPED_RATE: Final = 0.125  # a step with this learning rate is not made
 KILLED_TOKENS: Final = [1, 1, 1, 1]  # a gradient whose first datum is this kills the process half-way
+REFUSED_TOKENS: Final = [2, 2, 2, 2]  # one whose first datum is this is refused for what lies in the process's share
 
 
 def plant() -> None:
@@ -42,6 +44,8 @@ def plant() -> None:
     def stream_or_die(self: Passes, call: Any) -> Any:
         if call.data[0].model_input.tokens.tolist() == KILLED_TOKENS:
             os.kill(os.getpid(), signal.SIGKILL)
+        if call.data[0].model_input.tokens.tolist() == REFUSED_TOKENS:
+            raise NonFiniteError("the gradient of datum 1 is not finite")
         return stream(self, call)
 
     made: Any = (Base, "adapted", adapted_or_not), (ServedModels, "create", create_or_not)

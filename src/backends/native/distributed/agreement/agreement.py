@@ -14,7 +14,7 @@ import torch.distributed as dist
 from .....errors import LostRankError, RankError, RankFailedError, RanksDifferError
 from ...execution.memory import is_out_of_memory
 from ..ranks import Ranks
-from .message import FAILED, FINE, OUT_OF_MEMORY, Message
+from .message import FINE, OUT_OF_MEMORY, Message
 
 __all__ = ["Agreement"]
 
@@ -87,8 +87,8 @@ class Agreement:
             if isinstance(error, LostRankError) or _comes_from_the_group(error):
                 raise self._losing(error) from error
             own = error
-        words = "" if own is None else f"{type(own).__name__}: {own}"
-        message = Message(FINE if own is None else FAILED, f"{name}: conclusion", text=state(), error=words)
+        stage = f"{name}: conclusion"
+        message = Message(FINE, stage, text=state()) if own is None else Message.of_failure(own, stage, state())
         said = self._exchange(message)
         while any(each.stage != said[self._ranks.rank].stage for each in said):
             said = self._exchange(message)  # those who were in an operation have ended it now
@@ -98,8 +98,8 @@ class Agreement:
 
     def _require_concluded(self, said: list[Message]) -> None:
         for rank, message in enumerate(said):
-            if message.outcome == FAILED:
-                raise RankFailedError(f"{self._running} failed on rank {rank}: {message.error}")
+            if message.failed:
+                raise RankFailedError(f"{self._running} failed on rank {rank}: {message.error}", message.refusal)
             if message.text != said[0].text:
                 raise RanksDifferError(
                     f"{self._running} has ended otherwise on rank {rank} than on rank 0: {message.text!r} instead of "
@@ -187,12 +187,13 @@ class Agreement:
         together = hashlib.sha256(b"".join(digests)).digest() if digests else b""
         said = self._exchange(Message(outcome, where, together, text))
         for rank, message in enumerate(said):
-            if message.outcome == FAILED:
+            if message.failed:
                 self._over = True
                 after = (
                     "nothing has changed on any rank" if undone else "other ranks have changed their weights already"
                 )
-                raise RankFailedError(f"{self._running} failed on rank {rank} ({after}): {message.error}")
+                words = f"{self._running} failed on rank {rank} ({after}): {message.error}"
+                raise RankFailedError(words, message.refusal if undone else None)
         others = [rank for rank, message in enumerate(said) if message.stage != said[0].stage]
         if others:
             self._over = True
@@ -240,8 +241,7 @@ class Agreement:
     def _report(self, error: BaseException) -> None:
         """Tell the others, wherever they wait, that this rank has failed."""
         self._over = True
-        words = f"{type(error).__name__}: {error}"
-        self._exchange(Message(FAILED, self._running, error=words))
+        self._exchange(Message.of_failure(error, self._running))
 
     def _exchange(self, message: Message) -> list[Message]:
         try:

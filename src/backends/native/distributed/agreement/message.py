@@ -9,11 +9,15 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-__all__ = ["FAILED", "FINE", "OUT_OF_MEMORY", "Message"]
+from .....errors import NonFiniteError
+
+__all__ = ["FINE", "OUT_OF_MEMORY", "Message"]
 
 _TEXT: Final = 1024  # bytes of each text of a message
 _DIGEST: Final = 32  # bytes
-FINE, OUT_OF_MEMORY, FAILED = range(3)
+FINE, OUT_OF_MEMORY, FAILED, REFUSED = range(4)
+# What a rank raises that has met, in its share of the data, what one process would have refused; files are its own affair.
+_REFUSALS: Final = (ValueError, TypeError, KeyError, NonFiniteError)
 
 
 @final
@@ -33,6 +37,22 @@ class Message:
     digest: bytes = b""
     text: str = ""
     error: str = ""
+
+    @classmethod
+    def of_failure(cls, error: BaseException, stage: str, text: str = "") -> Message:
+        """Return what a rank says whose work has failed."""
+        refuses = isinstance(error, _REFUSALS) and not isinstance(error, OSError)
+        return cls(REFUSED if refuses else FAILED, stage, text=text, error=f"{type(error).__name__}: {error}")
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work has failed, for whatever reason, except that memory ran out."""
+        return self.outcome in (FAILED, REFUSED)
+
+    @property
+    def refusal(self) -> str | None:
+        """The words of an error that refuses what all ranks were given; None: there is none."""
+        return self.error.partition(": ")[2] if self.outcome == REFUSED else None
 
     def to_tensor(self) -> Tensor:
         """Return uint8 [1 + 32 + 3 x _TEXT]."""
