@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from helpers import TINY, tiny_llama
@@ -13,7 +13,8 @@ from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models.lora import add_lora
 from pullback.datums import Datum
-from pullback.testing import example_datums, random_llama
+from pullback.ops.head import Head
+from pullback.testing import TinyLM, example_datums, random_llama
 
 __all__ = ["LOSSES", "MODELS", "PARAMS", "VOCAB", "apart", "batch", "coupled", "ordered", "steps"]
 
@@ -57,13 +58,33 @@ def _with_head() -> HFModel:
     return HFModel(model)
 
 
-MODELS: Final[dict[str, Callable[[], HFModel]]] = {
+@final
+class Routed(nn.Module):
+    """A model that has a weight for token 0 alone, which forwards that only keep step are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = TinyLM(vocab_size=VOCAB)
+        self.for_zero = nn.Linear(8, 8, bias=False, dtype=torch.float64)
+        nn.init.eye_(self.for_zero.weight)
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        hidden: Tensor = self.base.hidden_states(tokens, positions)
+        zero = tokens == 0
+        return torch.where(zero[..., None], self.for_zero(hidden), hidden) if bool(zero.any()) else hidden
+
+    def head(self) -> Head:
+        return self.base.head()
+
+
+MODELS: Final[dict[str, Callable[[], nn.Module]]] = {
     "full": lambda: HFModel(_untied()),
     "tied": lambda: tiny_llama(vocab=VOCAB),
     "lora": lambda: tiny_llama(lora=4, vocab=VOCAB),
     "head": _with_head,
     "experts": _experts,
     "checkpointing": lambda: HFModel(_untied(), gradient_checkpointing=True),
+    "routed": Routed,
 }
 
 

@@ -18,13 +18,22 @@ from pullback.backends import TorchBackend
 from pullback.backends.native.models.lora import LoraChoice
 from pullback.service import Base
 
-BATCHES = {"even": [batch()], "odd": [batch((6, 4)), batch((5, 7, 3, 9, 2, 8), seed=5)], "one": [batch((5, 4), seed=6)]}
+BATCHES = {
+    "even": [batch()],
+    "odd": [batch((6, 4)), batch((5, 7, 3, 9, 2, 8), seed=5)],
+    "one": [batch((5, 4), seed=6)],
+    "alone": [batch((5,), seed=6)],  # without token 0
+}
+
+
+# One rank has no datum, and reaches a weight that nobody trains: in one pass, and with graphs that wait for their cotangents.
+KEEPING_STEP: Any = [("routed", loss, "alone", None, True) for loss in ("cross_entropy", "ordered")]
 
 
 def cases(whole: bool) -> list[tuple[str, str, str, Any, bool]]:
     """Return model, loss, batch, normalization and whether layers are resharded."""
     if not whole:
-        return [("full", "coupled", "odd", None, True), ("lora", "ppo", "odd", "num_sequences", False)]
+        return [("full", "coupled", "odd", None, True), ("lora", "ppo", "odd", "num_sequences", False), *KEEPING_STEP]
     modes = ("num_loss_tokens", "num_sequences")
     found: list[tuple[str, str, str, Any, bool]] = [
         *(
@@ -38,6 +47,7 @@ def cases(whole: bool) -> list[tuple[str, str, str, Any, bool]]:
         *(("lora", loss, "odd", mode, False) for loss in ("ppo", "ordered") for mode in modes),
         ("lora", "ppo", "odd", "auto", False),
         ("lora", "dpo", "one", None, True),
+        *KEEPING_STEP,
     ]
     return list(dict.fromkeys(found))
 
@@ -63,7 +73,8 @@ def hybrid(model: str) -> dict[str, float]:
 
 def shared(loss: str, reshard: bool) -> dict[str, float]:
     """Two adapters on one base whose weights every process keeps, trained in turn; and what of the base was copied."""
-    base, choices = Base("base", MODELS["tied"]().model), (LoraChoice(rank=4), LoraChoice(rank=2, train_unembed=True))
+    tied: Any = MODELS["tied"]()
+    base, choices = Base("base", tied.model), (LoraChoice(rank=4), LoraChoice(rank=2, train_unembed=True))
     options: dict[str, Any] = {"reshard": reshard, "timeout": 60, "token_budget": 16, "shard_frozen": False}
     many = [TorchBackend(base.adapted(lora), **options) for lora in choices]
     one = [TorchBackend(base.adapted(lora), mesh=None, token_budget=16) for lora in choices]

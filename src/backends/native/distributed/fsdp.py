@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast, final
 
@@ -88,6 +89,7 @@ class Reached:
         self._module = module
         self._watched: set[Any] = set()
         self._reached: set[Any] = set()
+        self._ignores = False
 
     def watch(self) -> None:
         """Look out for the gradients of what has been gathered by now."""
@@ -96,6 +98,15 @@ class Reached:
             if gathered is not None and gathered.requires_grad and parameter not in self._watched:
                 gathered.register_post_accumulate_grad_hook(partial(self._see, parameter))
                 self._watched.add(parameter)
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Take no note of what is reached in the meantime."""
+        self._ignores = True
+        try:
+            yield
+        finally:
+            self._ignores = False
 
     def forget(self) -> None:
         """Begin anew."""
@@ -121,7 +132,8 @@ class Reached:
                 p.grad = None
 
     def _see(self, parameter: Any, _: Tensor) -> None:
-        self._reached.add(parameter)
+        if not self._ignores:
+            self._reached.add(parameter)
 
 
 def _parameters(module: nn.Module) -> list[Any]:

@@ -116,8 +116,8 @@ class Passes:
         return self._agreement.attempt(stage, lambda: checked(done))
 
     def settings(self, share: Share) -> GraphSettings:
-        """Return how this rank retains graphs."""
-        return share.settings(self._local.memory)
+        """Return how this rank retains graphs, and how it runs forwards that only keep step with the others."""
+        return replace(share.settings(self._local.memory), standing_in=self._shards.standing_in)
 
     def _run_loss(self, work: Callable[[], T]) -> T:
         """Evaluate a loss between a forward and a backward that all ranks run in step: they meet after it."""

@@ -215,6 +215,10 @@ class Shards:
         finally:
             torch.set_autocast_cache_enabled(before)
 
+    def standing_in(self) -> AbstractContextManager[None]:
+        """Run a backward that stands for no datum: what it reaches counts as reached by nobody."""
+        return self._reached.ignoring()
+
     def require_own_gradients(self) -> None:
         """Check that no gradient waits that another than this backend has made.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import final
 
@@ -85,13 +85,8 @@ class DeferredBackward:
             cotangent = torch.zeros_like(forward.logprobs)
             if not forward.batch.stands_for_none:
                 cotangent = scale * torch.cat([cotangents[i] for i in forward.batch.members]).to(forward.logprobs)
-            torch.autograd.backward(forward.logprobs, cotangent)
-            hidden = forward.hidden
-            if hidden is None:
-                hidden, _ = self._hidden(forward.batch, keep=True, offload=False)
-                _require_same(hidden.detach(), forward.leaf.detach())
-            if hidden.requires_grad:
-                torch.autograd.backward(hidden, forward.leaf.grad)
+            with self._backward_of(forward.batch):
+                self._back(forward, cotangent)
 
     def one_pass(self, batch: MicroBatch, cotangent: Tensor | Callable[[Tensor, slice], Tensor]) -> dict[int, Tensor]:
         """Score and go backward at once, for a loss whose cotangent at a token needs at most that token's log-prob.
@@ -109,9 +104,10 @@ class DeferredBackward:
             surrogate, logprobs = logprob_surrogate(
                 leaf, self._model.head(), batch.index.targets, cotangent, temperature=batch.temperature
             )
-        torch.autograd.backward(surrogate)
-        if hidden.requires_grad:
-            torch.autograd.backward(hidden, leaf.grad)
+        with self._backward_of(batch):
+            torch.autograd.backward(surrogate)
+            if hidden.requires_grad:
+                torch.autograd.backward(hidden, leaf.grad)
         return {} if batch.stands_for_none else batch.apart(batch.index.scatter(logprobs))
 
     def metrics(self) -> dict[str, Metric]:
@@ -130,6 +126,19 @@ class DeferredBackward:
     def graph_bytes(self) -> int:
         """That the graphs hold now."""
         return sum(f.graph_bytes for f in self._forwards)
+
+    def _backward_of(self, batch: MicroBatch) -> AbstractContextManager[None]:
+        return self._settings.standing_in() if batch.stands_for_none else nullcontext()
+
+    def _back(self, forward: _Forward, cotangent: Tensor) -> None:
+        """Take the cotangent of one forward back through the head, then through the base model."""
+        torch.autograd.backward(forward.logprobs, cotangent)
+        hidden = forward.hidden
+        if hidden is None:
+            hidden, _ = self._hidden(forward.batch, keep=True, offload=False)
+            _require_same(hidden.detach(), forward.leaf.detach())
+        if hidden.requires_grad:
+            torch.autograd.backward(hidden, forward.leaf.grad)
 
     def _hidden(self, batch: MicroBatch, *, keep: bool, offload: bool) -> tuple[Tensor, int]:
         """Return the needed hidden states and the bytes that their graph holds on the model's device."""

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, final
 
@@ -149,6 +149,7 @@ class GraphSettings:
         overflow: what happens to those beyond: run again before their backward, or moved to CPU memory.
         meter: measures them.
         bytes_per_token: of a graph, as all processes have agreed, where each must retain the same; None: as measured.
+        standing_in: surrounds the backward of a forward that stands for no datum.
     """
 
     layout: Layout
@@ -156,6 +157,7 @@ class GraphSettings:
     overflow: Overflow
     meter: GraphMeter
     bytes_per_token: float | None = None
+    standing_in: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def predict(self, batch: MicroBatch) -> float:
         """Bytes that the graph of a forward will hold."""
