@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends.native.distributed.ranks import find_mesh
+from ..backends.native.distributed.ranks import find_mesh, require_timeout
 from ..errors import ConfigError
 from ..losses import loss_names
 from ..service.distributed.follow import follow
@@ -139,17 +139,16 @@ def _add_limits(serve: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.new_key:
-        return _new_key(arguments.keys)
-    if arguments.adopt is not None:
-        return _adopt(Path(arguments.checkpoints), arguments.adopt)
+    if arguments.new_key or arguments.adopt is not None:
+        return 0 if _follows() else _administer(arguments)
     _require_numbers(arguments)
     plain = [key.strip() for key in os.environ.get(_KEYS, "").split(",") if key.strip()]
     keys = Keys([*map(digest_of, plain), *_saved_keys(arguments.keys)])
     require_keys(arguments.host, keys)
     loss_names()  # a package or module of losses that cannot be loaded is said before anything is served
     for module, names in import_losses(arguments.modules).items():
-        print(f"losses of {module}: {', '.join(names)}")
+        if not _follows():
+            print(f"losses of {module}: {', '.join(names)}")
     with _address(arguments) as sockets:
         _load_and_serve(arguments, keys, sockets)
     return 0
@@ -165,6 +164,7 @@ def _require_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if not value >= least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
+    require_timeout(arguments.timeout, "--timeout")
 
 
 def _saved_keys(file: Path | None) -> list[str]:
@@ -184,8 +184,12 @@ def _saved_keys(file: Path | None) -> list[str]:
 
 def _address(arguments: argparse.Namespace) -> AbstractContextManager[list[socket.socket]]:
     """Bind the address, in the first of several processes only."""
-    follows = os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
-    return nullcontext([]) if follows else bound(arguments.host, arguments.port)
+    return nullcontext([]) if _follows() else bound(arguments.host, arguments.port)
+
+
+def _follows() -> bool:
+    """Whether this is another than the first of several processes, which speaks, writes and listens for all."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def _load_and_serve(arguments: argparse.Namespace, keys: Keys, sockets: list[socket.socket]) -> None:
@@ -209,6 +213,13 @@ def _at_the_end(seconds: float | None) -> str:
     if seconds is None:
         return "models in memory are lost when this server ends (--save-seconds 0): clients should save what they need"
     return f"models in memory are saved as checkpoints when this server is asked to end, in {seconds:g} s at most"
+
+
+def _administer(arguments: argparse.Namespace) -> int:
+    """Do what needs no model, and end."""
+    if arguments.new_key:
+        return _new_key(arguments.keys)
+    return _adopt(Path(arguments.checkpoints), arguments.adopt)
 
 
 def _adopt(folder: Path, owner: str) -> int:

@@ -114,6 +114,9 @@ def test_a_port_that_is_taken(
         (["--token-budget", "0"], "--token-budget must be at least 1, got 0"),
         (["--save-seconds", "-1"], "--save-seconds must be at least 0, got -1"),
         (["--save-seconds", "nan"], "--save-seconds must be at least 0, got nan"),
+        (["--timeout", "0"], "--timeout must be seconds above 0, 315360000 at most, got 0"),
+        (["--timeout", "nan"], "--timeout must be seconds above 0, 315360000 at most, got nan"),
+        (["--timeout", "inf"], "--timeout must be seconds above 0, 315360000 at most, got inf"),
     ],
 )
 def test_what_cannot_be_served(
@@ -123,6 +126,32 @@ def test_what_cannot_be_served(
     monkeypatch.setattr(serve, "load_base", fails_to_load)
     assert main(["serve", "--model", "tiny", *address]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_keys_are_made_by_the_first_of_several_processes(
+    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that torchrun has started run the command: one key is added to the file, and printed once."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    file = tmp_path / "keys"
+    assert main(["serve", "--keys", str(file), "--new-key"]) == 0
+    first = rank == "0"
+    assert len(capsys.readouterr().out.splitlines()) == first
+    assert file.exists() == first
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_checkpoints_are_adopted_by_the_first_of_several_processes(
+    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others do not ask for the folder, which one process holds at a time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    folder = tmp_path / "checkpoints"
+    assert main(["serve", "--checkpoints", str(folder), "--adopt", "everybody"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == folder.exists() == (rank == "0")
 
 
 def test_what_is_missing_is_said_before_a_model_is_loaded(

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ....errors import ConfigError
 
-__all__ = ["Ranks", "find_mesh"]
+__all__ = ["Ranks", "find_mesh", "require_timeout"]
+
+_LONGEST: Final = 10 * 365 * 86400  # seconds
 
 
 def find_mesh(
@@ -29,8 +31,9 @@ def find_mesh(
         timeout: seconds that a process waits for the others, where the process group is made here.
 
     Raises:
-        ConfigError: the mesh has more dimensions, or no process group can be made.
+        ConfigError: the mesh has more dimensions, the timeout is none, or no process group can be made.
     """
+    require_timeout(timeout)
     if asked is None:
         return None
     if isinstance(asked, DeviceMesh):
@@ -48,6 +51,16 @@ def find_mesh(
             return None
         _initialize(device, timeout)
     return init_device_mesh(device.type, (dist.get_world_size(),)) if dist.get_world_size() > 1 else None
+
+
+def require_timeout(timeout: float | None, name: str = "timeout") -> None:
+    """Check that processes can wait for each other so long; None: PyTorch's default.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if timeout is not None and not 0 < timeout <= _LONGEST:
+        raise ConfigError(f"{name} must be seconds above 0, {_LONGEST} at most, got {timeout:g}")
 
 
 def _initialize(device: torch.device, timeout: float | None) -> None:
