@@ -41,7 +41,7 @@ def hinge(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
     return torch.stack([-x[x < x.mean()].sum() for x in logprobs]).sum(), {}
 
 
-NO_DIVISORS = (0, -1, True, math.nan, math.inf, "x", [1], {})
+NO_DIVISORS: tuple[Any, ...] = (0, -1, True, math.nan, math.inf, "x", [1], {})
 LOSSES = {
     "token_mean": CrossEntropy("token_mean"),
     "sequence_mean": GRPO(aggregation="sequence_mean_token_mean"),
