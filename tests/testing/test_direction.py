@@ -127,6 +127,17 @@ def test_it_is_part_of_the_check() -> None:
     assert [len(s.logprobs) for s in result.case.sequences] == [1]
 
 
+def test_a_ratio_that_is_clipped_alone() -> None:
+    """Its gradient is that of a band, which is published: it passes, and a note says what PPO does otherwise."""
+    notes = {
+        name: direction(loss_under_test(loss_of(RIGHT[name])), kind_case(True)) or ""
+        for name in ("a clamp for both signs, as a band", "ppo", "a truncated weight")
+    }
+    assert [name for name, note in notes.items() if "where PPO's min brings them back" in note] == [
+        "a clamp for both signs, as a band"
+    ]
+
+
 OURS: Final = [
     *(loss for loss in VARIANTS if "advantages" in loss.required_inputs),
     GRPO(kl=KL("k2"), correction=Correction.icepop()),

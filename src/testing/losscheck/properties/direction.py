@@ -37,8 +37,7 @@ def direction(under_test: LossUnderTest, case: Case) -> str | None:
             note = (
                 "by how the gradient changes with the advantage: a baseline, or an exponential of it, decides the sign"
             )
-    pulls(under_test, case)
-    return note
+    return pulls(under_test, case) or note
 
 
 def _with_clear_signs(case: Case) -> Case:

@@ -24,29 +24,37 @@ _CLOSE: Final = 0.05
 _ONCE: Final = 1.5  # the power of a ratio of which an importance is the first
 _FROM_REFERENCE: Final = 0.5
 _GROWN: Final = 1.05
+_BAND: Final = (
+    "a band: tokens that have moved against their advantage have no gradient either, where PPO's min brings them back"
+)
 _LIKELY, _UNLIKELY = -0.25, -3.0  # nats; exp(x) x has slopes of both signs
 
 
-def pulls(under_test: LossUnderTest, case: Case) -> None:
+def pulls(under_test: LossUnderTest, case: Case) -> str | None:
     """Check a policy loss off policy; of one that is told no advantages nothing is said.
 
     Args:
         under_test: the loss.
         case: numbers for it, of weights 0 and 1.
 
+    Returns:
+        What else to know: that it holds back on both sides, as PPO does not.
+
     Raises:
         Failed: a clip, a ratio or a KL is turned around.
     """
     if "advantages" not in under_test.fields or under_test.relative or under_test.paired:
-        return
+        return None
     anchors = [name for name in ANCHORS if name in under_test.fields]
     case = case.edited("logprobs", lambda i, j, x: x - 1.0)  # so that what is above is still a log-prob
+    note = None
     if anchors:
-        _clipped_side(under_test, case)
+        note = _clipped_side(under_test, case)
         _upside_down(under_test, case, anchors[0])
         _twice(under_test, anchors[0])
     if "ref_logprobs" in under_test.fields:
         _reference(under_test, case)
+    return note
 
 
 def turned_how(under_test: LossUnderTest) -> str | None:
@@ -70,7 +78,8 @@ def turned_how(under_test: LossUnderTest) -> str | None:
     return None
 
 
-def _clipped_side(under_test: LossUnderTest, case: Case) -> None:
+def _clipped_side(under_test: LossUnderTest, case: Case) -> str | None:
+    held = set()
     for advantage in (1.0, -1.0):
         for drift in _DRIFTS:
             back, on = (_off(under_test, case, ANCHORS, advantage, by * advantage) for by in (-drift, drift))
@@ -82,6 +91,8 @@ def _clipped_side(under_test: LossUnderTest, case: Case) -> None:
                     "the clip holds back the wrong side: the max of the two gains where PPO takes the min, a ratio that is "
                     "upside-down, or one bound for both signs of the advantage",
                 )
+            held.add(bool((back == 0).all()))
+    return _BAND if True in held else None
 
 
 def _upside_down(under_test: LossUnderTest, case: Case, anchor: str) -> None:
