@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final, final
 
+import torch
+
 from ...errors import require_extra
 from ..cases import Case
 from .failures import Failed, NotApplicable
@@ -17,6 +19,7 @@ __all__ = ["Counterexample", "drawn", "outcome", "search"]
 
 _SHRINKING: Final = 50  # calls after the first failure; the smallest one so far is good enough then
 _EMPTY: Final = Case(())
+_OF_CALLS: Final = ("deterministic", "stateless", "pure", "metrics")  # whose sentences are about just that
 
 
 @final
@@ -75,7 +78,7 @@ def outcome(under_test: LossUnderTest, checked: Property, case: Case) -> str | N
     except NotApplicable:
         raise
     except Failed as failure:
-        found = _not_finite(under_test, case) or failure
+        found = _not_finite(under_test, case) or _not_the_same(under_test, checked, case) or failure
         raise Counterexample(case if case.sequences else None, found) from failure
     except Exception as error:
         raised = Failed(
@@ -99,6 +102,23 @@ def _not_finite(under_test: LossUnderTest, case: Case) -> Failed | None:
         f"on a batch of finite numbers the loss is {measured.value:g}, so that nothing else can be asked of it there",
         "0/0, as of the standard deviation of one number, of a count of nothing, or of equal numbers; `few` and "
         "`nothing_trained` say more",
+    )
+
+
+def _not_the_same(under_test: LossUnderTest, checked: Property, case: Case) -> Failed | None:
+    """Return that a loss differs from call to call, if so: any comparison of two calls fails by that alone."""
+    if not case.sequences or checked.name in _OF_CALLS:
+        return None
+    try:
+        first, second = under_test.measure(case), under_test.measure(case)
+    except Exception:
+        return None
+    if torch.equal(first.flat, second.flat) and first.value == second.value:
+        return None
+    return Failed(
+        f"called twice on one batch, the loss is {first.value:.6g} and {second.value:.6g}, so that nothing else can be asked "
+        "of it",
+        "a state between the calls, or random numbers; `deterministic` and `stateless` say more",
     )
 
 
