@@ -182,7 +182,7 @@ def test_the_first_example() -> None:
     """Without shrinking the same properties fail, on the first batch that was drawn, which is larger."""
 
     def untrained(logprobs: Tensor, mask: Tensor) -> Tensor:
-        return -logprobs.mean()
+        return -logprobs.sum()
 
     first, smallest = (
         loss_report(untrained, form="padded", only="untrained", examples=EXAMPLES, shrink=shrink)["untrained"]
