@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,15 @@ def _initialize(device: torch.device, timeout: float | None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
+    limit: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    store, rank, size = next(dist.rendezvous("env://", **limit))  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=_of_this_start(store), rank=rank, world_size=size, **limit)
+
+
+def _of_this_start(store: Any) -> Any:
+    """Return a store without the addresses of processes that have ended: torchrun's outlives them when it starts them again."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
 
 
 _GROUPS: Final[dict[tuple[tuple[int, ...], float | None], dist.ProcessGroup]] = {}
