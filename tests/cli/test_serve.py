@@ -128,30 +128,31 @@ def test_what_cannot_be_served(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.fixture(params=["0", "1"])
+def first(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this is the first of two processes that torchrun has started, or the other one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", request.param)
+    return bool(request.param == "0")
+
+
 def test_keys_are_made_by_the_first_of_several_processes(
-    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All that torchrun has started run the command: one key is added to the file, and printed once."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
     file = tmp_path / "keys"
     assert main(["serve", "--keys", str(file), "--new-key"]) == 0
-    first = rank == "0"
     assert len(capsys.readouterr().out.splitlines()) == first
     assert file.exists() == first
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
 def test_checkpoints_are_adopted_by_the_first_of_several_processes(
-    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The others do not ask for the folder, which one process holds at a time."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
     folder = tmp_path / "checkpoints"
     assert main(["serve", "--checkpoints", str(folder), "--adopt", "everybody"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == folder.exists() == (rank == "0")
+    assert len(capsys.readouterr().out.splitlines()) == folder.exists() == first
 
 
 def test_what_is_missing_is_said_before_a_model_is_loaded(

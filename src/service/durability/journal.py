@@ -17,15 +17,16 @@ from .checkpoints import Checkpoints
 from .database import ROWS_AT_ONCE, Database
 from .schema import answer_checksum, checksum, is_whole
 
-__all__ = ["ANSWER_SECONDS", "Journal"]
+__all__ = ["ANSWER_SECONDS", "FORGET", "Journal"]
 
 _NEWEST: Final = "ORDER BY created DESC, {} LIMIT ? OFFSET ?"
 ANSWER_SECONDS: Final = 24 * 3600.0  # that an answer can be read
 _ALL: Final = -1  # as a limit
-_FORGET: Final = (
+FORGET: Final = (  # the answers to the requests that a query selects
     "UPDATE operations SET answer = NULL, answer_checksum = answer_checksum(request, form, NULL) "
-    "WHERE request IN (SELECT request FROM operations WHERE answer IS NOT NULL AND created < ? LIMIT ?) RETURNING 1"
+    "WHERE request IN ({}) RETURNING 1"
 )
+_FORGET_OLD: Final = FORGET.format("SELECT request FROM operations WHERE answer IS NOT NULL AND created < ? LIMIT ?")
 Row: TypeAlias = dict[str, Any]
 
 
@@ -267,7 +268,7 @@ class Journal:
 
     def forget_answers(self, before: float) -> None:
         """Throw away answers from before a moment (seconds of the epoch); that they were given stays known."""
-        while self.database.change(_FORGET, before, ROWS_AT_ONCE) == ROWS_AT_ONCE:
+        while self.database.change(_FORGET_OLD, before, ROWS_AT_ONCE) == ROWS_AT_ONCE:
             pass
 
     def last_number(self, queue: str) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from .database import ROWS_AT_ONCE, Database
-from .journal import ANSWER_SECONDS, Journal
+from .journal import ANSWER_SECONDS, FORGET, Journal
 
 __all__ = ["ROW_SECONDS", "bound_answers", "prune"]
 
@@ -32,10 +32,9 @@ _SAVES: Final = (
     "EXISTS (SELECT 1 FROM operations WHERE line = saves.model AND number = saves.number AND form IS NOT NULL)"
 )
 _HELD: Final = "SELECT owner, sum(length(answer)) FROM operations WHERE answer IS NOT NULL GROUP BY owner"
-_FORGET_BEYOND: Final = (
-    "UPDATE operations SET answer = NULL, answer_checksum = answer_checksum(request, form, NULL) WHERE request IN "
-    "(SELECT request FROM (SELECT request, sum(length(answer)) OVER (ORDER BY created DESC, request) AS with_newer "
-    "FROM operations WHERE owner = ? AND answer IS NOT NULL) WHERE with_newer > ? LIMIT ?) RETURNING 1"
+_FORGET_BEYOND: Final = FORGET.format(
+    "SELECT request FROM (SELECT request, sum(length(answer)) OVER (ORDER BY created DESC, request) AS with_newer "
+    "FROM operations WHERE owner = ? AND answer IS NOT NULL) WHERE with_newer > ? LIMIT ?"
 )
 
 
@@ -51,7 +50,7 @@ def prune(journal: Journal, now: float, alive: Collection[str]) -> int:
     """
     database, answered, silent = journal.database, now - ANSWER_SECONDS, now - ROW_SECONDS
     journal.forget_answers(answered)
-    count = database.delete("saves", _SAVES) + _repeated(database, "operations", _OPERATIONS, silent)
+    count = database.delete("saves", _SAVES) + _repeated(database.delete, "operations", _OPERATIONS, silent)
     for session in _ended(database, silent, answered):
         if session not in alive:
             count += _end(database, session, answered)
@@ -64,11 +63,9 @@ def bound_answers(journal: Journal, most: int) -> int:
     if _used_bytes(database) <= most:
         return 0
     held = dict(database.select(_HELD, listing=True))
-    share, count = _largest_share([*held.values()], most), 0
-    for owner in (owner for owner, size in held.items() if size > share):
-        while forgotten := database.change(_FORGET_BEYOND, owner, share, ROWS_AT_ONCE):
-            count += forgotten
-    return count
+    share = _largest_share([*held.values()], most)
+    beyond = [owner for owner, size in held.items() if size > share]
+    return sum(_repeated(database.change, _FORGET_BEYOND, owner, share) for owner in beyond)
 
 
 def _used_bytes(database: Database) -> int:
@@ -93,11 +90,11 @@ def _largest_share(held: Collection[int], most: int) -> int:
 
 def _end(database: Database, session: str, before: float) -> int:
     """Delete what is left of a session that has ended."""
-    count = _repeated(database, "models", _MODELS, session)
+    count = _repeated(database.delete, "models", _MODELS, session)
     if database.select("SELECT 1 FROM models WHERE session = ? LIMIT 1", session):
         return count
-    count += _repeated(database, "operations", _SESSION_OPERATIONS, session, session, before)
-    count += _repeated(database, "samplers", _SAMPLERS, session, session)
+    count += _repeated(database.delete, "operations", _SESSION_OPERATIONS, session, session, before)
+    count += _repeated(database.delete, "samplers", _SAMPLERS, session, session)
     return count + database.delete("sessions", "id = ?", session)
 
 
@@ -109,8 +106,9 @@ def _ended(database: Database, silent: float, finished: float) -> Iterator[str]:
         last = rows[-1][0]
 
 
-def _repeated(database: Database, table: str, where: str, *values: object) -> int:
+def _repeated(work: Callable[..., int], *given: object) -> int:
+    """Do what changes so many rows at most until it finds none; return how many there were."""
     count = 0
-    while deleted := database.delete(table, where, *values, ROWS_AT_ONCE):
-        count += deleted
+    while changed := work(*given, ROWS_AT_ONCE):
+        count += changed
     return count
