@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -65,19 +65,20 @@ def _elsewhere(under_test: LossUnderTest, case: Case) -> Iterator[Case]:
     """Yield cases in which what has no gradient for a good reason has one: its place is not to blame then."""
     # Terms may cancel by accident.
     yield case.edited("advantages", lambda i, j, a: a + _ODD).edited("ref_logprobs", lambda i, j, x: x - _ODD)
-    less = case
-    for name in ("logprobs", "old_logprobs", "rollout_logprobs"):
-        less = less.edited(name, lambda i, j, x: x - _ODD)
-    yield less
+    yield _lower(case, lambda i: _ODD)
     # A hinge may be content with a pair, or with a likely token.
-    lower = case
-    for name in ("logprobs", "old_logprobs", "rollout_logprobs"):
-        lower = lower.edited(name, lambda i, j, x: x - 4.0 * (i % 2 == 0))
-    yield lower
+    yield _lower(case, lambda i: 4.0 * (i % 2 == 0))
     # A baseline that is taken over the group says nothing of a sequence that is alone.
     if not under_test.paired:
         others = tuple(replace(s, advantages=[a + 1.0 for a in s.advantages]) for s in case.sequences)
         yield replace(case, sequences=(*case.sequences, *others))
+
+
+def _lower(case: Case, by: Callable[[int], float]) -> Case:
+    """Return a case with the log-probs of each sequence, and those of its anchors, that much lower."""
+    for name in ("logprobs", *ANCHORS):
+        case = case.edited(name, lambda i, j, x: x - by(i))
+    return case
 
 
 def _one_group(case: Case) -> Case:
