@@ -60,9 +60,7 @@ def as_inputs(logprobs: Tensor, given: dict[str, Tensor | None]) -> dict[str, Te
     return {name: _constant(name, value, logprobs.device) for name, value in given.items() if value is not None}
 
 
-def check_inputs(
-    given: Mapping[str, Tensor | None], shape: tuple[int, ...], sequences: int, candidates: bool = False
-) -> None:
+def check_inputs(given: Mapping[str, Tensor], shape: tuple[int, ...], sequences: int, candidates: bool = False) -> None:
     """Check the shapes of all inputs of a batch.
 
     Args:
@@ -74,17 +72,17 @@ def check_inputs(
     Raises:
         LengthError: one has another shape.
     """
-    for name in TOKEN_INPUTS:
-        value = given[name]
-        if candidates and value is not None and value.shape == shape[:-1]:
+    for name, value in given.items():
+        if name in SEQUENCE_INPUTS:
+            check_shape(name, value, (sequences,), "one number per sequence")
+            continue
+        if candidates and value.shape == shape[:-1]:
             raise LengthError(
                 f"{name} has shape {tuple(value.shape)}, expected {shape} (the shape of logprobs): logprobs has {len(shape)} "
                 f"dimensions, [{'B, T' if len(shape) == 3 else 'N'}, K], which are K candidates per token. Logits go through "
                 "pullback.ops.logprobs_from_logits first"
             )
         check_token_shape(name, value, shape)
-    for name in SEQUENCE_INPUTS:
-        check_shape(name, given[name], (sequences,), "one number per sequence")
 
 
 def missing_input(name: str, batch: object, need: str = "") -> MissingFieldError:

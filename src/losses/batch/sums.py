@@ -17,7 +17,7 @@ from torch.autograd import Function
 from .layout import Layout, accurate_sum
 from .selection import finite, readable, select, select_, transformed
 
-__all__ = ["row_cotangent", "row_sum", "scaled", "scaled_number", "scaled_sum", "weighted_sum"]
+__all__ = ["row_cotangent", "row_sum", "scaled", "scaled_number", "scaled_sum", "scaled_total", "weighted_sum"]
 
 
 def row_sum(x: Tensor, minus: Tensor | None, mask: Tensor | None, scale: Tensor | None, layout: Layout) -> Tensor:
@@ -60,6 +60,13 @@ def scaled(number: Tensor, coefficient: float) -> Tensor:
     return number if coefficient == 1.0 else number * coefficient
 
 
+def scaled_total(total: Tensor, coefficient: float, dtype: torch.dtype) -> Tensor:
+    """Return ``total * coefficient`` in a dtype, in one operation where looking at the total is free; it needs no gradient."""
+    if readable(total):
+        return torch.scalar_tensor(total.item() * coefficient, dtype=dtype)
+    return (total * coefficient).to(dtype)
+
+
 @final
 class _WeightedSum(Function):
     """`weighted_sum`; its derivative is the weight, so no log-prob is kept."""
@@ -68,7 +75,7 @@ class _WeightedSum(Function):
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: Tensor | None, coefficient: float) -> Tensor:
         ctx.save_for_backward(mask, scale)
         ctx.shape, ctx.coefficient = x.shape, coefficient
-        return (_summed(x, None, mask, scale, accurate_sum) * coefficient).to(x.dtype)
+        return scaled_total(_summed(x, None, mask, scale, accurate_sum), coefficient, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...deprecation import renamed_keyword, replaced
 from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problems, missing_input, require_tensor
 from .labels import mask_of_labels
-from .layout import Layout, Packed, Padded, count_of
+from .layout import Layout, Packed, Padded, count_nonzero, count_of
 from .problems import Problem, raise_readable
 from .remembered import forget_overwritten, kept_sum
-from .selection import as_weight, finite, select, wide
+from .selection import as_weight, finite, readable, select, wide
 from .sums import row_sum, weighted_sum
 from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
@@ -64,8 +64,7 @@ class TokenBatch:
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        given, shape = {name: getattr(self, name) for name in INPUTS}, tuple(self.logprobs.shape)
-        check_inputs(given, shape, self.num_sequences, self.layout.candidates)
+        check_inputs(self._given(), tuple(self.logprobs.shape), self.num_sequences, self.layout.candidates)
         raise_readable(label_problems(self.weights))
         self.refresh()
 
@@ -184,7 +183,8 @@ class TokenBatch:
     @property
     def token_count(self) -> Tensor:
         """How many positions are trained; float64, 0-d."""
-        return self.remember("token_count", lambda: count_of(self.indicator()))
+        whole = self.scale is None or self.layout.candidates or not readable(self.weight)
+        return self.remember("token_count", lambda: count_of(self.indicator()) if whole else count_nonzero(self.weight))
 
     @property
     def trained_count(self) -> Tensor:
@@ -286,10 +286,12 @@ class TokenBatch:
         found = [*label_problems(self.weights), self.layout.problem(), paired]
         return [problem for problem in found if problem is not None]
 
+    def _given(self) -> dict[str, Tensor]:
+        return {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
+
     def refresh(self) -> None:
         """Forget what was computed of inputs into whose memory something else has been written since."""
-        inputs = (getattr(self, name) for name in INPUTS)
-        forget_overwritten(self._known, (x for x in inputs if x is not None))
+        forget_overwritten(self._known, self._given().values())
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""

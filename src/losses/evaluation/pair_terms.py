@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from ..aggregation import Aggregation
 from ..batch.selection import readable, transformed
-from ..batch.sums import row_cotangent, scaled
+from ..batch.sums import row_cotangent, scaled, scaled_total
 from ..batch.token_batch import TokenBatch
 from ..checks import number
 from ..functional.closed_form import pair_form_of
@@ -147,7 +147,7 @@ class _PairSums(Function):
             closed = pair_form_of(term.definition)
             assert closed is not None
             value, of_chosen, of_rejected = closed(*sides, *term.args)
-            totals.append(scaled(value.sum(), term.scale))
+            totals.append(scaled_total(value.sum(), term.scale, x.dtype))
             slopes += (of_chosen, of_rejected)
         ctx.save_for_backward(*slopes)
         ctx.rest = responses, terms, batch

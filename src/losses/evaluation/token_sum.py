@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..batch.selection import finite, readable, select, select_
-from ..batch.sums import scaled_number, scaled_sum
+from ..batch.sums import scaled, scaled_number, scaled_sum, scaled_total
 from ..functional.closed_form import closed_form_of
 
 __all__ = ["Definition", "token_sum", "token_values"]
@@ -47,8 +47,8 @@ def token_sum(
         return _plain(x, definition, args, factors, mask, coefficient)
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            value, slope = _weighted(closed(x.detach(), *args), factors, mask)
-            total, slope = scaled_sum(value, coefficient), slope * coefficient
+            total, slope = _weighted(closed(x.detach(), *args), factors, mask)
+            total, slope = scaled(total, coefficient), slope * coefficient
         attached: Tensor = _Attach.apply(x, total, slope)  # type: ignore[no-untyped-call]
         return attached
     result: Tensor = _TokenSum.apply(x, definition, args, factors, mask, coefficient)  # type: ignore[no-untyped-call]
@@ -76,18 +76,19 @@ def _plain(
 
 
 def _weighted(pair: tuple[Tensor, Tensor], factors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Multiply a value and its slope by the factors and select both, in their own memory where that is possible."""
+    """Multiply a value and its slope by the factors and select both; return the sum of the value, and the slope.
+
+    They are overwritten where that is possible.
+    """
     value, slope = pair
     for factor in factors:
         value, slope = value.mul_(factor), slope.mul_(factor)
-    weighted = any(factor is mask for factor in factors)
-
-    def selected(values: Tensor) -> Tensor:
-        if weighted and readable(values) and finite(values):  # what a weight of 0 made of a finite number is 0
-            return values
-        return select_(values, mask)
-
-    return selected(value), selected(slope)
+    multiplied = any(factor is mask for factor in factors) and readable(value)
+    total = value.sum() if multiplied else None
+    if total is None or not finite(total):
+        total = select_(value, mask).sum()
+    # What a weight of 0 made of a finite number is 0 already.
+    return total, slope if multiplied and finite(slope) else select_(slope, mask)
 
 
 @final
@@ -106,10 +107,10 @@ class _TokenSum(Function):
     ) -> Tensor:
         closed = closed_form_of(definition)
         assert closed is not None
-        value, slope = _weighted(closed(x, *args), factors, mask)
+        total, slope = _weighted(closed(x, *args), factors, mask)
         ctx.save_for_backward(x, slope)
         ctx.rest, ctx.coefficient = (definition, args, factors, mask, coefficient), coefficient
-        return scaled_sum(value, coefficient)
+        return total if coefficient == 1.0 else scaled_total(total, coefficient, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import closed_form
-from .numerics import EXPONENT_LIMIT, bounded_expm1, constant
+from .numerics import EXPONENT_LIMIT, bounded_expm1, constant, surely_above
 
 __all__ = ["KLEstimator", "KLGradient", "kl", "kl_penalty"]
 
@@ -88,8 +88,7 @@ def _kl(x: Tensor, ref_logprobs: Tensor | float, estimator: KLEstimator = "k3") 
         case "k2":
             return log_ratio.square().mul_(0.5), log_ratio
         case "k3":
-            minus_slope, tail = _expm1_and_tail(log_ratio)
-            value = tail.add_(minus_slope).add_(log_ratio)
+            value, minus_slope = _k3(log_ratio)
             return value, minus_slope.neg_()
         case "abs":
             return log_ratio.abs(), log_ratio.sign_()
@@ -106,14 +105,17 @@ def _kl_penalty(
         return _kl(x, ref_logprobs, estimator)
     log_ratio = x - ref_logprobs
     if estimator == "k3":
-        value, tail = _expm1_and_tail(log_ratio)
-        value.add_(tail).add_(log_ratio)
+        value, _ = _k3(log_ratio)
     else:
         value = kl(log_ratio, 0.0, estimator)
     return value, log_ratio if gradient == "reverse" else torch.zeros_like(log_ratio)
 
 
-def _expm1_and_tail(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``expm1(min(-D, 20))`` and ``exp(20) max(-D - 20, 0)``, whose sum is `bounded_expm1` of -D."""
-    tail = log_ratio.clamp(max=-EXPONENT_LIMIT).add_(EXPONENT_LIMIT).mul_(-_PEAK)
-    return log_ratio.clamp(min=-EXPONENT_LIMIT).neg_().expm1_(), tail
+def _k3(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k3 of D, ``bounded_expm1(-D) + D``, and ``expm1(min(-D, 20))``, minus its slope."""
+    if surely_above(log_ratio, -EXPONENT_LIMIT):
+        minus_slope = log_ratio.neg().expm1_()
+        return minus_slope + log_ratio, minus_slope
+    tail = log_ratio.clamp(max=-EXPONENT_LIMIT).add_(EXPONENT_LIMIT).mul_(-_PEAK)  # exp(20) max(-D - 20, 0)
+    minus_slope = log_ratio.clamp(min=-EXPONENT_LIMIT).neg_().expm1_()
+    return tail.add_(minus_slope).add_(log_ratio), minus_slope

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch.selection import readable
 
-__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "constant", "log1mexp"]
+__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "constant", "log1mexp", "surely_above", "surely_below"]
 
 EXPONENT_LIMIT: Final = 20.0
 
@@ -21,14 +21,14 @@ def bounded_exp(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     The slope stays at exp(limit) beyond the limit, where a clamp would silently make it 0 and a plain exp overflows
     (fp32: at 88.7, with NaN gradients).
     """
-    if _surely_below(x, limit):
+    if surely_below(x, limit):
         return x.exp()
     return x.clamp(max=limit).exp() * (1.0 + (x - limit).relu())
 
 
 def bounded_expm1(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     """Return ``exp(x) - 1`` without cancellation near 0, continued by its tangent beyond ``limit``."""
-    if _surely_below(x, limit):
+    if surely_below(x, limit):
         return x.expm1()
     return x.clamp(max=limit).expm1() + math.exp(limit) * (x - limit).relu()
 
@@ -50,6 +50,11 @@ def constant(x: Tensor | float) -> Tensor | float:
     return x.detach() if isinstance(x, Tensor) else x
 
 
-def _surely_below(x: Tensor, limit: float) -> bool:
+def surely_below(x: Tensor, limit: float) -> bool:
     """Return whether ``x`` nowhere exceeds ``limit``, so that no tangent is needed, as far as looking is free."""
     return readable(x) and x.numel() > 0 and x.amax().item() <= limit
+
+
+def surely_above(x: Tensor, limit: float) -> bool:
+    """Return whether ``x`` is nowhere below ``limit``, as far as looking is free."""
+    return readable(x) and x.numel() > 0 and x.amin().item() >= limit

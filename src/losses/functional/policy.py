@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import closed_form
-from .numerics import EXPONENT_LIMIT, bounded_exp, constant
+from .numerics import EXPONENT_LIMIT, bounded_exp, constant, surely_below
 
 __all__ = [
     "cispo",
@@ -71,9 +71,8 @@ def importance_sampling(logprobs: Tensor, anchor: Tensor | float, advantages: Te
 
 @closed_form(importance_sampling)
 def _importance_sampling(x: Tensor, anchor: Tensor | float, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    slope, value = _exp_and_minus_tail(x - anchor)
-    slope.mul_(advantages)
-    return value.mul_(slope), slope.neg_()
+    slope, minus_ratio = _slope_and_minus_exp(x - anchor)
+    return minus_ratio.mul_(advantages), slope.mul_(advantages).neg_()
 
 
 def ppo_clip(
@@ -128,8 +127,7 @@ def _ppo_clip(
     high: float = 1.2,
     dual: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    slope, ratio = _exp_and_minus_tail(x - anchor)
-    ratio.mul_(slope)  # -r, so that the value needs no change of sign
+    slope, ratio = _slope_and_minus_exp(x - anchor)  # -r, so that the value needs no change of sign
     slope.mul_(advantages).neg_()
     value = ratio.clamp(-high, -low).mul_(advantages)
     plain = ratio.mul_(advantages)
@@ -247,10 +245,11 @@ def _dro(x: Tensor, anchor: Tensor | float, advantages: Tensor, beta: float) -> 
     return value, slope.mul_(beta).sub_(advantages)
 
 
-def _exp_and_minus_tail(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``exp(min(x, 20))`` and ``-(1 + max(x - 20, 0))``: slope and minus value / slope of `bounded_exp`.
-
-    Overwrites ``x``.
-    """
-    minus_tail = torch.rsub(x.clamp(min=EXPONENT_LIMIT), EXPONENT_LIMIT - 1.0)
-    return x.clamp_(max=EXPONENT_LIMIT).exp_(), minus_tail
+def _slope_and_minus_exp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the slope of `bounded_exp`, ``exp(min(x, 20))``, and minus its value; overwrites ``x``."""
+    if surely_below(x, EXPONENT_LIMIT):
+        slope = x.exp_()
+        return slope, slope.neg()
+    minus_tail = torch.rsub(x.clamp(min=EXPONENT_LIMIT), EXPONENT_LIMIT - 1.0)  # -(1 + max(x - 20, 0))
+    slope = x.clamp_(max=EXPONENT_LIMIT).exp_()
+    return slope, minus_tail.mul_(slope)
