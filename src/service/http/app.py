@@ -24,6 +24,7 @@ from ..wire.json_bounds import JsonBounds
 from ..wire.json_form import decode_json_request
 from ..wire.protobuf import decode_request
 from .bodies import BodyBudget, HeldBytes, read_body
+from .client_config import client_config
 from .downloads import Downloads
 from .lifespan import Lifespan
 from .not_offered import NOT_OFFERED, refused
@@ -34,12 +35,6 @@ from .telemetry import Telemetry
 __all__ = ["build_app"]
 
 _TURN_SECONDS: Final = 0.005  # of an owner whose operations are short, until the next one has its turn
-# What the SDK is told, so that it never cuts a pair into two requests.
-_CLIENT: Final = {
-    "fwdbwd_max_chunk_len": 100_000,
-    "fwdbwd_max_chunk_bytes_count": 200_000_000,
-    "custom_loss_server_side": True,
-}
 Json = dict[str, Any]
 Handler = Callable[[Call], Awaitable[Any]]
 
@@ -109,7 +104,7 @@ class _App:
         post, get = self._post, self._get
         do, lists = self.operations, self.listings
         return [
-            post("client/config", self._constant(_CLIENT)),
+            post("client/config", self._client_config),
             post("client/dynamic_config", self._constant({})),
             get("healthz", self._health),
             get("get_server_capabilities", self._constant(self._capabilities())),
@@ -243,6 +238,9 @@ class _App:
             return json_response({"request_id": accepted, "model_id": request.model_id})
 
         return handler
+
+    async def _client_config(self, call: Call) -> Any:
+        return json_response(client_config(call.request.headers.get("x-stainless-runtime-version", "")))
 
     async def _create_session(self, call: Call) -> Any:
         await call.load()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pullback.datums import Datum, ModelInput, to_tinker
 from pullback.service import ServedModels, serving
-from pullback.service.http import app
+from pullback.service.http import client_config
 from pullback.service.queueing.sequencer import Sequencer
 
 pytestmark = SDK_WARNINGS
@@ -32,7 +32,7 @@ def _nll(_: Any, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
 def cut(tmp_path: Any, monkeypatch: Any) -> Iterator[Any]:
     """A service whose clients cut their data into threes."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    monkeypatch.setitem(app._CLIENT, "fwdbwd_max_chunk_len", 3)
+    monkeypatch.setitem(client_config._CLIENT, "fwdbwd_max_chunk_len", 3)
     models = tiny_models(tmp_path)
     with serving(models, keys=[KEY]) as url, tinker.ServiceClient(base_url=url, api_key=KEY) as client:
         yield models, client

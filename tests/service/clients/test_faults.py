@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pullback.datums import to_tinker
 from pullback.service import ServedModels, serving
-from pullback.service.http import app
+from pullback.service.http import client_config
 from pullback.service.limits import Limits
 from pullback.service.queueing.sequencer import Sequencer
 from pullback.testing.network.faults import FAULT_KINDS, Fault, FaultyProxy, misbehaving
@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serve
     models = tiny_models(tmp_path_factory.mktemp("faults"))
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
-        patch.setitem(app._CLIENT, "fwdbwd_max_chunk_len", 2)
+        patch.setitem(client_config._CLIENT, "fwdbwd_max_chunk_len", 2)
         with serving(models, keys=[KEY], limits=Limits(gap_seconds=20.0, poll_seconds=0.5)) as url:
             yield url, models
     gc.collect()  # the SDK's sockets
