@@ -111,8 +111,8 @@ class RemoteBackend(Backend):
         """Refuse what follows, wait for what is under way, and end the session; see `Backend.close`.
 
         Args:
-            timeout: seconds for all of it; None = the backend's, or else as long as the service answers: one that has been
-                silent for 10 seconds is not waited for.
+            timeout: seconds for all of it; None = the backend's, or else as long as the service answers, and a minute for the
+                session's end: a service that has been silent for 10 seconds is not waited for.
 
         Raises:
             UnretrievedFailureError: an operation failed and nobody retrieved its error.

@@ -20,6 +20,7 @@ from pullback.backends import AdamParams, RemoteBackend, TorchBackend
 from pullback.backends.remote.connection import liveness
 from pullback.backends.remote.connection.futures import Sent
 from pullback.backends.remote.connection.liveness import Liveness
+from pullback.backends.remote.sdk.sdks import TinkerSdk
 from pullback.errors import ClosedError, RemoteError, UnretrievedFailureError
 from pullback.service import serving
 from pullback.service.limits import Limits
@@ -86,6 +87,18 @@ def test_closing_when_the_service_has_gone(place: Place, timeout: float | None) 
     backend.close(timeout)
     with pytest.raises(ClosedError):
         backend.forward(DATA)
+
+
+@pytest.mark.parametrize("timeout", [None, 0.2], ids=["by default", "timeout="])
+def test_closing_when_the_sdk_does_not(place: Place, monkeypatch: pytest.MonkeyPatch, timeout: float | None) -> None:
+    """An SDK that never closes its client is not waited for for ever, though the service answers."""
+    monkeypatch.setattr(liveness, "_ENDING", 0.2)
+    backend, original, never = place.connect(), TinkerSdk.close, threading.Event()
+    monkeypatch.setattr(TinkerSdk, "close", lambda *_: never.wait(60))
+    with pytest.raises(RemoteError, match=r"the service answers, but the SDK has not closed its client in 0\.2"):
+        backend.close(timeout)
+    never.set()
+    original(TinkerSdk(), backend._service, None)
 
 
 def test_closing_with_an_operation_under_way(place: Place, held: threading.Event) -> None:

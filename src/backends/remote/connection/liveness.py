@@ -17,6 +17,7 @@ __all__ = ["Liveness", "arrived"]
 _EVERY: Final = 2.0  # seconds between two questions
 _QUESTION: Final = 2.0  # seconds that an answer to one may take
 _DEAD: Final = 10.0  # seconds of silence after which a backend that is closed waits no longer
+_ENDING: Final = 60.0  # seconds that a session's end may take while the service answers: an SDK can miss the end of it
 
 
 @final
@@ -74,19 +75,20 @@ class Liveness:
         """End the session by ``work``, in a thread that nobody has to wait for if the service is silent.
 
         Raises:
-            RemoteError: it was not ended within ``timeout`` seconds (None: before the service had been silent for a while).
+            RemoteError: it was not ended within ``timeout`` seconds (None: a minute, or the service was silent for a while).
         """
         self.closing = True
+        limit = _ENDING if timeout is None else timeout
         try:
-            self.wait(_in_thread(work), None if timeout is None else time.monotonic() + timeout)
+            self.wait(_in_thread(work), time.monotonic() + limit)
         except TimeoutError as error:
             silent = self.silence()
             words = (
-                f"no answer from {self.url} for {silent:.1f} s" if silent else "the service answers, but not yet this"
+                f"no answer from {self.url} for {silent:.1f} s; the session was not ended there:"
+                if silent
+                else f"the service answers, but the SDK has not closed its client in {limit:.3g} s; if its session goes on,"
             )
-            raise RemoteError(
-                f"close: {words}; the session was not ended there: the service ends it when it has missed it for long enough"
-            ) from error
+            raise RemoteError(f"close: {words} the service ends it when it has missed it for long enough") from error
 
     @contextmanager
     def explaining(self, operation: str, timeout: float | None) -> Iterator[None]:
