@@ -245,14 +245,16 @@ def _end(number: int, _: object) -> None:
 def _serve(models: ServedModels, keys: Keys, arguments: argparse.Namespace, sockets: list[socket.socket]) -> None:
     quotas = {f"{name}_per_key": getattr(arguments, f"{name}_per_key") for name in _PER_KEY}
     limits = Limits(models=arguments.max_models, answer_bytes=arguments.answer_bytes, **quotas)
-    listen(sockets)
-    port = port_of(sockets)
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    place = f"http://{host}:{port}"
-    print(f"{models.base.name} on {place}", "" if keys else "(no keys: everybody is let in)")
     saved_for = arguments.save_seconds if arguments.save_seconds > 0 else None
-    print(_at_the_end(saved_for), flush=True)
-    serve_forever(models, arguments.host, port, keys, limits, save_seconds=saved_for, sockets=sockets)
+    port = port_of(sockets)
+
+    def announce() -> None:
+        listen(sockets)
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"{models.base.name} on http://{host}:{port}", "" if keys else "(no keys: everybody is let in)")
+        print(_at_the_end(saved_for), flush=True)
+
+    serve_forever(models, arguments.host, port, keys, limits, save_seconds=saved_for, sockets=sockets, ready=announce)
 
 
 def _new_key(file: Path | None) -> int:

@@ -6,6 +6,8 @@ import re
 import socket
 import sys
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pullback.errors import ConfigError
 from pullback.losses import Registry, registry
 from pullback.losses.registry import ENTRY_POINT_GROUP
 from pullback.service import ServedModels, serving
+from pullback.service.durability.storage import lock_folder
 from pullback.service.limits import Keys, Limits
 from pullback.testing import random_llama
 
@@ -190,13 +193,24 @@ def test_hosts_of_other_machines() -> None:
             pass
 
 
+def test_a_folder_that_another_server_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused, and nothing is said to be served."""
+    with closing(lock_folder(tmp_path)):
+        assert main(["serve", "--model", "tiny", "--port", "0", "--checkpoints", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert f"another server uses {tmp_path}" in printed.err
+    assert printed.out == ""
+
+
 def test_what_is_printed_can_be_reached(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The address is printed when clients can connect to it, with the port that was found."""
     reached: list[int] = []
 
-    def serve_forever(*given: Any, **options: Any) -> None:
+    def serve_forever(*given: Any, ready: Callable[[], None], **options: Any) -> None:
+        assert capsys.readouterr().out == ""
+        ready()
         place = re.search(r"tiny on http://127.0.0.1:(\d+)", capsys.readouterr().out)
         assert place
         with socket.create_connection(("127.0.0.1", int(place[1])), timeout=5):

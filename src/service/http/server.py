@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ def serve_forever(
     *,
     save_seconds: float | None = None,
     sockets: list[socket.socket] | None = None,
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Serve until interrupted.
 
@@ -41,11 +42,15 @@ def serve_forever(
         limits: sizes and counts.
         save_seconds: see `build_app`.
         sockets: bound to the address; default: it is bound here.
+        ready: is called when the folder is held and nothing is refused any more, just before clients are served.
 
     Raises:
         ConfigError: the address can be reached from elsewhere and there are no keys.
+        StorageError: another server uses the folder, or it cannot be written.
     """
-    _server(models, host, port, keys, limits, save_seconds).run(sockets)
+    server = _server(models, host, port, keys, limits, save_seconds)
+    ready()
+    server.run(sockets)
 
 
 def require_keys(host: str, keys: Keys) -> None:
