@@ -68,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     """The command that serves, up to the moment at which it would."""
-    monkeypatch.setattr(serve, "serve_forever", lambda *given, **options: None)
+    monkeypatch.setattr(serve, "serve_forever", lambda *given, ready, **options: ready())
     return ["serve", "--model", "tiny", "--checkpoints", str(folder / "checkpoints"), "--port", "0"]
 
 
