@@ -43,6 +43,13 @@ _PER_KEY = {
     "losses": "custom losses in memory",
     "disk": "bytes of checkpoints",
 }
+_LEAST = {
+    "token_budget": 1,
+    "save_seconds": 0,
+    "max_models": 1,
+    "answer_bytes": 1,
+    **{f"{name}_per_key": 1 for name in _PER_KEY},
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -155,16 +162,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _require_numbers(arguments: argparse.Namespace) -> None:
-    """Check what would otherwise be found when the first model is made, or the server has ended.
+    """Check what would otherwise be found when the model is loaded, the first adapter is made, or the server has ended.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: numbers are out of range; all of them are named.
     """
-    for name, least in (("token_budget", 1), ("save_seconds", 0)):
-        value = getattr(arguments, name)
-        if not value >= least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
-    require_timeout(arguments.timeout, "--timeout")
+    given = {name: getattr(arguments, name) for name in _LEAST}
+    problems = [
+        f"--{name.replace('_', '-')} must be at least {_LEAST[name]}, got {value:g}"
+        for name, value in given.items()
+        if value is not None and not value >= _LEAST[name]
+    ]
+    try:
+        require_timeout(arguments.timeout, "--timeout")
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _saved_keys(file: Path | None) -> list[str]:

@@ -35,6 +35,9 @@ pytestmark = [
 ]
 
 
+QUOTAS = [f"{what}-per-key" for what in ("queue", "models", "samplers", "losses", "disk")]
+
+
 def given(model: str) -> Namespace:
     return Namespace(model=model, name=None, device="cpu", dtype="float32", token_budget=64)
 
@@ -117,6 +120,13 @@ def test_a_port_that_is_taken(
         (["--token-budget", "0"], "--token-budget must be at least 1, got 0"),
         (["--save-seconds", "-1"], "--save-seconds must be at least 0, got -1"),
         (["--save-seconds", "nan"], "--save-seconds must be at least 0, got nan"),
+        (["--max-models", "0"], "--max-models must be at least 1, got 0"),
+        (["--answer-bytes", "0"], "--answer-bytes must be at least 1, got 0"),
+        *((["--" + each, "0"], f"--{each} must be at least 1, got 0") for each in QUOTAS),
+        (
+            ["--answer-bytes", "-5", "--disk-per-key", "0", "--timeout", "0"],
+            "--answer-bytes must be at least 1, got -5; --disk-per-key must be at least 1, got 0; --timeout must be seconds",
+        ),
         (["--timeout", "0"], "--timeout must be seconds above 0, 315360000 at most, got 0"),
         (["--timeout", "nan"], "--timeout must be seconds above 0, 315360000 at most, got nan"),
         (["--timeout", "inf"], "--timeout must be seconds above 0, 315360000 at most, got inf"),
