@@ -11,11 +11,11 @@ from torch import Tensor
 from ..timing import Report, Times, interleave
 from . import peers
 from .hand_written import Inputs, MaskKind
-from .works import HAND, ROWS, Row, Work, work, works
+from .works import HAND, HAND_COMPILED, ROWS, Row, Work, work, works
 
 __all__ = ["check", "figures", "run"]
 
-COLUMNS = ("float mask", "bool mask", "packed", "metrics read", "compiled")
+COLUMNS = ("float mask", "bool mask", "packed", "metrics read", "compiled", HAND_COMPILED)
 SMALL = "16x256"  # takes a fiftieth of the large size's time, and its rounds scatter more
 SMALL_REPEATS, SMALL_EXTRA_US = 20, 110.0
 
