@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backends.native.distributed.environment import process_count
 from ..backends.native.distributed.ranks import find_mesh, require_timeout
 from ..errors import ConfigError
 from ..losses import loss_names
@@ -203,7 +204,7 @@ def _address(arguments: argparse.Namespace) -> AbstractContextManager[list[socke
 
 def _follows() -> bool:
     """Whether this is another than the first of several processes, which speaks, writes and listens for all."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    return process_count() > 1 and int(os.environ["RANK"]) > 0
 
 
 def _load_and_serve(arguments: argparse.Namespace, keys: Keys, sockets: list[socket.socket]) -> None:

@@ -141,11 +141,26 @@ def test_what_cannot_be_served(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("count", ["abc", "2"])
+def test_processes_that_cannot_be_found(
+    count: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are refused before a model is loaded, in words of the command."""
+    monkeypatch.setattr(serve, "load_base", fails_to_load)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert main(["serve", "--model", "tiny", "--port", "0"]) == 2
+    printed = capsys.readouterr()
+    assert "the other processes cannot be found" in printed.err
+    assert "start this with torchrun" in printed.err
+    assert printed.out == ""
+
+
 @pytest.fixture(params=["0", "1"])
 def first(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether this is the first of two processes that torchrun has started, or the other one."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", request.param)
+    set_by_torchrun = {"WORLD_SIZE": "2", "RANK": request.param, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in set_by_torchrun.items():
+        monkeypatch.setenv(name, value)
     return bool(request.param == "0")
 
 

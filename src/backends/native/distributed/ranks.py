@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ....errors import ConfigError
+from .environment import process_count
 
 __all__ = ["Ranks", "find_mesh", "require_timeout"]
 
@@ -47,7 +48,7 @@ def find_mesh(
     if not dist.is_available():
         return None
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if process_count() == 1:
             return None
         _initialize(device, timeout)
     return init_device_mesh(device.type, (dist.get_world_size(),)) if dist.get_world_size() > 1 else None
@@ -64,12 +65,6 @@ def require_timeout(timeout: float | None, name: str = "timeout") -> None:
 
 
 def _initialize(device: torch.device, timeout: float | None) -> None:
-    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set, so the other processes cannot be "
-            "found; start the script with torchrun, or pass mesh=None to train in this process alone"
-        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
