@@ -136,7 +136,7 @@ class Backend:
         def work() -> Answer[OptimStepOutput]:
             if not isinstance(params, AdamParams):
                 raise ConfigError(f"optim_step needs AdamParams(learning_rate=...), got {type(params).__name__}")
-            self._accumulation.require_complete(self._engine.operation_failed)
+            self._accumulation.require_complete()
             return self._step(params, grad_accumulation_normalization)
 
         return self._run(Call("optim_step"), work)
@@ -207,7 +207,7 @@ class Backend:
         """Write weights, optimizer, accumulation, counters and random state, atomically."""
 
         def work() -> Answer[SaveStateOutput]:
-            self._accumulation.require_complete(self._engine.operation_failed)
+            self._accumulation.require_complete()
             return then(self._engine.save(name, overwrite, self._accumulation.ledger), SaveStateOutput)
 
         return self._run(Call("save_state", name), work)

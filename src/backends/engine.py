@@ -159,10 +159,6 @@ class Engine(abc.ABC):
         """Draw ``n`` completions of each prompt, prompt-major."""
         raise UnsupportedError("this backend cannot sample")
 
-    def operation_failed(self, error: BaseException) -> None:
-        """Take note that an operation of this accumulation has failed elsewhere."""
-        return
-
     def snapshot(self, weights: bool) -> Callable[[], None]:
         """Set the accumulated gradients aside and return what brings everything back as it is now.
 

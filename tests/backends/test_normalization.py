@@ -22,12 +22,14 @@ from pullback.errors import (
 CALLS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.floats(0.5, 50)), min_size=1, max_size=4)
 
 
-def ledger(calls: list[tuple[int, int, float]], declared: str | None = None, denominator: str = "none") -> Ledger:
+def ledger(
+    calls: list[tuple[int, int, float]], declared: str | None = None, denominator: str = "none", **said: Any
+) -> Ledger:
     """A ledger of calls, each with its tokens, sequences and count."""
     made = Ledger()
     for tokens, sequences, count in calls:
         counted: dict[str, Any] = {"tokens": tokens, "sequences": sequences, "denominator": denominator, "count": count}
-        made.record(loss="some", datums=2, declared=declared, **counted)
+        made.record(**{"loss": "some", "datums": 2, "declared": declared, **counted, **said})
     return made
 
 
@@ -83,13 +85,11 @@ def test_a_weighted_mean_of_nothing_positive() -> None:
 
 def test_what_can_join() -> None:
     """One denominator, and one loss where it is divided; sums of any losses; whatever comes first."""
-    empty, raw, mean = Ledger(), ledger([(1, 1, 1.0)]), ledger([(1, 1, 1.0)], None, "tokens")
-    mean.deferred = "a(1)"
+    empty, raw, mean = Ledger(), ledger([(1, 1, 1.0)]), ledger([(1, 1, 1.0)], None, "tokens", described="a(1)")
     empty.admit("any", "tokens", "any()")
     raw.admit("other", "none", "other()")
     mean.admit("a", "tokens", "a(1)")
     mean.admit("a", "tokens")
-    raw.deferred = "a(1)"
     raw.admit("b", "none", "b()")
     for other in ("a(0)", "a(2)"):
         with pytest.raises(MixedDenominatorsError, match="two means of one step"):
@@ -107,7 +107,7 @@ def test_sums_without_a_gradient_are_no_part_of_a_mean(
     """Such as what a service keeps of a loss that failed at its client: neither refused, nor counted; with one, refused."""
     mean, nothing = ledger(calls, None, "tokens"), ledger([(0, 0, 1.0)] * empties, "num_loss_tokens")
     both = [nothing, mean] if first else [mean, nothing]
-    mixed = Ledger([e for part in both for e in part.entries], [d for part in both for d in part.declared])
+    mixed = Ledger([call for part in both for call in part.calls])
     assert nothing.denominator is None
     nothing.admit("mean", "tokens")
     assert mixed.divisor(None) == mean.divisor(None)
@@ -118,7 +118,8 @@ def test_sums_without_a_gradient_are_no_part_of_a_mean(
 
 def test_units_of_a_step() -> None:
     """One total and whole groups for a loss; another loss, another denominator and another group are free."""
-    made = Ledger(counts={("a", "tokens"): 8.0}, groups={("a", 1), ("b", 2)})
+    first = ledger([(1, 1, 1.0)], loss="a", counts={"tokens": 8.0}, groups=frozenset({1}))
+    made = Ledger(first.calls + ledger([(1, 1, 1.0)], loss="b", groups=frozenset({2})).calls)
     made.admit_units("a", {"tokens": 8.0, "pairs": 3.0}, [2, 3])
     made.admit_units("b", {"tokens": 9.0}, [1])
     with pytest.raises(ConfigError, match="has 9 tokens, an earlier call said 8"):
@@ -130,9 +131,13 @@ def test_units_of_a_step() -> None:
 @given(calls=CALLS, declared=st.sampled_from([None, "num_loss_tokens", "function"]))
 def test_a_checkpoint_has_everything(calls: list[tuple[int, int, float]], declared: str | None) -> None:
     """What is written as JSON is read again as it was."""
-    made = ledger(calls, declared, "tokens")
-    made.counts, made.groups, made.deferred = {("a", "tokens"): 8.0, ("b", "pairs"): 2.0}, {("a", 3), ("b", 1)}, "a()"
-    assert Ledger.from_json(json.loads(json.dumps(made.to_json())), made.operations) == made
-    bare = {key: value for key, value in made.to_json().items() if key in ("ledger", "fitting")}
-    assert Ledger.from_json(bare) == Ledger(made.entries, made.declared)
-    assert isinstance(Ledger.from_json(bare).entries[0], LedgerEntry)
+    made = ledger(calls, declared, "tokens", loss="a", described="a()", counts={"tokens": 8.0}, groups=frozenset({3}))
+    made.calls += ledger([(1, 1, 1.0)], declared, loss="b", counts={"pairs": 2.0}, groups=frozenset({1})).calls
+    read = Ledger.from_json(json.loads(json.dumps(made.to_json())), made.operations)
+    assert read == made
+    assert (read.counts, read.deferred) == ({("a", "tokens"): 8.0, ("b", "pairs"): 2.0}, "a()")
+    assert read.groups == {("a", 3), ("b", 1)}
+    bare = Ledger.from_json({key: value for key, value in made.to_json().items() if key in ("ledger", "fitting")})
+    assert (bare.entries, bare.declared, bare.operations) == (made.entries, made.declared, 0)
+    assert (bare.counts, bare.groups, bare.deferred) == ({}, set(), "")
+    assert isinstance(bare.entries[0], LedgerEntry)

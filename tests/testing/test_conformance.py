@@ -146,7 +146,7 @@ def _normalisation_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def _failures_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Accumulation, "require_complete", lambda self, on_failure: None)
+    patch.setattr(Accumulation, "require_complete", lambda self: None)
 
 
 def _moments_not_saved(patch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from ...errors import PrecedingOperationFailed, UnretrievedFailureError
@@ -22,7 +22,7 @@ class Accumulation:
     """What a backend knows of the gradients that its engine holds.
 
     Attributes:
-        ledger: the operations whose gradients were added.
+        ledger: the operations whose gradients were added, or are on their way.
         outcomes: how gradient operations ended, as far as that may matter for the next step.
         last: the gradient operation that was added last, if any.
     """
@@ -33,34 +33,34 @@ class Accumulation:
 
     def record(self, call: PreparedCall, gradient: Gradient) -> None:
         """Enter a call whose gradient has been added into the ledger."""
-        self.ledger.counts |= {(call.name, key): total for key, total in (call.counts or {}).items()}
-        self.ledger.groups |= {(call.name, group) for group in call.groups}
-        if gradient.denominator != "none":
-            self.ledger.deferred = call.described
         self.last = gradient
         self.ledger.record(
             loss=call.name,
             datums=len(call.data),
-            declared=call.declared_normalization,
             tokens=gradient.tokens,
             sequences=gradient.sequences,
             denominator=gradient.denominator,
             count=gradient.count,
+            declared=call.declared_normalization,
+            described=call.described,
+            counts=call.counts or {},
+            groups=call.groups,
+            mean=call.denominator != "none",
+            by_name=gradient.cotangents is None,
         )
 
-    def require_complete(self, on_failure: Callable[[BaseException], None]) -> None:
-        """Wait for every gradient operation, before a step that would lack one, or a checkpoint that would not know of it.
+    def follow(self, outcome: Outcome) -> None:
+        """Note how the call that was entered last will end: it is under way elsewhere."""
+        self.ledger.calls[-1] = replace(self.ledger.calls[-1], outcome=outcome)
 
-        Args:
-            on_failure: is told of each error first.
+    def require_complete(self) -> None:
+        """Wait for every gradient operation, before a step that would lack one, or a checkpoint that would not know of it.
 
         Raises:
             PrecedingOperationFailed: one failed and its error has not been retrieved.
         """
         for outcome in self.outcomes:
             error = outcome.settle(outcome.deadline)
-            if error is not None:
-                on_failure(error)
             if error is not None and not outcome.retrieved:
                 raise preceding_failure(error) from error
 

@@ -6,9 +6,11 @@ import abc
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar, final
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, final
 
-__all__ = ["Answer", "Failure", "FinishedFuture", "Future", "Outcome", "Pending", "then"]
+__all__ = ["Answer", "Failure", "FinishedFuture", "Future", "Outcome", "Pending", "State", "then"]
+
+State: TypeAlias = Literal["pending", "accepted", "failed", "unknown"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -49,6 +51,11 @@ class Outcome(Protocol):
         """Wait for the end; return the error, without counting as retrieving it."""
         ...
 
+    @property
+    def state(self) -> State:
+        """What has been learned of it: ``failed`` if it has had no effect, ``unknown`` if nobody can say whether it has."""
+        ...
+
 
 @final
 @dataclass(eq=False)
@@ -62,6 +69,11 @@ class Failure:
     def settle(self, timeout: float | None = None) -> BaseException:
         """Return the error."""
         return self.error
+
+    @property
+    def state(self) -> State:
+        """What fails here adds nothing."""
+        return "failed"
 
 
 class Pending(abc.ABC, Generic[T]):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 from ...errors import ConfigError, DoubleNormalizationError, IncompleteUnitError, MixedDenominatorsError
 from ...losses.counts import not_positive
 from ..protocol import NormalizationMode
 from ..types import LedgerEntry
+from .call_record import CallRecord
 
 __all__ = ["Divisor", "Ledger"]
 
@@ -33,23 +34,45 @@ class Divisor:
 @final
 @dataclass
 class Ledger:
-    """The gradient operations since the last optimizer step.
+    """The gradient operations since the last optimizer step; one that is known to have failed counts nowhere.
 
     Attributes:
-        entries: one per operation.
-        declared: for each, the normalisation that its loss declares (None: a mean; ``function``: unknown).
+        calls: one record per operation.
         operations: gradient operations ever, which number the entries.
-        counts: totals of the step that calls have given, by loss and denominator.
-        groups: loss and id of the groups whose gradients a mean over groups has.
-        deferred: the loss, with its hyperparameters, whose mean waits to be divided; empty before the first.
     """
 
-    entries: list[LedgerEntry] = field(default_factory=list)
-    declared: list[str | None] = field(default_factory=list)
+    calls: list[CallRecord] = field(default_factory=list)
     operations: int = 0
-    counts: dict[tuple[str, str], float] = field(default_factory=dict)
-    groups: set[tuple[str, int]] = field(default_factory=set)
-    deferred: str = ""
+
+    @property
+    def added(self) -> list[CallRecord]:
+        """The operations whose gradients have accumulated, as far as anybody here has learned."""
+        return [call for call in self.calls if call.state != "failed"]
+
+    @property
+    def entries(self) -> list[LedgerEntry]:
+        """One per operation."""
+        return [call.entry for call in self.added]
+
+    @property
+    def declared(self) -> list[str | None]:
+        """For each, the normalisation that its loss declares (None: a mean; ``function``: unknown)."""
+        return [call.declared for call in self.added]
+
+    @property
+    def counts(self) -> dict[tuple[str, str], float]:
+        """Totals of the step that calls have given, by loss and denominator."""
+        return {(call.loss, key): total for call in self.added for key, total in call.counts.items()}
+
+    @property
+    def groups(self) -> set[tuple[str, int]]:
+        """Loss and id of the groups whose gradients a mean over groups has."""
+        return {(call.loss, group) for call in self.added for group in call.groups}
+
+    @property
+    def deferred(self) -> str:
+        """The loss, with its hyperparameters, whose mean waits to be divided; empty before the first."""
+        return next((call.described for call in reversed(self.added) if call.waits), "")
 
     @property
     def tokens(self) -> int:
@@ -102,24 +125,27 @@ class Ledger:
             ConfigError: two calls say different totals.
             IncompleteUnitError: a group lies in two calls, so that each would weigh its tokens as if they were all.
         """
+        told, known = self.counts, self.groups
         for key, total in counts.items():
-            before = self.counts.get((name, key), total)
+            before = told.get((name, key), total)
             if before != total:
                 raise ConfigError(
                     f"{name} says that the step has {total:g} {key}, an earlier call said {before:g}; give all of them the "
                     "total of the whole step"
                 )
-        cut = sorted(group for group in groups if (name, group) in self.groups)
+        cut = sorted(group for group in groups if (name, group) in known)
         if cut:
             raise IncompleteUnitError(
                 f"{name}: groups {cut} lie in this call and in an earlier one; a mean over groups needs each group whole"
             )
 
-    def record(self, *, loss: str, datums: int, declared: str | None, **counted: Any) -> None:
-        """Note an operation whose gradient has been added; ``counted`` are the other fields of its `LedgerEntry`."""
+    def record(
+        self, *, loss: str, datums: int, tokens: int, sequences: int, denominator: str, count: float, **said: Any
+    ) -> None:
+        """Note an operation whose gradient has been added or sent; ``said`` are the other fields of its `CallRecord`."""
         self.operations += 1
-        self.entries.append(LedgerEntry(self.operations, loss, datums, **counted))
-        self.declared.append(declared)
+        entry = LedgerEntry(self.operations, loss, datums, tokens, sequences, denominator, count)
+        self.calls.append(CallRecord(entry, **said))
 
     def emptied(self) -> Ledger:
         """Return the ledger of the next step."""
@@ -141,7 +167,7 @@ class Ledger:
                 "grad_accumulation_normalization must be None, 'auto', 'num_loss_tokens', 'num_sequences' or a number above 0, "
                 f"got {mode!r}"
             )
-        means = [e.loss for e, declared in zip(self.entries, self.declared, strict=True) if declared is None]
+        means = [call.loss for call in self.added if call.declared is None]
         if means:
             raise DoubleNormalizationError(
                 f"{means[0]} is already a mean; {mode!r} would divide a second time; leave "
@@ -182,10 +208,11 @@ class Ledger:
     @classmethod
     def from_json(cls, saved: Mapping[str, Any], operations: int = 0) -> Ledger:
         """Read what `to_json` wrote."""
-        entries = [LedgerEntry(**entry) for entry in saved["ledger"]]
-        counts = {(loss, key): total for loss, key, total in saved.get("counts", ())}
-        groups = {(loss, group) for loss, group in saved.get("groups", ())}
-        return cls(entries, list(saved["fitting"]), operations, counts, groups, saved.get("deferred", ""))
+        calls = [
+            CallRecord(LedgerEntry(**entry), declared)
+            for entry, declared in zip(saved["ledger"], saved["fitting"], strict=True)
+        ]
+        return cls([_with_units(call, saved) for call in calls], operations)
 
     def _deferred(self) -> Divisor:
         if self.denominator in (None, "none"):
@@ -194,6 +221,16 @@ class Ledger:
         if self.denominator == "weight_sum" and total <= 0 and self.tokens:
             raise not_positive(total)
         return Divisor(total, f"{self.denominator} over {_calls(self._divided)}")
+
+
+def _with_units(call: CallRecord, saved: Mapping[str, Any]) -> CallRecord:
+    """Return a call with what a checkpoint keeps of all calls of its loss together."""
+    return replace(
+        call,
+        described=saved.get("deferred", "") if call.waits else "",
+        counts={key: total for loss, key, total in saved.get("counts", ()) if loss == call.loss},
+        groups=frozenset(group for loss, group in saved.get("groups", ()) if loss == call.loss),
+    )
 
 
 def _calls(ledger: list[LedgerEntry]) -> str:

@@ -74,6 +74,8 @@ class Operations:
             return FinishedFuture(answer, operation=call.operation)
         future = answer.future(call.operation)
         self._remember(future, gradient)
+        if gradient:
+            self.accumulation.follow(future)
         return cast(Future[T], future)
 
     def close(self, timeout: float | None = None) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import Tensor
 
 from ...datums.types import Datum, TensorData
-from ...errors import BackendError, RemoteError, UnsupportedError
+from ...errors import BackendError, UnsupportedError
 from ...losses.registry import config_of
 from ..calls.cotangents import Cotangents
 from ..calls.prepared import PreparedCall
 from ..calls.requests import scored
+from ..operations.call_record import CallRecord
 from ..operations.normalization import Divisor, Ledger
 from ..protocol import NormalizationMode
 from ..types import Plan
 from .capabilities import Capabilities
+from .sdk.error_mapping import final_answer
 
 __all__ = ["RemoteAccumulator", "weighted_datums"]
 
@@ -30,26 +32,41 @@ class RemoteAccumulator:
     Args:
         capabilities: of the service.
         deferred: cotangents are held back until the step, which then divides by anything.
+        ledger: returns the records of all calls since the last step.
 
     Attributes:
         held_back: datums and cotangents that have not been sent.
-        sent: names of the losses whose gradients the service has.
-        named_mean: name of the mean that the service counts, and divides at the step.
-        counted_mean: name of the mean that is counted here, and that the service is told to divide.
-        own_count: name of the mean that was divided by its own count and must therefore stay alone.
         restored: a checkpoint was loaded that may have brought gradients, of which only the service knows.
-        unknown: why nobody knows what the service holds.
+        lost: why nobody knows what became of an operation that ended inside a call.
     """
 
     capabilities: Capabilities
     deferred: bool
+    ledger: Callable[[], Ledger]
     held_back: list[tuple[Datum, Tensor]] = field(default_factory=list)
-    sent: list[str] = field(default_factory=list)
-    named_mean: str | None = None
-    counted_mean: str | None = None
-    own_count: str | None = None
     restored: bool = False
-    unknown: str | None = None
+    lost: str | None = None
+
+    @property
+    def named_mean(self) -> str | None:
+        """Name of the mean that the service counts, and divides at the step."""
+        return self._first(lambda call: call.by_name and call.waits)
+
+    @property
+    def counted_mean(self) -> str | None:
+        """Name of the mean that is counted here, and that the service is told to divide."""
+        return self._first(lambda call: not call.by_name and call.waits)
+
+    @property
+    def own_count(self) -> str | None:
+        """Name of the mean that was divided by its own count and must therefore stay alone."""
+        return self._first(lambda call: call.mean and not call.waits)
+
+    @property
+    def unknown(self) -> str | None:
+        """Why nobody knows what the service holds; None: it is known."""
+        lost = (call.error for call in self.ledger().calls if call.state == "unknown")
+        return self.lost or next((_unanswered(error) for error in lost if error is not None), None)
 
     def by_name(self, call: PreparedCall) -> bool:
         """Whether the service is to compute this loss: it knows it, and has to know nothing else."""
@@ -74,30 +91,17 @@ class RemoteAccumulator:
                     "here; give both to forward_backward, or both to forward_backward_custom"
                 )
             return call.denominator
-        if self.own_count is not None or (mean and self.sent and not self.by_name(call)):
+        already = self.ledger().added
+        if self.own_count is not None or (mean and already and not self.by_name(call)):
             raise UnsupportedError(
                 f"{call.name}: this service adds gradients up and cannot divide at optim_step, and it already has those of "
-                f"{self.own_count or self.sent[0]}; make it one call, give counts={{...}} with the totals of the "
+                f"{self.own_count or already[0].loss}; make it one call, give counts={{...}} with the totals of the "
                 "whole step, or connect with defer_backward=True"
             )
         return call.denominator if self.by_name(call) else "none"
 
-    def add(self, call: PreparedCall) -> None:
-        """Note a gradient that the service has, or will have."""
-        named = self.by_name(call)
-        self.sent.append(call.name)
-        if self.deferred or call.denominator == "none":
-            return
-        if named:
-            self.named_mean = call.name
-        elif self.capabilities.takes_divisor:
-            self.counted_mean = call.name
-        else:
-            self.own_count = call.name
-
     def hold_back(self, call: PreparedCall, cotangents: Cotangents) -> None:
         """Keep a gradient here until the step."""
-        self.add(call)
         if cotangents.tokens:
             self.held_back += [(scored(call.data[i]), c) for i, c in cotangents.by_datum.items()]
 
@@ -113,7 +117,7 @@ class RemoteAccumulator:
     @property
     def settled_there(self) -> bool:
         """Whether the service may hold gradients, and knows itself whether they are empty and what divides them."""
-        return self.capabilities.divides and (self.restored or (bool(self.sent) and not self.deferred))
+        return self.capabilities.divides and (self.restored or (bool(self.ledger().added) and not self.deferred))
 
     def require_saveable(self) -> None:
         """Check that a checkpoint of the service would hold all that the next step depends on.
@@ -127,27 +131,25 @@ class RemoteAccumulator:
                 f"{self.unknown}, and a checkpoint would hold what the service holds; load the last checkpoint, or "
                 "begin again (backend.trainer.save_state(name) saves all the same: its weights alone, by load_state, are sound)"
             )
-        if self.sent:
+        if calls := self.ledger().added:
             here = f"the cotangents of {len(self.held_back)} datums, and what" if self.held_back else "what"
             raise UnsupportedError(
-                f"save_state between a gradient (of {self.sent[-1]}) and its step: {here} divides and may join them is kept "
+                f"save_state between a gradient (of {calls[-1].loss}) and its step: {here} divides and may join them is kept "
                 "here, where a checkpoint of the service does not reach; call optim_step first"
             )
 
     def interrupted(self, operation: str) -> None:
         """Note an operation that was interrupted (Ctrl-C) when it may have been sent."""
-        self.unknown = f"{operation} was interrupted, so nobody knows whether the service has carried it out"
+        self.lost = f"{operation} was interrupted, so nobody knows whether the service has carried it out"
 
-    def operation_failed(self, error: BaseException) -> None:
-        """Note a failure after which nobody knows whether the service has its gradient; a final answer says it has not."""
-        if not isinstance(error, (RemoteError, TimeoutError)):
-            return
-        if getattr(error, "category", "unknown") == "unknown":
-            self.unknown = f"a gradient was sent and got no final answer, so the service may hold it or not ({error})"
+    def sending_failed(self, error: BaseException) -> None:
+        """Note that a gradient could not be sent, or waited for, unless a final answer says that the service has none of it."""
+        if not final_answer(error):
+            self.lost = _unanswered(error)
 
     def step_failed(self, error: BaseException) -> None:
         """Note a step that failed: whatever the answer, nobody knows whether the service has kept its gradient."""
-        self.unknown = f"an optimizer step failed, so the service may still hold the gradient that it was of ({error})"
+        self.lost = f"an optimizer step failed, so the service may still hold the gradient that it was of ({error})"
 
     def divisor(self, ledger: Ledger, mode: NormalizationMode) -> Divisor:
         """Return what is divided here, and what the service is asked for.
@@ -188,8 +190,15 @@ class RemoteAccumulator:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.held_back, self.sent, self.restored = [], [], False
-        self.named_mean = self.counted_mean = self.own_count = None
+        self.held_back, self.restored = [], False
+
+    def _first(self, chosen: Callable[[CallRecord], bool]) -> str | None:
+        """Return the name of the first loss among some of those whose gradients have accumulated."""
+        return next((call.loss for call in self.ledger().added if chosen(call)), None)
+
+
+def _unanswered(error: BaseException) -> str:
+    return f"a gradient was sent and got no final answer, so the service may hold it or not ({error})"
 
 
 def weighted_datums(held_back: Sequence[tuple[Datum, Tensor]], divisor: float) -> list[Datum]:

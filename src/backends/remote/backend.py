@@ -76,6 +76,7 @@ class RemoteBackend(Backend):
             timeout,
             owns_service,
             self._liveness,
+            lambda: self._accumulation.ledger,
             partial(unload, url, api_key) if url and api_key and self.capabilities.divides else None,
         )
         super().__init__(self._remote)

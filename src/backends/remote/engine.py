@@ -9,7 +9,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ...datums.types import Datum, ModelInput
-from ...errors import UnsupportedError
+from ...errors import RemoteError, UnsupportedError
 from ..calls.cotangents import Cotangents, evaluate_all, summarize
 from ..calls.prepared import PreparedCall
 from ..engine import Call, Engine, EngineLimits, Gradient
@@ -50,6 +50,7 @@ class RemoteEngine(Engine):
         timeout: seconds that an answer waits; None = for ever.
         owns_service: `close` also closes the service's client.
         liveness: of the service.
+        ledger: returns the records of all gradient calls since the last step.
         unload: lets the service forget a model by its id; None: it cannot be told.
     """
 
@@ -63,15 +64,16 @@ class RemoteEngine(Engine):
         timeout: float | None,
         owns_service: bool,
         liveness: Liveness,
+        ledger: Callable[[], Ledger],
         unload: Callable[[str], None] | None = None,
     ) -> None:
         self.limits = EngineLimits(max_length=capabilities.max_length, discards=defer_backward)
         self._version = 0
-        self.accumulator = RemoteAccumulator(capabilities, defer_backward)
+        self.accumulator = RemoteAccumulator(capabilities, defer_backward, ledger)
         self._sdk, self._service, self.trainer = sdk, service, trainer
         self._capabilities, self._timeout, self._owns = capabilities, timeout, owns_service
         self._liveness, self._unload = liveness, unload
-        self._dispatch = Dispatch(timeout, self.accumulator.operation_failed, liveness)
+        self._dispatch = Dispatch(timeout, liveness)
         self._audit = SumAudit()
         self._sampler: Any = None
         self._last_step: RemoteFuture[Any] | None = None
@@ -150,11 +152,11 @@ class RemoteEngine(Engine):
             raise UnsupportedError(
                 "the weights, and gradients that were sent, lie at the service: nothing undoes a call there"
             )
-        kept = self.accumulator.held_back, self.accumulator.sent
+        kept = self.accumulator.held_back
         self.clear()
 
         def restore() -> None:
-            self.accumulator.held_back, self.accumulator.sent = kept
+            self.accumulator.held_back = kept
 
         return restore
 
@@ -187,11 +189,8 @@ class RemoteEngine(Engine):
             self._unload(before.model_id)  # or it would take the place of another until the session ends
         self._sampler = self._last_step = None
         self.clear()
-        self.accumulator.unknown, self.accumulator.restored = None, everything
+        self.accumulator.lost, self.accumulator.restored = None, everything
         return Ledger()
-
-    def operation_failed(self, error: BaseException) -> None:
-        self.accumulator.operation_failed(error)
 
     @at_service("close")
     def close(self, timeout: float | None = None) -> None:
@@ -217,8 +216,8 @@ class RemoteEngine(Engine):
         loss = call.registered
         assert loss is not None, "see RemoteAccumulator.by_name"
         wire = self._sdk.datums(named_data(call.data, loss, self._capabilities))
-        request = self.trainer.forward_backward(wire, loss.name, named_config(loss, self._capabilities))
-        self.accumulator.add(call)
+        with self._sending():
+            request = self.trainer.forward_backward(wire, loss.name, named_config(loss, self._capabilities))
         output = self._dispatch.sent(
             [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0]))
         )
@@ -228,20 +227,20 @@ class RemoteEngine(Engine):
     def _by_weights(self, call: PreparedCall) -> Gradient:
         """Forward there, the loss here, the cotangent back: the SDK's own custom call."""
         local = LocalLoss(call, self._capabilities)
-        request = self.trainer.forward_backward_custom(self._sdk.datums(bare(call.data)), local)
-        answer = self._dispatch.wait(request, call.name)
+        wire = self._sdk.datums(bare(call.data))
+        with self._sending():
+            answer = self._dispatch.wait(self.trainer.forward_backward_custom(wire, local), call.name)
         if local.error is not None:
             raise local.error
         assert local.cotangents is not None
         if self._capabilities.max_weight_sum is None:
             self._audit.check(answer.metrics, [-c for c in local.sent], logprobs_of(answer))
-        self.accumulator.add(call)
         sent = None if self._capabilities.takes_divisor else local.sent
         return _gradient(call, local.logprobs, local.cotangents, sent)
 
     def _held_back(self, call: PreparedCall) -> Gradient:
         request = self.trainer.forward(self._sdk.datums(bare(call.data)), "cross_entropy")
-        logprobs = logprobs_of(self._dispatch.wait(request, "forward", changes=False))
+        logprobs = logprobs_of(self._dispatch.wait(request, "forward"))
         cotangents = evaluate_all(call, logprobs)
         self.accumulator.hold_back(call, cotangents)
         return _gradient(call, logprobs, cotangents)
@@ -252,7 +251,18 @@ class RemoteEngine(Engine):
         self._capabilities.require_fits([c / divisor for _, c in held_back])
         if held_back:
             weighted = self._sdk.datums(weighted_datums(held_back, divisor))
-            self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
+            with self._sending():
+                self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Surround what adds to the gradients at the service; note errors that leave open whether it has."""
+        try:
+            with at_service("forward_backward"):
+                yield
+        except (RemoteError, TimeoutError) as error:
+            self.accumulator.sending_failed(error)
+            raise
 
 
 def _was_none(step: RemoteFuture[Any]) -> bool:

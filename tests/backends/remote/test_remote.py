@@ -230,6 +230,8 @@ def test_a_window_that_lacks_a_batch_makes_no_step(connect: Any) -> None:
         backend.optim_step(PARAMS).result()
     with pytest.raises(RemoteError, match="forward_backward failed at the service"):
         at_service.result()
+    backend.discard_gradients()  # the service has none
+    backend.forward_backward(DATA, "ppo")
     with pytest.raises(UnsupportedError, match="cannot forget"):
         backend.discard_gradients()
     backend.forward_backward(DATA, "pqo")

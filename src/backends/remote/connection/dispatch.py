@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
-from ....errors import RemoteError
 from .futures import RemoteFuture, Sent, all_arrived
 from .liveness import Liveness
 
@@ -20,12 +19,11 @@ class Dispatch:
 
     Args:
         timeout: seconds that a result waits where it is not told; None = for ever.
-        on_failure: is told of an operation that may have changed the accumulation without our knowing.
         liveness: of the service.
     """
 
-    def __init__(self, timeout: float | None, on_failure: Callable[[BaseException], None], liveness: Liveness) -> None:
-        self._timeout, self._on_failure, self._liveness = timeout, on_failure, liveness
+    def __init__(self, timeout: float | None, liveness: Liveness) -> None:
+        self._timeout, self._liveness = timeout, liveness
         self._under_way: list[Sequence[Any]] = []
 
     @property
@@ -39,12 +37,7 @@ class Dispatch:
         self._under_way = [*before, requests]
         return Sent(requests, read, before, self._timeout, self._liveness)
 
-    def wait(self, request: Any, operation: str, changes: bool = True) -> Any:
-        """Wait, inside a call, for a request; ``changes``: it may have changed what has accumulated."""
+    def wait(self, request: Any, operation: str) -> Any:
+        """Wait, inside a call, for a request."""
         future: RemoteFuture[Any] = self.sent([request], lambda answers: answers[0]).future(operation)
-        try:
-            return future.result()
-        except (TimeoutError, RemoteError) as error:
-            if changes:
-                self._on_failure(error)
-            raise
+        return future.result()

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar, final
 
 from ....errors import PullbackError, RemoteError
-from ...operations.futures import Pending
-from ..sdk.error_mapping import remote_error
+from ...operations.futures import Pending, State
+from ..sdk.error_mapping import final_answer, remote_error
 from .liveness import Liveness, arrived
 
 __all__ = ["RemoteFuture", "Sent", "all_arrived"]
@@ -81,6 +81,15 @@ class RemoteFuture(Generic[T]):
     def arrived(self) -> bool:
         """Whether all answers are here, retrieved or not."""
         return self._ended or all_arrived(self._sent.requests)
+
+    @property
+    def state(self) -> State:
+        """What has been learned of the operation; only a final answer says that it has failed."""
+        if not self._ended:
+            return "pending"
+        if self._error is None:
+            return "accepted"
+        return "failed" if final_answer(self._error) else "unknown"
 
     @property
     def phase(self) -> str:

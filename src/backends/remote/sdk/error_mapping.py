@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ....errors import PullbackError, RemoteError
 
-__all__ = ["at_service", "remote_error"]
+__all__ = ["at_service", "final_answer", "remote_error"]
 
 _FOREIGN: Final = ("tinker.", "fireworks.", "httpx.")
 # The SDKs add variables of their own to what the service said; only the support of a service could use the id.
@@ -44,6 +44,11 @@ def remote_error(error: Exception, operation: str) -> Exception:
     found = RemoteError(words, category)
     found.__cause__ = error
     return found
+
+
+def final_answer(error: BaseException) -> bool:
+    """Whether an error of an operation says that the service has done nothing of it."""
+    return isinstance(error, RemoteError) and error.category != "unknown"
 
 
 @contextmanager
