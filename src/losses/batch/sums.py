@@ -63,7 +63,9 @@ def scaled(number: Tensor, coefficient: float) -> Tensor:
 def scaled_total(total: Tensor, coefficient: float, dtype: torch.dtype) -> Tensor:
     """Return ``total * coefficient`` in a dtype, in one operation where looking at the total is free; it needs no gradient."""
     if readable(total):
-        return torch.scalar_tensor(total.item() * coefficient, dtype=dtype)
+        number = total.item() * coefficient
+        if not abs(number) > torch.finfo(dtype).max:  # beyond it a number is refused, where a conversion makes infinity
+            return torch.scalar_tensor(number, dtype=dtype, device=total.device)
     return (total * coefficient).to(dtype)
 
 

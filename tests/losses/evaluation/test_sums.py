@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pullback.losses import DPO, DRO, ORPO, CrossEntropy, Loss, SimPO, TokenBatch
 from pullback.losses import functional as F
 from pullback.losses.batch.layout import Layout, Packed, Padded
 from pullback.losses.batch.sums import row_sum, weighted_sum
@@ -162,6 +163,21 @@ def test_a_sum_of_a_constant_has_a_zero_second_derivative() -> None:
         assert first.tolist() == [slope, slope]
         (second,) = torch.autograd.grad((first * leaf).sum(), leaf)
         assert second.tolist() == [slope, slope]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy("token_mean"), DRO(), DPO(), ORPO(), SimPO()], ids=repr)
+def test_a_total_beyond_the_range_is_infinite(loss: Loss) -> None:
+    """The smallest log-prob of fp32, which some write for what cannot be, gives a number or infinity, and no error."""
+    lowest = torch.finfo(torch.float32).min
+    others = {"advantages": torch.ones(2, 2), "rollout_logprobs": -torch.ones(2, 2), "ref_logprobs": -torch.ones(2, 2)}
+
+    def value(dtype: torch.dtype) -> Tensor:
+        leaf = torch.full((2, 2), lowest, dtype=dtype).requires_grad_()
+        inputs = {name: tensor.to(dtype) for name, tensor in others.items()}
+        return loss.evaluate(TokenBatch.from_padded(leaf, torch.ones(2, 2), **inputs)).loss.detach()
+
+    found, want = value(torch.float32).item(), value(torch.float64).item()
+    assert found == pytest.approx(want, rel=1e-5) or found == math.inf
 
 
 def sums() -> dict[str, Callable[[Tensor], Tensor]]:
