@@ -87,8 +87,9 @@ def below_own(term: Summand, count: Count, own: Count) -> Problem | None:
     if name == "weight_sum":  # of mixed signs, a part may exceed the whole
         return None
     # Compared as they are: to bring a number over to a device waits for the device.
+    below = own > count * (1 + 1e-6)
     return Problem(
-        torch.as_tensor(own > count * (1 + 1e-6)),
+        below if isinstance(below, Tensor) else torch.as_tensor(below, device="cpu"),
         lambda: ConfigError(
             f"counts[{name!r}] is {float(count):g}, but this call alone has {float(own):g}: give the total of the whole step"
         ),

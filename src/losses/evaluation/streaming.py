@@ -56,7 +56,7 @@ class TokenStream:
         self._layout = batch.layout
         self._positions = torch.arange(batch.logprobs.numel(), device=batch.logprobs.device)
         # Kept on the CPU, so that slices of a batch on a device are checked without waiting for it.
-        self._missing = torch.ones(batch.logprobs.numel(), dtype=torch.bool)
+        self._missing = torch.ones(batch.logprobs.numel(), dtype=torch.bool, device="cpu")
         self._coefficients: dict[Aggregation, Tensor] = {}
         self._logprobs = torch.zeros_like(batch.logprobs)
         self._numerators: list[Tensor] = []
@@ -127,7 +127,7 @@ class TokenStream:
         """Return the tokens that ``at`` names, on the batch's device and on the CPU."""
         device = self._positions.device
         try:
-            on_cpu = torch.arange(self._missing.numel())[at.cpu() if isinstance(at, Tensor) else at]
+            on_cpu = torch.arange(self._missing.numel(), device="cpu")[at.cpu() if isinstance(at, Tensor) else at]
         except (IndexError, ValueError) as error:
             raise LengthError(f"the batch has {self._missing.numel()} tokens: {error}") from error
         if logprobs.shape != on_cpu.shape:

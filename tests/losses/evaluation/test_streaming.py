@@ -222,6 +222,17 @@ def test_each_token_is_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 3
 
 
+def test_another_device_by_default() -> None:
+    """A stream stays on the device of its batch, whatever device new tensors are made on."""
+    batch = two_answers()
+    everywhere = torch.arange(batch.logprobs.numel())
+    with torch.device("meta"):
+        stream = TokenStream(ImportanceSampling(), batch)
+        for at in (slice(0, 2), everywhere[2:]):
+            assert stream.cotangent(batch.logprobs[at], at).device.type == "cpu"
+        assert stream.output().loss.device.type == "cpu"
+
+
 def test_a_failed_chunk_can_be_asked_again() -> None:
     """An error in a chunk leaves the stream as it was."""
     stream, full = TokenStream(PPO(), two_answers()), -torch.ones(5, dtype=torch.float64)

@@ -59,6 +59,22 @@ def test_nothing_is_read(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
 
 
+@EACH
+def test_another_device_by_default(loss: Loss) -> None:
+    """Tensors stay where they are, whatever device new ones are made on: nothing is made on it."""
+    for inputs in settings(loss):
+        batch = inputs.batch(inputs.tensors["logprobs"].clone().requires_grad_())
+        plain = loss.evaluate(batch)
+        totals = loss.counts([batch])
+        (expected,) = torch.autograd.grad(plain.loss, batch.logprobs)
+        with torch.device("meta"):
+            outputs = loss.evaluate(batch), loss.evaluate(batch, totals)
+            found = [torch.autograd.grad(output.loss, batch.logprobs)[0] for output in outputs]
+            metrics = [dict(output.metrics) for output in outputs]
+        assert all(torch.equal(gradient, expected) for gradient in found)
+        assert all(each.keys() == plain.metrics.keys() for each in metrics)
+
+
 @pytest.mark.parametrize("loss", DEFAULTS, ids=ids(DEFAULTS))
 def test_metrics_and_check_are_one_transfer_each(loss: Loss, device: None) -> None:
     """All metrics come over together, and so does the answer that all is well; the metrics are the CPU's."""
