@@ -65,8 +65,8 @@ class RemoteAccumulator:
     @property
     def unknown(self) -> str | None:
         """Why nobody knows what the service holds; None: it is known."""
-        lost = (call.error for call in self.ledger().calls if call.state == "unknown")
-        return self.lost or next((_unanswered(error) for error in lost if error is not None), None)
+        doubtful = (call.error for call in self.ledger().calls if call.state == "unknown")
+        return self.lost or next((_doubt(error) for error in doubtful if error is not None), None)
 
     def by_name(self, call: PreparedCall) -> bool:
         """Whether the service is to compute this loss: it knows it, and has to know nothing else."""
@@ -142,10 +142,10 @@ class RemoteAccumulator:
         """Note an operation that was interrupted (Ctrl-C) when it may have been sent."""
         self.lost = f"{operation} was interrupted, so nobody knows whether the service has carried it out"
 
-    def sending_failed(self, error: BaseException) -> None:
-        """Note that a gradient could not be sent, or waited for, unless a final answer says that the service has none of it."""
-        if not final_answer(error):
-            self.lost = _unanswered(error)
+    def sending_failed(self, error: BaseException, parts: int) -> None:
+        """Note that a gradient, in so many requests, got no answer, unless a final one says that the service has none of it."""
+        if parts > 1 or not final_answer(error):
+            self.lost = _doubt(error)
 
     def step_failed(self, error: BaseException) -> None:
         """Note a step that failed: whatever the answer, nobody knows whether the service has kept its gradient."""
@@ -197,7 +197,9 @@ class RemoteAccumulator:
         return next((call.loss for call in self.ledger().added if chosen(call)), None)
 
 
-def _unanswered(error: BaseException) -> str:
+def _doubt(error: BaseException) -> str:
+    if final_answer(error):
+        return f"a gradient was sent in several requests and one of them failed, so the service may hold a part of it ({error})"
     return f"a gradient was sent and got no final answer, so the service may hold it or not ({error})"
 
 

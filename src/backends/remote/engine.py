@@ -24,7 +24,7 @@ from .connection.futures import RemoteFuture, Sent
 from .connection.liveness import Liveness
 from .local_loss import LocalLoss
 from .reduction_check import SumAudit
-from .sdk.convert import bare, logprobs_of, output_of, rollouts_of
+from .sdk.convert import bare, logprobs_of, output_of, requests_of, rollouts_of
 from .sdk.error_mapping import at_service
 from .sdk.sdks import Sdk
 
@@ -216,10 +216,11 @@ class RemoteEngine(Engine):
         loss = call.registered
         assert loss is not None, "see RemoteAccumulator.by_name"
         wire = self._sdk.datums(named_data(call.data, loss, self._capabilities))
-        with self._sending():
+        parts = requests_of(self.trainer, wire)
+        with self._sending(parts):
             request = self.trainer.forward_backward(wire, loss.name, named_config(loss, self._capabilities))
         output = self._dispatch.sent(
-            [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0]))
+            [request], lambda answers: self._audit.named(loss, call.data, output_of(answers[0])), parts
         )
         trained = [_trained(datum) for datum in call.data]
         return Gradient(output, sum(trained), sum(1 for n in trained if n), call.denominator, 1.0)
@@ -228,7 +229,7 @@ class RemoteEngine(Engine):
         """Forward there, the loss here, the cotangent back: the SDK's own custom call."""
         local = LocalLoss(call, self._capabilities)
         wire = self._sdk.datums(bare(call.data))
-        with self._sending():
+        with self._sending(requests_of(self.trainer, wire)):
             answer = self._dispatch.wait(self.trainer.forward_backward_custom(wire, local), call.name)
         if local.error is not None:
             raise local.error
@@ -251,17 +252,21 @@ class RemoteEngine(Engine):
         self._capabilities.require_fits([c / divisor for _, c in held_back])
         if held_back:
             weighted = self._sdk.datums(weighted_datums(held_back, divisor))
-            with self._sending():
+            with self._sending(requests_of(self.trainer, weighted)):
                 self._dispatch.wait(self.trainer.forward_backward(weighted, "cross_entropy"), "forward_backward")
 
     @contextmanager
-    def _sending(self) -> Iterator[None]:
-        """Surround what adds to the gradients at the service; note errors that leave open whether it has."""
+    def _sending(self, parts: int) -> Iterator[None]:
+        """Surround what adds to the gradients at the service; note errors that leave open whether it has.
+
+        Args:
+            parts: requests on the wire.
+        """
         try:
             with at_service("forward_backward"):
                 yield
         except (RemoteError, TimeoutError) as error:
-            self.accumulator.sending_failed(error)
+            self.accumulator.sending_failed(error, parts)
             raise
 
 

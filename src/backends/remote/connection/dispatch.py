@@ -31,11 +31,11 @@ class Dispatch:
         """Whether all answers are here."""
         return all(map(all_arrived, self._under_way))
 
-    def sent(self, requests: Sequence[Any], read: Callable[[list[Any]], T]) -> Sent[T]:
-        """Return what an engine answers for requests that an SDK has sent."""
+    def sent(self, requests: Sequence[Any], read: Callable[[list[Any]], T], parts: int = 1) -> Sent[T]:
+        """Return what an engine answers for requests that an SDK has sent; see `Sent`."""
         before = self._under_way = [one for one in self._under_way if not all_arrived(one)]
         self._under_way = [*before, requests]
-        return Sent(requests, read, before, self._timeout, self._liveness)
+        return Sent(requests, read, before, self._timeout, self._liveness, parts)
 
     def wait(self, request: Any, operation: str) -> Any:
         """Wait, inside a call, for a request."""

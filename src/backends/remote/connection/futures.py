@@ -31,6 +31,7 @@ class Sent(Pending[T]):
         before: the SDK's futures of earlier operations, which the service runs first.
         deadline: seconds that a result waits; None = for ever.
         liveness: of the service.
+        parts: requests on the wire, of which each may fail alone; the SDK tells of the first failure only.
     """
 
     def __init__(
@@ -40,15 +41,16 @@ class Sent(Pending[T]):
         before: Sequence[Sequence[Any]] = (),
         deadline: float | None = None,
         liveness: Liveness | None = None,
+        parts: int = 1,
     ) -> None:
         self.requests, self.read, self.before, self.deadline = requests, read, before, deadline
-        self.liveness = liveness or Liveness()
+        self.liveness, self.parts = liveness or Liveness(), parts
 
     def map(self, convert: Callable[[T], U]) -> Sent[U]:
         def read(answers: list[Any]) -> U:
             return convert(self.read(answers))
 
-        return Sent(self.requests, read, self.before, self.deadline, self.liveness)
+        return Sent(self.requests, read, self.before, self.deadline, self.liveness, self.parts)
 
     def future(self, operation: str) -> RemoteFuture[T]:
         return RemoteFuture(self, operation)
@@ -84,12 +86,12 @@ class RemoteFuture(Generic[T]):
 
     @property
     def state(self) -> State:
-        """What has been learned of the operation; only a final answer says that it has failed."""
+        """What has been learned of the operation; only a final answer to the whole of it says that it has failed."""
         if not self._ended:
             return "pending"
         if self._error is None:
             return "accepted"
-        return "failed" if final_answer(self._error) else "unknown"
+        return "failed" if self._sent.parts == 1 and final_answer(self._error) else "unknown"
 
     @property
     def phase(self) -> str:

@@ -12,12 +12,18 @@ from ....datums.types import Datum, TensorData
 from ...calls.requests import scored
 from ...types import ForwardBackwardOutput, Rollout, SamplingParams
 
-__all__ = ["bare", "logprobs_of", "output_of", "ready", "rollouts_of"]
+__all__ = ["bare", "logprobs_of", "output_of", "ready", "requests_of", "rollouts_of"]
 
 
 def ready(client: Any, timeout: float | None = None) -> Any:
     """Return what a call of an SDK made; some calls wrap it into a future."""
     return client.result(timeout) if hasattr(client, "result") else client
+
+
+def requests_of(trainer: Any, data: Sequence[Any]) -> int:
+    """Return into how many requests a client cuts a call, each of which may fail alone; one a datum where it does not say."""
+    cut = getattr(trainer, "_chunked_requests_generator", None)
+    return len(data) if cut is None else sum(1 for _ in cut(data))
 
 
 def bare(data: Sequence[Datum]) -> list[Datum]:

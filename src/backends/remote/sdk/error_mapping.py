@@ -47,7 +47,7 @@ def remote_error(error: Exception, operation: str) -> Exception:
 
 
 def final_answer(error: BaseException) -> bool:
-    """Whether an error of an operation says that the service has done nothing of it."""
+    """Whether an error says that the service has done nothing of a request."""
     return isinstance(error, RemoteError) and error.category != "unknown"
 
 
