@@ -152,11 +152,11 @@ class RemoteEngine(Engine):
             raise UnsupportedError(
                 "the weights, and gradients that were sent, lie at the service: nothing undoes a call there"
             )
-        kept = self.accumulator.held_back
+        kept = self.accumulator.held_back, self.accumulator.restored
         self.clear()
 
         def restore() -> None:
-            self.accumulator.held_back = kept
+            self.accumulator.held_back, self.accumulator.restored = kept
 
         return restore
 

@@ -14,6 +14,7 @@ from servers import SDK_WARNINGS, adapter, served, twin
 from torch import Tensor
 
 from pullback.backends import AdamParams, Backend
+from pullback.backends.preserve import preserved
 from pullback.backends.remote import Capabilities, RemoteBackend
 from pullback.backends.remote.connection.futures import RemoteFuture
 from pullback.datums import Datum
@@ -68,6 +69,18 @@ def test_gradients_come_back_with_a_checkpoint(
     assert [step.stepped for step in steps] == [True, True]
     assert steps[0].metrics["grad_norm"] == pytest.approx(steps[1].metrics["grad_norm"], rel=1e-4)
     assert distance(adapter(served(models, remote.trainer)), adapter(native)) < 1e-5
+
+
+def test_gradients_of_a_checkpoint_outlive_a_look(connect: Connect, models: Any) -> None:
+    """What a tool only looks at is stepped on all the same, not left there for the step after."""
+    saving, backend = connect(), connect(defer_backward=True)
+    WAYS["sum"](saving, FIRST).result()
+    backend.load_state_with_optimizer(saving.trainer.save_state("looked-at").result().path).result()
+    with preserved(backend, weights=False):
+        WAYS["sum"](backend, SECOND).result()
+    for one in (saving, backend):
+        assert one.optim_step(PARAMS).result().stepped
+    assert distance(*(adapter(served(models, one.trainer)) for one in (saving, backend))) < 1e-5
 
 
 @pytest.mark.parametrize("way", WAYS)
