@@ -18,7 +18,7 @@ from ..calls.requests import ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Plan, Rollout, SamplingParams
-from .accumulator import Accumulator, all_finite
+from .accumulator import Accumulator, all_finite, overflow
 from .causal_lm import CausalLM, as_causal_lm
 from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from .checkpoints.export import Export
@@ -288,10 +288,10 @@ class NativeEngine(Engine):
 
     def blame(self, requests: Sequence[ScoreRequest], members: Sequence[int] | None = None) -> str:
         """Name the first datum (of ``members``; default: all) whose own gradient is not finite."""
-        parameters = list(trainable(self.module).values())
-        for i in range(len(requests)) if members is None else members:
+        parameters, asked = list(trainable(self.module).values()), range(len(requests)) if members is None else members
+        for i in asked:
             logprobs = score(self.model, [requests[i]], "single")
             gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
             if not all_finite([g for g in gradients if g is not None]):
                 return f"datum {i}"
-        return "no single datum (their sum overflows)"
+        return overflow(asked)

@@ -103,6 +103,25 @@ def test_a_sum_that_overflows_is_refused() -> None:
     assert backend.optim_step(AdamParams()).result().stepped
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, r"datum 0 \(the gradient of its log-probs is finite, and overflows times the loss's cotangent\)"),
+        (2, r"no single datum \(the gradients of their log-probs are finite, and overflow times .* or summed\)"),
+    ],
+)
+def test_overflowing_gradient_names_layer_and_datum(count: int, words: str) -> None:
+    """A gradient that overflows in the model is refused before it is accumulated; one datum has no sum to blame."""
+
+    def huge(_: object, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        return sum(((3e38 * (x - x.detach())).sum() for x in logprobs), torch.zeros(())), {}
+
+    backend = TorchBackend(TinyLM(dtype=torch.float32))
+    with pytest.raises(NonFiniteError, match=rf"gradient of \w+.* is not finite; first caused by {words}; nothing has"):
+        backend.forward_backward_custom(DATA[:count], huge).result()
+    assert backend.gradients() == {}
+
+
 def test_registered_loss_skips_untrained_positions() -> None:
     """Positions of weight 0 cost no head, read 0.0, and are marked as not scored."""
     data = [DATA[0].with_inputs(weights=[0.0, 0.0, 0.0, 1.0])]
