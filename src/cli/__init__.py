@@ -13,6 +13,7 @@ from .arguments.parser import CommandParser
 
 __all__ = ["command_parser", "main"]
 
+_INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
 _COMMANDS = (demo, serve, check, diff, plan, bench, losses, explain)
 
 
@@ -37,3 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PullbackError as error:
         print(f"pullback: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pullback: interrupted", file=sys.stderr)
+        return _INTERRUPTED

@@ -245,3 +245,16 @@ def test_what_is_printed_can_be_reached(
     monkeypatch.setattr(serve, "serve_forever", serve_forever)
     assert main(["serve", "--model", "tiny", "--port", "0", "--checkpoints", str(tmp_path)]) == 0
     assert reached
+
+
+def test_an_interrupted_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C, which the server raises again when it has saved and ended, is one line and a shell's exit status."""
+
+    def serve_forever(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "serve_forever", serve_forever)
+    assert main(["serve", "--model", "tiny", "--port", "0", "--checkpoints", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "pullback: interrupted\n"
