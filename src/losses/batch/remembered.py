@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .selection import transformed, wide
 
-__all__ = ["forget_overwritten", "kept_sum"]
+__all__ = ["forget_overwritten", "kept_sum", "written_into"]
 
 _VERSIONS: Final = "versions"
 
@@ -29,8 +29,16 @@ def forget_overwritten(found: dict[str, Any], inputs: Iterable[Tensor]) -> None:
 
 def kept_sum(kept: dict[str, Tensor], name: str, logprobs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a sum over log-probs, of fp32 or better; one that was computed before will do, unless a graph is wanted."""
-    if name in kept and not logprobs.requires_grad:
+    if name in kept and not logprobs.requires_grad and not written_into(kept[name]):
         return kept[name]
     sums = compute(wide(logprobs))
     kept[name] = sums.detach()
     return sums
+
+
+def written_into(result: Tensor) -> bool:
+    """Return whether the caller has written into a fresh result, or into a view of it, as ``loss /= 4`` does.
+
+    Compiled, under transforms and in inference mode nothing is known of that.
+    """
+    return not transformed() and not result.is_inference() and result._version > 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..batch.adapt import batch_field
 from ..batch.problems import Problem, raise_readable
+from ..batch.remembered import written_into
 from ..batch.selection import wide
 from ..batch.token_batch import TokenBatch
 from ..batch.values import examine, sound, wrong_values
@@ -95,7 +96,7 @@ def put_together(
         parts,
         problems,
         lambda: {term.name: term.values(batch) for term in terms()},
-        partial(_metrics, loss, batch, parts),
+        partial(_metrics, loss, batch, parts, terms),
         lambda: wrong_values(batch, fields_of(loss)),
     )
 
@@ -130,13 +131,15 @@ def fields_of(loss: Evaluable) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _metrics(loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...]) -> dict[str, Metric]:
+def _metrics(
+    loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...], terms: Callable[[], tuple[Summand, ...]]
+) -> dict[str, Metric]:
     try:
         batch = batch.detached()
-        numerators = [part.numerator.detach() for part in parts]
-        value = sum(numerators[1:], numerators[0])
+        sums = _unwritten(parts, batch, terms)
+        value = sum(sums[1:], sums[0])
         common: dict[str, DeferredMetric | Metric] = {"loss": total(value)}
-        common |= _per_unit(parts, numerators, value)
+        common |= _per_unit(parts, sums, value)
         common["tokens"] = total(count_units(batch, "tokens"))
         common["sequences"] = total(float(batch.num_sequences))
         return read(common | dict(loss.describe(batch)))
@@ -144,6 +147,12 @@ def _metrics(loss: Evaluable, batch: TokenBatch, parts: tuple[Part, ...]) -> dic
         # A metric must never cost a training step (nor hide that it is missing).
         _logger.exception("metrics of %s could not be computed", loss.name)
         return {"metrics_failed": Metric(1.0, 1.0, "sum")}
+
+
+def _unwritten(parts: tuple[Part, ...], batch: TokenBatch, terms: Callable[[], tuple[Summand, ...]]) -> list[Tensor]:
+    """Return the numerators, detached; a sum of one term is its numerator, so `loss /= 4` has them computed again."""
+    found = [part.numerator.detach() for part in parts]
+    return numerators(terms(), batch) if any(map(written_into, found)) else found
 
 
 def _per_unit(parts: tuple[Part, ...], numerators: list[Tensor], value: Tensor) -> dict[str, DeferredMetric]:

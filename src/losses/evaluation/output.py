@@ -24,10 +24,10 @@ class Part:
 
     Attributes:
         name: the term's.
-        numerator: fp32 or better, 0-d.
+        numerator: fp32 or better, 0-d. That of a sum of one term is the loss itself.
         denominator: what is counted.
         count: how many of it there are, in the batch or where ``counts`` were given in the step; 0-d on the log-probs'
-            device, or a float where shapes tell.
+            device, or a float where shapes tell. It belongs to the batch: add ranks up in a copy of it.
         own: how many there are in the batch; absent: ``count``.
     """
 

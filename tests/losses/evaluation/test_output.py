@@ -111,6 +111,22 @@ def test_metrics_are_computed_when_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(leaf.grad, before)
 
 
+@pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
+@pytest.mark.parametrize("mask", ["float", "bool"])
+def test_metrics_of_a_loss_that_is_divided_in_place(loss: Loss, mask: str) -> None:
+    """``loss /= 4``, as accumulation has it, divides the gradient and no metric, also where a sum of one term is the loss."""
+    inputs = make(loss, mask=mask)
+    leaf = inputs.tensors["logprobs"].requires_grad_()
+    plain, divided = loss.evaluate(inputs.batch()), loss.evaluate(inputs.batch())
+    found = divided.loss
+    found /= 4
+    assert dict(divided.metrics) == dict(plain.metrics)
+    for whole, quarter in zip(
+        *(torch.autograd.grad(each, leaf)[0].tolist() for each in (plain.loss, found)), strict=True
+    ):
+        assert quarter == pytest.approx(whole / 4, rel=1e-6)
+
+
 def test_a_metric_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A broken description is logged and counted, not raised."""
     monkeypatch.setattr(PPO, "describe", lambda *_: 1 / 0)
