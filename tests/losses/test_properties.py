@@ -152,6 +152,8 @@ def test_biased_kl_is_refused(estimator: str) -> None:
     """k1 and abs in the loss need an acknowledgement."""
     with pytest.raises(BiasedGradientError, match="acknowledge_biased"):
         KL(estimator, gradient="pathwise")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="True or False, got 'no'"):
+        KL(estimator, gradient="pathwise", acknowledge_biased="no")  # type: ignore[arg-type]
 
 
 @given(x=st.floats(-700, -1e-12))

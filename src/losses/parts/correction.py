@@ -20,7 +20,7 @@ from ..functional.correction import masked_weight, truncated_weight
 from ..functional.numerics import bounded_exp
 from .rejection import Rejection, bound
 
-__all__ = ["CORRECTION_KEYS", "Correction", "Rejection"]
+__all__ = ["CORRECTION_KEYS", "Correction", "Rejection", "check_correction"]
 
 Weight = Literal["truncate", "mask", "none"]
 Level = Literal["token", "sequence", "geometric"]
@@ -246,3 +246,13 @@ class Correction:
         for kept in others:
             first = first & kept
         return first
+
+
+def check_correction(correction: object) -> None:
+    """Check the correction of a loss.
+
+    Raises:
+        ConfigError: it is neither a `Correction` nor None.
+    """
+    if correction is not None and not isinstance(correction, Correction):
+        raise ConfigError(f"correction must be a Correction, e.g. Correction.tis(2.0), or None, got {correction!r}")

@@ -56,9 +56,11 @@ class KL:
     def __post_init__(self) -> None:
         choice("KL estimator", self.estimator, get_args(KLEstimator))
         choice("KL gradient", self.gradient, get_args(KLGradient))
-        if self.importance not in (True, False, "anchor"):
+        if not isinstance(self.importance, bool) and self.importance != "anchor":
             raise ConfigError(f"KL importance must be True, False or 'anchor', got {self.importance!r}")
         number("KL beta", self.beta, low=0.0, strict=False)
+        if not isinstance(self.acknowledge_biased, bool):
+            raise ConfigError(f"acknowledge_biased of KL must be True or False, got {self.acknowledge_biased!r}")
         if self.gradient == "pathwise" and self.estimator in _BIASED and not self.acknowledge_biased:
             raise BiasedGradientError(
                 f"KL({self.estimator!r}, gradient='pathwise') is not a KL penalty: {_BIASED[self.estimator]}. Use "

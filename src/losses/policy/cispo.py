@@ -14,7 +14,7 @@ from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import cispo
 from ..parts.clip import ClipRange
-from ..parts.correction import CORRECTION_KEYS, Correction
+from ..parts.correction import CORRECTION_KEYS, Correction, check_correction
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
 from .corrected import CorrectedLoss
@@ -62,6 +62,7 @@ class CISPO(CorrectedLoss):
                 "alone is a bound at some trainers and an epsilon at others"
             )
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
+        check_correction(self.correction)
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         arguments = (anchor(batch), batch.given("advantages"), self.clip.low, self.clip.high)

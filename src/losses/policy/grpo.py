@@ -18,7 +18,7 @@ from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import importance_sampling, policy_gradient, ppo_clip
 from ..parts.clip import ClipRange, check_dual_clip
-from ..parts.correction import CORRECTION_KEYS, Correction
+from ..parts.correction import CORRECTION_KEYS, Correction, check_correction
 from ..parts.kl import KL
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
@@ -78,6 +78,7 @@ class GRPO(CorrectedLoss):
         if self.anchor == "none" and self.clip is not None:
             raise ConfigError("anchor='none' has no ratio to clip; give clip=None")
         check_dual_clip(self.dual_clip, self._clip)
+        check_correction(self.correction)
 
     @property
     def required_inputs(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..evaluation.metrics import DeferredMetric
 from ..evaluation.terms import Summand, TokenTerm
 from ..functional.policy import ppo_clip
 from ..parts.clip import ClipRange, check_dual_clip
-from ..parts.correction import CORRECTION_KEYS, Correction
+from ..parts.correction import CORRECTION_KEYS, Correction, check_correction
 from ..parts.ratio import anchor, ratio_metrics
 from ..registry import register
 from .corrected import CorrectedLoss
@@ -49,6 +49,7 @@ class PPO(CorrectedLoss):
         object.__setattr__(self, "clip", ClipRange.of(self.clip))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
         check_dual_clip(self.dual_clip, self._clip)
+        check_correction(self.correction)
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         arguments = (anchor(batch), batch.given("advantages"), self._clip.low, self._clip.high, self.dual_clip)

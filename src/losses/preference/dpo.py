@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Final, final
 
+from ...errors import ConfigError
 from ..aggregation import Aggregation
 from ..base import GradientKind, Loss
 from ..batch.problems import Problem
@@ -61,6 +62,8 @@ class DPO(Loss):
     def __post_init__(self) -> None:
         number("beta", self.beta, low=0.0)
         number("label_smoothing", self.label_smoothing, low=0.0, high=0.5, strict=False)
+        if self.label_smoothing == 0.5:
+            raise ConfigError("label_smoothing must be below 0.5, where a label says nothing, got 0.5")
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:

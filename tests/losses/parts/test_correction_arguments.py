@@ -36,6 +36,9 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "level misspelt": (lambda: Correction.tis(level="product"), "level"),  # type: ignore[arg-type]
     "high NaN": (lambda: Correction.tis(math.nan), "high"),
     "high as text": (lambda: Correction.tis("2"), "high"),  # type: ignore[arg-type]
+    "correction of PPO as text": (lambda: PPO(correction="tis"), "must be a Correction"),  # type: ignore[arg-type]
+    "correction of GRPO as a bound": (lambda: GRPO(correction=2.0), "must be a Correction"),  # type: ignore[arg-type]
+    "correction of CISPO as a switch": (lambda: CISPO(correction=True), "must be a Correction"),  # type: ignore[arg-type]
     "dual clip of 1": (lambda: PPO(dual_clip=1.0), "dual_clip"),
     "dual clip inside the range": (lambda: PPO(0.5, dual_clip=1.4), "above the clip range"),
     "dual clip without a range": (lambda: GRPO(clip=None, dual_clip=3.0), "without clip"),

@@ -196,9 +196,9 @@ def test_a_response_needs_a_positive_weight(loss: Loss, weights: list[float]) ->
         loss.evaluate(TokenBatch.from_packed(leaf, [2, 2], weights=torch.tensor([1.0, 1.0, 0.0, 0.0])))
 
 
-@pytest.mark.parametrize("rate", [-0.1, 0.6, 1.0])
-def test_more_than_half_of_the_labels_cannot_be_flipped(rate: float) -> None:
-    """Then the others would be the right ones."""
+@pytest.mark.parametrize("rate", [-0.1, 0.5, 0.6, 1.0])
+def test_half_of_the_labels_or_more_cannot_be_flipped(rate: float) -> None:
+    """Of half the labels say nothing; of more the others would be the right ones."""
     with pytest.raises(ConfigError, match="label_smoothing"):
         DPO(label_smoothing=rate)
 
