@@ -120,7 +120,7 @@ def _divisor(batch: TokenBatch) -> Tensor:
 
 
 def _pair_sums(responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch) -> Sequence[Tensor]:
-    """Return ``scale * sum_p definition(chosen_p, rejected_p, *args)`` of each term; float64, 0-d."""
+    """Return ``scale * sum_p definition(chosen_p, rejected_p, *args)`` of each term; 0-d, float64 or as the log-probs."""
     if transformed() or any(pair_form_of(term.definition) is None for term in terms):
         return _plain(responses, terms, batch)
     found: tuple[Tensor, ...] = _PairSums.apply(batch.logprobs, responses, terms, batch)  # type: ignore[no-untyped-call]
