@@ -27,7 +27,7 @@ from .dtensors import require_whole
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
-from .execution.forward import model_device, score, score_forwards, trainable
+from .execution.forward import keep_in_evaluation, model_device, score, score_forwards, trainable
 from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
@@ -273,6 +273,8 @@ class NativeEngine(Engine):
                 "the last optimizer step or load was interrupted while it changed the weights or the optimizer's moments, so "
                 "they are neither the old nor the new ones; call discard_gradients() and load the last checkpoint"
             )
+        for model in (self.model, *([] if self.frozen is None else [self.frozen.model])):
+            keep_in_evaluation(model)
 
     def close(self, timeout: float | None = None) -> None:
         self.clear()

@@ -16,7 +16,7 @@ from ....losses.evaluation.metrics import Metric
 from ....ops.logprobs import logprob_surrogate
 from ..causal_lm import CausalLM
 from .batching import MicroBatch
-from .forward import batch_hidden, batch_logprobs
+from .forward import batch_hidden, batch_logprobs, keep_in_evaluation
 from .memory import GraphSettings
 
 __all__ = ["DeferredBackward"]
@@ -79,6 +79,7 @@ class DeferredBackward:
     def backward(self, cotangents: Mapping[int, Tensor], scale: float = 1.0) -> None:
         """Take the cotangents, times ``scale``, back into ``parameter.grad``, retained graphs first; forget everything."""
         self.served = True
+        keep_in_evaluation(self._model)  # the loss may have left it, and what is checkpointed or was dropped runs again
         waiting, self._forwards = sorted(self._forwards, key=lambda f: f.hidden is not None), []
         while waiting:  # each graph is freed once it has served; after a failure none is left that could serve twice
             forward = waiting.pop()
@@ -162,6 +163,6 @@ def _require_same(after: Tensor, before: Tensor) -> None:
     if not difference <= _SAME.get(before.dtype, _SAME_HALF):
         raise BackendError(
             f"the model gives other hidden states when it runs a second time (relative difference {difference:.2g}), so a "
-            "micro-batch beyond activation_budget cannot run again; is dropout on? Call model.eval(), or raise "
-            "activation_budget"
+            "micro-batch beyond activation_budget cannot run again; does it draw random numbers in evaluation mode, "
+            "too? Raise activation_budget"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,18 @@ from ...calls.requests import ScoreRequest
 from ..causal_lm import CausalLM
 from .batching import Layout, MicroBatch
 
-__all__ = ["batch_hidden", "batch_logprobs", "model_device", "needed_hidden", "score", "score_forwards", "trainable"]
+__all__ = [
+    "batch_hidden",
+    "batch_logprobs",
+    "keep_in_evaluation",
+    "model_device",
+    "needed_hidden",
+    "score",
+    "score_forwards",
+    "trainable",
+]
+
+_logger = logging.getLogger(__name__)
 
 
 def model_device(model: CausalLM) -> torch.device:
@@ -72,3 +85,13 @@ def score_forwards(model: CausalLM, forwards: Iterable[MicroBatch]) -> dict[int,
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that get a gradient, by name, each once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def keep_in_evaluation(model: CausalLM) -> None:
+    """Put a model back into evaluation mode, if anything in it has left it: in training mode its dropout is on."""
+    module = cast(nn.Module, model)
+    if any(one.training for one in module.modules()):
+        _logger.warning(
+            "%s was in training mode; it is put into evaluation mode, in which dropout is off", type(module).__name__
+        )
+        module.eval()
