@@ -94,6 +94,19 @@ class Accumulator:
         """What has accumulated, by parameter name."""
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
+    def require_added(self, blame: Callable[[], str]) -> None:
+        """Check that an operation has reached a weight, and that its gradients are finite (see `require_finite`).
+
+        Raises:
+            BackendError: it has reached none.
+        """
+        if not self.gradients:
+            raise BackendError(
+                f"none of the {len(self.parameters)} weights that this backend trains was reached by the gradient: they have "
+                "been frozen since, or their adapter is merged or switched off; undo that, or make another backend on the model"
+            )
+        self.require_finite(blame)
+
     def require_finite(self, blame: Callable[[], str]) -> None:
         """Check the gradients that are being added, or about to be stepped on.
 

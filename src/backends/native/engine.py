@@ -27,7 +27,7 @@ from .dtensors import require_whole
 from .execution.batching import Layout
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
-from .execution.forward import keep_in_evaluation, model_device, score, score_forwards, trainable
+from .execution.forward import keep_in_evaluation, model_device, require_all_trained, score, score_forwards, trainable
 from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
@@ -113,13 +113,14 @@ class NativeEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         self.accumulator.require_own()
+        require_all_trained(self.module, self.parameters)
 
         def attempt() -> Gradient:
             scale = GradientScale(self.parameters.values(), self._in_fp16)
             with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
                 layout, batches = self.scheduler.gradient_batches(call)
                 gradient = gradient_of(self.model, call, batches, self.memory.settings(layout), scale)
-                self.accumulator.require_finite(lambda: self.blame(call.requests))
+                self.accumulator.require_added(lambda: self.blame(call.requests))
             return gradient
 
         return self.memory.retry(attempt, call.lengths)
@@ -158,12 +159,13 @@ class NativeEngine(Engine):
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
         self.accumulator.require_own()
+        require_all_trained(self.module, self.parameters)
         rest = self.not_retained(call, retained)
         scale = GradientScale(self.parameters.values(), self._in_fp16 or any(r.fp16 for r in retained))
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
             fresh = {self.retain(prepare(rest)): rest} if rest else {}
             gradient = retained_gradient(call, {**retained, **fresh}, sum(r.tokens for r in retained), scale)
-            self.accumulator.require_finite(lambda: self.blame(call.requests))
+            self.accumulator.require_added(lambda: self.blame(call.requests))
         return gradient
 
     def not_retained(self, call: PreparedCall, retained: Mapping[RetainedForward, Sequence[int]]) -> list[int]:
@@ -273,8 +275,7 @@ class NativeEngine(Engine):
                 "the last optimizer step or load was interrupted while it changed the weights or the optimizer's moments, so "
                 "they are neither the old nor the new ones; call discard_gradients() and load the last checkpoint"
             )
-        for model in (self.model, *([] if self.frozen is None else [self.frozen.model])):
-            keep_in_evaluation(model)
+        keep_in_evaluation(self.model, *([] if self.frozen is None else [self.frozen.model]))
 
     def close(self, timeout: float | None = None) -> None:
         self.clear()
