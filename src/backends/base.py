@@ -244,8 +244,10 @@ class Backend:
         return self._operations.accumulation
 
     def _prepare(self, data: Sequence[Datum], loss: Loss | CustomLoss | None, **options: Any) -> PreparedCall:
-        limits = self._engine.limits
-        call = prepare(data, loss, vocab_size=limits.vocab_size, max_length=limits.max_length, **options)
+        limits, weights = self._engine.limits, self._engine.trained
+        call = prepare(
+            data, loss, vocab_size=limits.vocab_size, max_length=limits.max_length, weights=weights, **options
+        )
         if not limits.tempers:
             call.require_untempered()
         return call

@@ -6,9 +6,10 @@ import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeAlias, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..datums.types import ModelInput
 from ..errors import MissingReferenceError, UnsupportedError
@@ -82,10 +83,12 @@ class Engine(abc.ABC):
     Attributes:
         limits: what may be asked of it.
         weights_version: optimizer steps so far.
+        trained: the weights that are trained, by name, as far as they lie here.
     """
 
     limits: EngineLimits = EngineLimits()
     weights_version: int = 0
+    trained: Mapping[str, nn.Parameter] = MappingProxyType({})
 
     @abc.abstractmethod
     def score(self, call: PreparedCall) -> Answer[Sequence[Tensor]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ...errors import LossTypeError, NonFiniteError, NotDifferentiableError
+from ...errors import LossError, LossTypeError, NonFiniteError, NotDifferentiableError
 from ...losses.base import Loss
 from ...losses.batch.token_batch import TokenBatch
 from ...losses.evaluation.metrics import Metric, combine_metrics, mean, read, total, wire_metrics
@@ -144,11 +144,42 @@ def _of_function(call: PreparedCall, logprobs: Sequence[Tensor]) -> Cotangents:
     leaves = [x.detach().cpu().clone().requires_grad_() for x in logprobs]
     with torch.enable_grad():
         loss, own = _call_function(call.loss, call.data, leaves)
+        _require_no_weight(call, loss)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     if all(g is None for g in gradients):
         raise NotDifferentiableError(_no_path(call.loss))
     filled = [torch.zeros_like(x) if g is None else g.to_dense() for x, g in zip(leaves, gradients, strict=True)]
     return Cotangents(dict(enumerate(filled)), "none", 1.0, {"loss": Metric(float(loss.detach()), 1.0, "sum")}, own)
+
+
+def _require_no_weight(call: PreparedCall, loss: Tensor) -> None:
+    """Check that a function's loss reaches no trained weight but through the log-probs: its gradient would be lost.
+
+    Raises:
+        LossError: it does, e.g. by a penalty on the weights, or by a forward pass of its own.
+    """
+    names = {id(weight): name for name, weight in call.weights.items()}
+    reached = [names[id(leaf)] for leaf in _leaves_of(loss) if id(leaf) in names] if names else []
+    if reached:
+        others = f" and {len(reached) - 1} others" if len(reached) > 1 else ""
+        raise LossError(
+            f"the loss of {call.name} depends on the weight {reached[0]}{others} that is trained here, beside the log-probs: "
+            "only the gradient by the log-probs is taken, so that part of the loss would train nothing. Compute it under "
+            "torch.no_grad(), if it is a constant; a penalty on the weights is weight_decay of AdamParams"
+        )
+
+
+def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that a loss is computed from and that take a gradient."""
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            yield leaf
+        waiting += [before for before, _ in node.next_functions]
 
 
 def _call_function(

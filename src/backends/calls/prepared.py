@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -41,6 +42,7 @@ class PreparedCall:
         requests: what is scored of each datum.
         by_name: the loss was asked for as one that the backend knows (``forward_backward``).
         gradient_kind: what a token's gradient can be relied on to depend on.
+        weights: that are trained here, by name; a function may depend on them through the log-probs only.
     """
 
     data: Sequence[Datum]
@@ -49,6 +51,7 @@ class PreparedCall:
     requests: Sequence[ScoreRequest]
     by_name: bool = True
     gradient_kind: GradientKind = "batch"
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     _packed: dict[tuple[int, ...], TokenBatch] = field(default_factory=dict)
 
     @property
@@ -163,6 +166,7 @@ def prepare(
     vocab_size: int | None = None,
     max_length: int | None = None,
     by_name: bool = True,
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PreparedCall:
     """Check a call and take it apart.
 
@@ -173,7 +177,7 @@ def prepare(
         positions: which positions are scored; ``trained`` leaves out those of weight 0.
         vocab_size: token ids are below it.
         max_length: longest model input, tokens.
-        by_name: see `PreparedCall`.
+        by_name, weights: see `PreparedCall`.
 
     Raises:
         InvalidDatumsError: lists all problems of all datums.
@@ -197,7 +201,7 @@ def prepare(
     totals = None if counts is None else {name: float(total) for name, total in counts.items()}
     with running_loss():  # measuring evaluates it
         kind: GradientKind = "batch" if registered is None else trusted_kind(registered)
-    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind)
+    return PreparedCall(data, _no_loss if loss is None else loss, totals, requests, by_name, kind, weights)
 
 
 def _require_same_candidates(requests: Sequence[ScoreRequest]) -> None:

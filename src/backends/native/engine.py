@@ -73,7 +73,7 @@ class NativeEngine(Engine):
     ) -> None:
         self.model, self.module = as_causal_lm(model), model
         require_whole(model)
-        self.parameters = trainable(model)
+        self.trained = self.parameters = trainable(model)
         if not self.parameters:
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
         device = model_device(self.model)
@@ -91,7 +91,7 @@ class NativeEngine(Engine):
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
         shard(model)  # what follows belongs to the weights of this process
-        self.parameters = trainable(model)
+        self.trained = self.parameters = trainable(model)
         self.accumulator = Accumulator(self.parameters)
         self.accumulator.clear()  # what a model's earlier life has left there is not ours
         self.optimizer = Optimizer(self.parameters)

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from ....errors import ConfigError, UnsupportedError
+from ....errors import BackendError, ConfigError, UnsupportedError
 from ..dtensors import local_part
 from ..models.facts.quantized import plain_tensors
 from .batching import Layout, MicroBatch
@@ -72,16 +72,27 @@ class GraphMeter:
         """Bytes that the graph of a forward of so many tokens will hold; 0 before the first was measured."""
         return (self.bytes_per_token or 0.0) * tokens
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         for plain in plain_tensors(tensor):
             if plain.layout == torch.strided:
                 storage = plain.untyped_storage()
                 if storage.data_ptr() not in self.owned:
                     self._held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor, _version(tensor)
 
 
-def _unpack(tensor: Tensor) -> Tensor:
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    """Return what a graph has kept, as it was: autograd leaves that check to hooks, where there are any."""
+    tensor, version = packed
+    if _version(tensor) != version:
+        raise BackendError(
+            f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs, e.g. a weight, was changed in place since "
+            "the forward: the gradient would be of neither the old nor the new weights; step or load only when no forward waits"
+        )
     return tensor
 
 
