@@ -27,6 +27,7 @@ from skyrl.backends.skyrl_train.utils import ppo_utils  # noqa: E402
 from skyrl.backends.skyrl_train.utils.torch_utils import masked_mean  # noqa: E402
 from skyrl.tinker import loss_fns  # noqa: E402
 from skyrl.train.config import config as skyrl_config  # noqa: E402
+from skyrl_worker import worker_entries  # noqa: E402
 
 INPUTS = golden_inputs()
 UTILS, SERVER = "skyrl.backends.skyrl_train.utils.ppo_utils", "skyrl.tinker.loss_fns"
@@ -200,4 +201,5 @@ def other_entries() -> list[dict[str, Any]]:
     ]
 
 
-write("skyrl", version("skyrl"), INPUTS, loss_entries() + correction_entries() + other_entries())
+entries = loss_entries() + correction_entries() + other_entries() + worker_entries(INPUTS)
+write("skyrl", version("skyrl"), INPUTS, entries)

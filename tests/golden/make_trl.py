@@ -4,17 +4,12 @@ Run in an environment of its own:  pip install torch==2.13.0, then pip install t
 then:                              python tests/golden/make_trl.py > tests/golden/trl.json
 
 The trainers' methods are called as they are, on a stand-in for the trainer; only the forward pass is replaced, by one that
-returns prepared log-probs, so that the gradient with respect to them is TRL's own. The sampler's weights are computed
-inside the method that generates; that block of its source is run on prepared log-probs. All numbers are fp64, but
-TRL's ORPO casts to fp32.
+returns prepared log-probs, so that the gradient with respect to them is TRL's own. All numbers are fp64, but TRL's ORPO
+casts to fp32.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-import textwrap
-from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -22,117 +17,15 @@ from unittest.mock import MagicMock
 import torch
 import trl
 from recording import answer, golden_inputs, write
-from torch import Tensor
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.grpo_trainer import GRPOTrainer
+from trl_grpo import grpo, penalty
 from trl_labels import label_entries
+from trl_sft import supervised_entries
+from trl_trainer import stand_in
 
 INPUTS = golden_inputs()
-GRPO = "trl.trainer.grpo_trainer.GRPOTrainer"
-DEFAULTS: dict[str, Any] = {
-    "loss_type": "dapo",
-    "epsilon": 0.2,
-    "epsilon_high": 0.2,
-    "beta": 0.0,
-    "use_bias_correction_kl": True,
-    "importance_sampling_level": "token",
-    "delta": None,
-    "off_policy_mask_threshold": None,
-    "max_completion_length": 16,
-}
-ARGUMENTS = ("use_bias_correction_kl", "delta")  # read from trainer.args, the others from the trainer
-
-
-def stand_in(**attributes: Any) -> Any:
-    """Anything a method may ask of its trainer; what matters is given."""
-    trainer = MagicMock()
-    trainer.model.training = True
-    trainer._metrics = defaultdict(lambda: defaultdict(list))
-    trainer.accelerator = SimpleNamespace(
-        num_processes=1,
-        device=torch.device("cpu"),
-        gather=lambda x: x,
-        gather_for_metrics=lambda x: x,
-        reduce=lambda x, **_: x,
-    )
-    trainer.aux_loss_enabled = False
-    for name, value in attributes.items():
-        setattr(trainer, name, value)
-    return trainer
-
-
-def sampler_weights(given: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
-    """Run the block of the generating method that makes the weights of the sampler's log-probs."""
-    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
-    head = "            # Compute the importance sampling ratio when using vLLM"
-    block = source[source.index(head) :]
-    block = block[: block.index("            # Compute the per-token log probabilities for the reference model")]
-    names = {
-        "self": SimpleNamespace(use_vllm=True, vllm_importance_sampling_correction=True, **settings),
-        "completion_mask": given["mask"],
-        "tool_mask": None,
-        "old_per_token_logps": given["old_logprobs"],
-        "sampling_per_token_logps": given["rollout_logprobs"],
-        "torch": torch,
-        "math": math,
-    }
-    exec(textwrap.dedent(block), names)
-    return names["vllm_importance_sampling_ratio"]  # type: ignore[return-value]
-
-
-def grpo(name: str, inputs: str, **config: Any) -> dict[str, Any]:
-    """GRPOTrainer._compute_loss, with weights of the sampler where a mode is named."""
-    given = INPUTS[inputs]
-    leaf = given["logprobs"].clone().requires_grad_()
-    weighting = {key: value for key, value in config.items() if key.startswith("vllm_")}
-    settings = {**DEFAULTS, **{key: value for key, value in config.items() if key not in weighting}}
-    rest = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "steps_per_generation": 1}
-    trainer = stand_in(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros_like(leaf), None),
-        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
-        top_entropy_quantile=1.0,
-        epsilon_low=settings["epsilon"],
-        use_vllm=bool(weighting),
-        vllm_importance_sampling_correction=True,
-        current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(**rest, **{key: settings[key] for key in ARGUMENTS}),
-        _entropy_bonus_enabled=False,
-        **{key: value for key, value in settings.items() if key not in (*ARGUMENTS, "epsilon")},
-    )
-    ones = torch.ones(4, 1, dtype=torch.int64)
-    made: dict[str, Any] = {}
-    weights = None
-    if weighting:
-        bounds = {"vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": 3.0}
-        weights = sampler_weights(given, {**bounds, **weighting})
-        made["weights"] = weights.expand_as(leaf).tolist()
-    loss = GRPOTrainer._compute_loss(
-        trainer,
-        trainer.model,
-        {
-            "prompt_ids": ones,
-            "prompt_mask": ones,
-            "completion_ids": torch.ones(4, 7, dtype=torch.int64),
-            "completion_mask": given["mask"],
-            "advantages": given["advantages"],
-            "old_per_token_logps": given["old_logprobs"],
-            "sampling_per_token_logps": given["rollout_logprobs"],
-            "ref_per_token_logps": given["ref_logprobs"],
-            "importance_sampling_ratio": weights,
-            "num_items_in_batch": given["mask"].sum(),
-        },
-    )
-    part = f"{GRPO}._generate_and_score_completions (its weights) + " if weighting else ""
-    return {
-        "name": name,
-        "function": f"{part}{GRPO}._compute_loss",
-        "config": {**settings, **weighting},
-        "inputs": inputs,
-        **answer(loss, leaf),
-        **made,
-    }
 
 
 def dpo(kind: str, beta: float, **config: Any) -> dict[str, Any]:
@@ -294,6 +187,17 @@ def preference_entries() -> list[dict[str, Any]]:
     ]
 
 
+def penalty_entries() -> list[dict[str, Any]]:
+    """GRPO's KL alone, without and with its correction, and where others clamp it."""
+    return [
+        penalty("kl-k3", "tokens"),
+        penalty("kl-k3-rows", "rows", loss_type="grpo"),
+        penalty("kl-k3-corrected", "tokens", use_bias_correction_kl=True),
+        penalty("kl-k3-far", "far"),
+    ]
+
+
 policies = grpo_entries() + ratio_entries() + weight_entries()
-labelled = label_entries(INPUTS["full_rows"], stand_in)
-write("trl", trl.__version__, INPUTS, policies + preference_entries() + labelled)
+labelled = label_entries(INPUTS["full_rows"])
+added = penalty_entries() + supervised_entries(INPUTS)
+write("trl", trl.__version__, INPUTS, policies + preference_entries() + labelled + added)

@@ -4,8 +4,8 @@ Run in an environment of its own:  pip install torch==2.13.0 numpy omegaconf ten
                                    then pip install --no-deps verl==0.9.1
 then:                              python tests/golden/make_verl.py > tests/golden/verl.json
 
-verl's functions are called as they are, in fp64; ray and two loggers, which its modules import, are stood in for.
-A rollout correction is what the trainer makes of it: weights and mask from `rollout_corr_helper` on old and sampler
+verl's functions are called as they are, in fp64; ray, two loggers, PIL and datasets, which its modules import, are stood
+in for. A rollout correction is what the trainer makes of it: weights and mask from `rollout_corr_helper` on old and sampler
 log-probs, then the loss with both, or `bypass_mode` with the sampler as the anchor.
 """
 
@@ -17,11 +17,12 @@ from typing import Any
 from recording import answer, golden_inputs, stand_in_for, write
 from torch import Tensor
 
-stand_in_for("ray", "codetiming", "orjson")
+stand_in_for("ray", "codetiming", "orjson", "PIL", "datasets")
 
 from verl.trainer.config.algorithm import RolloutCorrectionConfig  # noqa: E402
 from verl.trainer.ppo import core_algos, rollout_corr_helper  # noqa: E402
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig  # noqa: E402
+from verl_worker import worker_entries  # noqa: E402
 
 INPUTS = golden_inputs()
 ALGOS, HELPER = "verl.trainer.ppo.core_algos", "verl.trainer.ppo.rollout_corr_helper"
@@ -238,9 +239,5 @@ def kl_entries() -> list[dict[str, Any]]:
     return entries + [kl(f"kl-{kind}-far", kind, "token-mean", "far") for kind in ("k2", "k3", "k3+")]
 
 
-write(
-    "verl",
-    version("verl"),
-    INPUTS,
-    ppo_entries() + ratio_entries() + weight_entries() + rejection_entries() + bypass_entries() + kl_entries(),
-)
+policies = ppo_entries() + ratio_entries() + weight_entries() + rejection_entries() + bypass_entries()
+write("verl", version("verl"), INPUTS, policies + kl_entries() + worker_entries(INPUTS))

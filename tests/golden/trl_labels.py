@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,6 +10,7 @@ import torch
 from recording import Inputs, answer
 from torch import Tensor
 from trl.trainer.kto_trainer import KTOTrainer
+from trl_trainer import stand_in
 
 __all__ = ["label_entries"]
 
@@ -19,7 +19,7 @@ MISMATCHED = [[-7.3, -5.1, -6.2, -9.4], [-8.1, -5.6, -6.0, -10.6]]
 LABELS = [1, 0, 1, 0]
 
 
-def _kto(given: Inputs, stand_in: Callable[..., Any], name: str, **config: Any) -> dict[str, Any]:
+def _kto(given: Inputs, name: str, **config: Any) -> dict[str, Any]:
     """KTOTrainer._compute_loss, with stored sums of the reference's log-probs."""
     settings = {"loss_type": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
     settings |= {"label": LABELS, "mismatched": MISMATCHED, **config}
@@ -54,7 +54,7 @@ def _outputs(logprobs: Tensor, nothing: Tensor) -> SimpleNamespace:
     return SimpleNamespace(log_probs=logprobs, entropy=nothing, mean_logits=nothing)
 
 
-def label_entries(given: Inputs, stand_in: Callable[..., Any]) -> list[dict[str, Any]]:
+def label_entries(given: Inputs) -> list[dict[str, Any]]:
     """Return KTO with and without weights, with a z0 that is cut off at 0, and with labels of one kind only."""
     flipped = {"mismatched": MISMATCHED[::-1]}
     variants: dict[str, dict[str, Any]] = {
@@ -64,4 +64,4 @@ def label_entries(given: Inputs, stand_in: Callable[..., Any]) -> list[dict[str,
         "kto-desirable": {"label": [1, 1, 1, 1]},
         "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "beta": 0.3},
     }
-    return [_kto(given, stand_in, name, **config) for name, config in variants.items()]
+    return [_kto(given, name, **config) for name, config in variants.items()]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden.case import Case
+from golden.case import FP32, Case
+from golden.penalties import skyrl_two_means
 from golden.table import DIFFERS, ENTRIES, HELD, NOT_YET, PEERS, documented_table, inputs_of
 from torch import Tensor
 
@@ -96,6 +97,17 @@ def test_straight_through_differs_in_value_only() -> None:
     value, gradient = errors(case.loss, ENTRIES["verl:kl-k3+-far"], case)
     assert value > 1e-3
     assert gradient <= 1e-12
+
+
+def test_penalty_with_a_mean_of_its_own_adds_up() -> None:
+    """SkyRL's token mean with a KL is our token mean without one and our KL alone as a mean over sequences."""
+    entry = ENTRIES["skyrl:ppo_kl-token_mean"]
+    _, policy, penalty = skyrl_two_means()
+    value, gradient = answer(policy, entry, Case(policy, "", policy))
+    kl_value, kl_gradient = answer(penalty, entry, Case(penalty, "", penalty, only_kl=True))
+    expected = torch.tensor(entry["gradient"], dtype=torch.float64)
+    assert value + kl_value == pytest.approx(entry["loss"], rel=FP32)
+    torch.testing.assert_close(gradient + kl_gradient, expected, rtol=FP32, atol=FP32)
 
 
 @pytest.mark.parametrize("key", [key for key in DIFFERS if "rejection" in key])

@@ -35,17 +35,5 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "AlphaPO": ("trl:alphapo",),
 }
 
-# The peer has code of it, which was not called: inside a worker or a larger function, or no loss of its own.
-NOT_RECORDED: Final[frozenset[tuple[str, str]]] = frozenset(
-    {
-        ("GMPO", "trl"),
-        ("KL k3", "trl"),
-        ("GRPO with KL", "verl"),
-        ("GRPO with KL", "skyrl"),
-        ("truncated weights with KL", "verl"),
-        ("truncated weights with KL", "skyrl"),
-        ("cross-entropy", "verl"),
-        ("cross-entropy", "trl"),
-        ("cross-entropy", "cookbook"),
-    }
-)
+# The peer has code of it, which was not called.
+NOT_RECORDED: Final[frozenset[tuple[str, str]]] = frozenset({("GMPO", "trl")})

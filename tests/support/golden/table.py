@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from golden.case import ALL_ROWS, FP32, Case
+from golden.penalties import skyrl_penalties, skyrl_two_means, verl_penalties
 from golden.pending import NOT_RECORDED, NOT_YET
 from golden.policies import REJECTED, rejected, skyrl_policies, trl_policies, verl_policies
 
@@ -89,7 +90,13 @@ def _verl() -> dict[str, Case]:
             cases[f"kl-{estimator}+"] = _kl(estimator, "reverse", "token_mean", control="pathwise")
     cases["kl-k2-far"] = _kl("k2", "pathwise", "token_mean")
     cases["kl-k3-seq-mean-token-mean"] = _kl("k3", "pathwise", "sequence_mean_token_mean", tolerance=1e-7)
-    return cases | verl_policies()
+    return cases | _supervised("tokens", "rows", "padded") | verl_policies() | verl_penalties()
+
+
+def _supervised(*names: str) -> dict[str, Case]:
+    """Cross-entropy over the trained tokens; the peers' trainers divide, the protocol's loss is a sum."""
+    mean, rows = CrossEntropy("token_mean"), CrossEntropy("sequence_mean_token_mean")
+    return {f"cross_entropy-{name}": Case(mean, "cross-entropy", rows) for name in names}
 
 
 def _skyrl() -> dict[str, Case]:
@@ -113,7 +120,7 @@ def _skyrl() -> dict[str, Case]:
     }
     estimators: tuple[KLEstimator, ...] = ("k1", "abs", "k2", "k3")
     kl = {f"kl-{estimator}": _kl(estimator, "pathwise", mean) for estimator in estimators}
-    return {**cases, **kl, **skyrl_policies()}
+    return {**cases, **kl, **skyrl_policies(), **skyrl_penalties()}
 
 
 def _trl() -> dict[str, Case]:
@@ -127,6 +134,17 @@ def _trl() -> dict[str, Case]:
     for beta in (0.1, 0.5):
         wrong = preset("trl:orpo", beta=3 * beta)
         cases[f"orpo-{beta:g}"] = Case(preset("trl:orpo", beta=beta), "ORPO", wrong, tolerance=FP32)
+    corrected = GRPO(None, KL("k3", 1.0, importance="anchor", acknowledge_biased=True), "none", "token_mean")
+    plain = _kl("k3", "pathwise", "token_mean")
+    cases |= {
+        "kl-k3": plain,
+        "kl-k3-rows": _kl("k3", "pathwise", "sequence_mean_token_mean", counts=ALL_ROWS),
+        "kl-k3-corrected": Case(corrected, "KL k3", plain.loss, only_kl=True),
+        "kl-k3-far": plain,  # which TRL does not clamp
+    }
+    wrong = ImportanceSampling("token_mean")
+    counted = Case(CrossEntropy("token_mean"), "cross-entropy", wrong, counts={"tokens": 40.0})
+    cases |= {**_supervised("tokens", "rows"), "cross_entropy-counted": counted}
     return cases | _trl_labels() | trl_policies()
 
 
@@ -174,6 +192,10 @@ DIFFERS: Final[dict[str, tuple[Case, str]]] = {
         "the reported value is clamped to 10; the gradient is ours",
     ),
     "skyrl:kl-k3-far": (_kl("k3", "pathwise", "sequence_mean_token_mean"), _CLAMPED),
+    "skyrl:ppo_kl-token_mean": (
+        skyrl_two_means()[0],
+        "its KL is a mean within and over sequences, whatever the reduction; ours has the loss's own",
+    ),
     **{
         f"verl:{entry['name']}": (
             Case(rejected(entry["config"]), "rejection by a statistic", PPO()),
