@@ -1,6 +1,7 @@
 """Record what SkyRL's own loss code answers on the shared inputs.
 
-Run in an environment of its own:  pip install torch==2.13.0 numpy jax jaxtyping loguru omegaconf pydantic transformers,
+Run in an environment of its own:  pip install torch==2.13.0 numpy jax jaxtyping loguru omegaconf pydantic transformers
+                                   cloudpickle datasets,
                                    then pip install --no-deps --ignore-requires-python skyrl==0.4.0
 then:                              python tests/golden/make_skyrl.py > tests/golden/skyrl.json
 

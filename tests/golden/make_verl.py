@@ -1,6 +1,6 @@
 """Record what verl's own loss code answers on the shared inputs.
 
-Run in an environment of its own:  pip install torch==2.13.0 numpy omegaconf tensordict transformers,
+Run in an environment of its own:  pip install torch==2.13.0 numpy omegaconf pandas tensordict transformers,
                                    then pip install --no-deps verl==0.9.1
 then:                              python tests/golden/make_verl.py > tests/golden/verl.json
 
