@@ -12,8 +12,11 @@ from ...errors import LengthError
 from .problems import Problem
 from .selection import readable, transformed
 
-__all__ = ["Layout", "Packed", "Padded", "accurate_sum", "count_nonzero", "count_of"]
+__all__ = ["FEW", "Layout", "Packed", "Padded", "accurate_sum", "count_nonzero", "count_of"]
 
+FEW: Final = (
+    16_384  # so few weights are counted one by one; of more, a branch that is mispredicted costs more than a mask
+)
 _STRIP: Final = 1024  # so many numbers are added in fp32 before fp64 takes over
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...deprecation import renamed_keyword, replaced
 from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problems, missing_input, require_tensor
 from .labels import mask_of_labels
-from .layout import Layout, Packed, Padded, count_nonzero, count_of
+from .layout import FEW, Layout, Packed, Padded, count_nonzero, count_of
 from .problems import Problem, raise_readable
 from .remembered import forget_overwritten, kept_sum
 from .selection import as_weight, finite, readable, select, wide
@@ -183,8 +183,8 @@ class TokenBatch:
     @property
     def token_count(self) -> Tensor:
         """How many positions are trained; float64, 0-d."""
-        whole = self.scale is None or self.layout.candidates or not readable(self.weight)
-        return self.remember("token_count", lambda: count_of(self.indicator()) if whole else count_nonzero(self.weight))
+        ones = self.scale is None or self.layout.candidates or not readable(self.weight) or self.weight.numel() > FEW
+        return self.remember("token_count", lambda: count_of(self.indicator()) if ones else count_nonzero(self.weight))
 
     @property
     def trained_count(self) -> Tensor:
