@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import final
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import BackendError, NonFiniteError
 from .dtensors import local_part
 
-__all__ = ["Accumulator", "all_finite", "overflow"]
+__all__ = ["Accumulator", "all_finite"]
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -25,13 +25,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     # On the CPU a sum takes a thirtieth of the time of a norm. One that overflows says nothing, so that each number is asked.
     total = torch.stack([t.sum().double() for t in tensors]).sum().item() if tensors else 0.0
     return math.isfinite(total) or all(bool(torch.isfinite(t).all()) for t in tensors)
-
-
-def overflow(datums: Sequence[int]) -> str:
-    """Say what makes a gradient infinite to which the log-probs of each of these datums give a finite one."""
-    if len(datums) == 1:
-        return f"datum {datums[0]} (the gradient of its log-probs is finite, and overflows times the loss's cotangent)"
-    return "no single datum (the gradients of their log-probs are finite, and overflow times the loss's cotangents, or summed)"
 
 
 @final

@@ -18,16 +18,17 @@ from ..calls.requests import ScoreRequest
 from ..engine import Call, Engine, EngineLimits, Gradient, Scorer
 from ..operations.normalization import Divisor, Ledger
 from ..types import AdamParams, Plan, Rollout, SamplingParams
-from .accumulator import Accumulator, all_finite, overflow
+from .accumulator import Accumulator
 from .causal_lm import CausalLM, as_causal_lm
 from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from .checkpoints.export import Export
 from .decoding.sampling import draw
 from .dtensors import require_whole
 from .execution.batching import Layout
+from .execution.blame import blame
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
-from .execution.forward import keep_in_evaluation, model_device, require_all_trained, score, score_forwards, trainable
+from .execution.forward import keep_in_evaluation, model_device, require_all_trained, score_forwards, trainable
 from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
@@ -291,10 +292,5 @@ class NativeEngine(Engine):
 
     def blame(self, requests: Sequence[ScoreRequest], members: Sequence[int] | None = None) -> str:
         """Name the first datum (of ``members``; default: all) whose own gradient is not finite."""
-        parameters, asked = list(trainable(self.module).values()), range(len(requests)) if members is None else members
-        for i in asked:
-            logprobs = score(self.model, [requests[i]], "single")
-            gradients = torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True)
-            if not all_finite([g for g in gradients if g is not None]):
-                return f"datum {i}"
-        return overflow(asked)
+        asked = range(len(requests)) if members is None else members
+        return blame(self.model, list(trainable(self.module).values()), requests, asked)
