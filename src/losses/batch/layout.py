@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Final, final
 
 import torch
@@ -12,9 +13,9 @@ from ...errors import LengthError
 from .problems import Problem
 from .selection import readable, transformed
 
-__all__ = ["FEW", "Layout", "Packed", "Padded", "accurate_sum", "count_nonzero", "count_of"]
+__all__ = ["Layout", "Packed", "Padded", "accurate_sum", "count_of", "count_trained"]
 
-FEW: Final = (
+_FEW: Final = (
     16_384  # so few weights are counted one by one; of more, a branch that is mispredicted costs more than a mask
 )
 _STRIP: Final = 1024  # so many numbers are added in fp32 before fp64 takes over
@@ -172,12 +173,19 @@ def accurate_sum(values: Tensor) -> Tensor:
     return values.view(-1, _STRIP).sum(1).sum(dtype=torch.float64)
 
 
-def count_nonzero(weights: Tensor) -> Tensor:
-    """Return how many weights are not 0; float64, 0-d."""
-    return torch.count_nonzero(weights).double()
-
-
 def count_of(ones: Tensor) -> Tensor:
     """Return the sum of ones and zeros; float64, 0-d. fp32 holds whole numbers below 2^24 exactly, and adds faster."""
     exact = not transformed() and ones.numel() < 2**24
     return ones.sum().double() if exact else ones.sum(dtype=torch.float64)
+
+
+def count_trained(weights: Tensor | None, indicator: Callable[[], Tensor]) -> Tensor:
+    """Return how many positions are trained; float64, 0-d.
+
+    Args:
+        weights: of which each that is not 0 is a position; None: that is not so, or another way is faster.
+        indicator: gives ones and zeros, one per position.
+    """
+    if weights is not None and readable(weights) and weights.numel() <= _FEW:
+        return torch.count_nonzero(weights).double()
+    return count_of(indicator())

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...deprecation import renamed_keyword, replaced
 from ..inputs import INPUTS, as_inputs, check_inputs, check_shape, label_problems, missing_input, require_tensor
 from .labels import mask_of_labels
-from .layout import FEW, Layout, Packed, Padded, count_nonzero, count_of
+from .layout import Layout, Packed, Padded, count_of, count_trained
 from .problems import Problem, raise_readable
 from .remembered import forget_overwritten, kept_sum
-from .selection import as_weight, finite, readable, select, wide
+from .selection import as_weight, finite, select, wide
 from .sums import row_sum, weighted_sum
 from .units import Groups, PairOrder, Pairs, group_sequences, pair_inputs, pair_sequences, require_even
 
@@ -183,8 +183,8 @@ class TokenBatch:
     @property
     def token_count(self) -> Tensor:
         """How many positions are trained; float64, 0-d."""
-        ones = self.scale is None or self.layout.candidates or not readable(self.weight) or self.weight.numel() > FEW
-        return self.remember("token_count", lambda: count_of(self.indicator()) if ones else count_nonzero(self.weight))
+        weights = None if self.scale is None or self.layout.candidates else self.weight
+        return self.remember("token_count", lambda: count_trained(weights, self.indicator))
 
     @property
     def trained_count(self) -> Tensor:
