@@ -160,11 +160,14 @@ def _parts(opened: BinaryIO) -> Iterator[bytes]:
 
 
 def _tar(files: Mapping[str, BinaryIO]) -> Iterator[bytes]:
-    """Write an archive piece by piece, so that it takes no memory and no room on the disk."""
+    """Write an archive piece by piece, so that it takes no memory and no room on the disk.
+
+    It bears no times, so that a checkpoint that is written again with the same content has the same archive.
+    """
     for name, opened in files.items():
         with opened:
-            header, about = tarfile.TarInfo(name), os.fstat(opened.fileno())
-            header.size, header.mtime = about.st_size, int(about.st_mtime)
+            header = tarfile.TarInfo(name)
+            header.size = os.fstat(opened.fileno()).st_size
             yield header.tobuf()
             yield from _parts(opened)
             yield bytes(-header.size % tarfile.BLOCKSIZE)
