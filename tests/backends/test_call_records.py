@@ -104,6 +104,7 @@ def test_failed_calls_count_until_they_are_known(calls: list[tuple[dict[str, Any
     assert [str(call.error) for call in ledger.calls if call.error is not None] == [repr(ends) for ends in doubtful]
 
 
+@pytest.mark.slow
 def test_totals_that_keep_what_failed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     monkeypatch.setattr(CallRecord, "state", property(lambda self: "accepted"))

@@ -27,8 +27,6 @@ from pullback.testing.models.tiny import causal_mask
 __all__ = [
     "CASES",
     "DATA",
-    "FEW_CASES",
-    "FEW_WORKS",
     "NEXT",
     "PARAMS",
     "SECONDS",
@@ -215,12 +213,3 @@ WORKS: Final[dict[str, Callable[[TorchBackend], Any]]] = {
     "inside a loss": starved_inside,
     "retained": lambda b: b.backward({b.forward_retain(DATA).result(): range(len(DATA))}, DATA, "ppo").result(),
 }
-FEW_CASES: Final = (
-    "loss raises",
-    "registered loss raises",
-    "invalid data",
-    "other tokens",
-    "other operation",
-    "random loss",
-)
-FEW_WORKS: Final = ("streamed",)

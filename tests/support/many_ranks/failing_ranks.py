@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ import torch.distributed as dist
 from many_ranks.failing_cases import (
     CASES,
     DATA,
-    FEW_CASES,
-    FEW_WORKS,
     NEXT,
     PARAMS,
     WORKS,
@@ -152,14 +150,14 @@ def silent(folder: Path) -> Outcome:
     return told | {"moved": difference(many.gradients(), one.gradients())}
 
 
-def together(folder: Path, names: Collection[str] = tuple(CASES), works: Collection[str] = tuple(WORKS)) -> Outcome:
+def together(folder: Path) -> Outcome:
     """Cases that leave the group whole, one after the other on the same backends."""
     found: Outcome = {}
     for reshard in (False, True):
         kind = "resharded" if reshard else "whole"
         many, one = make(folder, reshard=reshard), make(folder, mesh=None)
-        found |= {f"{name}, {kind}": failing(name, many, one) for name in names}
-        for name in () if reshard else works:
+        found |= {f"{name}, {kind}": failing(name, many, one) for name in CASES}
+        for name in () if reshard else WORKS:
             found |= memory(name, folder, many, one)
     return found | {"optimizer": half_stepped(folder), "silent": silent(folder), **dict(constructed(folder))}
 
@@ -171,7 +169,6 @@ def main(what: str, target: str) -> None:
     works: dict[str, Callable[[Path], Outcome]] = {
         "resume": resumed,
         "together": together,
-        "few": partial(together, names=FEW_CASES, works=FEW_WORKS),
     }
     found = works[what](folder) if what in works else alone(what, folder)
     (folder / f"{what}-{os.environ['RANK']}.json").write_text(json.dumps(found))

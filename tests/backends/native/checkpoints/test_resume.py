@@ -56,7 +56,8 @@ def finish(backend: TorchBackend) -> tuple[dict[str, torch.Tensor], list[int]]:
     return weights_of(backend), rollout.tokens
 
 
-@pytest.mark.parametrize("kind", [k if k == "full" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_resume_in_a_new_process(kind: str, tmp_path: Path) -> None:
     """A process saves and is killed; a new one makes the very step the first would have made, and samples the same."""
     root = Path(__file__).parents[4]

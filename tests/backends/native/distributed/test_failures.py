@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import failing_ranks
-from many_ranks.failing_cases import CASES, FEW_CASES, FEW_WORKS, SECONDS, WORKS
+from many_ranks.failing_cases import CASES, SECONDS, WORKS
 from many_ranks.lost_groups import ALONE
 from many_ranks.outcomes import Outcome
 from many_ranks.ranks import reports, run_ranks
-from tiers import TIER, sampled
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"
-)
+pytestmark = [
+    pytest.mark.slow,  # all cases share two processes, whose start costs most
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
 SCRIPT = Path(failing_ranks.__file__)
 EXACT = 1e-12
 FAILED = r"failed on rank 1 \(nothing has changed on any rank\): "
@@ -121,11 +121,11 @@ def require_told(found: Outcome, expected: tuple[str, str], seconds: float) -> N
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return launched("few" if TIER == "quick" else "together", tmp_path_factory.mktemp("together"))
+    return launched("together", tmp_path_factory.mktemp("together"))
 
 
 @pytest.mark.parametrize("kind", ["whole", "resharded"])
-@pytest.mark.parametrize("case", sampled(CASES, FEW_CASES))
+@pytest.mark.parametrize("case", CASES)
 def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         told = found[f"{case}, {kind}"]
@@ -135,7 +135,7 @@ def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: lis
 
 
 @pytest.mark.parametrize("after", [0, 1])
-@pytest.mark.parametrize("work", sampled(WORKS, FEW_WORKS))
+@pytest.mark.parametrize("work", WORKS)
 def test_all_ranks_try_again_where_one_runs_out_of_memory(work: str, after: int, together: list[Outcome]) -> None:
     for found in together:
         told = found[f"{work}, memory short once after {after}"]
@@ -143,7 +143,7 @@ def test_all_ranks_try_again_where_one_runs_out_of_memory(work: str, after: int,
         assert told["next"] <= EXACT
 
 
-@pytest.mark.parametrize("work", sampled(WORKS, FEW_WORKS))
+@pytest.mark.parametrize("work", WORKS)
 def test_where_memory_never_suffices_on_one_rank_all_say_so(work: str, together: list[Outcome]) -> None:
     for found in together:
         told = found[f"{work}, no memory"]
@@ -182,7 +182,7 @@ def test_without_agreements_other_data_on_one_rank_goes_unnoticed(together: list
         assert found["silent"]["moved"] > 0.1
 
 
-@pytest.fixture(scope="module", params=sampled(ALONE, ()))
+@pytest.fixture(scope="module", params=ALONE)
 def lost(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[Outcome]]:
     folder = tmp_path_factory.mktemp("lost")
     return request.param, folder, launched(request.param, folder, killed=request.param == "kill")
