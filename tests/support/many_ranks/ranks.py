@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ports import reserved_port
 
 __all__ = ["reports", "run_ranks", "start_ranks"]
 
@@ -38,14 +39,11 @@ def reports(folder: Path, ranks: int, prefix: str = "") -> list[Any]:
 
 def start_ranks(script: Path, *arguments: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
     """Start a script in ``ranks`` processes at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     shared = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, SEARCHED)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(reserved_port()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(ranks),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import reserved_port
 
 __all__ = ["CommandProcess", "ServerProcess"]
 
@@ -75,9 +75,7 @@ class CommandProcess:
     """
 
     def __init__(self, folder: Path, model: Path, key: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = reserved_port()
         self.url = f"http://127.0.0.1:{port}"
         options = ["--model", model, "--name", "tiny", "--port", port, "--checkpoints", folder, "--token-budget", 64]
         environment = {

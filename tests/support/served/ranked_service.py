@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import tinker
 import torch
 from helpers import make_data, tiny_llama
 from many_ranks.ranks import start_ranks
+from ports import reserved_port
 from safetensors.torch import load_file
 from served import service_rank
 from servers import KEY, finished, json_datum
@@ -40,9 +40,7 @@ class RankedService:
     """
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = reserved_port()
         self.url, self.root = f"http://127.0.0.1:{port}", folder / "checkpoints"
         options = {"model": folder / "model", "name": "tiny", "port": port, "checkpoints": self.root}
         options |= {"token-budget": 64, "dtype": "float64", "timeout": _TIMEOUT, "disk-per-key": DISK}
