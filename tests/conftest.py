@@ -95,6 +95,14 @@ def direct(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
+def gaps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets the time that services wait for a missing number pass; they are made after it."""
+    from served.gaps import Gaps
+
+    return Gaps(monkeypatch)
+
+
+@pytest.fixture
 def service(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The official SDK's client."""
     import tinker

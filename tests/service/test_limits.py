@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tinker
 import zstandard
+from served.gaps import Gaps
 from servers import KEY, SDK_WARNINGS, finished, new_model, tiny_models
 
 import pullback
@@ -21,9 +22,7 @@ from pullback.service.limits import Keys, Limits, digest_of
 
 pytestmark = SDK_WARNINGS
 OTHER = "tml-other"
-SMALL = Limits(
-    body_bytes=20_000, datums=3, tokens=50, models=1, rank=8, gap_seconds=0.5, poll_seconds=0.3, large_bytes=9
-)
+SMALL = Limits(body_bytes=20_000, datums=3, tokens=50, models=1, rank=8, large_bytes=9)
 PROTOBUF = {"content-type": "application/x-protobuf"}
 
 
@@ -173,9 +172,9 @@ def test_nothing_is_unpickled() -> None:
     assert found("torch.load(file)") == {"torch.load"}
 
 
-def test_too_much_at_once_is_429(web: Any, tmp_path: Path) -> None:
+def test_too_much_at_once_is_429(gaps: Gaps, web: Any, tmp_path: Path) -> None:
     """Beyond the queue's limit a request is turned away with the time to come back, and is accepted when there is room."""
-    with serving(tiny_models(tmp_path), keys=[KEY], limits=Limits(queue=1, gap_seconds=0.5)) as url:
+    with serving(tiny_models(tmp_path), keys=[KEY], limits=Limits(queue=1)) as url:
         http = web(url)
         _, made = new_model(http)
         step = {"model_id": made["model_id"], "adam_params": {}}
@@ -183,5 +182,6 @@ def test_too_much_at_once_is_429(web: Any, tmp_path: Path) -> None:
         refused = http.post("optim_step", json={**step, "seq_id": 3})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "holds 1 operations that wait" in refused.json()["detail"]
+        gaps.passed()
         assert "did not arrive" in finished(http, waiting)["error"]
         assert http.post("optim_step", json={**step, "seq_id": 3}).status_code == 200

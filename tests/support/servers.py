@@ -75,7 +75,7 @@ class Counting:
 
 def rest(url: str, key: str = KEY) -> httpx.Client:
     """Return a plain HTTP client."""
-    return httpx.Client(base_url=f"{url}/api/v1/", headers={"x-api-key": key}, timeout=30)
+    return httpx.Client(base_url=f"{url}/api/v1/", headers={"x-api-key": key}, timeout=120)
 
 
 def finished(http: httpx.Client, request_id: str) -> Any:
@@ -134,7 +134,7 @@ class Direct:
     """A service without its HTTP routes; `restart` returns what a killed one leaves behind."""
 
     def __init__(self, folder: Path, models: Any = None, limits: Limits | None = None) -> None:
-        self.models, limits = models or tiny_models(folder), limits or Limits(gap_seconds=0.2)
+        self.models, limits = models or tiny_models(folder), limits or Limits()
         self.journal = Journal(folder / "journal.sqlite")
         self.sequencer = Sequencer(self.journal, limits)
         self.operations = Operations(self.models, self.journal, self.sequencer, limits, lambda what, amount: None)
@@ -150,7 +150,7 @@ class Direct:
         assert self.read(self.operations.create_model("me", json.dumps(body).encode(), body))["model_id"] == MODEL
 
     def read(self, request: str) -> Any:
-        answer = self.sequencer.result("me", request).result(timeout=30)
+        answer = self.sequencer.result("me", request).result(timeout=120)
         self.operations.training.delivered(request)
         return answer
 

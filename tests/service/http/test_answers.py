@@ -12,6 +12,7 @@ import httpx
 import pytest
 import tinker
 import zstandard
+from served.gaps import Gaps
 from servers import KEY, SDK_WARNINGS, finished, json_datum, new_model, tiny_models
 
 from pullback.backends import TorchBackend
@@ -25,9 +26,15 @@ pytestmark = SDK_WARNINGS
 
 
 @pytest.fixture(scope="module")
-def hurried(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A service that waits for nothing for long, and calls 9 bytes a large result."""
-    limits = Limits(gap_seconds=0.5, poll_seconds=0.3, large_bytes=9)
+def gaps() -> Iterator[Gaps]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield Gaps(patch)
+
+
+@pytest.fixture(scope="module")
+def hurried(gaps: Gaps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service that does not hold a poll for long, and calls 9 bytes a large result."""
+    limits = Limits(poll_seconds=0.3, large_bytes=9)
     with serving(tiny_models(tmp_path_factory.mktemp("hurried")), keys=[KEY], limits=limits) as address:
         yield address
 
@@ -79,7 +86,7 @@ def test_large_results_are_announced(web: Any, hurried: str) -> None:
     assert whole[0] == whole[1]
 
 
-def test_a_result_that_is_not_there_yet(web: Any, hurried: str) -> None:
+def test_a_result_that_is_not_there_yet(gaps: Gaps, web: Any, hurried: str) -> None:
     """The request for it is held for a while, then answered 408 in the words that the SDK knows."""
     http = web(hurried)
     session, made = new_model(http)
@@ -89,6 +96,7 @@ def test_a_result_that_is_not_there_yet(web: Any, hurried: str) -> None:
     assert answer.status_code == 408
     assert answer.json() == {"type": "try_again", "request_id": request, "queue_state": "active"}
     assert answer.elapsed.total_seconds() >= 0.3
+    gaps.passed()
     assert "did not arrive" in finished(http, request)["error"]
     http.post(f"sessions/{session}/finish", json={})
 

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from clients.bodies import JSON, PROTOBUF
 from helpers import VOCAB
+from served.gaps import Gaps
 from servers import KEY, SDK_WARNINGS, finished, gradient_body, json_datum, new_model, tiny_models
 
 from pullback.datums import Datum, ModelInput
@@ -96,11 +97,17 @@ def test_a_declared_length_over_the_limit_is_not_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def gaps() -> Iterator[Gaps]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield Gaps(patch)
+
+
+@pytest.fixture(scope="module")
+def url(gaps: Gaps, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     models = tiny_models(tmp_path_factory.mktemp("bounds"))
     config: Any = models.base.model.config
     config.max_position_embeddings = 16
-    with serving(models, keys=[KEY], limits=Limits(all_bodies_bytes=8_000_000, gap_seconds=0.5, datums=50)) as address:
+    with serving(models, keys=[KEY], limits=Limits(all_bodies_bytes=8_000_000, datums=50)) as address:
         yield address
 
 
@@ -152,7 +159,7 @@ def test_too_many_datums_fail_in_their_turn(web: Any, url: str) -> None:
     assert "error" not in finished(http, request.json()["request_id"])
 
 
-def test_the_service_is_busy_when_bodies_fill_its_memory(web: Any, url: str) -> None:
+def test_the_service_is_busy_when_bodies_fill_its_memory(gaps: Gaps, web: Any, url: str) -> None:
     """A body over the memory of all is 429 and can come again; small requests are answered; nothing stays taken."""
     http = web(url)
     session, made = new_model(http)
@@ -161,6 +168,7 @@ def test_the_service_is_busy_when_bodies_fill_its_memory(web: Any, url: str) -> 
     busy = http.post("forward_backward", content=bytes(3_000_000), headers=PROTOBUF)
     assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
     assert http.get("healthz").status_code == 200
+    gaps.passed()
     assert "did not arrive" in finished(http, waiting)["error"]
     assert http.post("forward_backward", content=b"\xff" * 3_000_000, headers=PROTOBUF).status_code == 400
     assert http.post("forward_backward", content=bytes(7_500_000), headers=PROTOBUF).status_code == 413

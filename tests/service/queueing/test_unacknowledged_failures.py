@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served.gaps import Gaps
 from servers import MODEL, Direct, gradient_body
 
 from pullback.service.durability.answers import Failure
@@ -61,10 +62,12 @@ def test_a_refusal_that_nobody_reads_tells_nothing(direct: Direct) -> None:
     assert all(refused(direct.read(request)) for request in unread)
 
 
-def test_what_was_given_up_is_a_failure_too(direct: Direct) -> None:
+def test_what_was_given_up_is_a_failure_too(gaps: Gaps, direct: Direct) -> None:
     """A gradient behind a number that never came was not run: the first step after it is refused, the next one made."""
     direct.gradient(2)
-    given_up = direct.sequencer.result("me", direct.gradient(3)).result(timeout=30)  # the client does not read it
+    behind = direct.gradient(3)
+    gaps.passed()
+    given_up = direct.sequencer.result("me", behind).result(timeout=120)  # the client does not read it
     assert isinstance(given_up, Failure)
     answer = direct.read(direct.call("optim_step", 4))
     assert isinstance(answer, Failure)
@@ -73,12 +76,13 @@ def test_what_was_given_up_is_a_failure_too(direct: Direct) -> None:
     assert direct.read(direct.call("optim_step", 6))["metrics"]["grad_norm"] > 0
 
 
-def test_an_answer_tells_of_what_had_failed_when_it_was_given(direct: Direct) -> None:
+def test_an_answer_tells_of_what_had_failed_when_it_was_given(gaps: Gaps, direct: Direct) -> None:
     """A gradient that comes late, and is given up after a step was refused, is not told of by that step's answer."""
     waits = direct.gradient(2, *BROKEN)
-    assert isinstance(direct.sequencer.result("me", waits).result(timeout=30), Failure)
+    gaps.passed()
+    assert isinstance(direct.sequencer.result("me", waits).result(timeout=120), Failure)
     first = direct.call("optim_step", 3)
-    assert isinstance(direct.sequencer.result("me", first).result(timeout=30), Failure)
+    assert isinstance(direct.sequencer.result("me", first).result(timeout=120), Failure)
     direct.gradient(1)  # given up; nobody reads of it
     direct.read(first)
     second = direct.read(direct.call("optim_step", 4))
@@ -92,7 +96,7 @@ def test_an_answer_tells_of_what_had_failed_when_it_was_given(direct: Direct) ->
 def test_a_restart_has_neither_gradients_nor_failures(direct: Direct) -> None:
     """Steps of the old model fail as lost; one that is made from its checkpoint steps at once."""
     saved = direct.read(direct.call("save_weights", 1, path="one"))["path"]
-    direct.sequencer.result("me", direct.gradient(2, *BROKEN)).result(timeout=30)
+    direct.sequencer.result("me", direct.gradient(2, *BROKEN)).result(timeout=120)
     again = direct.restart()
     for number in (3, 4):
         answer = again.read(again.call("optim_step", number))

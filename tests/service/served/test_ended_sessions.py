@@ -7,9 +7,11 @@ import json
 import threading
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from served.endless import EndlessWork
+from served.gaps import Gaps
 from servers import Direct, gradient_body, tiny_models
 
 from pullback.backends import TorchBackend
@@ -29,9 +31,10 @@ LOSS = {"name": "total", "inputs": [{"name": "logprobs", "rank": 1}], "graph": {
 
 
 class Sessions:
-    """A service whose sessions come and go."""
+    """A service whose sessions come and go; what is counted is its own, whatever other services do in this process."""
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, limits: Limits | None = None) -> None:
+        self.gaps, self.made = Gaps(patch), made_of(patch, TorchBackend, Sampler)
         self.direct, self.folder = Direct(folder, tiny_models(folder), limits or Limits()), folder
         self.opened = 0
 
@@ -56,7 +59,7 @@ class Sessions:
             prompt = {"prompt": {"chunks": [{"tokens": [1, 2]}]}, "sampling_params": {"max_tokens": 2, "stop": []}}
             self.direct.read(do.samplers.sample("me", b"", {"sampling_session_id": sampler, **prompt})["request_id"])
             bad = do.training.gradient("me", decode_request(gradient_body(model, 2, "dpo", ("ref_logprobs",))))
-            assert isinstance(self.direct.sequencer.result("me", bad).result(timeout=30), Failure)
+            assert isinstance(self.direct.sequencer.result("me", bad).result(timeout=120), Failure)
             self.ask(do.training.optim_step, {"model_id": model, "seq_id": 9, "adam_params": {"learning_rate": 1e-2}})
         return session
 
@@ -65,17 +68,16 @@ class Sessions:
         done = threading.Event()
         self.direct.sequencer.run(lambda: self.direct.operations.finish(session))
         self.direct.sequencer.run(done.set)
-        assert done.wait(30)
+        assert done.wait(120)
 
     def held(self) -> dict[str, int]:
         """Count what a service holds for sessions."""
         do, sequencer = self.direct.operations, self.direct.sequencer
-        timers = sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
         return {
             "queues": len(sequencer._queues),
             "operations": sequencer.queued,
             "turns": sum(1 for _ in sequencer._turns),
-            "timers": timers,
+            "timers": self.gaps.waiting,
             "losses": len(do.training._losses),
             "failures": len(do.training._acknowledgements),
             "sessions": len(do.sessions._seen),
@@ -87,11 +89,28 @@ class Sessions:
     def close(self) -> None:
         self.direct.sequencer.close()
 
+    def alive(self) -> int:
+        """How many of the backends and samplers that were made meanwhile there are."""
+        gc.collect()
+        return len(self.made)
 
-def alive(*kinds: type) -> int:
-    """How many objects of these classes there are."""
-    gc.collect()
-    return sum(type(one) in kinds for one in gc.get_objects())
+
+def made_of(patch: pytest.MonkeyPatch, *kinds: Any) -> WeakSet[Any]:
+    """Return a set of the objects of these classes that are made from now on, while they live."""
+    made: WeakSet[Any] = WeakSet()
+
+    def noting(kind: Any) -> Any:
+        create = kind.__init__
+
+        def noted(self: Any, *given: Any, **named: Any) -> None:
+            made.add(self)
+            create(self, *given, **named)
+
+        return noted
+
+    for kind in kinds:
+        patch.setattr(kind, "__init__", noting(kind))
+    return made
 
 
 def come_and_go(sessions: Sessions, count: int, every: int) -> None:
@@ -102,41 +121,42 @@ def come_and_go(sessions: Sessions, count: int, every: int) -> None:
 def test_finished_sessions_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After as many sessions as one likes the service holds what it held before the first; reasons are bounded."""
     monkeypatch.setattr(queues, "_REMEMBERED", 8)
-    sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
+    sessions = Sessions(tmp_path, monkeypatch)
     kept = sessions.open(trains=True)
+    assert sessions.alive() == 2
     assert all(sessions.held()[what] for what in ("queues", "operations", "timers", "losses", "failures", "samplers"))
     sessions.finish(kept)
     come_and_go(sessions, 20, 5)
     assert set(sessions.held().values()) == {0}
     assert len(sessions.direct.sequencer._end_reasons) == 8
-    assert alive(TorchBackend, Sampler) == before
+    assert sessions.alive() == 0
     sessions.close()
 
 
 @pytest.mark.slow
-def test_two_thousand_sessions_leave_nothing(tmp_path: Path) -> None:
+def test_two_thousand_sessions_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with 2,000 sessions and the bound as it is."""
-    sessions, before = Sessions(tmp_path), alive(TorchBackend, Sampler)
+    sessions = Sessions(tmp_path, monkeypatch)
     come_and_go(sessions, 2000, 200)
     assert set(sessions.held().values()) == {0}
     assert len(sessions.direct.sequencer._end_reasons) == queues._REMEMBERED < 2000
-    assert alive(TorchBackend, Sampler) == before
+    assert sessions.alive() == 0
     sessions.close()
 
 
 def test_what_is_not_ended_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: sessions that are not ended hold queues and losses, and the counts say so."""
     monkeypatch.setattr("pullback.service.operations.Operations.finish", lambda self, session: None)
-    sessions = Sessions(tmp_path)
+    sessions = Sessions(tmp_path, monkeypatch)
     come_and_go(sessions, 2, 1)
     found = sessions.held()
     assert (found["queues"], found["losses"], found["samplers"], found["timers"]) == (2, 2, 2, 2)
     sessions.close()
 
 
-def test_silent_sessions_are_forgotten(tmp_path: Path) -> None:
+def test_silent_sessions_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a session holds beside models and samplers goes when nothing was heard of it for an hour, its name after a day."""
-    sessions = Sessions(tmp_path, Limits(idle_seconds=3600.0))
+    sessions = Sessions(tmp_path, monkeypatch, Limits(idle_seconds=3600.0))
     seen = sessions.direct.operations.sessions._seen
     for hours, losses, known in ((0.9, 1, 1), (1.1, 0, 1), (23.9, 0, 1), (24.1, 0, 0)):
         session = sessions.open(trains=False)
@@ -149,12 +169,12 @@ def test_silent_sessions_are_forgotten(tmp_path: Path) -> None:
     sessions.close()
 
 
-def test_what_waits_hears_of_the_end(tmp_path: Path) -> None:
+def test_what_waits_hears_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations that wait for their turn, or for a number, fail by the reason at once, and so does what is asked later."""
-    sessions, gate = Sessions(tmp_path), threading.Event()
+    sessions, gate = Sessions(tmp_path, monkeypatch), threading.Event()
     session = sessions.open(trains=True)
     model, do = f"{session}:train:0", sessions.direct.operations
-    sessions.direct.sequencer.run(lambda: gate.wait(30))
+    sessions.direct.sequencer.run(lambda: gate.wait(120))
     sessions.direct.sequencer.run(lambda: do.finish(session))
     step = {"adam_params": {"learning_rate": 1e-2}, "model_id": model}
     sent = [sessions.ask(do.training.optim_step, {**step, "seq_id": number}) for number in (3, 4, 7)]
@@ -172,7 +192,7 @@ def test_what_waits_hears_of_the_end(tmp_path: Path) -> None:
 def test_a_model_that_ended_long_ago_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the reason is no longer remembered, the answer does not claim a restart; after one, it does."""
     monkeypatch.setattr(queues, "_REMEMBERED", 1)
-    sessions = Sessions(tmp_path)
+    sessions = Sessions(tmp_path, monkeypatch)
     session = sessions.open(trains=True)
     sessions.finish(session)
     sessions.finish("another")
@@ -187,12 +207,12 @@ def test_a_model_that_ended_long_ago_says_so(tmp_path: Path, monkeypatch: pytest
     sessions.close()
 
 
-def test_an_unordered_work_in_slices_ends_with_its_session(tmp_path: Path) -> None:
+def test_an_unordered_work_in_slices_ends_with_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling in slices stops at its next pause when its session has ended, and nothing new of it is begun."""
-    sessions, endless = Sessions(tmp_path), EndlessWork()
+    sessions, endless = Sessions(tmp_path, monkeypatch), EndlessWork()
     sequencer: Sequencer = sessions.direct.sequencer
     request = sequencer.submit("me", "s9:sample:0:asample", None, b"", "sample", endless, ordered=False)
-    assert endless.begun.wait(30)
+    assert endless.begun.wait(120)
     sessions.finish("s9")
     answer = sessions.direct.read(request)
     assert isinstance(answer, Failure)

@@ -24,7 +24,7 @@ KEYS = ("tml-one", "tml-two")
 FILES = ("journal.sqlite", "journal.sqlite-wal")
 PROTOBUF = {"content-type": "application/x-protobuf"}
 EXPLAINED = "journal"  # a word of every explanation
-LIMITS = Limits(gap_seconds=0.2, poll_seconds=5.0)
+LIMITS = Limits(poll_seconds=60.0)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class serving_from:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
         transport = httpx.ASGITransport(app=self.app)
-        self._http = httpx.AsyncClient(transport=transport, base_url="http://service/api/v1/", timeout=30)
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://service/api/v1/", timeout=120)
         return self._http, self.app.state.service
 
     async def __aexit__(self, *_: object) -> None:
