@@ -29,6 +29,7 @@ __all__ = [
     "DATA",
     "NEXT",
     "PARAMS",
+    "PATIENCE",
     "SECONDS",
     "WORKS",
     "make",
@@ -41,12 +42,13 @@ __all__ = [
 
 
 PARAMS: Final = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
-SECONDS: Final = 4.0  # that a process waits
+SECONDS: Final = 8.0  # that a process waits where another one is lost
+PATIENCE: Final = 120.0  # that it waits where none is: nobody waits so long
 DATA: Final = example_datums([9, 5, 12, 3, 7, 11, 4, 8])
 NEXT: Final = example_datums([6, 10, 5, 7], seed=1)
 
 
-def make(folder: Path, timeout: float = 30.0, **options: Any) -> TorchBackend:
+def make(folder: Path, timeout: float = PATIENCE, **options: Any) -> TorchBackend:
     return TorchBackend(TinyLM(tied=True), token_budget=16, timeout=timeout, checkpoint_dir=folder, **options)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from many_ranks.failing_cases import (
     DATA,
     NEXT,
     PARAMS,
+    PATIENCE,
     WORKS,
     make,
     on_one,
@@ -94,15 +96,15 @@ def half_stepped(folder: Path) -> Outcome:
 def constructed(folder: Path) -> Iterator[tuple[str, Outcome]]:
     """Give ranks different models, and different settings."""
     rank = dist.get_rank()
-    yield "other weights", tried(lambda: TorchBackend(TinyLM(seed=rank), timeout=30))
-    yield "other budget", tried(lambda: TorchBackend(TinyLM(), token_budget=64 + rank, timeout=30))
-    yield "other seed", tried(lambda: TorchBackend(TinyLM(), seed=rank, timeout=30))
+    yield "other weights", tried(lambda: TorchBackend(TinyLM(seed=rank), timeout=PATIENCE))
+    yield "other budget", tried(lambda: TorchBackend(TinyLM(), token_budget=64 + rank, timeout=PATIENCE))
+    yield "other seed", tried(lambda: TorchBackend(TinyLM(), seed=rank, timeout=PATIENCE))
     frozen = TinyLM(seed=rank).requires_grad_(False)
     backend = make(folder)
     (folder / "empty").mkdir(exist_ok=True)
     yield "missing checkpoint", tried(lambda: backend.load_state(folder / "empty"))
     yield from other_files(folder, backend)
-    yield "nothing trained", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=30))
+    yield "nothing trained", tried(lambda: TorchBackend(on_one(frozen, TinyLM()), timeout=PATIENCE))
 
 
 def other_files(folder: Path, backend: TorchBackend) -> Iterator[tuple[str, Outcome]]:
@@ -162,6 +164,13 @@ def together(folder: Path) -> Outcome:
     return found | {"optimizer": half_stepped(folder), "silent": silent(folder), **dict(constructed(folder))}
 
 
+def meet(folder: Path, what: str) -> None:
+    """Wait until every process is here: what it imports can take longer than the others wait for it later."""
+    (folder / f"{what}-{os.environ['RANK']}.here").touch()
+    while len(list(folder.glob(f"{what}-*.here"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+
+
 def main(what: str, target: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -170,6 +179,7 @@ def main(what: str, target: str) -> None:
         "resume": resumed,
         "together": together,
     }
+    meet(folder, what)
     found = works[what](folder) if what in works else alone(what, folder)
     (folder / f"{what}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -19,7 +19,7 @@ SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "tr
 
 
 def run_ranks(
-    script: Path, *arguments: str, ranks: int = 2, seconds: float = 240.0, ends: Sequence[int] | None = None
+    script: Path, *arguments: str, ranks: int = 2, seconds: float = 600.0, ends: Sequence[int] | None = None
 ) -> list[str]:
     """Run a script in ``ranks`` processes at once, and fail if one ends otherwise than by ``ends``; return what each wrote."""
     started = start_ranks(script, *arguments, ranks=ranks)

@@ -25,8 +25,8 @@ from pullback.service import Base, ServedModels
 __all__ = ["DISK", "RankedService", "asked", "one_process", "ranked", "trained"]
 
 DISK = 2_000_000  # bytes of all checkpoints
-_SECONDS = 240.0
-_TIMEOUT = 20.0  # of the processes for each other
+_SECONDS = 600.0
+_TIMEOUT = 60.0  # of the processes for each other
 _KEPT = ("target_tokens", "weights", "logprobs", "advantages")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import failing_ranks
-from many_ranks.failing_cases import CASES, SECONDS, WORKS
+from many_ranks.failing_cases import CASES, PATIENCE, SECONDS, WORKS
 from many_ranks.lost_groups import ALONE
 from many_ranks.outcomes import Outcome
 from many_ranks.ranks import reports, run_ranks
@@ -129,7 +129,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
 def test_a_failure_on_one_rank_is_everybodys(case: str, kind: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
         told = found[f"{case}, {kind}"]
-        require_told(told, expected, 2 * SECONDS)
+        require_told(told, expected, PATIENCE / 2)
         assert told["moved"] == 0.0, "the gradients that had accumulated"
         assert told["next"] <= EXACT, "weights after the next step, against one process"
 
@@ -148,15 +148,15 @@ def test_where_memory_never_suffices_on_one_rank_all_say_so(work: str, together:
     for found in together:
         told = found[f"{work}, no memory"]
         words = "a datum of 12 tokens does not fit .* even alone .rank 1 ran out of memory.*gradient_checkpointing"
-        require_told(told, ("UnsupportedError", words), 2 * SECONDS)
+        require_told(told, ("UnsupportedError", words), PATIENCE / 2)
         assert told["moved"] == 0.0
 
 
 def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED["optimizer"], strict=True):
         told = found["optimizer"]
-        require_told(told, expected, 2 * SECONDS)
-        require_told(told["again"], ("BackendError", "load the last checkpoint"), 2 * SECONDS)
+        require_told(told, expected, PATIENCE / 2)
+        require_told(told["again"], ("BackendError", "load the last checkpoint"), PATIENCE / 2)
         assert told["next"] <= EXACT
 
 
@@ -165,13 +165,13 @@ def test_a_step_that_only_some_ranks_have_made_is_followed_by_a_load(together: l
 )
 def test_other_models_settings_and_folders_are_refused(case: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
-        require_told(found[case], expected, 2 * SECONDS)
+        require_told(found[case], expected, PATIENCE / 2)
 
 
 @pytest.mark.parametrize("case", ["other dtype", "other shape", "other moments"])
 def test_files_of_other_tensors_are_refused_before_any_work(case: str, together: list[Outcome]) -> None:
     for found, expected in zip(together, EXPECTED[case], strict=True):
-        require_told(found[case], expected, 2 * SECONDS)
+        require_told(found[case], expected, PATIENCE / 2)
         assert found[case]["moved"] == 0.0
 
 
@@ -194,7 +194,7 @@ def test_a_lost_rank_is_named_in_time_and_from_then_on(lost: Any) -> None:
         require_told(found, expected, 3 * SECONDS)
         assert found["moved"] == 0.0, "this process's part of the gradients that had accumulated"
         for later in found["later"]:
-            require_told(later, ("LostRankError", f"cannot run: .*{START_AGAIN}"), 1.0)
+            require_told(later, ("LostRankError", f"cannot run: .*{START_AGAIN}"), SECONDS)
 
 
 def test_a_new_start_from_the_last_checkpoint_is_exact(lost: Any) -> None:

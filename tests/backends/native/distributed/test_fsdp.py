@@ -87,5 +87,5 @@ def test_inside_a_sharded_module(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     for rank in ranks:
-        out, errors = rank.communicate(timeout=120)
+        out, errors = rank.communicate(timeout=600)
         assert (rank.returncode, out.strip()) == (0, "ok"), errors
