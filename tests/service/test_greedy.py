@@ -70,7 +70,7 @@ class Light:
 
     def __enter__(self) -> Light:
         self._thread.start()
-        assert self._begun.wait(60)
+        assert self._begun.wait(120)
         self.waits.clear()
         return self
 

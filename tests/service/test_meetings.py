@@ -39,16 +39,17 @@ def test_the_checkpoint_at_the_end_holds_what_was_answered(tmp_path: Path, monke
     def slow(self: TorchBackend, *given: Any) -> Any:
         done = step(self, *given)
         began.set()
-        assert go.wait(20)
+        assert go.wait(120)
         return done
 
     monkeypatch.setattr(TorchBackend, "optim_step", slow)
     first.read(first.gradient(1, "cross_entropy"))
     running, waiting = first.call("optim_step", 2), first.call("save_weights", 3, path="later")
-    assert began.wait(20)
+    assert began.wait(120)
     closing = threading.Thread(target=first.sequencer.close)
     closing.start()
-    time.sleep(0.1)
+    while not first.sequencer._closed:
+        time.sleep(0.001)
     go.set()
     closing.join()
     ShutdownSaver(first.models, first.journal, 30).save_all()
@@ -199,13 +200,13 @@ def test_waiting_prompts_count_among_the_bodies(web: Any, tmp_path: Path, monkey
 
         def slow(*given: Any) -> str:
             held.set()
-            assert go.wait(20)
+            assert go.wait(120)
             return save(*given)
 
         monkeypatch.setattr(models, "save", slow)
         body = {"model_id": made_model["model_id"], "seq_id": 1, "path": "a"}
         running = http.post("save_weights", json=body).json()["request_id"]
-        assert held.wait(20)
+        assert held.wait(120)
         prompt = {"chunks": [{"type": "encoded_text", "tokens": torch.ones(30, dtype=torch.int64).tolist()}]}
         sample = {"sampling_session_id": name, "prompt": prompt, "num_samples": 1, "sampling_params": {"max_tokens": 1}}
         size = len(json.dumps(sample))
@@ -214,7 +215,7 @@ def test_waiting_prompts_count_among_the_bodies(web: Any, tmp_path: Path, monkey
         go.set()
         for request in (running, waiting):
             finished(http, request)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while gauge(http, url) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert gauge(http, url) == 0

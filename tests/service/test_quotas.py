@@ -66,7 +66,7 @@ class Queue:
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.sequencer, self.gate = Sequencer(Journal(folder / "journal.sqlite"), limits), threading.Event()
-        self.sequencer.run(lambda: self.gate.wait(30))
+        self.sequencer.run(lambda: self.gate.wait(120))
         self.sent: list[tuple[str, str]] = []
 
     def send(self, owner: str, number: int) -> None:
@@ -85,7 +85,7 @@ class Queue:
 
     def end(self) -> list[Answer]:
         self.gate.set()
-        found = [self.sequencer.result(*one).result(timeout=30) for one in self.sent]
+        found = [self.sequencer.result(*one).result(timeout=120) for one in self.sent]
         self.sequencer.close()
         return found
 
@@ -134,7 +134,7 @@ def created(direct: Direct, owner: str, session: str, number: int) -> Any:
         direct.journal.add_session(session, owner, None)
     body = {"session_id": session, "model_seq_id": number, "base_model": "tiny", "lora_config": {"rank": 2}}
     request = direct.operations.create_model(owner, json.dumps(body).encode(), body)
-    return direct.sequencer.result(owner, request).result(timeout=30)
+    return direct.sequencer.result(owner, request).result(timeout=120)
 
 
 def test_one_key_cannot_take_all_models(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_one_key_cannot_take_all_models(tmp_path: Path) -> None:
     assert created(direct, "other", "o", 0)["model_id"] == "o:train:0"
     body = {"model_id": "g:train:0"}
     request = direct.operations.unload("greedy", json.dumps(body).encode(), body)
-    direct.sequencer.result("greedy", request).result(timeout=30)
+    direct.sequencer.result("greedy", request).result(timeout=120)
     assert created(direct, "greedy", "g", 3)["model_id"] == "g:train:3"
     direct.sequencer.close()
 

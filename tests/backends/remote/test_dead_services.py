@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clients.hurried import impatient
 from helpers import make_data
 from servers import KEY, SDK_WARNINGS, tiny_models
 
@@ -32,11 +33,12 @@ GONE = r"no answer from http://127\.0\.0\.1:\d+ for \d+\.\d s"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A closed backend gives a silent service up soon."""
+def given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed backend gives a silent service up soon; one that answers has as long as the machine needs."""
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     monkeypatch.setattr(liveness, "_EVERY", 0.1)
     monkeypatch.setattr(liveness, "_DEAD", 0.3)
+    monkeypatch.setattr(liveness, "_QUESTION", 30.0)
 
 
 class Place:
@@ -66,7 +68,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate, original = threading.Event(), TorchBackend.forward_backward
 
     def waiting(*given: Any, **options: Any) -> Any:
-        gate.wait(60)
+        gate.wait(120)
         return original(*given, **options)
 
     monkeypatch.setattr(TorchBackend, "forward_backward", waiting)
@@ -94,7 +96,7 @@ def test_closing_when_the_sdk_does_not(place: Place, monkeypatch: pytest.MonkeyP
     """An SDK that never closes its client is not waited for for ever, though the service answers."""
     monkeypatch.setattr(liveness, "_ENDING", 0.2)
     backend, original, never = place.connect(), TinkerSdk.close, threading.Event()
-    monkeypatch.setattr(TinkerSdk, "close", lambda *_: never.wait(60))
+    monkeypatch.setattr(TinkerSdk, "close", lambda *_: never.wait(120))
     with pytest.raises(RemoteError, match=r"the service answers, but the SDK has not closed its client in 0\.2"):
         backend.close(timeout)
     never.set()
@@ -163,15 +165,15 @@ def test_a_dead_service_is_not_running(place: Place, held: threading.Event) -> N
 @pytest.mark.slow
 def test_calls_that_wait_inside(place: Place) -> None:
     """Making a sampler, loading, and the reference say it too, within the backend's time limit."""
-    backend = place.connect(timeout=5.0)  # making a model counts, too
-    path = backend.save_state("one").result(30).path
+    backend = place.connect()
+    path = backend.save_state("one").result().path
     place.die()
     prompts = [pullback.ModelInput.from_ints([1])]
     for call in (
         lambda: backend.load_state(path).result(),
         lambda: backend.sample(prompts, 1, pullback.SamplingParams(max_tokens=1)).result(),
     ):
-        with pytest.raises(TimeoutError, match=GONE):
+        with impatient(backend, 1.0), pytest.raises(TimeoutError, match=GONE):
             call()
     with pytest.raises(RemoteError):
         backend.close(0.2)
@@ -181,7 +183,7 @@ def test_a_cancelled_await(place: Place, held: threading.Event) -> None:
     """It ends at once, leaves no thread that waits, and the operation and the backend as they are."""
     backend = place.connect()
 
-    async def impatient() -> None:
+    async def hasty() -> None:
         future = backend.forward_backward(DATA, "ppo")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
@@ -196,7 +198,7 @@ def test_a_cancelled_await(place: Place, held: threading.Event) -> None:
         assert (await future).metrics["loss:sum"] == future.result().metrics["loss:sum"]
         await backend.optim_step(AdamParams(learning_rate=1e-3))
 
-    asyncio.run(impatient())
+    asyncio.run(hasty())
     assert backend.forward(DATA).result().metrics
     backend.close()
 

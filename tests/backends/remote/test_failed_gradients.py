@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from clients.hurried import impatient
 from helpers import distance, make_data
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -188,16 +189,17 @@ def test_failures_that_stay_in_the_totals_are_noticed(
 @pytest.mark.slow
 def test_a_late_forward_is_no_gradient(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held back, a call has sent no more than a forward: whatever becomes of that, the step goes on without it."""
-    backend, gate, original = connect(defer_backward=True, timeout=1.5), threading.Event(), TorchBackend.forward
+    backend, gate, original = connect(defer_backward=True), threading.Event(), TorchBackend.forward
 
     def slow(*args: Any, **options: Any) -> Any:
-        gate.wait(20)
+        gate.wait(120)
         return original(*args, **options)
 
     monkeypatch.setattr(TorchBackend, "forward", slow)
-    assert isinstance(backend.forward_backward(UNITS[0], "ppo").exception(), TimeoutError)
+    with impatient(backend, 0.3):
+        assert isinstance(backend.forward_backward(UNITS[0], "ppo").exception(), TimeoutError)
     gate.set()
-    backend.forward(UNITS[0]).result(timeout=20)
+    backend.forward(UNITS[0]).result(timeout=120)
     backend.forward_backward(UNITS[1], "ppo").result()
     assert backend.optim_step(PARAMS).result().stepped
 

@@ -269,7 +269,7 @@ def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, models: Any, 
     original = TorchBackend.forward_backward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        gate.wait(10)
+        gate.wait(120)
         return original(*args, **kwargs)
 
     backend = connect()
@@ -278,4 +278,4 @@ def test_a_slow_service_says_what_it_was_waiting_for(connect: Any, models: Any, 
     with pytest.raises(TimeoutError, match=r"forward_backward was sent .* is running at the service"):
         future.result(timeout=0.2)
     gate.set()
-    assert future.result(timeout=10).metrics["loss:sum"] > 0
+    assert future.result(timeout=120).metrics["loss:sum"] > 0

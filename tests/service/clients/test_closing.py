@@ -39,7 +39,7 @@ def test_closing_while_a_heartbeat_is_answered(url: str, monkeypatch: pytest.Mon
         time.sleep(0.02)  # so that a heartbeat is under way
         closed.append(client.close("success"))
     for future in closed:
-        future.result(timeout=30)
+        future.result(timeout=120)
 
 
 @pytest.mark.parametrize(("python", "pyqwest"), [("3.11.7", False), ("3.12.1", True), ("3.110.0", True), ("", True)])

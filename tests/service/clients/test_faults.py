@@ -72,7 +72,7 @@ class Side:
 
     def read(self) -> list[Any]:
         """What all that was sent has given: log-probs, metrics, names."""
-        found, self.waiting = [_plain(future.result(timeout=60)) for future in self.waiting], []
+        found, self.waiting = [_plain(future.result(timeout=120)) for future in self.waiting], []
         return found
 
     def weights(self) -> Tensor:
@@ -224,9 +224,9 @@ def test_an_outage_is_an_error_and_no_gap(place: tuple[str, ServedModels]) -> No
         side.waiting += [side.client.forward_backward(data("ppo"), "ppo"), side.client.optim_step(PARAMS)]
         side.read()
         before = adapter(side.backend)
-        side.client.forward_backward(data("ppo", 1), "ppo").result(timeout=60)
+        side.client.forward_backward(data("ppo", 1), "ppo").result(timeout=120)
         with pytest.raises(tinker.APIConnectionError):
-            side.client.optim_step(PARAMS).result(timeout=60)
+            side.client.optim_step(PARAMS).result(timeout=120)
         assert all(torch.equal(p, before[name]) for name, p in adapter(side.backend).items())
 
 

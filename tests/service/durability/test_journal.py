@@ -159,7 +159,7 @@ def test_the_answer_of_a_damaged_entry_says_so(direct: Direct) -> None:
     request = direct.gradient(1)
     direct.read(request)
     direct.journal.database.write(("UPDATE operations SET answer = zeroblob(9) WHERE request = ?", (request,)))
-    answer = direct.sequencer.result("me", request).result(timeout=10)
+    answer = direct.sequencer.result("me", request).result(timeout=120)
     assert isinstance(answer, Failure)
     assert answer.category == "server"
     assert "damaged" in answer.text

@@ -92,7 +92,7 @@ def test_a_save_that_had_not_begun_is_lost(direct: Direct, monkeypatch: pytest.M
         killed_before(direct, patch, "add_checkpoint", "finish")
         patch.setattr(direct.models, "save", lambda *given: None)
         request = direct.call("save_weights", after, path="one", overwrite=True)
-        direct.sequencer.result("me", request).result(timeout=10)
+        direct.sequencer.result("me", request).result(timeout=120)
     again = direct.restart()
     answer = again.read(request)
     assert isinstance(answer, Failure)
@@ -130,7 +130,7 @@ def test_a_creation_that_was_lost_can_be_asked_again(direct: Direct, monkeypatch
     with monkeypatch.context() as patch:
         killed_before(direct, patch, "finish")
         request = direct.operations.create_model("me", b"", given)
-        direct.sequencer.result("me", request).result(timeout=10)
+        direct.sequencer.result("me", request).result(timeout=120)
     again = direct.restart()
     assert "ask again" in again.read(request).text
     again.sequencer.close()

@@ -21,7 +21,7 @@ from pullback.service.limits import Limits
 pytestmark = SDK_WARNINGS
 GONE = object()
 NUMBERED = {route for route, body in BODIES if "seq_id" in body} - {"asample"}
-LIMITS = Limits(tokens=1000, models=64, gap_seconds=0.1, poll_seconds=5.0)
+LIMITS = Limits(tokens=1000, models=64, gap_seconds=0.1, poll_seconds=60.0)
 SAMPLE = 120
 ENDS = ("sessions/SESSION/finish", "unload_model")
 # Words that Python has for its own errors: they name no field, and nobody who reads them knows what to do.

@@ -25,7 +25,7 @@ pytestmark = SDK_WARNINGS
 OTHER = "tml-other"
 SECRET = "s3cr3t"
 EXAMPLES = 10_000 if SOAK else 150
-LIMITS = Limits(body_bytes=200_000, tokens=1000, models=8, samples=4, gap_seconds=0.2, poll_seconds=5.0)
+LIMITS = Limits(body_bytes=200_000, tokens=1000, models=8, samples=4, gap_seconds=0.2, poll_seconds=60.0)
 ENDS_WITH_IT = ("sessions/SESSION/finish", "unload_model")  # the attacker keeps his own
 
 

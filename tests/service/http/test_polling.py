@@ -87,7 +87,7 @@ def test_a_disconnected_client_frees_its_request(web: Any, tmp_path: Path) -> No
         pending = http.post("optim_step", json={**step, "seq_id": 2}).json()["request_id"]  # 1 has not come
         for _ in range(5):
             with pytest.raises(httpx.ReadTimeout):
-                http.post("retrieve_future", json={"request_id": pending}, timeout=0.2)
+                http.post("retrieve_future", json={"request_id": pending}, timeout=httpx.Timeout(30, read=0.2))
         for _ in range(1000):  # each is a request of its own, in which the server sees who has gone
             if not waiting_polls(http):
                 break

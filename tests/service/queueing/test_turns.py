@@ -35,7 +35,7 @@ class Held:
         self.turns: list[tuple[str, str, int]] = []  # owner, operation, slice
         self.requests: dict[str, tuple[str, str]] = {}
         self._gate = threading.Event()
-        self.sequencer.run(lambda: self._gate.wait(30))
+        self.sequencer.run(lambda: self._gate.wait(120))
 
     def add(self, owner: str, queue: str, number: int | None, slices: int, *, ordered: bool = True) -> str:
         """Submit an operation of so many slices; 0: one that is no generator."""
@@ -62,7 +62,7 @@ class Held:
     def go(self) -> dict[str, Any]:
         """Let the worker go; return all answers."""
         self._gate.set()
-        found = {n: self.sequencer.result(*r).result(timeout=30) for n, r in self.requests.items()}
+        found = {n: self.sequencer.result(*r).result(timeout=120) for n, r in self.requests.items()}
         self.sequencer.close()
         return found
 
@@ -119,7 +119,7 @@ def test_a_light_operation_behind_heavy_ones(journal: Journal) -> None:
 
         def first(begun: threading.Event = begun, gate: threading.Event = gate) -> Answer:
             begun.set()
-            gate.wait(30)
+            gate.wait(120)
             return {}
 
         line = f"{held.prefix}:heavy"
@@ -128,7 +128,7 @@ def test_a_light_operation_behind_heavy_ones(journal: Journal) -> None:
         for number in range(2, 21):
             held.add("greedy", "heavy", number, 0)
         held._gate.set()
-        assert begun.wait(30)
+        assert begun.wait(120)
         held.add(owner, "light" if owner == "other" else "heavy", 1 if owner == "other" else 21, 0)
         gate.set()
         held.go()
@@ -144,14 +144,14 @@ def test_a_step_of_another_key_is_next(direct: Direct, monkeypatch: pytest.Monke
     direct.journal.add_session("theirs", "you", None)
     body = {"session_id": "theirs", "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 2}}
     made = direct.operations.create_model("you", json.dumps(body).encode(), body)
-    answer: Any = direct.sequencer.result("you", made).result(timeout=30)
+    answer: Any = direct.sequencer.result("you", made).result(timeout=120)
     gate = threading.Event()
-    direct.sequencer.run(lambda: gate.wait(30))
+    direct.sequencer.run(lambda: gate.wait(120))
     heavy = [direct.gradient(number) for number in range(1, 21)]
     step = {"model_id": answer["model_id"], "seq_id": 1, "adam_params": {"learning_rate": 1e-2}}
     light = direct.operations.training.optim_step("you", json.dumps(step).encode(), step)
     gate.set()
-    assert not isinstance(direct.sequencer.result("you", light).result(timeout=30), Failure)
+    assert not isinstance(direct.sequencer.result("you", light).result(timeout=120), Failure)
     for request in heavy:
         assert not isinstance(direct.read(request), Failure)
     assert ran == ["forward_backward", "optim_step", *["forward_backward"] * 19]
@@ -222,7 +222,7 @@ def test_the_end_of_a_queue_stops_what_is_in_slices(journal: Journal) -> None:
     def long() -> Generator[None, None, Answer]:
         try:
             begun.set()
-            gate.wait(30)
+            gate.wait(120)
             yield
             events.append("went on")
         finally:
@@ -236,7 +236,7 @@ def test_the_end_of_a_queue_stops_what_is_in_slices(journal: Journal) -> None:
         held.add("me", "queue", number, 2)
     held.add("me", "queue", 20, 2, ordered=False)
     held._gate.set()
-    assert begun.wait(30)
+    assert begun.wait(120)
     held.sequencer.end(line, "the session ended")
     why = Failure("the session ended", "user")
     waiting = [held.sequencer.result(*held.requests[f"queue/{n}"]) for n in (2, 3, 9, 20)]
@@ -252,6 +252,6 @@ def test_closing_stops_what_is_in_slices(tmp_path: Path) -> None:
     sequencer, endless = Sequencer(Journal(tmp_path / "journal.sqlite")), EndlessWork()
     sequencer.open("queue")
     sequencer.submit("me", "queue", 1, b"", "kind", endless)
-    assert endless.begun.wait(30)
+    assert endless.begun.wait(120)
     sequencer.close()
     assert endless.stopped == 1

@@ -73,7 +73,7 @@ def test_others_work_runs_between_slices(sampling: Sampling, monkeypatch: pytest
     monkeypatch.setattr(ContinuousBatch, "advance", noted)
     owner, heavy = sampling.ask(sampling.session("greedy"), [1, 2], n=300, max_tokens=20)
     sampling.direct.sequencer.result(owner, heavy).add_done_callback(lambda _: ended.append("heavy"))
-    assert begun.wait(timeout=60)
+    assert begun.wait(timeout=120)
     light = sampling.direct.gradient(1)
     sampling.direct.sequencer.result("me", light).add_done_callback(lambda _: ended.append("light"))
     small = sampling.ask(sampling.base, [5], max_tokens=2)
@@ -162,7 +162,7 @@ def test_a_finished_session_stops_decoding(sampling: Sampling, monkeypatch: pyte
 
     monkeypatch.setattr(ContinuousBatch, "advance", noted)
     owner, request = sampling.ask(session, [1], n=1000, max_tokens=100)
-    assert begun.wait(timeout=60)
+    assert begun.wait(timeout=120)
     sampling.direct.sequencer.end(f"{session}:asample", "its session was finished")
     answer = sampling.read(owner, request)
     assert isinstance(answer, Failure)

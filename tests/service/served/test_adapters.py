@@ -149,7 +149,7 @@ def old(tmp_path: Path) -> Any:
 
 def call(direct: Direct, verb: str, given: dict[str, Any]) -> Any:
     request = getattr(direct.operations, verb)("", json.dumps(given).encode(), given)
-    return direct.sequencer.result("", request).result(timeout=30)
+    return direct.sequencer.result("", request).result(timeout=120)
 
 
 def test_an_old_journal_means_what_it_meant(old: Any) -> None:

@@ -1,9 +1,11 @@
-"""The official SDK with shorter waits and time limits, set through its own constants; nothing else is changed."""
+"""The official SDK, and our backend over it, with shorter waits and time limits; nothing else is changed."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from tinker import _base_client
 from tinker.lib import api_future_impl, internal_client_holder
 from tinker.resources.futures import AsyncFuturesResource
 
-__all__ = ["hurry"]
+__all__ = ["hurry", "impatient"]
 
 # Of heartbeat and refresh. In SDK 0.38 a close that begins during one of these waits for ever.
 _PERIODS = (10, 300)
@@ -40,3 +42,12 @@ def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
 
     patch.setattr(AsyncFuturesResource, "retrieve", retrieve_briefly)
     patch.setenv("TINKER_TELEMETRY", "0")
+
+
+@contextmanager
+def impatient(backend: Any, seconds: float) -> Iterator[None]:
+    """Give what is asked of a remote backend so many seconds, as its ``timeout`` would; connecting had all the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for part in (backend, backend._remote, backend._remote._dispatch):
+            patch.setattr(part, "_timeout", seconds)
+        yield

@@ -54,7 +54,7 @@ class Sampling:
         return owner, self.samplers.sample(owner, json.dumps(body).encode(), body)["request_id"]
 
     def read(self, owner: str, request: str) -> Any:
-        return self.direct.sequencer.result(owner, request).result(timeout=60)
+        return self.direct.sequencer.result(owner, request).result(timeout=120)
 
     def tokens(self, owner: str, request: str) -> list[list[int]]:
         answer = self.read(owner, request)
