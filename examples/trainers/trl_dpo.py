@@ -25,6 +25,10 @@ class PullbackDPOTrainer(DPOTrainer):  # type: ignore[misc]  # trl is not typed 
         for name, value in {**PLAIN, "use_weighting": False}.items():
             if getattr(self.args, name) != value:
                 raise NotImplementedError(f"{name}={getattr(self.args, name)!r} is not carried over by this example")
+        if self.aux_loss_enabled:
+            raise NotImplementedError(
+                "the loss of a mixture's routers is not carried over: set router_aux_loss_coef=0.0"
+            )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count pairs, over micro-batches and ranks, where the Trainer counts tokens."""

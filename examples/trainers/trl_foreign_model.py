@@ -1,12 +1,12 @@
 """TRL's GRPOTrainer with its own loss, on a model that a backend of pullback computes: TRL never sees its graphs.
 
-The trainer asks for log-probs and gives their cotangents back, which is all that either side needs of the other. TRL's
-proposal of foreign model compute (its pull request 6676) is not released; until then two places are overridden.
+The trainer asks for log-probs and gives their cotangents back. TRL's own way for it (its pull request 6676) is not out yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,23 +25,25 @@ class BackendOptimizer(torch.optim.Optimizer):
         self.backend, self.params = backend, params
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        self.backend.optim_step(self.params).result()
+        self.backend.optim_step(replace(self.params, learning_rate=self.param_groups[0]["lr"])).result()
 
 
 class ForeignModelGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed here
-    """Its ``model`` is the backend's, so that it samples with the present weights."""
+    """Its ``model`` is that of its ``backend``, so that it samples with the present weights."""
 
-    backend: TorchBackend
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:  # the trainer's own multiplies gradients by 1
+        return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        entropies = self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
-        if self.aux_loss_enabled or entropies or self.temperature != 1:
-            raise NotImplementedError("routers' losses, entropies and temperatures are no functions of the log-probs")
+        others = self.aux_loss_enabled or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        images = any(options.get(x) is not None for x in ("pixel_values", "token_type_ids", "mm_token_type_ids"))
+        if others or self.temperature != 1 or images or self.args.max_grad_norm:
+            raise NotImplementedError("routers, entropies, temperatures, images, or max_grad_norm (clip by AdamParams)")
         if not torch.is_grad_enabled():  # the reference's, or the sampler's: nothing comes back for them
-            given = (model, input_ids, attention_mask, logits_to_keep, *args)
-            return super()._get_per_token_logps_and_entropies(*given, **options)[:3]  # type: ignore[no-any-return]
+            args = (model, input_ids, attention_mask, logits_to_keep, *args)
+            return super()._get_per_token_logps_and_entropies(*args, **options)  # type: ignore[no-any-return]
         rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         data = [Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]}) for ids in rows]
         retained = self.backend.forward_retain(data).result()
@@ -54,5 +56,4 @@ class ForeignModelGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not 
             self.backend.backward({retained: range(len(data))}, data, cotangents=given).result()
 
         logprobs.requires_grad_().register_hook(backward)
-        own = logprobs[:, -logits_to_keep:]
-        return own, torch.full_like(own, torch.nan).detach(), None
+        return logprobs[:, -logits_to_keep:], torch.full_like(logprobs.detach()[:, -logits_to_keep:], torch.nan), None

@@ -18,14 +18,14 @@ class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not type
     def pullback_loss(self) -> Loss:
         sequence = self.importance_sampling_level == "sequence"
         name = "gspo" if self.loss_type == "grpo" and sequence else self.loss_type
-        if self.use_vllm or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled or self.args.delta:
-            raise NotImplementedError("vLLM's correction, entropy terms and delta are not carried over by this example")
+        entropies = self.top_entropy_quantile < 1 or self._entropy_bonus_enabled
+        if self.use_vllm or entropies or self.args.delta or self.aux_loss_enabled:
+            raise NotImplementedError("vLLM's correction, entropies, delta, routers' losses: not carried over here")
         other_level, no_kl = sequence != (name in ("gspo", "luspo")), name in ("gspo", "luspo", "cispo")
         if other_level or (self.beta and no_kl) or self.off_policy_mask_threshold is not None:
             raise NotImplementedError(f"{name}: its level of ratios, its KL or its mask is not that of this example")
-        options: dict[str, Any] = {"epsilon_high": self.epsilon_high}
-        if name != "cispo":
-            options["epsilon"] = self.epsilon_low
+        options: dict[str, Any] = {} if name == "cispo" else {"epsilon": self.epsilon_low}
+        options["epsilon_high"] = self.epsilon_high
         if name in ("grpo", "dapo", "bnpo", "dr_grpo"):
             options |= {"beta": self.beta, "use_bias_correction_kl": self.args.use_bias_correction_kl}
         if name == "dr_grpo":
@@ -45,6 +45,8 @@ class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not type
         return share.evaluate(batch)
 
     def token_batch(self, model: Any, inputs: Any) -> TokenBatch:
+        if any(inputs.get(x) is not None for x in ("pixel_values", "token_type_ids", "mm_token_type_ids")):
+            raise NotImplementedError("images and types of tokens are not carried over by this example")
         prompt, completion = inputs["prompt_ids"], inputs["completion_ids"]
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         labels = torch.cat([torch.full_like(prompt, -100), completion.masked_fill(mask == 0, -100)], dim=1)
@@ -52,8 +54,6 @@ class PullbackGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # trl is not type
         ids = torch.cat([prompt, completion], dim=1)
         logprobs = logprobs_of(model, ids, labels, attention_mask=attention, temperature=self.temperature)
         logprobs = logprobs[:, -completion.shape[1] :]
-        old = inputs.get("old_per_token_logps")
-        anchors = {"rollout_logprobs": logprobs.detach() if old is None else old}
-        if self.beta:
-            anchors["ref_logprobs"] = inputs["ref_per_token_logps"]
+        old, reference = inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"] if self.beta else None
+        anchors = {"rollout_logprobs": logprobs.detach() if old is None else old, "ref_logprobs": reference}
         return TokenBatch.from_padded(logprobs, mask.bool(), advantages=inputs["advantages"], **anchors)

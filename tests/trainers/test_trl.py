@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,31 @@ def test_dpo_of_other_kinds(name: str, value: Any, tmp_path: Path) -> None:
     """An option of TRL's that would make it another loss is refused, and not left out."""
     with pytest.raises(NotImplementedError, match=name):
         dpo_gradients(trl_dpo.PullbackDPOTrainer, tmp_path, 1, preferences(), **{name: value})
+
+
+def mixture() -> Any:
+    """A tiny mixture of experts, whose routers' loss TRL adds by default."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+def test_a_mixture_of_experts(coefficient: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routers' loss is refused, and not left out; without it the gradients are those of TRL."""
+    monkeypatch.setattr(sys.modules[__name__], "toy_model", lambda seed=0: (torch.manual_seed(seed), mixture())[1])
+    options: dict[str, Any] = {"router_aux_loss_coef": coefficient}
+    ways: list[tuple[Any, ...]] = [
+        (dpo_gradients, trl_dpo.PullbackDPOTrainer, trl.DPOTrainer, {"pairs": preferences()}),
+        (grpo_gradients, trl_grpo.PullbackGRPOTrainer, trl.GRPOTrainer, LOSSES["dapo"]),
+    ]
+    for gradients, ours, theirs, others in ways:
+        if coefficient is None:
+            with pytest.raises(NotImplementedError, match="routers"):
+                gradients(ours, tmp_path, 1, **options, **others)
+            continue
+        found, expected = (gradients(kind, tmp_path, 1, **options, **others) for kind in (ours, theirs))
+        assert all(error(a, b) < LIMIT for a, b in zip(found, expected, strict=True))
 
 
 class Naive(trl_dpo.PullbackDPOTrainer):
@@ -193,6 +219,12 @@ def test_grpo_of_other_kinds(options: dict[str, Any], tmp_path: Path) -> None:
         grpo_gradients(trl_grpo.PullbackGRPOTrainer, tmp_path, 1, **options)
 
 
+def test_grpo_of_images() -> None:
+    """What the model reads beside the tokens is refused: without it the log-probs would be other ones."""
+    with pytest.raises(NotImplementedError, match="images"):
+        trl_grpo.PullbackGRPOTrainer.token_batch(Any, None, {"pixel_values": torch.zeros(1)})  # type: ignore[arg-type]
+
+
 class OwnCount(trl_grpo.PullbackGRPOTrainer):
     """The trap: each micro-batch divides by its own tokens."""
 
@@ -211,7 +243,9 @@ def test_grpo_by_own_counts(steps: int, tmp_path: Path) -> None:
 ADAM = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
 
-def foreign_weights(folder: Path, steps: int, scale: float = 1.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def foreign_weights(
+    folder: Path, steps: int, scale: float = 1.0, **options: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The weights after two steps of TRL's trainer, on its own model and on a backend's; ``scale`` is of the cotangents."""
     models_ = [toy_model(), toy_model()]
     backend = TorchBackend(HFModel(models_[1]))
@@ -222,7 +256,8 @@ def foreign_weights(folder: Path, steps: int, scale: float = 1.0) -> tuple[list[
     own = torch.optim.AdamW(models_[0].parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     foreign = trl_foreign_model.BackendOptimizer(backend, AdamParams(**ADAM))
     data = datasets.Dataset.from_list([{"prompt": words([5 + i, 9, 20 + i])} for i in range(8)])
-    args = trl.GRPOConfig(**common(folder, steps), num_generations=2, num_iterations=2, max_completion_length=12)
+    settings = {**common(folder, steps), "num_generations": 2, "num_iterations": 2, "max_completion_length": 12}
+    args = trl.GRPOConfig(**{**settings, **options})
     kinds = (trl.GRPOTrainer, trl_foreign_model.ForeignModelGRPOTrainer)
     for kind, model, optimizer in zip(kinds, models_, (own, foreign), strict=True):
         trainer = kind(
@@ -234,14 +269,20 @@ def foreign_weights(folder: Path, steps: int, scale: float = 1.0) -> tuple[list[
     return first, second
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_a_backends_model_in_trls_trainer(steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "schedule"), [(1, "constant"), (4, "constant"), (1, "linear")])
+def test_a_backends_model_in_trls_trainer(steps: int, schedule: str, tmp_path: Path) -> None:
     """TRL's loss, pulled back through our graphs by its cotangents: two steps give the weights of its own model."""
-    theirs, ours = foreign_weights(tmp_path, steps)
+    theirs, ours = foreign_weights(tmp_path, steps, lr_scheduler_type=schedule)
     start = list(toy_model().parameters())
     moved = max(float((a - b).norm() / b.norm()) for a, b in zip(theirs, start, strict=True))
     assert moved > 1e-2
     assert all(error(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_backends_model_is_not_clipped_by_the_trainer(tmp_path: Path) -> None:
+    """The trainer has no gradients to clip."""
+    with pytest.raises(NotImplementedError, match="max_grad_norm"):
+        foreign_weights(tmp_path, 1, max_grad_norm=1.0)
 
 
 def test_a_cotangent_of_the_wrong_sign(tmp_path: Path) -> None:
