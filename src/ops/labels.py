@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -11,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import ConfigError, ShapeError, UnsupportedError
 from .head import Head, require_causal, unwrapped
-from .logprobs import gathered, head_logits, selected_logprobs
+from .logprobs import gathered, selected_logprobs
+from .own_logits import distance_to_own, large_at_the_last
 
 __all__ = ["logprobs_from_logits", "logprobs_of"]
 
@@ -122,49 +124,65 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
     """Call a model, and return what its head is given, [B, T, H], and the head."""
     causal = unwrapped(model)
     require_causal(causal)
-    head = Head.of(causal)
-    if getattr(causal.config.get_text_config(), "output_router_logits", False):
-        raise UnsupportedError(
-            "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model, which a loss on log-probs "
-            "would drop: set it to False, or add outputs.aux_loss of a call of your own"
-        )
-    outputs, seen = _seen_by_head(model, causal.get_output_embeddings(), {"input_ids": input_ids, **inputs})
+    _require_no_auxiliary_loss(causal, inputs)
+    head, layer, known = Head.of(causal), causal.get_output_embeddings(), causal in _compared
+    probed: AbstractContextManager[list[Tensor]] = nullcontext([]) if known else large_at_the_last(layer)
+    with probed as answered:
+        given = {"use_cache": False, "input_ids": input_ids, **inputs}
+        outputs, seen = _seen_by_head(model, layer, given, 1 if known else 2)
     if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
         shapes = [list(hidden.shape) for hidden in seen]
         raise UnsupportedError(
             f"{type(causal).__name__} gives its head {shapes} for input_ids {list(input_ids.shape)}, and not all hidden "
             "states in one call (a compiled model does not say: compile its base model instead)"
         )
-    if causal not in _compared:
-        _compare(causal, seen[0][:, 0], head, outputs.logits[:, 0])
-        _compared.add(causal)
+    if not known:
+        _compare(causal, seen[0][:, :2], head, answered, outputs.logits)
+        if answered:
+            _compared.add(causal)
     return seen[0], head
 
 
-def _seen_by_head(model: Any, head: nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Call a model; return its outputs for the first positions, and what its head was given at all."""
+def _require_no_auxiliary_loss(causal: Any, inputs: dict[str, Any]) -> None:
+    """Check that a mixture of experts adds no loss of its routers.
+
+    Raises:
+        UnsupportedError: it does, by its config or because this call asks for it.
+    """
+    asked = inputs.get("output_router_logits")
+    if getattr(causal.config.get_text_config(), "output_router_logits", False) if asked is None else asked:
+        raise UnsupportedError(
+            "config.output_router_logits adds an auxiliary loss to this mixture-of-experts model, which a loss on log-probs "
+            "would drop: set it to False, or add outputs.aux_loss of a call of your own"
+            if asked is None
+            else "output_router_logits=True asks for an auxiliary loss, which a loss on log-probs would drop: leave it out, "
+            "or add outputs.aux_loss of a call of your own"
+        )
+
+
+def _seen_by_head(model: Any, head: nn.Module, inputs: dict[str, Any], kept: int) -> tuple[Any, list[Tensor]]:
+    """Call a model; return its outputs for so many first positions, and what its head was given at all."""
     seen: list[Tensor] = []
 
     def keep_first(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         seen.append(given[0])
-        return given[0][:, :1], *given[1:]
+        return given[0][:, :kept], *given[1:]
 
     hook = head.register_forward_pre_hook(keep_first)
     try:
-        return model(**{"use_cache": False, **inputs}), seen
+        return model(**inputs), seen
     finally:
         hook.remove()
 
 
 @torch.no_grad()
-def _compare(causal: Any, hidden: Tensor, head: Head, theirs: Tensor) -> None:
+def _compare(causal: Any, hidden: Tensor, head: Head, answered: list[Tensor], theirs: Tensor) -> None:
     """Compare head times hidden state with what the model itself answers, once for each model."""
     bias = None if head.bias is None else gathered(head.bias)
-    ours = head_logits(hidden, head._replace(weight=gathered(head.weight), bias=bias)).double()
+    difference = distance_to_own(hidden, head._replace(weight=gathered(head.weight), bias=bias), answered, theirs)
     # Autocast computes in half precision, and a trainer may widen what comes out.
     half = any(torch.equal(theirs.to(dtype).to(theirs.dtype), theirs) for dtype in _HALF)
     limit = _HALF_TOLERANCE if half else _TOLERANCE[theirs.dtype]
-    difference = float((ours - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-30))
     if not difference <= limit:
         raise UnsupportedError(
             f"{type(causal).__name__} does not compute its logits as hidden states times a head (relative difference "

@@ -143,6 +143,8 @@ def test_a_head_that_is_not_the_whole_story_is_refused() -> None:
     mixture.config.output_router_logits = True
     with pytest.raises(UnsupportedError, match="auxiliary loss"):
         logprobs_of(mixture, IDS, LABELS)
+    with pytest.raises(UnsupportedError, match="asks for an auxiliary loss"):
+        logprobs_of(mixture, IDS, LABELS, output_router_logits=True)
     with pytest.raises(UnsupportedError, match="no get_output_embeddings"):
         Head.of(torch.nn.Linear(2, 2))
     headless = random_llama(vocab_size=64)

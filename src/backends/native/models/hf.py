@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....errors import UnsupportedError, require_extra
 from ....ops.head import Head, require_causal, require_linear
-from ....ops.logprobs import head_logits
+from ....ops.own_logits import distance_to_own, large_at_the_last
 from .adapters import active_adapter, require_frozen_base, require_supported
 from .checkpointing import checkpoint_layers
 from .facts.logit_parameters import require_no_others
@@ -198,14 +198,15 @@ class HFModel(nn.Module):
         """Return how far our logits are from the model's own, those from themselves when asked again, and the tolerance."""
         device = self.causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
-        hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])[0]
-        theirs, tolerance = self._own_logits(tokens), _LOGITS_TOLERANCE[hidden.dtype]
-        difference = _relative(head_logits(hidden, self._head(hidden.dtype)).double(), theirs)
-        again = 0.0 if difference <= tolerance else _relative(self._own_logits(tokens), theirs)
+        hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])
+        with large_at_the_last(self.causal.get_output_embeddings()) as answered:
+            theirs, tolerance = self._own_logits(tokens), _LOGITS_TOLERANCE[hidden.dtype]
+            difference = distance_to_own(hidden, self._head(hidden.dtype), answered, theirs)
+            again = 0.0 if difference <= tolerance else _relative(self._own_logits(tokens), theirs)
         return difference, again, tolerance
 
     def _own_logits(self, tokens: Tensor) -> Tensor:
-        return cast(Tensor, self.causal(input_ids=tokens, use_cache=False).logits[0].double())
+        return cast(Tensor, self.causal(input_ids=tokens, use_cache=False).logits.double())
 
     def _unsupported(self, words: str) -> UnsupportedError:
         head = self.causal.get_output_embeddings()
