@@ -147,7 +147,8 @@ def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
     # A sum in bfloat16 would be the weight itself until an adapter has changed it by one part in 512. Switched off, it is the
     # reference, whose products are made as the policy's.
     weight: Tensor = base.weight.to(torch.promote_types(base.weight.dtype, torch.float32))
+    merged = getattr(output, "merged_adapters", ())  # are in the base's weight already
     for name in active:
-        if any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
+        if name not in merged and any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
             weight = weight + output.get_delta_weight(name).to(weight.dtype)
     return weight, base.bias

@@ -9,7 +9,7 @@ from torch import nn
 
 from ....errors import MissingReferenceError, UnsupportedError
 
-__all__ = ["active_adapter", "adapter_differences", "require_frozen_base", "require_supported"]
+__all__ = ["active_adapter", "adapter_differences", "merged_layers", "require_frozen_base", "require_supported"]
 
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
 _WRAPPERS: Final = ("modules_to_save", "trainable_tokens_")  # peft keeps the original beside what is trained
@@ -67,12 +67,26 @@ def require_frozen_base(model: Any) -> None:
                 f"adapter {name!r} starts with init_lora_weights={start!r}, which changes the base weights: the model with "
                 "the adapter off is not the base; pass reference=<a frozen copy of the base> to TorchBackend"
             )
+    merged = next(merged_layers(model), None)
+    if merged is not None:
+        raise MissingReferenceError(
+            f"the adapter is merged into the base ({merged}, ...), which is no frozen reference; call unmerge_adapter(), or "
+            "pass reference=<a frozen copy of the base> to TorchBackend"
+        )
     outside = list(_trained_outside(model))
     if outside:
         raise MissingReferenceError(
             f"weights of the base are trained beside the adapter ({', '.join(outside[:3])}{', ...' if outside[3:] else ''}): "
             "with the adapter off they are no frozen reference; pass reference=<a frozen copy> to TorchBackend"
         )
+
+
+def merged_layers(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the layers to whose weights peft has added an adapter."""
+    for name, part in model.named_modules():
+        layer: Any = part
+        if hasattr(part, "base_layer") and getattr(layer, "merged", False) is True:
+            yield name
 
 
 def _trained_outside(model: nn.Module) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models import hf
-from pullback.errors import UnsupportedError
+from pullback.errors import MissingReferenceError, UnsupportedError
 from pullback.testing.models import zoo
 
 DATA = sharing_prompt(6, (5, 3))
@@ -120,3 +120,23 @@ def test_on_other_layers_they_are_used(config: Any) -> None:
         backend.forward_backward(DATA, "cross_entropy").result()
         backend.optim_step(AdamParams(learning_rate=1e-2)).result()
     assert largest_error(backend, model, DATA) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, of tied weights
+@pytest.mark.parametrize("kind", USED)
+def test_a_head_whose_adapter_is_merged(kind: str) -> None:
+    """The adapter is in the base's weight already, and would be added a second time; the base is then no reference."""
+    tied, config = USED[kind]
+    model = HFModel(adapted(config(), tied))
+    with torch.no_grad(), torch.random.fork_rng():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    backend = TorchBackend(model)
+    expected = backend.forward(DATA).result().loss_fn_outputs
+    model.model.merge_adapter()  # type: ignore[operator]  # peft's
+    found = backend.forward(DATA).result().loss_fn_outputs
+    for one, other in zip(found, expected, strict=True):
+        assert float((one["logprobs"].to_torch() - other["logprobs"].to_torch()).abs().max()) < 1e-4
+    with pytest.raises(MissingReferenceError, match="is merged into the base"):
+        backend.reference().forward(DATA, "cross_entropy").result()
