@@ -88,7 +88,12 @@ class Accumulator:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def require_added(self, blame: Callable[[], str]) -> None:
-        """Check that an operation has reached a weight, and that its gradients are finite (see `require_finite`).
+        """Check that an operation has reached a weight, and that its gradients are finite."""
+        self.require_reached()
+        self.require_finite(blame)
+
+    def require_reached(self) -> None:
+        """Check that an operation has reached a weight.
 
         Raises:
             BackendError: it has reached none.
@@ -98,7 +103,6 @@ class Accumulator:
                 f"none of the {len(self.parameters)} weights that this backend trains was reached by the gradient: they have "
                 "been frozen since, or their adapter is merged or switched off; undo that, or make another backend on the model"
             )
-        self.require_finite(blame)
 
     def require_finite(self, blame: Callable[[], str]) -> None:
         """Check the gradients that are being added, or about to be stepped on.

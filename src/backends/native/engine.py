@@ -28,7 +28,7 @@ from .execution.batching import Layout
 from .execution.blame import blame
 from .execution.cost_model import describe_model
 from .execution.deferred_backward import DeferredBackward
-from .execution.forward import keep_in_evaluation, model_device, require_all_trained, score_forwards, trainable
+from .execution.forward import keep_in_evaluation, model_device, score_forwards, trainable
 from .execution.gradient import gradient_of
 from .execution.memory import GraphMeter, MemoryBudget, Overflow
 from .execution.retained import RetainedForward, retained_gradient
@@ -40,6 +40,7 @@ from .models.reference import FrozenReference
 from .optimizer import Optimizer
 from .plan import plan_call
 from .snapshot import Snapshot
+from .trained import TrainedWeights, require_not_merged
 
 __all__ = ["NativeEngine"]
 
@@ -50,7 +51,7 @@ class NativeEngine(Engine):
 
     Attributes:
         model, module: the causal language model, and the same object as a module.
-        parameters: what is trained, by name.
+        weights_trained, parameters: what is trained, and the same by name.
         accumulator: the gradients since the last step.
         optimizer, generator: AdamW and the sampling generator.
         frozen: the reference; None where the model is its own, or has none.
@@ -74,9 +75,9 @@ class NativeEngine(Engine):
     ) -> None:
         self.model, self.module = as_causal_lm(model), model
         require_whole(model)
-        self.trained = self.parameters = trainable(model)
-        if not self.parameters:
+        if not trainable(model):
             raise BackendError("the model has no parameter with requires_grad; nothing can be trained")
+        require_not_merged(model)
         device = model_device(self.model)
         self.memory = MemoryBudget(token_budget, activation_budget, overflow, GraphMeter.of(model), device)
         model.eval()  # no dropout: policy and reference must be the same function
@@ -92,7 +93,8 @@ class NativeEngine(Engine):
         self.scheduler = Scheduler(self.model, layouts, sizes, self.memory)
         measure_graph(self.model, self.vocab_size, layouts.allowed()[0], self.memory.meter)
         shard(model)  # what follows belongs to the weights of this process
-        self.trained = self.parameters = trainable(model)
+        self.weights_trained = TrainedWeights(model)
+        self.trained = self.parameters = self.weights_trained.parameters
         self.accumulator = Accumulator(self.parameters)
         self.accumulator.clear()  # what a model's earlier life has left there is not ours
         self.optimizer = Optimizer(self.parameters)
@@ -114,7 +116,7 @@ class NativeEngine(Engine):
 
     def accumulate(self, call: PreparedCall) -> Gradient:
         self.accumulator.require_own()
-        require_all_trained(self.module, self.parameters)
+        self.weights_trained.require_same()
 
         def attempt() -> Gradient:
             scale = GradientScale(self.parameters.values(), self._in_fp16)
@@ -160,7 +162,7 @@ class NativeEngine(Engine):
             prepare: makes a call of the datums that no forward has; they are scored now.
         """
         self.accumulator.require_own()
-        require_all_trained(self.module, self.parameters)
+        self.weights_trained.require_same()
         rest = self.not_retained(call, retained)
         scale = GradientScale(self.parameters.values(), self._in_fp16 or any(r.fp16 for r in retained))
         with self.accumulator.adding(lambda: scale.value), torch.enable_grad():
@@ -188,6 +190,7 @@ class NativeEngine(Engine):
 
     def step(self, params: AdamParams, divisor: Divisor) -> Mapping[str, float]:
         self.accumulator.require_own()
+        self.weights_trained.require_same()
         self.accumulator.require_finite(lambda: "the sum of calls that are finite one by one")
         return self.step_unchecked(params, divisor)
 
@@ -268,6 +271,7 @@ class NativeEngine(Engine):
         return save_checkpoint(self, self.directory, name, overwrite, ledger)
 
     def load(self, path: str, everything: bool) -> Ledger:
+        require_not_merged(self.module)
         return load_checkpoint(self, Path(path), everything=everything)
 
     def begin(self, call: Call) -> None:

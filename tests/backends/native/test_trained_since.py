@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,11 +71,72 @@ def test_nothing_left(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("change", ["merge_adapter", "disable_adapter_layers"])
-def test_adapter_without_effect(call: str, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("merge_adapter", "adapter is merged into 14"), ("disable_adapter_layers", "was reached by the gradient")],
+)
+def test_adapter_without_effect(call: str, change: str, message: str) -> None:
     model = tiny_llama(lora=2)
     backend = TorchBackend(model)
-    _require_refused(backend, getattr(model.model.base_model, change), CALLS[call], "was reached by the gradient")
+    _require_refused(backend, getattr(model.model.base_model, change), CALLS[call], message)
+
+
+def _adapted_beside_a_norm() -> Any:
+    model = tiny_llama(lora=2)
+    model.get_parameter("model.base_model.model.model.norm.weight").requires_grad_(True)
+    return model
+
+
+def test_an_adapter_merged_beside_what_is_trained() -> None:
+    """The norm would be trained, and the adapter would not, without a word."""
+    model = _adapted_beside_a_norm()
+    _require_refused(TorchBackend(model), model.model.merge_adapter, CALLS["registered"], "adapter is merged into 14")
+
+
+@pytest.mark.parametrize("operation", ["step", "load"])
+def test_an_adapter_merged_before_its_weights_change(operation: str, tmp_path: Path) -> None:
+    """Unmerged after a step or a load, the base would lack what was never added to it; so it is after no step."""
+    model: Any = tiny_llama(lora=2)
+    backend = TorchBackend(model, checkpoint_dir=tmp_path)
+    path = backend.save_state("first").result().path
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
+    if operation == "step":
+        backend.forward_backward(DATA, "cross_entropy").result()
+    model.model.merge_adapter()
+    with pytest.raises(BackendError, match="adapter is merged into 14"):
+        (backend.optim_step(AdamParams()) if operation == "step" else backend.load_state(path)).result()
+    model.model.unmerge_adapter()
+    assert distance({name: p for name, p in model.named_parameters() if name in base}, base) < 1e-12
+
+
+def test_an_adapter_merged_before_the_backend_is_made() -> None:
+    model: Any = tiny_llama(lora=2)
+    model.model.merge_adapter()
+    with pytest.raises(BackendError, match="adapter is merged into 14"):
+        TorchBackend(model)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("call", CALLS)
+def test_another_dtype(call: str, lora: int) -> None:
+    """In bfloat16 without fp32 masters five of six weights would not move at a small learning rate."""
+    model = tiny_llama(lora=lora or None)
+    backend = TorchBackend(model)
+    backend.forward_backward(DATA, "cross_entropy").result()
+    model.to(torch.bfloat16)
+    for work in (CALLS[call], lambda backend: backend.optim_step(AdamParams(learning_rate=1e-5))):
+        with pytest.raises(BackendError, match=r"have another dtype .* was torch.float64, and is torch.bfloat16"):
+            work(backend).result()
+
+
+def test_another_dtype_of_what_is_frozen() -> None:
+    """The base may be converted below its adapter: a negative control."""
+    model = tiny_llama(lora=2)
+    backend = TorchBackend(model)
+    for name, p in model.named_parameters():
+        if "lora" not in name:
+            p.data = p.data.float()
+    backend.forward_backward(DATA, "cross_entropy").result()
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ....errors import BackendError
 from ....ops.logprobs import selected_logprobs
 from ....ops.own_positions import own_positions_logprobs
 from ...calls.requests import ScoreRequest
@@ -22,7 +21,6 @@ __all__ = [
     "keep_in_evaluation",
     "model_device",
     "needed_hidden",
-    "require_all_trained",
     "score",
     "score_forwards",
     "trainable",
@@ -98,23 +96,3 @@ def keep_in_evaluation(*models: CausalLM) -> None:
                 type(module).__name__,
             )
             module.eval()
-
-
-def require_all_trained(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
-    """Check that no weight gets a gradient that nobody would step on.
-
-    Args:
-        model: as it is now.
-        trained: what steps are made on.
-
-    Raises:
-        BackendError: a weight was unfrozen, or put in the place of another, since the backend was made.
-    """
-    known = {id(p) for p in trained.values()}
-    others = [name for name, p in trainable(model).items() if id(p) not in known]
-    if others:
-        raise BackendError(
-            f"{len(others)} weights of the model ask for a gradient, and this backend does not train them ({others[0]}"
-            f"{', ...' if others[1:] else ''}): they were unfrozen or replaced, or another adapter was switched on, after it "
-            "was made; freeze them (requires_grad_(False)) or bring the old ones back, or make another backend on this model"
-        )
