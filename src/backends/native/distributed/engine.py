@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....datums.types import ModelInput
 from ....errors import UnsupportedError
@@ -29,6 +29,7 @@ from ..execution.scaling import GradientScale
 from .agreement.agreement import Agreement
 from .agreement.digest import tensor_digest
 from .agreement.exchange import agreed_cotangents, gather_metrics, require_finite_gradients, require_same_call
+from .checkpoints.export import export_sharded
 from .checkpoints.files import ShardedFiles
 from .checkpoints.load import load_sharded
 from .checkpoints.save import save_sharded
@@ -37,6 +38,7 @@ from .plan import plan_rank
 from .ranks import Ranks
 from .schedule import Schedule
 from .sharding import Shards, require_no_fp16
+from .trained import TrainedShards
 
 __all__ = ["DistributedEngine"]
 
@@ -65,6 +67,7 @@ class DistributedEngine(Engine):
         self._agreement = agreement
         self._files = ShardedFiles(ranks, agreement, shards.masters)
         local.memory.agreed = ranks.least
+        self._trained = TrainedShards(local.module, local.weights_trained)
         self._schedule = Schedule(local.scheduler, ranks, in_step=shards.in_step)
         self._passes = Passes(local, shards, ranks, agreement, self._schedule)
 
@@ -73,9 +76,15 @@ class DistributedEngine(Engine):
         """Optimizer steps so far."""
         return self.local.weights_version
 
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:  # type: ignore[override]  # one form of each is made when first gathered
+        """What is trained, in every form that it has."""
+        return self._trained.forms
+
     @contextmanager
     def operation(self, call: Call) -> Iterator[None]:
         with self._agreement.operation(call.operation), self._shards.casting_anew():
+            self._trained.settle()
             self.local.begin(call)
             yield
 
@@ -155,21 +164,11 @@ class DistributedEngine(Engine):
         return self._saved(root, name, overwrite, ledger, everything=False)
 
     def export(self, export: Export) -> str:
-        """Gather the weights, one after the other, on rank 0, which writes them; return where."""
+        """Write the model for others; return where."""
         self._agreement.meet("export", text=export.described)
         self._agreement.attempt("model and folder", export.check)
         self._shards.release()
-        whole = {}
-        with self._agreement.together("gathering of weights"):
-            for name, tensor in export.weights().items():
-                gathered = full(tensor.detach())
-                if self._ranks.rank == 0:
-                    whole[name] = gathered.cpu()
-
-        def write() -> str:
-            return export.write(self._files.as_saved(whole)) if self._ranks.rank == 0 else str(export.folder)
-
-        return self._agreement.attempt("writing", write)
+        return export_sharded(export, self._files, self._agreement)
 
     def load(self, path: str, everything: bool) -> Ledger:
         self._agreement.meet("checkpoint", text=f"{path} {everything}")
@@ -200,6 +199,7 @@ class DistributedEngine(Engine):
                 "the head is cut over the processes, and each has only some rows of it; make the backend with "
                 "vocab_parallel=False for weights that every process holds whole"
             )
+        self._agreement.meet("beginning")
         self._passes.gather(self._shards)
 
     def retain(self, call: PreparedCall, budget: float | None = None) -> RetainedForward:
@@ -240,8 +240,7 @@ class DistributedEngine(Engine):
             scale = GradientScale(self.local.parameters.values(), needed=False)
             self._passes.act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
             graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
-            counted = reuse(places, sum(forward.tokens for forward in retained))
-            return summary(call, [cotangents], scored, [graphs, counted])
+            return summary(call, [cotangents], scored, [graphs, reuse(places, sum(r.tokens for r in retained))])
 
         return self._added(add)
 
@@ -273,7 +272,9 @@ class DistributedEngine(Engine):
             with torch.enable_grad():
                 gradient = add()
             with self._agreement.together("sum of the gradients"):
-                self._shards.reduce(self._ranks)
+                summed = self._shards.reduce(self._ranks, bool(self._trained.frozen))
+            self._trained.require_summed(summed)
+            self.local.accumulator.require_reached()
             self._require_finite("the sum over all processes of what is finite on each")
         return gradient
 
@@ -286,12 +287,13 @@ class DistributedEngine(Engine):
     @property
     def _place(self) -> str:
         """Where this rank is, in words: the steps of the weights, and what has accumulated since."""
-        return f"step {self.weights_version} after {self._calls}"
+        return f"step {self.weights_version} after {self._calls}{self._trained.described}"
 
     def _require_own(self) -> None:
-        """Check that this rank's gradients are those that were added here."""
+        """Check that this rank's gradients are those that were added here, and that it trains what it did."""
         self.local.accumulator.require_own()
         self._shards.require_own_gradients()
+        self._trained.require_same()
 
     def _require_finite(self, cause: str) -> None:
         """Check the gradients of all ranks."""

@@ -21,7 +21,9 @@ __all__ = [
     "forget_pass",
     "gathered_dtype",
     "groups_of",
+    "handles_of",
     "holds_gradients",
+    "in_model",
     "units_of",
 ]
 
@@ -53,16 +55,26 @@ def groups_of(module: nn.Module) -> Iterator[Any]:
         yield from (group for group in groups if group is not None)
 
 
+def handles_of(module: nn.Module) -> list[Any]:
+    """Return FSDP's own objects that stand for parameters, in the same order on every rank."""
+    return [parameter for group in groups_of(module) for parameter in group.fsdp_params]
+
+
+def in_model(parameter: Any) -> list[nn.Parameter | None]:
+    """Return what a model has now in each of the places of a parameter."""
+    at = parameter._module_info
+    places = [(at.module, at.param_name), *zip(at.shared_modules, at.shared_param_names, strict=True)]
+    return [getattr(module, name, None) for module, name in places]
+
+
 def holds_gradients(module: nn.Module) -> bool:
     """Whether a gathered parameter holds a gradient, which the next sum over all ranks would take up."""
-    return any(
-        g is not None for p in _parameters(module) for g in (_gathered_gradient(p), p.unsharded_accumulated_grad)
-    )
+    return any(g is not None for p in handles_of(module) for g in (_gathered_gradient(p), p.unsharded_accumulated_grad))
 
 
 def forget_gradients(module: nn.Module) -> None:
     """Drop the gradients that gathered parameters hold; those of the shards stay."""
-    for parameter in _parameters(module):
+    for parameter in handles_of(module):
         parameter.unsharded_accumulated_grad = None
         if hasattr(parameter, "_unsharded_param"):  # may hold a gradient that was not reduced, gathered or not
             parameter._unsharded_param.grad = None
@@ -93,7 +105,7 @@ class Reached:
 
     def watch(self) -> None:
         """Look out for the gradients of what has been gathered by now."""
-        for parameter in _parameters(self._module):
+        for parameter in handles_of(self._module):
             gathered = getattr(parameter, "_unsharded_param", None)
             if gathered is not None and gathered.requires_grad and parameter not in self._watched:
                 gathered.register_post_accumulate_grad_hook(partial(self._see, parameter))
@@ -114,14 +126,14 @@ class Reached:
 
     def taken(self, ranks: Ranks) -> list[bool]:
         """Return for each parameter whether any rank has reached it, and begin anew."""
-        own = torch.tensor([parameter in self._reached for parameter in _parameters(self._module)])
+        own = torch.tensor([parameter in self._reached for parameter in handles_of(self._module)])
         self.forget()
         found: list[bool] = ranks.gather(own).any(0).tolist()
         return found
 
     def drop_others(self, reached: Sequence[bool], ranks: Ranks) -> None:
         """Take the gradient of zeros from the shards of each parameter that no rank has reached."""
-        shards = [parameter.sharded_param for parameter in _parameters(self._module)]
+        shards = [parameter.sharded_param for parameter in handles_of(self._module)]
         others = [p for p, seen in zip(shards, reached, strict=True) if not seen and p.requires_grad]
         if not others:  # on no rank, as what has been reached is known to all
             return
@@ -134,11 +146,6 @@ class Reached:
     def _see(self, parameter: Any, _: Tensor) -> None:
         if not self._ignores:
             self._reached.add(parameter)
-
-
-def _parameters(module: nn.Module) -> list[Any]:
-    """Return FSDP's own objects that stand for parameters, in the same order on every rank."""
-    return [parameter for group in groups_of(module) for parameter in group.fsdp_params]
 
 
 def _gathered_gradient(parameter: Any) -> Tensor | None:

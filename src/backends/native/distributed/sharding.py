@@ -236,26 +236,45 @@ class Shards:
         forget_gradients(self.module)
         self._reached.forget()
 
-    def reduce(self, ranks: Ranks) -> None:
-        """Add the gradients of all ranks up, each rank keeping its shards; what none of them has reached has no gradient."""
+    def reduce(self, ranks: Ranks, frozen: bool) -> bool:
+        """Add the gradients of all ranks up, each rank keeping its shards; what none of them has reached has no gradient.
+
+        Args:
+            ranks: the processes.
+            frozen: weights have been frozen since the model was sharded, perhaps those of all layers.
+
+        Returns: whether that can be done; what the head alone has is added up nowhere.
+        """
         if self.rows is not None:
             self.rows.reduce()
         reached = self._reached.taken(ranks)
-        if not self.reshard:  # else they are there already
-            self._reduce_once()
+        if any(reached) and not (self._reaches_layers(frozen) if self.reshard else self._reduce_once()):
+            return False
+        if not self.reshard:
             self.forget_gradients()  # zeros that a remembered cast has handed on late
         self._reached.drop_others(reached, ranks)
+        return True
 
-    def _reduce_once(self) -> None:
+    def _reaches_layers(self, frozen: bool) -> bool:
+        """Whether a backward reaches layers; each has been added up by then."""
+        if not frozen:
+            return True
+        reaches = self._dummy().requires_grad
+        self.reset()
+        return reaches
+
+    def _reduce_once(self) -> bool:
         for p in self.module.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         self._root.set_requires_gradient_sync(True)
         try:
             hidden = self._dummy()
-            torch.autograd.backward(hidden, torch.zeros_like(hidden))
+            if hidden.requires_grad:
+                torch.autograd.backward(hidden, torch.zeros_like(hidden))
         finally:
             self._root.set_requires_gradient_sync(False)
+        return hidden.requires_grad
 
     @contextmanager
     def resetting(self) -> Iterator[None]:
