@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -133,6 +134,9 @@ def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
 
     Args:
         output: a linear layer; or one that peft wraps, to add a matrix to it, to train a copy, or to train some rows.
+
+    Raises:
+        UnsupportedError: an adapter does more than add a matrix.
     """
     active = [] if getattr(output, "disable_adapters", False) else getattr(output, "active_adapters", [])
     if hasattr(output, "modules_to_save"):
@@ -150,5 +154,34 @@ def head_weight(output: Any) -> tuple[Tensor, Tensor | None]:
     merged = getattr(output, "merged_adapters", ())  # are in the base's weight already
     for name in active:
         if name not in merged and any(name in getattr(output, part, ()) for part in output.adapter_layer_names):
+            _require_matrix(output, name)
             weight = weight + output.get_delta_weight(name).to(weight.dtype)
     return weight, base.bias
+
+
+def _require_matrix(output: Any, name: str) -> None:
+    """Check that an adapter on the head adds a matrix, now and after its first step, and nothing else.
+
+    Raises:
+        UnsupportedError: it scales the sum (DoRA), adds a bias, or drops out.
+    """
+    what = None
+    if name in getattr(output, "lora_variant", {}):
+        what = f"a {type(output.lora_variant[name]).__name__}"
+    elif getattr(output, "lora_bias", {}).get(name):
+        what = "lora_bias=True"
+    elif output.training and any(_dropouts(output, name)):
+        what = "a dropout"
+    if what is not None:
+        raise UnsupportedError(
+            f"the adapter {name!r} on the head has {what}, and log-probs are computed from the head's weight and a matrix that "
+            "is added: leave that out, or the head out of the adapter's target_modules"
+        )
+
+
+def _dropouts(output: Any, name: str) -> Iterator[float]:
+    """Yield the probabilities of an adapter's kinds of dropout, as modules or numbers, whatever peft calls them."""
+    for part, by_adapter in (*vars(output).items(), *output.named_children()):
+        if part.endswith("dropout") and name in by_adapter:
+            found = by_adapter[name]
+            yield float(getattr(found, "p", 0.0) if isinstance(found, nn.Module) else found)

@@ -62,3 +62,51 @@ def test_one_token_compares_nothing() -> None:
 def test_scales_and_bounds_that_configs_name_are_known(name: str) -> None:
     """On what the head is given (MiniCPM 3), on its answers, and a bound."""
     HFModel(build(name))
+
+
+ADDED: dict[str, dict[str, Any]] = {"LoraConfig": {"lora_alpha": 5}, "LoHaConfig": {"alpha": 3}, "VeraConfig": {}}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA": ("LoraConfig", {"use_dora": True}),
+    "a bias": ("LoraConfig", {"lora_bias": True}),
+    "dropout": ("LoraConfig", {"lora_dropout": 0.5}),
+    "dropout of ranks": ("LoHaConfig", {"rank_dropout": 0.5}),
+    "dropout of the module": ("LoKrConfig", {"module_dropout": 0.5}),
+    "dropout of VeRA": ("VeraConfig", {"vera_dropout": 0.5}),
+}
+
+
+def adapted(config: str, **options: Any) -> Any:
+    """A model in training, with an adapter on its head that has not changed it yet."""
+    peft = pytest.importorskip("peft")
+    model = random_llama(vocab_size=64, tie_word_embeddings=False)
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, 64)  # lora_bias asks for a bias
+    return peft.get_peft_model(model, getattr(peft, config)(r=2, target_modules=["lm_head"], **options)).train()
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_an_adapter_on_the_head_that_does_more_than_add_a_matrix_is_refused(kind: str) -> None:
+    """Such a one gives the right log-probs until its first step: it starts from what changes nothing."""
+    config, options = MORE[kind]
+    with pytest.raises(UnsupportedError, match="the adapter 'default' on the head has"):
+        logprobs_of(adapted(config, **options), IDS, IDS)
+    off = adapted(config, **options)
+    with off.disable_adapter():
+        assert logprobs_of(off, IDS, IDS).shape == (2, 5)
+    if "dropout" in kind:
+        logprobs_of(off.eval(), IDS, IDS)
+
+
+@pytest.mark.parametrize("config", ADDED)
+def test_an_adapter_that_adds_a_matrix_to_the_head_trains_whole(config: str) -> None:
+    """After a step, too, the log-probs and the gradient of each of its weights are those of the model's own logits."""
+    model = adapted(config, **ADDED[config])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    logprobs_of(model, IDS, IDS)  # compared at its start
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    ours, own = logprobs_of(model, IDS, IDS), logprobs_from_logits(model(input_ids=IDS).logits, IDS)
+    assert (ours - own).abs().max() < 1e-4
+    for a, b in zip(torch.autograd.grad(ours.sum(), trained), torch.autograd.grad(own.sum(), trained), strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()

@@ -179,7 +179,7 @@ class HFModel(nn.Module):
         try:
             with perturbed_adapters(self), in_float32(self):
                 difference, again, tolerance = self._logits_apart()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UnsupportedError):
             raise
         except Exception as error:  # whatever a model raises
             raise self._unsupported(f"cannot be run on tokens alone, as hidden states and a head: {error}") from error

@@ -18,6 +18,7 @@ from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
 from pullback.backends.native.models import hf
 from pullback.errors import MissingReferenceError, UnsupportedError
+from pullback.ops import head
 from pullback.testing.models import zoo
 
 DATA = sharing_prompt(6, (5, 3))
@@ -103,7 +104,10 @@ def test_a_head_that_is_no_sum_is_refused(config: Any, monkeypatch: pytest.Monke
     """At their start they are the identity; moved away from it they are refused, and the words say what to leave out."""
     with pytest.raises(UnsupportedError, match="target_modules"):
         HFModel(adapted(config()))
-    if config is REFUSED["dora"]:  # negative control: what is not moved is not seen
+    if config is REFUSED["dora"]:  # negative control: what is neither named nor moved is not seen
+        monkeypatch.setattr(head, "_require_matrix", lambda *_: None)
+        with pytest.raises(UnsupportedError, match="target_modules"):
+            HFModel(adapted(config()))
         monkeypatch.setattr(hf, "perturbed_adapters", lambda model: torch.no_grad())
         HFModel(adapted(config()))
 
