@@ -60,6 +60,8 @@ def as_weight(weights: Tensor | None, like: Tensor) -> Tensor:
     """Return weights in the dtype of ``like``; ones in its shape where there are none."""
     if weights is None:
         return torch.ones(like.shape, dtype=like.dtype, device=like.device)
+    if weights.dtype == like.dtype:
+        return weights
     # To convert bytes is five times as fast as to convert bool.
     bits = weights.dtype == torch.bool and readable(weights)
     return (weights.view(torch.uint8) if bits else weights).to(like.dtype)

@@ -60,11 +60,14 @@ class TokenBatch:
     label: Tensor | None = None
     reference_point: Tensor | None = None
     ref_logprob_sums: Tensor | None = None
+    _inputs: tuple[Tensor, ...] = field(init=False, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _computed: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_inputs(self._given(), tuple(self.logprobs.shape), self.num_sequences, self.layout.candidates)
+        given = {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
+        object.__setattr__(self, "_inputs", tuple(given.values()))
+        check_inputs(given, tuple(self.logprobs.shape), self.num_sequences, self.layout.candidates)
         raise_readable(label_problems(self.weights))
         self.refresh()
 
@@ -286,12 +289,9 @@ class TokenBatch:
         found = [*label_problems(self.weights), self.layout.problem(), paired]
         return [problem for problem in found if problem is not None]
 
-    def _given(self) -> dict[str, Tensor]:
-        return {name: value for name in INPUTS if (value := getattr(self, name)) is not None}
-
     def refresh(self) -> None:
         """Forget what was computed of inputs into whose memory something else has been written since."""
-        forget_overwritten(self._known, self._given().values())
+        forget_overwritten(self._known, self._inputs)
 
     def remember(self, name: str, compute: Callable[[], Cached]) -> Cached:
         """Return what was computed under a name before, else compute it; for what does not depend on the log-probs."""
