@@ -32,7 +32,7 @@ def kept_sum(kept: dict[str, Tensor], name: str, logprobs: Tensor, compute: Call
     if name in kept and not logprobs.requires_grad and not written_into(kept[name]):
         return kept[name]
     sums = compute(wide(logprobs))
-    kept[name] = sums.detach()
+    kept[name] = sums.detach() if sums.requires_grad else sums
     return sums
 
 

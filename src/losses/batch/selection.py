@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 __all__ = ["as_weight", "finite", "readable", "select", "select_", "transformed", "wide"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_FEW: Final = 256  # so few numbers are added sooner in Python than by an operation
 
 
 def transformed() -> bool:
@@ -25,6 +27,8 @@ def readable(tensor: Tensor) -> bool:
 
 def finite(numbers: Tensor) -> bool:
     """Return whether all of a few readable numbers are finite: then their sum is, short of an overflow."""
+    if numbers.dim() == 1 and len(numbers) <= _FEW:
+        return math.isfinite(sum(numbers.tolist()))
     return math.isfinite((numbers.sum() if numbers.dim() else numbers).item())
 
 

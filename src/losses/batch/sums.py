@@ -136,8 +136,10 @@ def row_cotangent(g: Tensor, mask: Tensor | None, scale: Tensor | None, layout: 
     """Return ``w_t g`` of each token, [*layout], from one number ``g`` per row, [B]; see `row_sum`."""
     g = g.to(dtype)
     bounded = not torch.is_grad_enabled() and readable(g) and finite(g)
-    per_token = _weight_times(layout.spread(g, len(layout.shape)), mask, scale, bounded=bounded)
-    return per_token.expand(layout.shape)
+    per_token = layout.spread(g, len(layout.shape))
+    if mask is None:
+        return per_token.expand(layout.shape)
+    return _weight_times(per_token, mask, scale, bounded=bounded)
 
 
 def _weight_times(g: Tensor, mask: Tensor | None, scale: Tensor | None, *, bounded: bool) -> Tensor:

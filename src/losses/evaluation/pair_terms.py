@@ -34,20 +34,22 @@ class Responses(NamedTuple):
 
     def sides(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return the numbers of the chosen and of the rejected responses; float64 [P], differentiable in the log-probs."""
+        chosen, rejected = self.both(batch).unbind(1)
+        return chosen, rejected
+
+    def both(self, batch: TokenBatch) -> Tensor:
+        """Return the `sides` together; [P, 2]."""
         rows = batch.weighted_row_sum(self.relative_to)
         rows = rows / _divisor(batch) if self.mean else rows
-        if batch.neighbours_are_pairs:
-            chosen, rejected = rows.view(-1, 2).unbind(1)
-            return chosen, rejected
-        return rows[batch.pairs.chosen], rows[batch.pairs.rejected]
+        return rows.view(-1, 2) if batch.neighbours_are_pairs else rows[torch.stack(batch.pairs, 1)]
 
-    def slopes(self, batch: TokenBatch, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """Return the derivative by each sequence's sum, [B], from those by the numbers of both sides, [P]."""
+    def slopes(self, batch: TokenBatch, of_sides: Tensor) -> Tensor:
+        """Return the derivative by each sequence's sum, [B], from those by the numbers of both sides, [P, 2]."""
         if batch.neighbours_are_pairs:
-            slopes = torch.stack((chosen, rejected), 1).view(-1)
+            slopes = of_sides.view(-1)
         else:
-            members = torch.cat(batch.pairs)
-            slopes = chosen.new_zeros(batch.num_sequences).scatter_(0, members, torch.cat((chosen, rejected)))
+            members = torch.stack(batch.pairs, 1)
+            slopes = of_sides.new_zeros(batch.num_sequences).scatter_(0, members.view(-1), of_sides.view(-1))
         return slopes.div_(_divisor(batch)) if self.mean else slopes
 
 
@@ -109,7 +111,7 @@ def known_positive_weights(batch: TokenBatch) -> bool:
     """Return whether the weights of every sequence are known to have a positive sum; nothing is read from a device for it."""
 
     def look() -> bool:
-        return readable(batch.weight) and bool((batch.weight_per_sequence > 0).all())
+        return readable(batch.weight) and all(weight > 0 for weight in batch.weight_per_sequence.tolist())
 
     return batch.remember("every sequence has weight", look)
 
@@ -140,15 +142,15 @@ class _PairSums(Function):
     def forward(
         ctx: Any, x: Tensor, responses: Responses, terms: Sequence[PairTerm], batch: TokenBatch
     ) -> tuple[Tensor, ...]:
-        sides = responses.sides(batch)
+        sides = responses.both(batch)
         totals: list[Tensor] = []
         slopes: list[Tensor] = []
         for term in terms:
             closed = pair_form_of(term.definition)
             assert closed is not None
-            value, of_chosen, of_rejected = closed(*sides, *term.args)
+            value, slope = closed(sides, *term.args)
             totals.append(scaled_total(value.sum(), term.scale, x.dtype))
-            slopes += (of_chosen, of_rejected)
+            slopes.append(slope)
         ctx.save_for_backward(*slopes)
         ctx.rest = responses, terms, batch
         return tuple(totals)
@@ -160,13 +162,12 @@ class _PairSums(Function):
             totals = _plain(responses, terms, batch)
             return torch.autograd.grad(totals, batch.logprobs, gradients, create_graph=True)[0], None, None, None
         coefficients = [scaled(g, term.scale) for g, term in zip(gradients, terms, strict=True)]
-        chosen, rejected = (_dot(coefficients, ctx.saved_tensors[side::2]) for side in (0, 1))
-        per_row = responses.slopes(batch, chosen, rejected)
+        per_row = responses.slopes(batch, _dot(coefficients, ctx.saved_tensors))
         return row_cotangent(per_row, batch.mask, batch.scale, batch.layout, batch.logprobs.dtype), None, None, None
 
 
-def _dot(coefficients: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    total = vectors[0] * coefficients[0]
-    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
-        total.addcmul_(vector, coefficient)
+def _dot(coefficients: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    total = slopes[0] * coefficients[0]
+    for slope, coefficient in zip(slopes[1:], coefficients[1:], strict=True):
+        total.addcmul_(slope, coefficient)
     return total

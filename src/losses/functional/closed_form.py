@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["ClosedForm", "PairForm", "closed_form", "closed_form_of", "pair_form", "pair_form_of"]
 
 ClosedForm = Callable[..., tuple[Tensor, Tensor]]
-PairForm = Callable[..., tuple[Tensor, Tensor, Tensor]]
+PairForm = Callable[..., tuple[Tensor, Tensor]]
 _CLOSED_FORMS: Final[dict[Callable[..., Tensor], ClosedForm]] = {}
 _PAIR_FORMS: Final[dict[Callable[..., Tensor], PairForm]] = {}
 
@@ -42,8 +42,8 @@ def closed_form_of(definition: Callable[..., Any]) -> ClosedForm | None:
 def pair_form(definition: Callable[..., Tensor]) -> Callable[[PairForm], PairForm]:
     """Return a decorator that makes a function the closed form of a ``definition`` of pairs.
 
-    ``(chosen, rejected, *args) -> (value, slope, slope)``: the definition's value, and its derivatives with respect to both
-    sides, on the terms of `closed_form`.
+    ``(sides, *args) -> (value, slopes)``: both sides together, the chosen ones first, [P, 2]; the definition's value, [P], and
+    its derivatives with respect to both, [P, 2], on the terms of `closed_form`.
 
     Args:
         definition: a formula that is elementwise in its first two arguments.

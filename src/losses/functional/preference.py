@@ -36,15 +36,15 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: fl
 
 
 @pair_form(dpo)
-def _dpo(
-    chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    margin = (chosen - rejected).mul_(beta)
+def _dpo(sides: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    margin = _difference(sides).mul_(beta)
     value = logsigmoid(margin).neg_()
     if label_smoothing:
         value.add_(margin, alpha=label_smoothing)
-    slope = margin.neg_().sigmoid_().sub_(label_smoothing).mul_(-beta)
-    return value, slope, -slope
+    slope = margin.neg_().sigmoid_()
+    if label_smoothing:
+        slope.sub_(label_smoothing)
+    return value, _opposite(slope.mul_(-beta))
 
 
 def chosen_nll(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -64,8 +64,8 @@ def chosen_nll(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 @pair_form(chosen_nll)
-def _chosen_nll(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return chosen.neg(), torch.full_like(chosen, -1.0), torch.zeros_like(rejected)
+def _chosen_nll(sides: Tensor) -> tuple[Tensor, Tensor]:
+    return sides[:, 0].neg(), sides.new_tensor([-1.0, 0.0]).expand_as(sides)
 
 
 def log_odds(logprob: Tensor, max_prob: float) -> Tensor:
@@ -122,16 +122,12 @@ def odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> Tensor:
 
 
 @pair_form(odds_ratio)
-def _odds_ratio(chosen: Tensor, rejected: Tensor, max_prob: float) -> tuple[Tensor, Tensor, Tensor]:
-    both = torch.stack((chosen, rejected))
-    inside = both.clamp(max=math.log(max_prob))
+def _odds_ratio(sides: Tensor, max_prob: float) -> tuple[Tensor, Tensor]:
+    inside = sides.clamp(max=math.log(max_prob))
     rest = inside.expm1().neg_()  # 1 - p; the slope of the log odds is 1 / (1 - p), on the tangent too
-    of_chosen, of_rejected = both.sub_(inside).div_(rest).add_(inside).sub_(rest.log()).unbind()
-    ratio = of_chosen - of_rejected
+    ratio = _difference((sides - inside).div_(rest).add_(inside).sub_(rest.log()))
     value = logsigmoid(ratio).neg_()
-    gain = ratio.neg_().sigmoid_()
-    slope_chosen, slope_rejected = gain.div(rest).unbind()
-    return value, slope_chosen.neg(), slope_rejected
+    return value, _opposite(ratio.neg_().sigmoid_().neg_()).div_(rest)
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
@@ -153,11 +149,10 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.
 
 
 @pair_form(simpo)
-def _simpo(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    margin = (chosen - rejected).mul_(beta).sub_(gamma)
+def _simpo(sides: Tensor, beta: float = 2.0, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    margin = _difference(sides).mul_(beta).sub_(gamma)
     value = logsigmoid(margin).neg_()
-    slope = margin.neg_().sigmoid_().mul_(-beta)
-    return value, slope, -slope
+    return value, _opposite(margin.neg_().sigmoid_().mul_(-beta))
 
 
 def kto(
@@ -223,3 +218,14 @@ def reference_point(log_ratios: Tensor) -> Tensor:
     Source: KTO, arXiv:2402.01306, below equation 7.
     """
     return log_ratios.detach().mean().clamp(min=0.0)
+
+
+def _difference(sides: Tensor) -> Tensor:
+    """Return the numbers of the chosen responses less those of the rejected ones, [P]; fresh."""
+    chosen, rejected = sides.unbind(1)
+    return chosen - rejected
+
+
+def _opposite(slope: Tensor) -> Tensor:
+    """Return the slopes of a function of a difference by both sides, [P, 2]."""
+    return torch.stack((slope, -slope), 1)

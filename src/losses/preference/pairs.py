@@ -79,4 +79,4 @@ def _surely_trained(batch: TokenBatch) -> bool:
     """Return whether every sequence has a trained token, as far as that can be seen for nothing."""
     if not readable(batch.weight):
         return False
-    return bool(batch.weight_per_sequence.all())  # a sum that is not 0 has an entry that is not 0
+    return all(batch.weight_per_sequence.tolist())  # a sum that is not 0 has an entry that is not 0
