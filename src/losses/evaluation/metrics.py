@@ -67,7 +67,7 @@ def mean(values: Tensor, count: Tensor | float | None = None) -> DeferredMetric:
 
 def total(value: Tensor | float) -> DeferredMetric:
     """Return the sum of ``value``."""
-    return DeferredMetric(value.sum() if isinstance(value, Tensor) else value, 1.0, "sum")
+    return DeferredMetric(value.sum() if isinstance(value, Tensor) and value.dim() else value, 1.0, "sum")
 
 
 def maximum(values: Tensor, count: Tensor) -> DeferredMetric:
