@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, final
 
@@ -64,10 +64,10 @@ def shard_model(module: nn.Module, mesh: DeviceMesh, frozen: bool = True, rows: 
     if isinstance(module, HFModel) and module.is_lora:
         # Found by where they lie in memory, which is no longer known once they are sharded.
         module.outside = frozenset(module.trained_outside())
-    policy = _as_masters(module)
+    kept: set[Any] = set() if frozen else {p for p in module.parameters() if not p.requires_grad}
+    policy = _as_masters(module, kept)
     if rows is not None:
         rows.cut(mesh, policy.param_dtype)
-    kept: set[Any] = set() if frozen else {p for p in module.parameters() if not p.requires_grad}
     kept |= set() if rows is None else {*rows.parameters}
     for layer in sharded_units(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=kept)
@@ -101,7 +101,7 @@ def sharded_units(module: nn.Module) -> list[nn.Module]:
     return [part for part in found if part not in inner]
 
 
-def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
+def _as_masters(module: nn.Module, kept: Collection[nn.Parameter]) -> MixedPrecisionPolicy:
     trained = {p.dtype for p in module.parameters() if p.requires_grad}
     if torch.float16 in {p.dtype for p in module.parameters()}:
         raise UnsupportedError(_NO_FLOAT16)
@@ -113,7 +113,9 @@ def _as_masters(module: nn.Module) -> MixedPrecisionPolicy:
             f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; "
             "load the model in one dtype, or train an adapter"
         )
-    for p in module.parameters():  # buffers are never gathered: they stay what the model computes with
+    for p in {*module.parameters()} - {
+        *kept
+    }:  # buffers, too, are never gathered: they stay what the model computes with
         p.data = p.data.float()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
