@@ -208,11 +208,11 @@ class DistributedEngine(Engine):
         require_no_fp16(self.local.memory.device)
 
         def attempt() -> tuple[DeferredBackward, list[Tensor]]:
-            share = self._schedule.datums(call)
-            settings = self._passes.settings(share)
-            given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
-            graphs = DeferredBackward(self.local.model, given)
             with self._shards.resetting():
+                share = self._passes.dealt(self._schedule.datums, call)
+                settings = self._passes.settings(share)
+                given = settings if budget is None else replace(settings, budget=min(budget, settings.budget))
+                graphs = DeferredBackward(self.local.model, given)
                 self._passes.gather(self._shards)
                 scored = self._passes.forward(graphs, share, call)
             return graphs, share.gather(scored, call, self._shards.dtype)
@@ -234,10 +234,10 @@ class DistributedEngine(Engine):
         def add() -> Gradient:
             places = {**retained, **({self.retain(prepare(rest)): rest} if rest else {})}
             scored = {i: x for forward, at in places.items() for i, x in zip(at, forward.logprobs, strict=True)}
-            cotangents = agreed_cotangents(
-                self._agreement, self._ranks, call, [scored[i] for i in range(len(call.data))]
-            )
+            logprobs = [scored[i] for i in range(len(call.data))]
+            cotangents = agreed_cotangents(self._agreement, self._ranks, call, logprobs)
             scale = GradientScale(self.local.parameters.values(), needed=False)
+            self._passes.gather(self._shards)  # see `Passes.function`
             self._passes.act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
             graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
             return summary(call, [cotangents], scored, [graphs, reuse(places, sum(r.tokens for r in retained))])
@@ -256,8 +256,8 @@ class DistributedEngine(Engine):
         require_same_call(self._agreement, call, self._place)
 
         def attempt() -> list[Tensor]:
-            share = self._schedule.datums(call)
             with shards.resetting(), torch.no_grad():
+                share = self._passes.dealt(self._schedule.datums, call)
                 self._passes.gather(shards)
                 own = self._passes.act("forward", lambda: score_forwards(model, share.forwards))
             return share.gather(own, call, shards.dtype)

@@ -55,7 +55,7 @@ class Passes:
 
     def stream(self, call: PreparedCall) -> Gradient:
         """Let each rank stream its own units, forward, loss and backward."""
-        share = self._schedule.units(call)
+        share = self.dealt(self._schedule.units, call)
         scale = GradientScale(self._local.parameters.values(), needed=False)
         settings = self.settings(share)
 
@@ -74,7 +74,7 @@ class Passes:
 
     def function(self, call: PreparedCall) -> Gradient:
         """Score everything, evaluate the function on all log-probs on each rank, and go back with rank 0's cotangents."""
-        share = self._schedule.datums(call)
+        share = self.dealt(self._schedule.datums, call)
         graphs = DeferredBackward(self._local.model, self.settings(share))
 
         scored = share.gather(self.forward(graphs, share, call), call, self._shards.dtype)
@@ -96,6 +96,10 @@ class Passes:
 
         with torch.enable_grad():
             return self.act("forward", work, lambda scored: require_finite_logprobs(scored, call.requests))
+
+    def dealt(self, deal: Callable[[PreparedCall], Share], call: PreparedCall) -> Share:
+        """Deal a call out: each rank must have laid out its share before any waits for another one in a forward."""
+        return self._agreement.attempt("schedule", lambda: deal(call))
 
     def gather(self, shards: Shards) -> None:
         """Gather the weights of a model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Container, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -56,12 +57,7 @@ class ShardedFiles:
         folder = file.with_suffix("")
         state = {name: t.detach().reshape(1) if t.dim() == 0 else t.detach() for name, t in tensors.items()}
         if state:
-            writer = HuggingFaceStorageWriter(
-                path=str(folder),
-                save_distributed=True,
-                enable_consolidation=True,
-                fqn_to_index_mapping=dict.fromkeys(state, 1),
-            )
+            writer = self.agreement.attempt(f"opening {file.name}", lambda: _writer(folder, state))
             _checked(lambda: save(dict(state), storage_writer=writer, process_group=self.ranks.group))
         self.agreement.attempt(f"writing {file.name}", lambda: self._take_over(folder, file, bool(state)))
 
@@ -82,11 +78,25 @@ class ShardedFiles:
         """Return tensors of a file, sharded like those that are given, which stay as they are."""
         found = {name: torch.empty_like(tensor) for name, tensor in like.items()}
         if found:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "model.safetensors").symlink_to(file.resolve())
-                reader = HuggingFaceStorageReader(folder)
+            with ExitStack() as stack:
+                reader = self.agreement.attempt(f"opening {file.name}", lambda: _reader(file, stack))
                 _checked(lambda: load(dict(found), storage_reader=reader, process_group=self.ranks.group))
         return found
+
+
+def _writer(folder: Path, state: Mapping[str, Tensor]) -> HuggingFaceStorageWriter:
+    return HuggingFaceStorageWriter(
+        path=str(folder),
+        save_distributed=True,
+        enable_consolidation=True,
+        fqn_to_index_mapping=dict.fromkeys(state, 1),
+    )
+
+
+def _reader(file: Path, stack: ExitStack) -> HuggingFaceStorageReader:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    (Path(folder) / "model.safetensors").symlink_to(file.resolve())
+    return HuggingFaceStorageReader(folder)
 
 
 def _checked(work: Callable[[], Any]) -> None:
