@@ -25,6 +25,7 @@ from pullback.testing.models import tiny
 from pullback.testing.models.tiny import causal_mask
 
 __all__ = [
+    "BAD",
     "CASES",
     "DATA",
     "NEXT",

@@ -25,7 +25,7 @@ from ..execution.gradient import (
 from ..execution.memory import GraphSettings
 from ..execution.scaling import GradientScale
 from .agreement.agreement import Agreement
-from .agreement.exchange import agreed_cotangents, gather_metrics
+from .agreement.exchange import agreed_cotangents, gather_metrics, require_one_loss
 from .ranks import Ranks
 from .schedule import Schedule, Share
 from .sharding import Shards
@@ -67,6 +67,7 @@ class Passes:
         own = {i: c for part in done.parts for i, c in part.by_datum.items()}
         cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
         everything = self._agreement.attempt("loss", lambda: evaluate(call, dict(enumerate(logprobs))))
+        self._agreement.attempt("cotangents", lambda: require_one_loss(call.name, everything.by_datum, cotangents))
         merged = replace(everything, by_datum=cotangents)
         none = DeferredBackward(self._local.model, settings).metrics()  # a rank without a datum has these
         graphs = gather_metrics(self._ranks, [none, *done.graph_metrics])

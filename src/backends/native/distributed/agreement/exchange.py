@@ -23,6 +23,7 @@ __all__ = [
     "of_rank_zero",
     "require_equal",
     "require_finite_gradients",
+    "require_one_loss",
     "require_same_call",
 ]
 
@@ -120,4 +121,26 @@ def require_equal(name: str, own: Mapping[int, Tensor], first: Mapping[int, Tens
             raise RanksDifferError(
                 f"datum {i}: {name} has another gradient here than on rank 0 (relative difference {difference:.2g}); every "
                 "rank evaluates it on all log-probs, so seed what it draws, and let it read the same everywhere"
+            )
+
+
+def require_one_loss(name: str, alone: Mapping[int, Tensor], shared: Mapping[int, Tensor]) -> None:
+    """Check that a registered loss gives on each share what it gives here on all datums.
+
+    Args:
+        name: of the loss.
+        alone: the cotangents that this rank has found for all datums.
+        shared: those that were used, each found by the rank that has the datum.
+
+    Raises:
+        RanksDifferError: a datum's are others.
+    """
+    largest = max(float(cotangent.norm()) for cotangent in alone.values())
+    for i, expected in sorted(alone.items()):
+        difference = float((shared[i] - expected.cpu()).norm()) / max(largest, 1e-30)
+        if not difference <= _SAME.get(expected.dtype, 1e-4):
+            raise RanksDifferError(
+                f"datum {i}: {name} has another gradient on the rank that scores the datum than on this one (difference "
+                f"{difference:.2g} of the largest); a registered loss must be the same function on every rank, and of its "
+                "inputs alone: seed what it draws, and let it read the same everywhere"
             )
