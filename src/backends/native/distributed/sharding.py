@@ -241,11 +241,7 @@ class Shards:
     def reduce(self, ranks: Ranks, frozen: bool) -> bool:
         """Add the gradients of all ranks up, each rank keeping its shards; what none of them has reached has no gradient.
 
-        Args:
-            ranks: the processes.
-            frozen: weights have been frozen since the model was sharded, perhaps those of all layers.
-
-        Returns: whether that can be done; what the head alone has is added up nowhere.
+        Returns: whether that can be done. What the head alone has is added up nowhere; layers may have been ``frozen`` since.
         """
         if self.rows is not None:
             self.rows.reduce()
