@@ -216,7 +216,7 @@ def test_a_service_that_runs_what_comes_again_is_caught(
     assert not torch.equal(trained(place, everywhere(kind)), plain)
 
 
-def test_an_outage_is_an_error_and_no_gap(place: tuple[str, ServedModels]) -> None:
+def test_an_outage_is_an_error_and_no_gap(place: tuple[str, ServedModels], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that never reaches the service is an error; what was sent behind it is not run as if it had been."""
     outage = {("optim_step", n): Fault("drop_request") for n in range(2, 500)}
     with misbehaving(place[0], outage) as proxy, ExitStack() as stack:
@@ -225,6 +225,7 @@ def test_an_outage_is_an_error_and_no_gap(place: tuple[str, ServedModels]) -> No
         side.read()
         before = adapter(side.backend)
         side.client.forward_backward(data("ppo", 1), "ppo").result(timeout=120)
+        hurry(monkeypatch, patience=3.0)
         with pytest.raises(tinker.APIConnectionError):
             side.client.optim_step(PARAMS).result(timeout=120)
         assert all(torch.equal(p, before[name]) for name, p in adapter(side.backend).items())

@@ -19,18 +19,19 @@ __all__ = ["hurry", "impatient"]
 
 # Of heartbeat and refresh. In SDK 0.38 a close that begins during one of these waits for ever.
 _PERIODS = (10, 300)
-_ANSWER_SECONDS = 2.0  # a healthy answer takes a fraction of it, even on a busy machine
+_ANSWER_SECONDS = 10.0  # a healthy answer takes a fraction of it, even on a busy machine
+_SDK_SECONDS = 300.0  # after which it gives a request up that has failed once
 
 
-def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01) -> None:
-    """Let the SDK wait a hundredth of its usual time before it retries or gives up, and two seconds for an answer."""
+def hurry(patch: pytest.MonkeyPatch, shorter: float = 0.01, patience: float = 60.0) -> None:
+    """Let the SDK wait a hundredth of its usual time before it retries, and give a request up after ``patience`` seconds."""
 
     async def sleep(seconds: float, *args: Any) -> Any:
         return await asyncio.sleep(seconds if seconds in _PERIODS else seconds * shorter, *args)
 
     for module in (internal_client_holder, api_future_impl):
         patch.setattr(module, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    clock = SimpleNamespace(**{**vars(time), "time": lambda: time.time() / shorter})
+    clock = SimpleNamespace(**{**vars(time), "time": lambda: time.time() * _SDK_SECONDS / patience})
     patch.setattr(internal_client_holder, "time", clock)
     patch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.5 * shorter)
     patch.setattr(_base_client, "MAX_RETRY_DELAY", 10.0 * shorter)
