@@ -35,6 +35,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankedService]:
         yield service
 
 
+@pytest.fixture
+def ending(tmp_path: Path) -> Iterator[RankedService]:
+    """Processes that a test may end: the order in which tests run is not that of this file on several workers."""
+    with ranked(tmp_path / "ending") as service:
+        yield service
+
+
 def test_the_numbers_of_one_process(two: RankedService, tmp_path: Path) -> None:
     """Two adapters, built-in and custom losses, a load in between: log-probs, metrics, weights and moments are the same."""
     models = one_process(tmp_path)
@@ -193,19 +200,18 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
 
 
-def test_what_is_in_memory_is_saved_when_they_are_asked_to_end(two: RankedService, tmp_path: Path) -> None:
+def test_what_is_in_memory_is_saved_when_they_are_asked_to_end(ending: RankedService, tmp_path: Path) -> None:
     """Asked to end as torchrun asks, rank 0 ends by the signal, and rank 1 without an error; one process goes on from there.
 
-    Weights, moments and the accumulated gradient are those of a model that was never interrupted. This is the last test
-    of these processes.
+    Weights, moments and the accumulated gradient are those of a model that was never interrupted.
     """
     models, norms = one_process(tmp_path), []
-    with rest(two.url) as http:
+    with rest(ending.url) as http:
         _, made = new_model(http, seed=7)
         left = made["model_id"]
         half_trained(http, left)
-        assert two.end(everyone=True) == [128 + signal.SIGTERM, 0]
-    models.checkpoints.root = two.root
+        assert ending.end(everyone=True) == [128 + signal.SIGTERM, 0]
+    models.checkpoints.root = ending.root
     with serving(models) as url, rest(url) as http:
         session, made = new_model(http, seed=7)
         half_trained(http, made["model_id"])
