@@ -93,9 +93,9 @@ def watched(module: HFModel, engine: Any, copied: int) -> dict[str, int]:
         part.register_forward_hook(look_in_both)
     reduce = engine._shards.reduce
 
-    def look_and_reduce(*ranks: Any) -> None:
+    def look_and_reduce(*given: Any) -> Any:
         look()
-        reduce(*ranks)
+        return reduce(*given)
 
     engine._shards.reduce = look_and_reduce
     return peaks
