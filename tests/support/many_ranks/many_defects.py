@@ -57,10 +57,10 @@ def missing_reduction(name: str) -> Callable[[TorchBackend], Any]:
     def plant(backend: TorchBackend) -> Any:
         reduce = sharding.Shards.reduce
 
-        def without(shards: sharding.Shards, *ranks: Any) -> None:
+        def without(shards: sharding.Shards, *given: Any) -> bool:
             if dist.get_rank() == 1:
                 dict(shards.module.named_parameters())[name].grad = None
-            reduce(shards, *ranks)
+            return reduce(shards, *given)
 
         return mock.patch.object(sharding.Shards, "reduce", without)
 
@@ -151,12 +151,13 @@ def not_finite(rank: int) -> Iterator[None]:
     """Put a NaN into one rank's shard of a gradient when it has been reduced."""
     reduce = sharding.Shards.reduce
 
-    def spoilt(shards: sharding.Shards, *ranks: Any) -> None:
-        reduce(shards, *ranks)
+    def spoilt(shards: sharding.Shards, *given: Any) -> bool:
+        summed = reduce(shards, *given)
         if dist.get_rank() == rank:
             shards.release()
             gradient: Any = next(p.grad for p in shards.module.parameters() if p.grad is not None)
             gradient.to_local()[0] = float("nan")
+        return summed
 
     with mock.patch.object(sharding.Shards, "reduce", spoilt):
         yield
