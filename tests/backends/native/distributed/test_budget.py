@@ -120,7 +120,7 @@ def test_two_processes(case: int, two_ranks: list[list[dict[str, Any]]]) -> None
         if rank == 0 and not CASES[case]["streamed"]:  # it sends the cotangents
             told["logprobs"] += 4 * found["targets"]
         assert told | {"total": sum(told.values())} == found["traffic"]
-        assert found["agreements"] < 40_000
+        assert found["agreements"] < 45_000
 
 
 @pytest.mark.slow
