@@ -15,9 +15,8 @@ from .selection import readable, transformed
 
 __all__ = ["Layout", "Packed", "Padded", "accurate_sum", "count_of", "count_trained"]
 
-_FEW: Final = (
-    16_384  # so few weights are counted one by one; of more, a branch that is mispredicted costs more than a mask
-)
+# So few weights are counted one by one; of more, a branch that is mispredicted costs more than a mask.
+_FEW: Final = 16_384
 _STRIP: Final = 1024  # so many numbers are added in fp32 before fp64 takes over
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, final
 
@@ -101,7 +101,7 @@ def sharded_units(module: nn.Module) -> list[nn.Module]:
     return [part for part in found if part not in inner]
 
 
-def _as_masters(module: nn.Module, kept: Collection[nn.Parameter]) -> MixedPrecisionPolicy:
+def _as_masters(module: nn.Module, kept: Set[nn.Parameter]) -> MixedPrecisionPolicy:
     trained = {p.dtype for p in module.parameters() if p.requires_grad}
     if torch.float16 in {p.dtype for p in module.parameters()}:
         raise UnsupportedError(_NO_FLOAT16)
@@ -113,10 +113,11 @@ def _as_masters(module: nn.Module, kept: Collection[nn.Parameter]) -> MixedPreci
             f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; "
             "load the model in one dtype, or train an adapter"
         )
-    for p in {*module.parameters()} - {
-        *kept
-    }:  # buffers, too, are never gathered: they stay what the model computes with
-        p.data = p.data.float()
+    for (
+        p
+    ) in module.parameters():  # buffers, like what is kept, are never gathered: they stay what the model computes with
+        if p not in kept:
+            p.data = p.data.float()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 

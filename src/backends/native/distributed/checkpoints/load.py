@@ -69,9 +69,8 @@ def load_sharded(state: TrainingState, files: ShardedFiles, folder: Path, *, eve
         state.weights_version = int(manifest["weights_version"])
         if everything:
             _apply_everything(state, moments, gradients, random)
-        files.agreement.meet(
-            "loaded", undone=False
-        )  # on each rank, or what the others have loaded counts as interrupted
+        # Where a rank has failed, what the others have loaded counts as interrupted.
+        files.agreement.meet("loaded", undone=False)
     return ledger
 
 
