@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, Final, Self, final
 from unittest import mock
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "PATIENCE",
     "SECONDS",
     "WORKS",
+    "Planted",
     "make",
     "on_one",
     "only_on",
@@ -66,13 +67,10 @@ def raising_on(rank: int) -> Callable[..., tuple[Tensor, Mapping[str, float]]]:
     return loss
 
 
-@final
 @dataclass(frozen=True)
-class Strict(Loss):
-    """Cross-entropy that fails on rank 1, once it is told to, at the first tokens that it is asked about."""
+class Planted(Loss):
+    """What the registered losses of these tests declare: they are cross-entropy, except for what each does to its terms."""
 
-    fails: ClassVar[bool] = False
-    name: ClassVar[str] = "strict"
     gradient_kind: ClassVar[Any] = "token"
     sources: ClassVar[tuple[str, ...]] = ("this test",)
     required_inputs: ClassVar[tuple[str, ...]] = ()
@@ -80,8 +78,17 @@ class Strict(Loss):
     aggregation: str = "sum"
 
     @classmethod
-    def from_config(cls) -> Strict:
+    def from_config(cls) -> Self:
         return cls()
+
+
+@final
+@dataclass(frozen=True)
+class Strict(Planted):
+    """It fails on rank 1, once it is told to, at the first tokens that it is asked about."""
+
+    fails: ClassVar[bool] = False
+    name: ClassVar[str] = "strict"
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         if self.fails and dist.get_rank() == 1:

@@ -15,14 +15,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from helpers import tiny_llama
-from many_ranks.failing_cases import BAD, DATA, NEXT, PARAMS, make, only_on, summed
+from many_ranks.failing_cases import BAD, DATA, NEXT, PARAMS, Planted, make, only_on, summed
 from many_ranks.outcomes import Outcome, difference, tried, weights
 from torch import Tensor
 
 from pullback.backends import TorchBackend
 from pullback.backends.native.distributed import schedule
 from pullback.backends.native.distributed.checkpoints import load
-from pullback.losses import CrossEntropy, Loss, TokenBatch
+from pullback.losses import CrossEntropy, TokenBatch
 from pullback.losses.evaluation.terms import Summand
 
 __all__ = ["DEALS", "FILES"]
@@ -41,19 +41,10 @@ FILES: Final = {
 
 @final
 @dataclass(frozen=True)
-class OfThisRank(Loss):
-    """Cross-entropy times a number that nobody sees."""
+class OfThisRank(Planted):
+    """Its terms are times a number that nobody sees."""
 
     name: ClassVar[str] = "of_this_rank"
-    gradient_kind: ClassVar[Any] = "token"
-    sources: ClassVar[tuple[str, ...]] = ("this test",)
-    required_inputs: ClassVar[tuple[str, ...]] = ()
-    optional_inputs: ClassVar[tuple[str, ...]] = ("weights",)
-    aggregation: str = "sum"
-
-    @classmethod
-    def from_config(cls) -> OfThisRank:
-        return cls()
 
     def terms(self, batch: TokenBatch) -> tuple[Summand, ...]:
         factor = 1.0 + dist.get_rank()

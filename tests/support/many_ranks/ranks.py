@@ -12,7 +12,7 @@ from typing import Any
 
 from ports import reserved_port
 
-__all__ = ["reports", "run_ranks", "start_ranks"]
+__all__ = ["found_by_ranks", "reports", "run_ranks", "start_ranks"]
 
 ROOT = Path(__file__).parents[3]
 SEARCHED = (ROOT / ".alias", ROOT / "tests" / "support", ROOT / "examples" / "trainers")
@@ -35,6 +35,12 @@ def run_ranks(
 def reports(folder: Path, ranks: int, prefix: str = "") -> list[Any]:
     """Return what each of ``ranks`` processes has written as JSON into a folder, under the prefix and its rank."""
     return [json.loads((folder / f"{prefix}{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def found_by_ranks(script: Path, folder: Path, *arguments: str, ranks: int = 2, seconds: float = 300.0) -> list[Any]:
+    """Run a script in ``ranks`` processes, and return what each has written into a folder as its finding."""
+    run_ranks(script, str(folder / "found"), *arguments, ranks=ranks, seconds=seconds)
+    return reports(folder, ranks, "found-")
 
 
 def start_ranks(script: Path, *arguments: str, ranks: int = 2) -> list[subprocess.Popen[str]]:

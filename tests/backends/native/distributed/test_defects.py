@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import many_defects
-from many_ranks.ranks import reports, run_ranks
+from many_ranks.ranks import found_by_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,8 +20,7 @@ Found = dict[str, Any]
 
 
 def planted(folder: Path, ranks: int) -> list[Found]:
-    run_ranks(Path(many_defects.__file__), str(folder / "found"), ranks=ranks, seconds=600)
-    return reports(folder, ranks, "found-")
+    return found_by_ranks(Path(many_defects.__file__), folder, ranks=ranks, seconds=600)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import many_exact
-from many_ranks.ranks import reports, run_ranks
+from many_ranks.ranks import found_by_ranks
 
 Found = dict[str, dict[str, float]]
 pytestmark = pytest.mark.skipif(
@@ -26,8 +26,7 @@ def named(case: tuple[Any, ...]) -> str:
 
 
 def trained(folder: Path, ranks: int, whole: bool) -> list[Found]:
-    run_ranks(Path(many_exact.__file__), str(folder / "found"), "whole" if whole else "part", ranks=ranks, seconds=900)
-    return reports(folder, ranks, "found-")
+    return found_by_ranks(Path(many_exact.__file__), folder, "whole" if whole else "part", ranks=ranks, seconds=900)
 
 
 def require_one_process(found: list[Found], case: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from many_ranks import out_of_step
 from many_ranks.out_of_step import DEALS, FILES
-from many_ranks.ranks import reports, run_ranks
+from many_ranks.ranks import found_by_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,9 +23,7 @@ Found = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    folder = tmp_path_factory.mktemp("two")
-    run_ranks(Path(out_of_step.__file__), str(folder / "found"), seconds=300)
-    return reports(folder, 2, "found-")
+    return found_by_ranks(Path(out_of_step.__file__), tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("reshard", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import surrounded
-from many_ranks.ranks import reports, run_ranks
+from many_ranks.ranks import found_by_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,8 +24,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where the page writes its checkpoint
-        run_ranks(Path(surrounded.__file__), str(folder / "found"), seconds=300)
-    return reports(folder, 2, "found-")
+        return found_by_ranks(Path(surrounded.__file__), folder)
 
 
 @pytest.mark.parametrize("reshard", surrounded.RESHARD)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from many_ranks import trained_ranks
-from many_ranks.ranks import reports, run_ranks
+from many_ranks.ranks import found_by_ranks
 from many_ranks.trained_ranks import ALONE, CALLS, CASES, PENALTIES, STATES, kind_of
 
 pytestmark = [
@@ -36,9 +36,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    folder = tmp_path_factory.mktemp("two")
-    run_ranks(Path(trained_ranks.__file__), str(folder / "found"), seconds=400)
-    return reports(folder, 2, "found-")
+    return found_by_ranks(Path(trained_ranks.__file__), tmp_path_factory.mktemp("two"), seconds=400)
 
 
 @pytest.mark.parametrize("reshard", [False, True])
