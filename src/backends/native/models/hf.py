@@ -202,7 +202,8 @@ class HFModel(nn.Module):
         with large_at_the_last(self.causal.get_output_embeddings()) as answered:
             theirs, tolerance = self._own_logits(tokens), _LOGITS_TOLERANCE[hidden.dtype]
             difference = distance_to_own(hidden, self._head(hidden.dtype), answered, theirs)
-            again = 0.0 if difference <= tolerance else _relative(self._own_logits(tokens), theirs)
+            # The numbers at the last position are the same each time, and would hide how far the others are apart.
+            again = 0.0 if difference <= tolerance else _relative(self._own_logits(tokens)[:, :-1], theirs[:, :-1])
         return difference, again, tolerance
 
     def _own_logits(self, tokens: Tensor) -> Tensor:

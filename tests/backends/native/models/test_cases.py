@@ -9,6 +9,7 @@ import pytest
 import torch
 from pretrained.own_model import largest_error, own_logprobs, sharing_prompt
 from torch import Tensor
+from torch.nn.functional import dropout
 
 pytest.importorskip("transformers", reason="the architectures are transformers' (extra hf)")
 pytest.importorskip("peft", reason="adapters are peft's (extra hf)")
@@ -21,6 +22,7 @@ from pullback.backends.native.models import hf
 from pullback.datums import Datum, ModelInput, preference_pair
 from pullback.errors import InvalidDatumsError, MissingReferenceError, UnsupportedError
 from pullback.testing.models import zoo
+from pullback.testing.models.llama import random_llama
 
 WINDOW = 8
 ADVANTAGES = (1.0, -1.0, 0.5, -0.5)
@@ -137,6 +139,16 @@ def test_a_soft_cap_of_another_name_is_refused(dtype: torch.dtype, monkeypatch: 
             HFModel(model)
     monkeypatch.setattr(hf, "distance_to_own", lambda *_: 0.0)  # negative control: nothing else refuses it
     HFModel(model)
+
+
+def test_dropout_in_evaluation_is_named_as_such() -> None:
+    """Whatever it drops; a head that is applied otherwise, as above, has another name."""
+    model = random_llama(vocab_size=64, hidden_size=32)  # its logits are small beside those that a bound would show at
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: dropout(out, 0.1))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        with pytest.raises(UnsupportedError, match="gives other logits each time"):
+            HFModel(model)
 
 
 def test_a_hybrid_model_samples() -> None:
