@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import Phase, settings
+from seeds import SEED, seed
 from tiers import TIER, reason_to_skip
 
 gc.disable()  # until all tests are collected: they stay
@@ -28,7 +29,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", TIER))
 
 
 def pytest_report_header() -> str:
-    return f"tier: {TIER} (PULLBACK_TIER=quick|all|soak)"
+    return f"tier: {TIER} (PULLBACK_TIER=quick|all|soak), seed: {SEED} (PULLBACK_SEED)"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    seed(f"{fixturedef.baseid} {fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed(item.nodeid)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
