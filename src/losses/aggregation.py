@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .batch.token_batch import TokenBatch
-from .checks import choice, number
+from .checks import choice, number, require
 
 __all__ = ["AGGREGATIONS", "Aggregation", "Denominator", "Unit", "fixed_length"]
 
@@ -47,6 +47,7 @@ class Aggregation:
     length: float = 1.0
 
     def __post_init__(self) -> None:
+        require(isinstance(self.name, str), "aggregation name", "a string", self.name)
         choice("aggregation local", self.local, get_args(Local))
         choice("aggregation denominator", self.denominator, get_args(Denominator))
         number("aggregation length", self.length, low=0.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..errors import ConfigError, suggestion
 
-__all__ = ["choice", "number"]
+__all__ = ["choice", "number", "require"]
 
 
 def number(
@@ -36,6 +36,16 @@ def choice(name: str, value: object, known: Iterable[str]) -> None:
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}{suggestion(str(value), known)}")
+
+
+def require(holds: bool, name: str, words: str, value: object) -> None:
+    """Check that ``value`` is what ``words`` say, where the caller found whether that ``holds``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not holds:
+        raise ConfigError(f"{name} must be {words}, got {value!r}")
 
 
 def _interval(low: float | None, high: float | None, strict: bool) -> str:

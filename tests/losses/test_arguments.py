@@ -27,8 +27,12 @@ from pullback.losses import (
     ClipRange,
     CrossEntropy,
     ImportanceSampling,
+    PairTerm,
+    Responses,
+    SequenceTerm,
     Term,
     TokenBatch,
+    TokenTerm,
     clipped_surrogate,
     fixed_length,
     functional,
@@ -163,6 +167,14 @@ WRONG: dict[str, Callable[[], object]] = {
     "length of nothing": lambda: Aggregation("mine", "fixed", "sequences", 0.0),
     "unit misspelt": lambda: Term("nll", ONES, "tokens", AGGREGATIONS["sum"]),  # type: ignore[arg-type]
     "term without aggregation": lambda: Term("nll", ONES, "token", "sums"),  # type: ignore[arg-type]
+    "name of an aggregation as number": lambda: Aggregation(3, "one", "tokens"),  # type: ignore[arg-type]
+    "name of a term as number": lambda: Term(3, ONES, "token", AGGREGATIONS["sum"]),  # type: ignore[arg-type]
+    "values as list": lambda: Term("nll", [1.0], "token", AGGREGATIONS["sum"]),  # type: ignore[arg-type]
+    "no definition": lambda: TokenTerm("nll", None),  # type: ignore[arg-type]
+    "values for a definition": lambda: TokenTerm("nll", ONES),  # type: ignore[arg-type]
+    "no definition of sequences": lambda: SequenceTerm("kto", None, None, (), "sequence_mean"),  # type: ignore[arg-type]
+    "no definition of pairs": lambda: PairTerm("dpo", None, Responses(), (), "pair_mean"),  # type: ignore[arg-type]
+    "field for responses": lambda: PairTerm("dpo", functional.dpo, "ref_logprobs", (), "pair_mean"),  # type: ignore[arg-type]
     "scale as text": lambda: Term("nll", ONES, "token", AGGREGATIONS["sum"], "2"),  # type: ignore[arg-type]
     "tokens of a term by pairs": lambda: Term("nll", ONES, "token", AGGREGATIONS["pair_mean"]),
     "negative eps": lambda: group_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), eps=-1.0),

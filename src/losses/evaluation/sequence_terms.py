@@ -12,7 +12,7 @@ from torch import Tensor
 from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
 from ..checks import number
-from .terms import Summand
+from .terms import Summand, check_definition, check_name
 from .token_sum import token_sum, token_values
 
 __all__ = ["SequenceTerm"]
@@ -35,7 +35,7 @@ class SequenceTerm(Summand):
         where: of no effect: a sequence counts whole.
 
     Raises:
-        ConfigError: the aggregation does not fit sequences, or the scale is no finite number.
+        ConfigError: the definition is no function, the aggregation does not fit sequences, or the scale is no finite number.
     """
 
     name: str
@@ -47,6 +47,8 @@ class SequenceTerm(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_definition(self.definition)
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "sequence"))
         number("scale of a term", self.scale)
 

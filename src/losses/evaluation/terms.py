@@ -15,11 +15,29 @@ from ..aggregation import AGGREGATIONS, Aggregation, Unit
 from ..batch.selection import select, wide
 from ..batch.sums import scaled
 from ..batch.token_batch import TokenBatch
-from ..checks import choice, number
+from ..checks import choice, number, require
 from ..functional.likelihood import nll
 from .token_sum import token_sum, token_values
 
-__all__ = ["Summand", "Term", "TokenTerm"]
+__all__ = ["Summand", "Term", "TokenTerm", "check_definition", "check_name"]
+
+
+def check_name(name: object) -> None:
+    """Check the name of a term.
+
+    Raises:
+        ConfigError: it is no string.
+    """
+    require(isinstance(name, str), "name of a term", "a string", name)
+
+
+def check_definition(definition: object) -> None:
+    """Check the definition of a term.
+
+    Raises:
+        ConfigError: it cannot be called.
+    """
+    require(callable(definition), "definition of a term", "a function of log-probs", definition)
 
 
 class Summand(abc.ABC):
@@ -73,7 +91,7 @@ class TokenTerm(Summand):
         where: bool, shape of the log-probs; the tokens that count, if not all trained ones.
 
     Raises:
-        ConfigError: the aggregation does not fit tokens, or the scale is no finite number.
+        ConfigError: the definition is no function, the aggregation does not fit tokens, or the scale is no finite number.
     """
 
     name: str
@@ -87,6 +105,8 @@ class TokenTerm(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check_definition(self.definition)
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
         number("scale of a term", self.scale)
 
@@ -135,7 +155,8 @@ class Term(Summand):
         where: bool, one per token; the tokens that count, if not all trained ones.
 
     Raises:
-        ConfigError: the unit is unknown, the aggregation does not fit it, or the scale is no finite number.
+        ConfigError: the values are no tensor, the unit is unknown, the aggregation does not fit it, or the scale is no finite
+            number.
         LengthError: (on use) there are more or fewer values than units in the batch.
     """
 
@@ -147,6 +168,8 @@ class Term(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        require(isinstance(self.unreduced, Tensor), "unreduced values of a term", "a tensor", self.unreduced)
         choice("unit of a term", self.unit, get_args(Unit))
         object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, self.unit))
         number("scale of a term", self.scale)
