@@ -141,8 +141,7 @@ class Packed(Layout):
     def index(self) -> Tensor:
         """The row of each token; int64 [N]."""
         if self._index is None:
-            rows = torch.arange(self.rows, device=self.offsets.device)
-            self._index = rows.repeat_interleave(self.lengths, output_size=self.shape[0])
+            self._index = torch.repeat_interleave(self.lengths, output_size=self.shape[0])
         return self._index
 
     def problem(self) -> Problem | None:
@@ -159,7 +158,7 @@ class Packed(Layout):
         return torch.segment_reduce(flat, "sum", lengths=self.lengths, unsafe=True)
 
     def spread(self, per_row: Tensor, dim: int) -> Tensor:
-        flat = per_row[self.index]
+        flat = per_row.index_select(0, self.index)
         return flat if dim == 1 else flat[:, None]
 
 
