@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 # One profile a tier. What is derandomized draws the same examples in every run and on every worker.
 settings.register_profile("quick", max_examples=5, deadline=None, derandomize=True)
-settings.register_profile("all", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("all", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("soak", max_examples=2000, deadline=None)
 # For mutation testing, which only asks whether a test fails: a failing example is not made smaller.
 settings.register_profile("unshrunk", settings.get_profile(TIER), phases=(Phase.explicit, Phase.generate))

@@ -64,8 +64,13 @@ def test_half_precision_head_on_real_hidden_states() -> None:
         assert ours.largest <= 1.05 * plain.largest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("lora", "whole", "half"), [(8, 1.0, 1.2), (None, 1.11, None)], ids=["LoRA", "full"])
+@pytest.mark.parametrize(
+    ("lora", "whole", "half"),
+    [
+        pytest.param(8, 1.0, 1.2, marks=pytest.mark.slow, id="LoRA"),
+        pytest.param(None, 1.11, None, marks=pytest.mark.soak, id="full"),
+    ],
+)
 def test_custom_costs_what_built_in_costs(lora: int | None, whole: float, half: float | None) -> None:
     """FLOPs, counted: 1.00 with a frozen head, 1.11 with a trained one, 1.2 with half the activation budget."""
     assert SPEC is not None

@@ -78,10 +78,16 @@ def test_whole_graph(loss: Loss, padded: bool) -> None:
     agrees(loss, make(loss, padded=padded, pair_ids=True, old=True), "eager", inside=padded)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", VARIANTS, ids=ids(VARIANTS))
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize(
+    ("padded", "inside"),
+    [
+        pytest.param(True, True, marks=pytest.mark.slow, id="padded-inside"),
+        pytest.param(False, False, marks=pytest.mark.slow, id="packed-outside"),
+        pytest.param(True, False, marks=pytest.mark.soak, id="padded-outside"),
+        pytest.param(False, True, marks=pytest.mark.soak, id="packed-inside"),
+    ],
+)
 def test_whole_graph_everywhere(loss: Loss, padded: bool, inside: bool) -> None:
     """So is every aggregation and option, with bool masks too, through the autograd of the compiler."""
     agrees(loss, make(loss, padded=padded, mask="bool" if inside else "float"), "aot_eager", inside=inside)
