@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,3 +247,16 @@ def test_nobody_is_asked_without_an_address(monkeypatch: pytest.MonkeyPatch) -> 
     """A service whose address is not known is never called silent."""
     monkeypatch.setattr(liveness, "alive", lambda *_: pytest.fail("asked"))
     assert Liveness(None).silence() == 0.0
+
+
+def test_idle_seconds_are_no_missed_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service is gone a while after the first question that it leaves unanswered, however long nobody had asked before."""
+    now = 0.0
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(liveness, "_DEAD", 10.0)
+    service = Liveness("http://127.0.0.1:1")
+    for answers, pause, gone in [(True, 100, False), (False, 100, False), (False, 9, False), (False, 2, True)] * 2:
+        now += pause
+        monkeypatch.setattr(liveness, "alive", lambda *_, answers=answers: answers)
+        assert service.gone() is gone
+    assert service.silence() == 111.0  # since it was heard

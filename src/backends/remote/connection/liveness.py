@@ -16,7 +16,7 @@ __all__ = ["Liveness", "arrived"]
 
 _EVERY: Final = 2.0  # seconds between two questions
 _QUESTION: Final = 2.0  # seconds that an answer to one may take
-_DEAD: Final = 10.0  # seconds of silence after which a backend that is closed waits no longer
+_DEAD: Final = 10.0  # seconds of unanswered questions after which a backend that is closed waits no longer
 _ENDING: Final = 60.0  # seconds that a session's end may take while the service answers: an SDK can miss the end of it
 
 
@@ -34,17 +34,25 @@ class Liveness:
     def __init__(self, url: str | None = None) -> None:
         self.url, self.closing = url, False
         self._heard = time.monotonic()
+        self._asked: float | None = None  # when the first of the questions was put that it has not answered since
 
     def heard(self) -> None:
         """Note that it has answered."""
-        self._heard = time.monotonic()
+        self._heard, self._asked = time.monotonic(), None
 
     def silence(self) -> float:
         """Ask it something; return for how many seconds it has been silent, 0.0 if it answers or nobody can tell."""
+        asked = time.monotonic()
         if self.url is None or alive(self.url, _QUESTION):
             self.heard()
             return 0.0
+        if self._asked is None:
+            self._asked = asked
         return time.monotonic() - self._heard
+
+    def gone(self) -> bool:
+        """Ask it something; return whether it has left all questions unanswered for a while; idle seconds are none."""
+        return self.silence() > 0.0 and self._asked is not None and time.monotonic() - self._asked >= _DEAD
 
     def wait(self, request: Any, until: float | None) -> Any:
         """Return the answer to an SDK's request, or raise its error.
@@ -65,7 +73,7 @@ class Liveness:
                 answer = request.result(timeout=left)
             except TimeoutError:
                 over = until is not None and time.monotonic() >= until
-                if over or arrived(request) or self.silence() >= _DEAD:
+                if over or arrived(request) or self.gone():
                     raise
             else:
                 self.heard()
