@@ -61,6 +61,16 @@ def test_finite_at_extremes(loss: Loss, case: Case) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=IDS)
+@given(case=cases())
+def test_an_infinite_cotangent_stays_where_something_is_trained(loss: Loss, case: Case) -> None:
+    """As of a loss that was scaled too far for half precision: what is not trained still gets exactly 0."""
+    batch, leaf = suited(loss, case).batch()
+    value = loss.evaluate(batch).loss
+    (slope,) = torch.autograd.grad(value, leaf, torch.full_like(value, math.inf))
+    assert not slope[batch.weight == 0].any()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=IDS)
 def test_first_and_last_token_count(loss: Loss) -> None:
     """Every trained token, the first and the last too, has a gradient."""
     one = CaseSequence(

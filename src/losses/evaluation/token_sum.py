@@ -6,6 +6,7 @@ for the compiler or the transform to see through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -49,7 +50,7 @@ def token_sum(
         with torch.no_grad():
             total, slope = _weighted(closed(x.detach(), *args), factors, mask)
             total, slope = scaled(total, coefficient), slope * coefficient
-        attached: Tensor = _Attach.apply(x, total, slope)  # type: ignore[no-untyped-call]
+        attached: Tensor = _Attach.apply(x, total, slope, mask)  # type: ignore[no-untyped-call]
         return attached
     result: Tensor = _TokenSum.apply(x, definition, args, factors, mask, coefficient)  # type: ignore[no-untyped-call]
     return result
@@ -116,7 +117,7 @@ class _TokenSum(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, slope) = gradients, ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return slope * scaled_number(g, ctx.coefficient), None, None, None, None, None
+            return _times(slope, scaled_number(g, ctx.coefficient), ctx.rest[3]), None, None, None, None, None
         # A second derivative is wanted: that of the definition itself.
         again = _plain(x, *ctx.rest)
         if not again.requires_grad:
@@ -124,16 +125,22 @@ class _TokenSum(Function):
         return torch.autograd.grad(again, x, g, create_graph=True)[0], None, None, None, None, None
 
 
+def _times(slope: Tensor, g: Tensor | float, mask: Tensor | None) -> Tensor:
+    """Return ``slope * g``, exactly 0 where nothing is trained, from an infinite ``g`` too."""
+    product = slope * g
+    return product if isinstance(g, float) and math.isfinite(g) else select(product, mask)
+
+
 @final
 class _Attach(Function):
-    """A total, as a function of ``x`` whose derivative is ``slope``."""
+    """A total, as a function of ``x`` whose derivative is ``slope`` where something is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, x: Tensor, total: Tensor, slope: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(slope, mask)
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None, None
+        slope, mask = ctx.saved_tensors
+        return _times(slope, gradients[0], mask), None, None, None
