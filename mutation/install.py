@@ -24,6 +24,7 @@ def live_functions(paths: Collection[Path]) -> Live:
     """Return the functions that come from these files, by path and qualified name."""
     wanted = {str(path) for path in paths}
     real = functools.cache(os.path.realpath)
+    gc.unfreeze()  # what the tests' own conftest has set aside is not listed
     found: dict[tuple[str, str], list[FunctionType]] = {}
     for thing in gc.get_objects():
         if type(thing) is FunctionType and (path := real(thing.__code__.co_filename)) in wanted:
