@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pullback.backends import TorchBackend
 from pullback.testing import TinyLM
 
-__all__ = ["ALONE", "CALLS", "CASES", "PENALTIES", "STATES", "kind_of"]
+__all__ = ["ALONE", "CALLS", "CASES", "FROZEN", "PENALTIES", "STATES", "UNLIKE", "kind_of"]
 
 STATES: Final = ("sharded", "gathered")  # how the weights lie when the model is changed
 Change = Callable[[Any], object]
@@ -52,6 +52,15 @@ def _replace(model: nn.Module, requires_grad: bool) -> None:
     model.norm = nn.Parameter(torch.zeros(8, dtype=torch.float64), requires_grad=requires_grad)
 
 
+def _replace_head(model: nn.Module) -> None:
+    model.unembedding = nn.Parameter(torch.zeros(17, 8, dtype=torch.float64), requires_grad=False)
+
+
+def _replace_one_of_two(model: Any) -> None:
+    """The head alone, which was the embedding."""
+    model.model.lm_head.weight = nn.Parameter(torch.zeros(17, 16, dtype=torch.float64), requires_grad=False)
+
+
 def _head_alone(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name == "unembedding")
@@ -62,6 +71,8 @@ CASES: Final[dict[str, tuple[Callable[[], nn.Module], Change]]] = {
     "unfrozen": (_half_frozen, lambda m: m.get_parameter("blocks.1.up").requires_grad_()),
     "replaced": (TinyLM, partial(_replace, requires_grad=True)),
     "replaced by what is frozen": (TinyLM, partial(_replace, requires_grad=False)),
+    "a tied one replaced": (partial(tiny_llama, vocab=17), _replace_one_of_two),
+    "cut head replaced": (TinyLM, _replace_head),
     "all frozen": (TinyLM, lambda m: m.requires_grad_(False)),
     "head alone": (TinyLM, _head_alone),
     "merged": (_adapted, lambda m: m.model.merge_adapter()),
@@ -70,6 +81,12 @@ CASES: Final[dict[str, tuple[Callable[[], nn.Module], Change]]] = {
     "another dtype": (TinyLM, lambda m: m.to(torch.float32)),
 }
 ALONE: Final = ("unfrozen", "replaced", "replaced by what is frozen", "all frozen", "switched off", "another adapter")
+# What all ranks may do alike, and each does otherwise.
+UNLIKE: Final[dict[str, tuple[Callable[[], nn.Module], Change]]] = {
+    "as many frozen": (TinyLM, lambda m: _without(_without(m, "norm"), f"blocks.{dist.get_rank()}.up")),
+    "cut head frozen": (TinyLM, lambda m: m.get_parameter("unembedding").requires_grad_(dist.get_rank() == 0)),
+}
+FROZEN: Final = {"a layer's": "blocks.1.up", "cut head": "unembedding"}
 CALLS: Final[dict[str, Callable[[TorchBackend], Any]]] = {
     "registered": lambda b: b.forward_backward(DATA, "cross_entropy"),
     "custom": lambda b: b.forward_backward_custom(DATA, summed),
@@ -81,9 +98,9 @@ def kind_of(case: str, state: str, reshard: bool, ranks: str = "all") -> str:
     return f"{case}, {state}, {'resharded' if reshard else 'whole'}, {ranks}"
 
 
-def made(model: nn.Module, state: str, reshard: bool) -> TorchBackend:
+def made(model: nn.Module, state: str, reshard: bool, cut: bool = False) -> TorchBackend:
     """Return a backend that has accumulated a gradient, and whose weights lie as they are to."""
-    backend = TorchBackend(model, reshard=reshard, timeout=30)
+    backend = TorchBackend(model, reshard=reshard, vocab_parallel=cut, timeout=30)
     backend.forward_backward(DATA, "ppo").result()
     if state == "sharded":
         backend._everywhere._shards.release()  # type: ignore[union-attr]
@@ -92,8 +109,8 @@ def made(model: nn.Module, state: str, reshard: bool) -> TorchBackend:
 
 def changed(case: str, state: str, reshard: bool, alone: bool) -> Outcome:
     """Change a model on all ranks, or on rank 1 alone; what each call is told, and how far gradients and weights are moved."""
-    make, change = CASES[case]
-    backend = made(make(), state, reshard)
+    make, change = {**CASES, **UNLIKE}[case]
+    backend = made(make(), state, reshard, cut="cut" in case)
     before = {name: g.clone() for name, g in backend.gradients().items()}
     if not alone or dist.get_rank() == 1:
         change(backend.model)
@@ -101,15 +118,15 @@ def changed(case: str, state: str, reshard: bool, alone: bool) -> Outcome:
     return told | {"moved": 0.0 if case == "another dtype" else difference(backend.gradients(), before)}
 
 
-def frozen(state: str, reshard: bool) -> float:
+def frozen(case: str, state: str, reshard: bool) -> float:
     """A weight that is frozen later stays, over two steps, and the others are trained as on one process."""
-    many, one = made(TinyLM(), state, reshard), TorchBackend(TinyLM(), mesh=None)
+    many, one = made(TinyLM(), state, reshard, cut="cut" in case), TorchBackend(TinyLM(), mesh=None)
     one.forward_backward(DATA, "ppo").result()
     for backend in (many, one):
         backend.optim_step(PARAMS).result()
         if state == "gathered":
             backend.forward(DATA).result()
-        _without(backend.model, "blocks.1.up")
+        _without(backend.model, FROZEN[case])
         for data in (NEXT, DATA):
             backend.forward_backward(data, "ppo").result()
             backend.optim_step(PARAMS).result()
@@ -173,7 +190,10 @@ def main(target: str) -> None:
         if ranks == "all" or (case in ALONE and state == "gathered")
     }
     for reshard in (False, True):
-        found |= {kind_of("frozen", state, reshard): frozen(state, reshard) for state in STATES}
+        found |= {
+            kind_of(case, "gathered", reshard, "one"): changed(case, "gathered", reshard, False) for case in UNLIKE
+        }
+        found |= {kind_of(f"{case} frozen", s, reshard): frozen(case, s, reshard) for case in FROZEN for s in STATES}
         found[kind_of("back", "gathered", reshard)] = frozen_and_back(reshard)
         found |= {kind_of(penalty, "gathered", reshard): penalised(penalty, reshard) for penalty in PENALTIES}
     Path(f"{target}-{dist.get_rank()}.json").write_text(json.dumps(found))

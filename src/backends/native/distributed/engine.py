@@ -67,7 +67,7 @@ class DistributedEngine(Engine):
         self._agreement = agreement
         self._files = ShardedFiles(ranks, agreement, shards.masters)
         local.memory.agreed = ranks.least
-        self._trained = TrainedShards(local.module, local.weights_trained)
+        self._trained = TrainedShards(local.module, local.weights_trained, shards.rows)
         self._schedule = Schedule(local.scheduler, ranks, in_step=shards.in_step)
         self._passes = Passes(local, shards, ranks, agreement, self._schedule)
 

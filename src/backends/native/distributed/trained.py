@@ -11,6 +11,7 @@ from torch import nn
 from ....errors import BackendError
 from ..trained import TrainedWeights, require_not_merged
 from .fsdp import both_forms, handles_of, in_model
+from .vocabulary.rows import HeadRows
 
 __all__ = ["TrainedShards"]
 
@@ -22,11 +23,13 @@ class TrainedShards:
     Args:
         module: sharded, and not gathered.
         weights: what steps are made on, in the form of shards.
+        rows: of the head, where it is cut and never gathered: these have one form.
     """
 
-    def __init__(self, module: nn.Module, weights: TrainedWeights) -> None:
+    def __init__(self, module: nn.Module, weights: TrainedWeights, rows: HeadRows | None) -> None:
         self._module, self._weights = module, weights
         names = {id(p): name for name, p in module.named_parameters()}
+        self._rows = {names[id(p)]: p for p in ([] if rows is None else rows.parameters)}
         self._handles = {names[id(handle.sharded_param)]: handle for handle in handles_of(module)}
         self._dtypes = {name: handle.sharded_param.dtype for name, handle in self._handles.items()}
         self._switched_on = {name: bool(h.sharded_param.requires_grad) for name, h in self._handles.items()}
@@ -44,7 +47,8 @@ class TrainedShards:
     @property
     def frozen(self) -> list[str]:
         """Names of the weights that were trained when the backend was made, and are frozen now."""
-        return [name for name in self._weights.parameters if not self._switched_on.get(name, True)]
+        trained = self._weights.parameters.items()
+        return [name for name, p in trained if not self._switched_on.get(name, p.requires_grad)]
 
     @property
     def described(self) -> str:
@@ -63,6 +67,7 @@ class TrainedShards:
                 merged into weights that may be gathered, so that the sum would be forgotten with them.
         """
         require_not_merged(self._module)
+        self._require_rows()
         for name, handle in self._handles.items():
             forms, before = both_forms(handle), self._switched_on[name]
             self._require_known(name, handle, forms)
@@ -71,13 +76,15 @@ class TrainedShards:
                 for form in forms:
                     form.requires_grad_(not before)
 
+    def _require_rows(self) -> None:
+        shown = dict(self._module.named_parameters()) if self._rows else {}
+        for name, p in self._rows.items():
+            if shown.get(name) is not p:
+                raise _replaced(name, "nothing would be computed with it")
+
     def _require_known(self, name: str, handle: Any, forms: Sequence[nn.Parameter]) -> None:
         if not all(any(shown is form for form in forms) for shown in in_model(handle)):
-            raise BackendError(
-                f"{name} was replaced after the backend was made: what is in its place now is not sharded, and would be "
-                "overwritten when the weights are gathered next; bring the old one back and change its numbers in place, or "
-                "make another backend on the whole model"
-            )
+            raise _replaced(name, "would be overwritten when the weights are gathered next")
         if forms[0].dtype != self._dtypes[name]:
             raise BackendError(
                 f"{name} was {self._dtypes[name]} when the model was sharded, and is {forms[0].dtype}: a sharded model stays "
@@ -99,3 +106,10 @@ class TrainedShards:
     def require_same(self) -> None:
         """Check what `TrainedWeights.require_same` does, on this rank."""
         self._weights.require_all({id(form) for form in self.forms.values()})
+
+
+def _replaced(name: str, fate: str) -> BackendError:
+    return BackendError(
+        f"{name} was replaced after the backend was made: what is in its place now is not sharded, and {fate}; bring the old "
+        "one back and change its numbers in place, or make another backend on the whole model"
+    )
