@@ -21,6 +21,7 @@ from pullback.backends import HFModel
 from pullback.errors import ConfigError, ShapeError, UnsupportedError
 from pullback.losses import CrossEntropy, TokenBatch
 from pullback.ops import Head, logprobs_from_logits, logprobs_of
+from pullback.ops.labels import _require_ids
 from pullback.testing import random_llama
 from pullback.testing.models.zoo import build
 
@@ -195,6 +196,8 @@ def test_bad_shapes_are_refused_before_the_forward() -> None:
     model: Any = None  # is not called
     with pytest.raises(ShapeError, match=r"labels must be int64 of the shape of input_ids"):
         logprobs_of(model, IDS, LABELS[:, 1:])
+    with pytest.raises(ShapeError, match=r"labels must be int64 of the shape of input_ids"):
+        logprobs_of(model, IDS[0], LABELS[0])
     lists: Any = IDS.tolist()
     with pytest.raises(ShapeError, match=r"input_ids must be an int64 tensor \[B, T\], got list"):
         logprobs_of(model, lists, LABELS)
@@ -204,6 +207,8 @@ def test_bad_shapes_are_refused_before_the_forward() -> None:
         logprobs_of(model, IDS, LABELS, logits_to_keep=2)
     with pytest.raises(ShapeError, match="one per position of the logits"):
         logprobs_from_logits(torch.zeros(2, 6, 4), LABELS[:, 1:])
+    with pytest.raises(ShapeError, match="one per position of the logits"):
+        logprobs_from_logits(torch.zeros(4), torch.tensor(1))
 
 
 @given(st.integers(1, 3), st.integers(0, 5), st.booleans(), st.integers(0, 2**31))
@@ -223,15 +228,17 @@ def test_logprobs_from_logits(rows: int, length: int, shifted: bool, seed: int) 
     torch.autograd.backward(found.sum())
     assert leaf.grad is not None
     assert torch.allclose(found, exact, atol=1e-12)
+    assert torch.equal(logprobs_from_logits(poisoned[0], labels[0], shifted=shifted), found[0])  # one sequence, [T, V]
     assert torch.allclose(leaf.grad[:, : at.shape[1]], slope * (targets != -100)[..., None], atol=1e-12)
 
 
-@pytest.mark.parametrize(("label", "words"), [(-1, "label -1 at [1, 2]"), (64, "label 64 at [1, 2]")])
-def test_labels_that_are_no_tokens(label: int, words: str) -> None:
+@pytest.mark.parametrize("label", [-1, 64, -101])
+def test_labels_that_are_no_tokens(label: int) -> None:
     """The first wrong one is named by its place, with what a label is; the last id of the vocabulary is one."""
     model, logits = random_llama(vocab_size=64), torch.zeros(2, 6, 64)
+    words = f"label {label} at [1, 2]: a label is a token id"
     for shifted in (False, True):
-        with pytest.raises(ShapeError, match=re.escape(words) + ".* what is not trained is -100"):
+        with pytest.raises(ShapeError, match=re.escape(words) + " below 64, .* what is not trained is -100"):
             logprobs_from_logits(logits, edited(label), shifted=shifted)
     with pytest.raises(ShapeError, match=re.escape(words) + ".* what is not trained is -100"):
         logprobs_of(model, IDS, edited(label))
@@ -247,5 +254,10 @@ def edited(label: int) -> Tensor:
 
 def test_labels_below_none_are_refused_before_the_forward() -> None:
     model: Any = None  # is not called
-    with pytest.raises(ShapeError, match=r"label -1 at \[1, 2\]"):
+    with pytest.raises(ShapeError, match=r"label -1 at \[1, 2\]: a label is a token id; what is not trained is -100"):
         logprobs_of(model, IDS, edited(-1))
+
+
+def test_labels_are_looked_at_only_where_that_is_free() -> None:
+    """Not on a device, whose answer would be waited for; one without memory has none."""
+    _require_ids(edited(-1).to("meta"), 64)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pullback.backends import HFModel
 from pullback.errors import UnsupportedError
-from pullback.ops import logprobs_from_logits, logprobs_of
+from pullback.ops import Head, logprobs_from_logits, logprobs_of
+from pullback.ops.own_logits import distance_to_own
 from pullback.testing import random_llama
 from pullback.testing.models.zoo import build
 
@@ -47,6 +52,80 @@ def test_a_bound_that_small_logits_never_meet_is_refused(gain: float, dtype: tor
     assert (logprobs_of(model, IDS, IDS) - own).abs().max() < tolerance
     assert (logprobs_of(model, IDS, IDS) - own).abs().max() < tolerance  # compared already
     HFModel(model)
+
+
+SIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "above": lambda logits: logits.clamp(max=30.0),
+    "below": lambda logits: logits.clamp(min=-30.0),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_bound_on_one_side_is_refused(side: str) -> None:
+    """Large logits of both signs are tried."""
+
+    class OneSided(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not typed here
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = SIDES[side](outputs.logits)
+            return outputs
+
+    model = random_llama(vocab_size=64, tie_word_embeddings=False)
+    model.__class__ = OneSided
+    with pytest.raises(UnsupportedError, match=REFUSED):
+        logprobs_of(model, IDS, IDS)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_logits_that_are_not_finite_are_far_from_ours(at: int, bad: float) -> None:
+    """Wherever they stand: a NaN is larger than no limit."""
+    hidden, weight = torch.ones(1, 3, 2), torch.ones(4, 2)
+    theirs = hidden @ weight.T
+    assert distance_to_own(hidden, Head(weight), [theirs], theirs) == 0.0
+    theirs[0, at, 0] = bad
+    assert distance_to_own(hidden, Head(weight), [hidden @ weight.T], theirs) == math.inf
+
+
+def test_a_head_of_zeros_is_known() -> None:
+    """As some begin: there is no scale to compare with."""
+    model = random_llama(vocab_size=64, tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert logprobs_of(model, IDS, IDS).allclose(-torch.tensor(64.0).log())
+
+
+def test_the_models_head_computes_no_more_than_is_compared() -> None:
+    """Two positions of each sequence in the first call, and one later."""
+    model = random_llama(vocab_size=64)
+    computed: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, given, logits: computed.append(logits.shape[1]))
+    for _ in range(3):
+        logprobs_of(model, IDS, IDS)
+    assert computed == [2, 1, 1]
+
+
+def _not_called(self: Any, hidden: Tensor) -> Tensor:
+    return hidden @ self.lm_head.weight.T
+
+
+def _called_twice(self: Any, hidden: Tensor) -> Tensor:
+    return self.lm_head(hidden) + 0 * self.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def _of_the_last(self: Any, hidden: Tensor) -> Tensor:
+    return self.lm_head(hidden[:, -1:])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("logits", [_not_called, _called_twice, _of_the_last])
+def test_a_head_that_does_not_get_all_hidden_states_at_once_is_refused(logits: Callable[[Any, Tensor], Tensor]) -> None:
+    class Another(LlamaForCausalLM):  # type: ignore[misc]  # transformers is not typed here
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return CausalLMOutputWithPast(logits=logits(self, self.model(*args, **kwargs).last_hidden_state))
+
+    model = random_llama(vocab_size=64, tie_word_embeddings=False)
+    model.__class__ = Another
+    with pytest.raises(UnsupportedError, match="not all hidden states in one call"):
+        logprobs_of(model, IDS, IDS)
 
 
 def test_one_token_compares_nothing() -> None:
