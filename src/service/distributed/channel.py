@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["STOP", "Channel", "Command", "ForwardHandles"]
 
-# A service may have nothing to do for long; a process that dies is noticed at once all the same.
+# Those that follow wait so long: a service may have nothing to do for long. If the first process dies, they notice at once.
 _IDLE: Final = timedelta(days=3650)
 
 
@@ -69,14 +69,19 @@ STOP: Final = Command("stop")
 class Channel:
     """Carries commands from the first process to all others, in one order.
 
-    It has a process group of its own, in which waiting for the next command never times out.
+    It has a process group of its own, in which waiting for the next command never times out; sending one does, because all
+    other processes are there to take it.
 
     Args:
         mesh: of the processes; every one must make its channel.
+        timeout: seconds that sending a command may take; None: PyTorch's default.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        made = dist.new_group(sorted(mesh.mesh.flatten().tolist()), timeout=_IDLE, backend="gloo")
+    def __init__(self, mesh: DeviceMesh, timeout: float | None) -> None:
+        members = sorted(mesh.mesh.flatten().tolist())
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        own = limit if dist.get_rank() == members[0] else _IDLE  # each process's own; they need not be the same
+        made = dist.new_group(members, timeout=own, backend="gloo")
         assert made is not None
         self._group = made
 
@@ -84,7 +89,7 @@ class Channel:
         """Send a command; the first process does.
 
         Raises:
-            RuntimeError: a process is not there any more.
+            RuntimeError: a process is not there any more, or has not taken it in time.
         """
         self._broadcast(torch.tensor([len(raw)]))
         self._broadcast(torch.frombuffer(bytearray(raw), dtype=torch.uint8))

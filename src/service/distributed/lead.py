@@ -84,9 +84,10 @@ class Leader:
             return result
 
     def stop(self) -> None:
-        """Let the other processes end."""
+        """Let the other processes end; those that have lost each other end by themselves, or would not listen."""
         with self._lock, contextlib.suppress(RuntimeError):  # those that are gone have ended
-            self._member.channel.send(STOP.to_bytes())
+            if self.failure is None:
+                self._member.channel.send(STOP.to_bytes())
 
     def _command(self, name: str, model: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Command:
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]

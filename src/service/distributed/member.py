@@ -40,11 +40,12 @@ class Member:
     Args:
         models: that are served; those of every process have the same base and see the same folder.
         mesh: of the processes.
-        timeout: seconds that a process waits for the others in the middle of a call; None: PyTorch's default.
+        timeout: seconds that a process waits for the others in a call, and the first one until they take it; None: PyTorch's
+            default.
     """
 
     def __init__(self, models: ServedModels, mesh: DeviceMesh, timeout: float | None) -> None:
-        self.models, self.channel = models, Channel(mesh)
+        self.models, self.channel = models, Channel(mesh, timeout)
         self._ranks = Ranks.of(mesh, timeout)
         self._agreement = Agreement(self._ranks)
 

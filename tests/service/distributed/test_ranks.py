@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ GOOD = gradient([3, 4, 5, 6], [2, 4, 5], [7, 2])
 STEP = {"adam_params": {"learning_rate": 1e-2}}
 EXACT = 1e-10  # fp64; log-probs and inputs go over the wire in fp32
 WIRE = 1e-6
+SOON = 15.0  # seconds that processes wait for each other: more than a call takes on a busy machine
+WAITED = 300.0
 AGAIN = "this server has lost one of its processes, .* so the server must be started again"
 
 
@@ -198,6 +201,26 @@ def test_a_killed_process_fails_the_operation_and_what_follows(tmp_path: Path) -
         _, made = new_model(http)
         assert asked(http, made["model_id"], "load_weights", 1, path=path, optimizer=True)["path"] == path
         assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
+
+
+def test_a_process_that_takes_no_call_is_lost_and_one_that_waits_long_for_it_is_not(tmp_path: Path) -> None:
+    """Between two calls as in one: what looks after the server reads so, and rank 0 ends though nobody hears of it."""
+    with ranked(tmp_path, timeout=SOON) as service, rest(service.url) as http:
+        _, made = new_model(http)
+        asked(http, made["model_id"], "forward_backward", 1, **GOOD)
+        time.sleep(SOON + 1)  # with nothing to do
+        assert "metrics" in asked(http, made["model_id"], "forward_backward", 2, **GOOD)
+        service.processes[1].send_signal(signal.SIGSTOP)
+        sent = http.post("optim_step", json={"model_id": made["model_id"], "seq_id": 3, **STEP}).json()["request_id"]
+        deadline = time.monotonic() + WAITED
+        while http.get("healthz").status_code != 503:
+            assert time.monotonic() < deadline, "rank 0 waits for ever"
+            time.sleep(0.1)
+        lost = finished(http, sent)
+        assert re.search(AGAIN, lost["error"])
+        assert lost["category"] == "server"
+        service.processes[0].terminate()
+        assert service.processes[0].wait(timeout=WAITED) == 128 + signal.SIGTERM
 
 
 def test_what_is_in_memory_is_saved_when_they_are_asked_to_end(ending: RankedService, tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ class RankedService:
         processes: rank 0, which speaks HTTP, and rank 1.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout: float) -> None:
         port = reserved_port()
         self.url, self.root = f"http://127.0.0.1:{port}", folder / "checkpoints"
         options = {"model": folder / "model", "name": "tiny", "port": port, "checkpoints": self.root}
-        options |= {"token-budget": 64, "dtype": "float64", "timeout": _TIMEOUT, "disk-per-key": DISK}
+        options |= {"token-budget": 64, "dtype": "float64", "timeout": timeout, "disk-per-key": DISK}
         given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         self.processes = start_ranks(Path(service_rank.__file__), "serve", *given)
 
@@ -68,11 +68,11 @@ class RankedService:
 
 
 @contextmanager
-def ranked(folder: Path) -> Iterator[RankedService]:
-    """Run a service on a model that is written to ``folder / model``."""
+def ranked(folder: Path, timeout: float = _TIMEOUT) -> Iterator[RankedService]:
+    """Run a service on a model that is written to ``folder / model``; its processes wait so long for each other, in seconds."""
     model: Any = tiny_llama(torch.float64).model
     model.save_pretrained(folder / "model")
-    service = RankedService(folder)
+    service = RankedService(folder, timeout)
     try:
         service.wait()
         yield service
