@@ -140,7 +140,24 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
         _compare(causal, seen[0][:, :2], head, answered, outputs.logits)
         if answered:
             _compared.add(causal)
-    return seen[0], head
+    return _Through.apply(seen[0], outputs.logits), head  # type: ignore[no-untyped-call]
+
+
+class _Through(torch.autograd.Function):
+    """Hidden states whose backward begins at the model's outputs, though no gradient comes from there.
+
+    There those who wrap a model wait for it: FSDP to gather weights and to reduce gradients, DDP with a static graph to reduce.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, outputs: Tensor) -> Tensor:
+        """Return the hidden states."""
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        """Return the cotangent, and none for the outputs: their hooks run nevertheless, at no cost."""
+        return cotangent, None
 
 
 def _require_no_auxiliary_loss(causal: Any, inputs: dict[str, Any]) -> None:

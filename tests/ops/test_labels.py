@@ -14,6 +14,9 @@ from helpers import AllocationTracker
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
@@ -105,6 +108,35 @@ def test_what_a_trainer_wraps_around_takes_part(process_group: None) -> None:
         half = logprobs_of(random_llama(vocab_size=64), IDS, LABELS, attention_mask=MASK)
     whole = logprobs_of(model, IDS, LABELS, attention_mask=MASK)
     assert 0 < (half - whole).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_data_parallelism_reduces_each_gradient(process_group: None, options: dict[str, Any]) -> None:
+    """A static graph is reduced when the backward begins at the model's outputs, of which no log-prob is made."""
+    parallel = DistributedDataParallel(random_llama(vocab_size=64), **options)
+    reduced: list[int] = []
+    parallel.register_comm_hook(None, lambda _, bucket: counted(reduced, bucket))
+    for step in (1, 2):
+        torch.autograd.backward(logprobs_of(parallel, IDS, LABELS).sum())
+        assert sum(reduced) == step * sum(p.numel() for p in parallel.parameters())
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("reshard", [False, True])
+def test_sharding_sees_the_backward(process_group: None, by_layer: bool, reshard: bool) -> None:
+    """FSDP gathers what it let go after the forward, and reduces: else gradients lie on weights that no optimizer steps."""
+    model = random_llama(vocab_size=64)
+    model.lm_head.requires_grad_(False)
+    exact = gradients(model, textbook(model(input_ids=IDS, attention_mask=MASK).logits))
+    for layer in model.model.layers if by_layer else ():
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=reshard)
+    for _ in range(2):
+        model.zero_grad()
+        torch.autograd.backward((logprobs_of(model, IDS, LABELS, attention_mask=MASK) * COTANGENT).sum())
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(isinstance(g, DTensor) for g in found)
+        assert (torch.cat([g.full_tensor().flatten() for g in found]) - exact).norm() < 1e-5 * exact.norm()
 
 
 def counted(reduced: list[int], bucket: Any) -> Any:
