@@ -173,7 +173,8 @@ def add_counts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _restricted(batch: TokenBatch, where: Tensor) -> Tensor:
-    at = where.any(-1) if where.dim() > len(batch.layout.tokens) else where
+    of_targets = batch.layout.candidates and where.dim() == len(batch.layout.shape)
+    at = where.any(-1) if of_targets else where
     return torch.where(at, batch.indicator(), torch.zeros((), dtype=batch.weight.dtype, device=at.device))
 
 

@@ -55,12 +55,6 @@ class Layout(abc.ABC):
         """Return what may be wrong with the rows but could not be looked at."""
         return None
 
-    @property
-    @final
-    def tokens(self) -> tuple[int, ...]:
-        """Shape of one entry per token."""
-        return self.shape[:-1] if self.candidates else self.shape
-
 
 @final
 class Padded(Layout):
