@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -126,8 +126,8 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
     require_causal(causal)
     _require_no_auxiliary_loss(causal, inputs)
     head, layer, known = Head.of(causal), causal.get_output_embeddings(), causal in _compared
-    probed: AbstractContextManager[list[Tensor]] = nullcontext([]) if known else large_at_the_last(layer)
-    with probed as answered:
+    answered: list[Tensor] = []
+    with nullcontext() if known else large_at_the_last(layer, answered):
         given = {"use_cache": False, "input_ids": input_ids, **inputs}
         outputs, seen = _seen_by_head(model, layer, given, 1 if known else 2)
     if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:

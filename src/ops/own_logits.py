@@ -19,16 +19,14 @@ _LARGEST: Final = 1024.0  # far beyond the bound of any soft cap, and float16 st
 
 
 @contextmanager
-def large_at_the_last(head: nn.Module) -> Iterator[list[Tensor]]:
+def large_at_the_last(head: nn.Module, answered: list[Tensor]) -> Iterator[None]:
     """Let a head answer numbers from -1024 to 1024 at the last of several positions, and the truth at the others.
 
     Args:
         head: the layer that computes a model's logits.
-
-    Yields:
-        What it has answered since, [B, L, V] each; empty if the model does not call it.
+        answered: gets what it answers, [B, L, V] each; stays empty if the model does not call it. (It is an argument since
+            a compiler cannot go on after a block that gives a list.)
     """
-    answered: list[Tensor] = []
 
     def replace(module: nn.Module, given: Any, outputs: Any) -> Any:
         if type(outputs) is not Tensor or outputs.dim() != 3 or outputs.shape[1] < 2:
@@ -40,7 +38,7 @@ def large_at_the_last(head: nn.Module) -> Iterator[list[Tensor]]:
 
     hook = head.register_forward_hook(replace)
     try:
-        yield answered
+        yield
     finally:
         hook.remove()
 

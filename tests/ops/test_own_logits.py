@@ -105,7 +105,8 @@ def test_the_models_head_computes_no_more_than_is_compared() -> None:
 
 
 def _not_called(self: Any, hidden: Tensor) -> Tensor:
-    return hidden @ self.lm_head.weight.T
+    logits: Tensor = hidden @ self.lm_head.weight.T
+    return logits
 
 
 def _called_twice(self: Any, hidden: Tensor) -> Tensor:
@@ -189,3 +190,26 @@ def test_an_adapter_that_adds_a_matrix_to_the_head_trains_whole(config: str) -> 
     assert (ours - own).abs().max() < 1e-4
     for a, b in zip(torch.autograd.grad(ours.sum(), trained), torch.autograd.grad(own.sum(), trained), strict=True):
         assert (a - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's, on what it breaks its graphs at
+def test_a_compiled_step_may_compare() -> None:
+    """The compiler breaks its graphs there: the first call, which compares, and later ones give what they give without it."""
+    models = [random_llama(vocab_size=64) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    compiled = torch.compile(lambda: logprobs_of(models[0], IDS, IDS), backend="eager")
+    for _ in range(2):
+        ours, own = compiled(), logprobs_of(models[1], IDS, IDS)
+        torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+        found, exact = (
+            torch.autograd.grad(x.square().sum(), list(model.parameters()))
+            for x, model in zip((ours, own), models, strict=True)
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+    bounded = random_llama(vocab_size=64)
+    bounded.__class__ = Bounded
+    with pytest.raises(UnsupportedError, match=REFUSED):
+        torch.compile(lambda: logprobs_of(bounded, IDS, IDS), backend="eager")()
+    torch._dynamo.reset()

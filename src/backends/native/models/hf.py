@@ -199,7 +199,8 @@ class HFModel(nn.Module):
         device = self.causal.get_input_embeddings().weight.device
         tokens = torch.arange(4, device=device)[None] % self.config.vocab_size
         hidden = self.hidden_states(tokens, torch.arange(4, device=device)[None])
-        with large_at_the_last(self.causal.get_output_embeddings()) as answered:
+        answered: list[Tensor] = []
+        with large_at_the_last(self.causal.get_output_embeddings(), answered):
             theirs, tolerance = self._own_logits(tokens), _LOGITS_TOLERANCE[hidden.dtype]
             difference = distance_to_own(hidden, self._head(hidden.dtype), answered, theirs)
             # The numbers at the last position are the same each time, and would hide how far the others are apart.
