@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from pullback.backends import AdamParams, TorchBackend
 from pullback.backends.native import HFModel
-from pullback.testing import TinyLM, random_llama
+from pullback.datums import Datum, ModelInput
+from pullback.testing import TinyLM, example_datums, random_llama
 
 __all__ = ["FOREIGN", "RESHARD", "UNUSED"]
 
@@ -136,6 +138,30 @@ def retained(count: int, reshard: bool) -> float:
     return largest(many.gradients(), alone.gradients())
 
 
+class Overflowing(TinyLM):  # type: ignore[misc]
+    """Has finite log-probs and, where it reads token 16, a gradient that is not."""
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        hidden: Tensor = super().hidden_states(tokens, positions)
+        if hidden.requires_grad:
+            marked = (tokens == 16)[..., None]
+            hidden.register_hook(lambda gradient: torch.where(marked, gradient * torch.inf, gradient))
+        return hidden
+
+
+def blamed() -> dict[str, list[str]]:
+    """What a gradient that is not finite is said to be caused by, here and on one process, by each way to a gradient."""
+    data = example_datums([5, 7, 4, 6], vocab_size=16)
+    data[2] = Datum(ModelInput.from_ints([16, 3, 5, 7]), data[2].loss_fn_inputs)
+    ways: dict[str, Callable[[TorchBackend], Any]] = {
+        "registered": lambda b: b.forward_backward(data, "cross_entropy").result(),
+        "function": lambda b: b.forward_backward_custom(data, summed).result(),
+        "retained": lambda b: b.backward({b.forward_retain(data).result(): range(4)}, data, "cross_entropy").result(),
+    }
+    many, alone = TorchBackend(Overflowing(), reshard=False, timeout=60), TorchBackend(Overflowing(), mesh=None)
+    return {way: [error_of(partial(work, b)) for b in (many, alone)] for way, work in ways.items()}
+
+
 def forgotten_on_one(what: Callable[[TorchBackend], Any]) -> str:
     """One rank has forgotten a gradient, and all have added another."""
     many = TorchBackend(TinyLM(), timeout=60)
@@ -196,6 +222,7 @@ def main(target: str) -> None:
             for reshard in RESHARD
         ],
         "retained": [retained(count, reshard) for count in (1, 3) for reshard in RESHARD],
+        "blamed": blamed(),
         "forgotten": [
             forgotten_on_one(lambda b: b.forward_backward(DATA, "cross_entropy").result()),
             forgotten_on_one(lambda b: b.forward(DATA).result()),

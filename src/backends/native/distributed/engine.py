@@ -238,7 +238,7 @@ class DistributedEngine(Engine):
             cotangents = agreed_cotangents(self._agreement, self._ranks, call, logprobs)
             scale = GradientScale(self.local.parameters.values(), needed=False)
             self._passes.gather(self._shards)  # see `Passes.function`
-            self._passes.act("backward", lambda: backward_retained(places, cotangents.by_datum, scale))
+            self._passes.back(call, lambda: backward_retained(places, cotangents.by_datum, scale))
             graphs = gather_metrics(self._ranks, [forward.graphs.metrics() for forward in places])
             return summary(call, [cotangents], scored, [graphs, reuse(places, sum(r.tokens for r in retained))])
 

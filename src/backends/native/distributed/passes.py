@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar, final
 
@@ -62,7 +62,7 @@ class Passes:
         def work() -> Streamed:
             return streamed(self._local.model, call, share.batches, settings, scale, self._run_loss)
 
-        done = self.act("gradient", work, lambda _: self._require_finite_here(call, share))
+        done = self.act("gradient", work, lambda _: self._require_finite_here(call, share.own))
         logprobs = share.gather(done.logprobs, call, self._shards.dtype)
         own = {i: c for part in done.parts for i, c in part.by_datum.items()}
         cotangents = dict(enumerate(share.gather(own, call, self._shards.dtype)))
@@ -81,9 +81,7 @@ class Passes:
         scored = share.gather(self.forward(graphs, share, call), call, self._shards.dtype)
         cotangents = agreed_cotangents(self._agreement, self._ranks, call, scored)
         self.gather(self._shards)  # where the function has asked for a forward that failed, they are no longer whole
-        self.act(
-            "backward", lambda: graphs.backward(cotangents.by_datum), lambda _: self._require_finite_here(call, share)
-        )
+        self.back(call, lambda: graphs.backward(cotangents.by_datum), share.own)
         metrics = gather_metrics(self._ranks, [graphs.metrics()])
         return summary(call, [cotangents], dict(enumerate(scored)), [metrics])
 
@@ -120,6 +118,10 @@ class Passes:
             done = work()
         return self._agreement.attempt(stage, lambda: checked(done))
 
+    def back(self, call: PreparedCall, work: Callable[[], None], members: Sequence[int] | None = None) -> None:
+        """Run the backwards of this rank, of which these datums (default: any) may be to blame for what is not finite."""
+        self.act("backward", work, lambda _: self._require_finite_here(call, members))
+
     def settings(self, share: Share) -> GraphSettings:
         """Return how this rank retains graphs, and how it runs forwards that only keep step with the others."""
         return replace(share.settings(self._local.memory), standing_in=self._shards.standing_in)
@@ -128,9 +130,7 @@ class Passes:
         """Evaluate a loss between a forward and a backward that all ranks run in step: they meet after it."""
         return self._agreement.attempt("loss", work) if self._shards.in_step else work()
 
-    def _require_finite_here(self, call: PreparedCall, share: Share) -> None:
+    def _require_finite_here(self, call: PreparedCall, members: Sequence[int] | None) -> None:
         """Check this rank's own gradients before they are added up, while it can still be said which datum is to blame."""
         if not self._shards.in_step:
-            Accumulator(trainable(self._local.module)).require_finite(
-                lambda: self._local.blame(call.requests, share.own)
-            )
+            Accumulator(trainable(self._local.module)).require_finite(lambda: self._local.blame(call.requests, members))

@@ -62,6 +62,14 @@ def test_a_retained_forward_of_few_datums(two: list[Found]) -> None:
         assert max(found["retained"]) < EXACT
 
 
+def test_the_datum_whose_gradient_is_not_finite_is_named(two: list[Found]) -> None:
+    """By each way to a gradient, and on every rank, as on one process: sums over all processes are not to blame."""
+    for found in two:
+        for many, alone in found["blamed"].values():
+            assert "first caused by datum 2" in alone
+            assert alone.removeprefix("NonFiniteError: ") in many
+
+
 def test_gradients_that_one_rank_has_forgotten(two: list[Found]) -> None:
     """Its shards would have those of later calls alone."""
     for found in two:
