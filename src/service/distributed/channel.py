@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,23 @@ class ForwardHandles:
     """Retained forwards among the arguments of a command, by number; every process keeps its own part of each."""
 
     places: Mapping[int, Sequence[int]]
+
+
+@final
+class _Pickler(pickle.Pickler):
+    """Writes plain tensors as their bytes: torch writes a file for each, which takes twenty times as long."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Say how a value is made again; `NotImplemented`: in its own way."""
+        plain = type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.requires_grad or value.is_conj() or value.is_neg():
+            return NotImplemented
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _tensor, (raw, value.dtype, tuple(value.shape))
+
+
+def _tensor(raw: bytes, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
 @final
@@ -53,7 +71,9 @@ class Command:
 
     def to_bytes(self) -> bytes:
         """Return it as the channel carries it, between processes of one job."""
-        return pickle.dumps(self)
+        written = io.BytesIO()
+        _Pickler(written).dump(self)
+        return written.getvalue()
 
     @classmethod
     def of(cls, raw: bytes) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -90,6 +91,29 @@ def test_a_command_arrives_as_it_was_sent(name: str, args: list[Any], dropped: l
     found = Command.of(sent.to_bytes())
     assert [plain(value) for value in found.args] == [plain(value) for value in args]
     assert (found.name, found.model, found.handle, found.dropped) == (name, "m", 7, dropped)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
+@given(shape=st.lists(st.integers(0, 3), max_size=3), turned=st.booleans())
+def test_a_tensor_arrives_as_it_was_sent(dtype: torch.dtype, shape: list[int], turned: bool) -> None:
+    """Of whatever dtype and strides, empty ones and those that need a gradient too, and as one that may be written to."""
+    values = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape).to(dtype)
+    sent = values.mT if turned and len(shape) > 1 else values
+    sent = sent.clone(memory_format=torch.preserve_format).requires_grad_(turned and dtype.is_floating_point)
+    (found,) = Command.of(Command("forward", "m", [sent]).to_bytes()).args
+    assert (found.dtype, found.shape, found.requires_grad) == (sent.dtype, sent.shape, sent.requires_grad)
+    assert torch.equal(found, sent)
+    found.detach().zero_()
+
+
+def test_datums_are_sent_as_little_more_than_their_numbers() -> None:
+    """A tensor takes a few dozen bytes beside its numbers: torch's own form, a file for each, takes 400 and much time."""
+    data = make_data([7] * 20)
+    tensors = [d.model_input.tokens for d in data] + [x.to_torch() for d in data for x in d.loss_fn_inputs.values()]
+    numbers = sum(x.numel() * x.element_size() for x in tensors)
+    assert len(Command("forward", "m", [data]).to_bytes()) < numbers + 100 * len(tensors)
 
 
 def test_a_service_that_leads_gives_the_same_answers(member: Member, tmp_path: Path) -> None:
