@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
-from typing import Any, Final
-from weakref import WeakSet
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,18 @@ _IGNORED: Final = -100
 _TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-4}  # of one position's logits
 _HALF: Final = (torch.bfloat16, torch.float16)
 _HALF_TOLERANCE: Final = 0.02
-_compared: Final[WeakSet[nn.Module]] = WeakSet()
+
+
+class _Compared(NamedTuple):
+    """What was compared of a model: the layer of its head, the scale and the bound of its config; and the scale that fits."""
+
+    layer: ref[nn.Module]
+    named_scale: float
+    softcap: float | None
+    scale: float
+
+
+_compared: Final[WeakKeyDictionary[nn.Module, _Compared]] = WeakKeyDictionary()
 
 
 def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: float = 1.0, **inputs: Any) -> Tensor:
@@ -125,7 +137,9 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
     causal = unwrapped(model)
     require_causal(causal)
     _require_no_auxiliary_loss(causal, inputs)
-    head, layer, known = Head.of(causal), causal.get_output_embeddings(), causal in _compared
+    head, layer = Head.of(causal), causal.get_output_embeddings()
+    scale = _compared_scale(causal, layer, head)
+    known = scale is not None
     answered: list[Tensor] = []
     with nullcontext() if known else large_at_the_last(layer, answered):
         given = {"use_cache": False, "input_ids": input_ids, **inputs}
@@ -136,11 +150,20 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
             f"{type(causal).__name__} gives its head {shapes} for input_ids {list(input_ids.shape)}, and not all hidden "
             "states in one call (a compiled model does not say: compile its base model instead)"
         )
-    if not known:
-        _compare(causal, seen[0][:, :2], head, answered, outputs.logits)
+    if scale is None:
+        scale = _compare(causal, seen[0][:, :2], head, answered, outputs.logits)
         if answered:
-            _compared.add(causal)
-    return _Through.apply(seen[0], outputs.logits), head  # type: ignore[no-untyped-call]
+            _compared[causal] = _Compared(ref(layer), head.scale, head.softcap, scale)
+    hidden = _Through.apply(seen[0], outputs.logits)  # type: ignore[no-untyped-call]
+    return hidden, head._replace(scale=scale)
+
+
+def _compared_scale(causal: nn.Module, layer: nn.Module, head: Head) -> float | None:
+    """Return the scale of what the head is given, if that was compared since the head and its config are what they are."""
+    found = _compared.get(causal)
+    if found is None or found.layer() is not layer or (found.named_scale, found.softcap) != (head.scale, head.softcap):
+        return None
+    return found.scale
 
 
 class _Through(torch.autograd.Function):
@@ -193,15 +216,23 @@ def _seen_by_head(model: Any, head: nn.Module, inputs: dict[str, Any], kept: int
 
 
 @torch.no_grad()
-def _compare(causal: Any, hidden: Tensor, head: Head, answered: list[Tensor], theirs: Tensor) -> None:
-    """Compare head times hidden state with what the model itself answers, once for each model."""
+def _compare(causal: Any, hidden: Tensor, head: Head, answered: list[Tensor], theirs: Tensor) -> float:
+    """Compare head times hidden state with what the model itself answers; return the scale of what its head is given.
+
+    Most models scale their head's answers. MiniCPM 3 scales what its head is given, so that no scale is left.
+    """
     bias = None if head.bias is None else gathered(head.bias)
-    difference = distance_to_own(hidden, head._replace(weight=gathered(head.weight), bias=bias), answered, theirs)
+    whole = head._replace(weight=gathered(head.weight), bias=bias)
     # Autocast computes in half precision, and a trainer may widen what comes out.
     half = any(torch.equal(theirs.to(dtype).to(theirs.dtype), theirs) for dtype in _HALF)
     limit = _HALF_TOLERANCE if half else _TOLERANCE[theirs.dtype]
-    if not difference <= limit:
-        raise UnsupportedError(
-            f"{type(causal).__name__} does not compute its logits as hidden states times a head (relative difference "
-            f"{difference:.2g}); give selected_logprobs its hidden states and a Head with its scale and softcap"
-        )
+    difference = math.inf
+    for scale in dict.fromkeys((head.scale, 1.0)):
+        distance = distance_to_own(hidden, whole._replace(scale=scale), answered, theirs)
+        if distance <= limit:
+            return scale
+        difference = min(difference, distance)
+    raise UnsupportedError(
+        f"{type(causal).__name__} does not compute its logits as hidden states times a head (relative difference "
+        f"{difference:.2g}); give selected_logprobs its hidden states and a Head with its scale and softcap"
+    )

@@ -138,6 +138,28 @@ def test_one_token_compares_nothing() -> None:
         logprobs_of(model, IDS, IDS)
 
 
+class Doubled(torch.nn.Linear):
+    """Answers twice what its weight says."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+def test_what_has_changed_is_compared_again() -> None:
+    """Another head, or another bound or scale in the config, than when the model was compared."""
+    changed = [random_llama(vocab_size=64, tie_word_embeddings=False) for _ in range(3)]
+    for model in changed:
+        logprobs_of(model, IDS, IDS)
+    changed[0].lm_head = Doubled(changed[0].config.hidden_size, 64, bias=False)
+    changed[1].config.final_logit_softcapping = 5.0
+    for model in changed[:2]:
+        with pytest.raises(UnsupportedError, match=REFUSED):
+            logprobs_of(model, IDS, IDS)
+    changed[2].config.logits_scaling = 3.0  # Llama does not apply it
+    own = logprobs_from_logits(changed[2](IDS).logits, IDS)
+    assert (logprobs_of(changed[2], IDS, IDS) - own).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["minicpm3", "granite", "gemma2"])
 def test_scales_and_bounds_that_configs_name_are_known(name: str) -> None:
     """On what the head is given (MiniCPM 3), on its answers, and a bound."""
