@@ -52,11 +52,12 @@ class Head(NamedTuple):
             The head, its parameters live (not copies); with an adapter on it, the sum, differentiable.
 
         Raises:
-            UnsupportedError: it is no such model, or its head is no matrix.
+            UnsupportedError: it is no such model, or its head is no matrix, or trains more than that and a bias.
         """
         causal = unwrapped(model)
         output = causal.get_output_embeddings()
         require_linear(output)
+        _require_no_others(output)
         weight, bias = head_weight(output)
         if weight.dim() != 2 or not weight.is_floating_point():
             raise UnsupportedError(
@@ -126,6 +127,21 @@ def require_linear(output: Any) -> None:
         raise UnsupportedError(
             f"the head is a {type(output).__module__}.{type(output).__name__}, not a linear layer or one with a matrix added; "
             "leave it out of the adapter's target_modules"
+        )
+
+
+def _require_no_others(output: nn.Module) -> None:
+    """Check that a linear layer trains nothing but its weight and its bias, or what they are made of.
+
+    Raises:
+        UnsupportedError: it does, a scale for each token for example, which would get no gradient.
+    """
+    linear = [layer for layer in output.modules() if isinstance(layer, nn.Linear) and "weight" in layer._parameters]
+    trained = {n for layer in linear for n, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    if others := sorted(trained - {"weight", "bias"}):
+        raise UnsupportedError(
+            f"the head, a {type(output).__name__}, trains {', '.join(others)} beside its weight and its bias, which would get "
+            "no gradient: freeze it, or give selected_logprobs the hidden states and a Head whose weight is made with it"
         )
 
 

@@ -145,6 +145,23 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(hidden)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_head_that_trains_more_than_a_matrix_is_refused(adapted: bool) -> None:
+    """Dory learns a scale for each token, which is 1 at its start, where the model is compared; a frozen one is right."""
+    model: Any = build("dory")
+    scale = model.lm_head.logit_scale
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+        scale.requires_grad_(True)
+    for refusing in (lambda: logprobs_of(model, IDS, IDS), lambda: Head.of(model)):
+        with pytest.raises(UnsupportedError, match="trains logit_scale beside its weight and its bias"):
+            refusing()
+    scale.requires_grad_(False)
+    own = logprobs_from_logits(model(input_ids=IDS).logits, IDS)
+    assert (logprobs_of(model, IDS, IDS) - own).abs().max() < 1e-4
+
+
 def test_what_has_changed_is_compared_again() -> None:
     """Another head, or another bound or scale in the config, than when the model was compared."""
     changed = [random_llama(vocab_size=64, tie_word_embeddings=False) for _ in range(3)]
