@@ -136,9 +136,10 @@ def _require_no_others(output: nn.Module) -> None:
     Raises:
         UnsupportedError: it does, a scale for each token for example, which would get no gradient.
     """
-    linear = [layer for layer in output.modules() if isinstance(layer, nn.Linear) and "weight" in layer._parameters]
+    own = {"weight", "bias"}  # a parametrization makes them of others
+    linear = [layer for layer in output.modules() if isinstance(layer, nn.Linear) and own <= layer._parameters.keys()]
     trained = {n for layer in linear for n, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    if others := sorted(trained - {"weight", "bias"}):
+    if others := sorted(trained - own):
         raise UnsupportedError(
             f"the head, a {type(output).__name__}, trains {', '.join(others)} beside its weight and its bias, which would get "
             "no gradient: freeze it, or give selected_logprobs the hidden states and a Head whose weight is made with it"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..errors import ConfigError, ShapeError, UnsupportedError
-from .head import Head, require_causal, unwrapped
+from .head import Head, head_weight, require_causal, unwrapped
 from .logprobs import gathered, selected_logprobs
 from .own_logits import distance_to_own, large_at_the_last
 
@@ -150,6 +150,9 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
             f"{type(causal).__name__} gives its head {shapes} for input_ids {list(input_ids.shape)}, and not all hidden "
             "states in one call (a compiled model does not say: compile its base model instead)"
         )
+    if {"weight", "bias"} & vars(layer).keys():  # weight_norm, spectral_norm and pruning make them anew in each forward
+        weight, bias = head_weight(layer)
+        head = head._replace(weight=weight, bias=bias)
     if scale is None:
         scale = _compare(causal, seen[0][:, :2], head, answered, outputs.logits)
         if answered:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import prune
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -175,6 +176,34 @@ def test_what_has_changed_is_compared_again() -> None:
     changed[2].config.logits_scaling = 3.0  # Llama does not apply it
     own = logprobs_from_logits(changed[2](IDS).logits, IDS)
     assert (logprobs_of(changed[2], IDS, IDS) - own).abs().max() < 1e-4
+
+
+MADE: dict[str, Callable[[torch.nn.Module], object]] = {
+    "weight_norm by a hook": torch.nn.utils.weight_norm,
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "pruning": lambda head: prune.random_unstructured(head, "weight", 0.5),
+    "pruning of the bias": lambda head: prune.random_unstructured(head, "bias", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", MADE)
+def test_a_weight_that_each_forward_makes_is_that_of_this_forward(kind: str) -> None:
+    """Values and gradients follow each step of what the weight is made of, with a graph or without."""
+    model = random_llama(vocab_size=64, tie_word_embeddings=False)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, 64)
+    MADE[kind](model.lm_head)
+    trained = list(model.parameters())
+    for _ in range(2):
+        ours, own = logprobs_of(model, IDS, IDS), logprobs_from_logits(model(IDS).logits, IDS)
+        exact = torch.autograd.grad(own.sum(), trained)
+        for a, b in zip(torch.autograd.grad(ours.sum(), trained), exact, strict=True):
+            assert (a - b).norm() < 1e-4 * b.norm()
+        with torch.no_grad():
+            for p in trained:
+                p.mul_(1.5)
+            reference, own = logprobs_of(model, IDS, IDS), logprobs_from_logits(model(IDS).logits, IDS)
+        assert (reference - own).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["minicpm3", "granite", "gemma2"])
