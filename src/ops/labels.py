@@ -20,6 +20,7 @@ __all__ = ["logprobs_from_logits", "logprobs_of"]
 
 _IGNORED: Final = -100
 _TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-4}  # of one position's logits
+_OWN_INPUTS: Final = {"logits_to_keep", "num_logits_to_keep"}
 _HALF: Final = (torch.bfloat16, torch.float16)
 _HALF_TOLERANCE: Final = 0.02
 
@@ -67,8 +68,12 @@ def logprobs_of(model: Any, input_ids: Tensor, labels: Tensor, *, temperature: f
             f"labels must be int64 of the shape of input_ids, [B, T], got {labels.dtype} {list(labels.shape)} for input_ids "
             f"{list(input_ids.shape)}"
         )
-    if "labels" in inputs or "logits_to_keep" in inputs:
-        raise ConfigError("logprobs_of takes the labels itself, and scores all of them: leave out logits_to_keep")
+    left_out = sorted(_OWN_INPUTS & inputs.keys())
+    if left_out or inputs.get("return_dict") is False:
+        raise ConfigError(
+            "logprobs_of takes the labels itself, scores all of them, and reads the model's outputs by name: leave out "
+            f"{left_out[0] if left_out else 'return_dict'}"
+        )
     _require_ids(labels, None)
     hidden, head = _hidden_states(model, input_ids, inputs)
     _require_ids(labels, head.weight.shape[0])
@@ -138,6 +143,11 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
     require_causal(causal)
     _require_no_auxiliary_loss(causal, inputs)
     head, layer = Head.of(causal), causal.get_output_embeddings()
+    if head.weight.is_meta and not input_ids.is_meta:
+        raise UnsupportedError(
+            "the head's weight is on the device meta: not loaded, or kept elsewhere by accelerate until its forward; load it, "
+            "or leave the head out of what is offloaded"
+        )
     scale = _compared_scale(causal, layer, head)
     known = scale is not None
     answered: list[Tensor] = []

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from .head import Head
 from .logprobs import head_logits
 
@@ -51,7 +52,15 @@ def distance_to_own(hidden: Tensor, head: Head, answered: list[Tensor], theirs: 
         head: as we understand it.
         answered: of `large_at_the_last`, in which the model was called.
         theirs: [B, L, V], the model's logits.
+
+    Raises:
+        UnsupportedError: the model's logits are of another vocabulary.
     """
+    if theirs.shape[-1] != len(head.weight):
+        raise UnsupportedError(
+            f"the model returns {theirs.shape[-1]} logits of each token, and its head has {len(head.weight)} rows, which would "
+            "all take part in the log-probs; cut the head to the vocabulary (resize_token_embeddings)"
+        )
     if not answered:
         return _relative(head_logits(hidden, head), theirs)
     # The other positions tell the scale. Some models scale what their head is given, and not its answers.

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pullback.backends import HFModel
-from pullback.errors import UnsupportedError
+from pullback.errors import ConfigError, UnsupportedError
 from pullback.ops import Head, logprobs_from_logits, logprobs_of
 from pullback.ops.own_logits import distance_to_own
 from pullback.testing import random_llama
@@ -137,6 +137,39 @@ def test_one_token_compares_nothing() -> None:
     assert logprobs_of(model, IDS[:, :1], IDS[:, :1]).shape == (2, 0)
     with pytest.raises(UnsupportedError, match=REFUSED):
         logprobs_of(model, IDS, IDS)
+
+
+class Cut(LlamaForCausalLM):  # type: ignore[misc]
+    """Leaves out the logits of rows that only fill its head up."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits[..., :60]
+        return outputs
+
+
+def test_logits_of_another_vocabulary_are_refused() -> None:
+    """The rows beyond would take part in each log-prob."""
+    model = random_llama(vocab_size=64)
+    model.__class__ = Cut
+    for refusing in (lambda: logprobs_of(model, IDS, IDS), lambda: HFModel(model)):
+        with pytest.raises(UnsupportedError, match="returns 60 logits of each token, and its head has 64 rows"):
+            refusing()
+
+
+def test_a_head_without_numbers_is_refused() -> None:
+    """accelerate keeps weights elsewhere until their forward."""
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(random_llama(vocab_size=64), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match="the head's weight is on the device meta"):
+        logprobs_of(model, IDS, IDS)
+
+
+@pytest.mark.parametrize("name", ["logits_to_keep", "num_logits_to_keep", "return_dict"])
+def test_what_is_its_own_is_not_taken_from_others(name: str) -> None:
+    """Some of the logits, and outputs without names."""
+    with pytest.raises(ConfigError, match=f"leave out {name}"):
+        logprobs_of(random_llama(vocab_size=64), IDS, IDS, **{name: False})
 
 
 class Doubled(torch.nn.Linear):
