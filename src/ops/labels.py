@@ -148,6 +148,11 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
             "the head's weight is on the device meta: not loaded, or kept elsewhere by accelerate until its forward; load it, "
             "or leave the head out of what is offloaded"
         )
+    if inputs.get("adapter_names") is not None and hasattr(layer, "active_adapters"):
+        raise UnsupportedError(
+            "adapter_names chooses an adapter for each row, but the head, which has adapters, is one for all rows: call "
+            "logprobs_of for the rows of one adapter at a time, after set_adapter"
+        )
     scale = _compared_scale(causal, layer, head)
     known = scale is not None
     answered: list[Tensor] = []

@@ -196,6 +196,23 @@ def test_a_head_that_trains_more_than_a_matrix_is_refused(adapted: bool) -> None
     assert (logprobs_of(model, IDS, IDS) - own).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("on_head", [False, True])
+def test_an_adapter_for_each_row_is_refused_on_the_head(on_head: bool) -> None:
+    """Below the head it is the model's own matter, and right."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head" if on_head else "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(random_llama(vocab_size=64, tie_word_embeddings=False), config)
+    model.add_adapter("other", config)
+    names = ["default", "other"]
+    with torch.no_grad():
+        own = logprobs_from_logits(model.eval()(input_ids=IDS, adapter_names=names).logits, IDS)
+        if on_head:
+            with pytest.raises(UnsupportedError, match="adapter_names chooses an adapter for each row"):
+                logprobs_of(model, IDS, IDS, adapter_names=names)
+        else:
+            assert (logprobs_of(model, IDS, IDS, adapter_names=names) - own).abs().max() < 1e-4
+
+
 def test_what_has_changed_is_compared_again() -> None:
     """Another head, or another bound or scale in the config, than when the model was compared."""
     changed = [random_llama(vocab_size=64, tie_word_embeddings=False) for _ in range(3)]
