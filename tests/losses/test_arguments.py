@@ -121,6 +121,13 @@ def test_old_formulas_of_any_numbers(d: list[float], epsilon: float) -> None:
         assert slopes[0][1] is None
 
 
+@pytest.mark.parametrize("rim", [0.0, 1.0])
+def test_the_rims_of_an_open_interval_are_refused(rim: float) -> None:
+    """A response whose probability is 1 has infinite odds."""
+    with pytest.raises(ConfigError, match="max_prob must be a finite number above 0 and below 1, got"):
+        ORPO(max_prob=rim)
+
+
 def test_old_spellings_of_the_rollout_policy() -> None:
     """The anchor and the log-probs of the behaviour policy are those of the rollout policy."""
     with pytest.warns(DeprecationWarning, match="anchor='rollout'"):
