@@ -129,6 +129,15 @@ def test_another_dtype(call: str, lora: int) -> None:
             work(backend).result()
 
 
+def test_another_dtype_of_one_weight() -> None:
+    """It is named, with what it was."""
+    model = TinyLM()
+    backend = TorchBackend(model)
+    model.get_parameter("norm").data = model.get_parameter("norm").data.float()
+    with pytest.raises(BackendError, match=r"^1 of the weights .* \(norm was torch.float64, and is torch.float32\)"):
+        backend.forward_backward(DATA, "cross_entropy").result()
+
+
 def test_another_dtype_of_what_is_frozen() -> None:
     """The base may be converted below its adapter: a negative control."""
     model = tiny_llama(lora=2)
