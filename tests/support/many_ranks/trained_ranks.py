@@ -115,6 +115,7 @@ def changed(case: str, state: str, reshard: bool, alone: bool) -> Outcome:
     if not alone or dist.get_rank() == 1:
         change(backend.model)
     told: Outcome = {name: tried(partial(call, backend)) for name, call in CALLS.items()}
+    told["forward"] = tried(lambda: backend.forward(DATA))
     return told | {"moved": 0.0 if case == "another dtype" else difference(backend.gradients(), before)}
 
 
@@ -190,9 +191,7 @@ def main(target: str) -> None:
         if ranks == "all" or (case in ALONE and state == "gathered")
     }
     for reshard in (False, True):
-        found |= {
-            kind_of(case, "gathered", reshard, "one"): changed(case, "gathered", reshard, False) for case in UNLIKE
-        }
+        found |= {kind_of(case, s, reshard, "one"): changed(case, s, reshard, False) for case in UNLIKE for s in STATES}
         found |= {kind_of(f"{case} frozen", s, reshard): frozen(case, s, reshard) for case in FROZEN for s in STATES}
         found[kind_of("back", "gathered", reshard)] = frozen_and_back(reshard)
         found |= {kind_of(penalty, "gathered", reshard): penalised(penalty, reshard) for penalty in PENALTIES}

@@ -34,6 +34,8 @@ REFUSED = {
     "another adapter": OTHERS,
     "another dtype": "was torch.float64 when the model was sharded, and is torch.float32",
 }
+# Scores of these would be of other weights than those that the model shows; the others may be scored.
+SCORED: set[str] = {"unfrozen", "all frozen", "head alone", "switched off", "another adapter"}
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +54,19 @@ def test_changed_on_all_ranks(case: str, state: str, reshard: bool, two: list[Fo
             assert told[call]["type"] == "BackendError", told[call]
             assert re.search(REFUSED[case], told[call]["words"]), told[call]
             assert told[call]["seconds"] < 20
+        assert told["forward"]["type"] == ("NoneType" if case in SCORED else "BackendError"), told["forward"]
         assert told["moved"] == 0.0
 
 
 @pytest.mark.parametrize("reshard", [False, True])
-@pytest.mark.parametrize("case", [*ALONE, *UNLIKE])
-def test_changed_on_one_rank(case: str, reshard: bool, two: list[Found]) -> None:
+@pytest.mark.parametrize(
+    ("case", "state"),
+    [*((case, "gathered") for case in ALONE), *((case, state) for case in UNLIKE for state in STATES)],
+)
+def test_changed_on_one_rank(case: str, state: str, reshard: bool, two: list[Found]) -> None:
     """The other would wait in a sum of other gradients, or be ended by gloo; it has the same words, or both are shown."""
     for rank, found in enumerate(two):
-        told = found[kind_of(case, "gathered", reshard, "one")]
+        told = found[kind_of(case, state, reshard, "one")]
         for call in CALLS:
             words = told[call]["words"]
             if told[call]["type"] == "RanksDifferError":
