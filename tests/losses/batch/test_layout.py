@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pullback.errors import LengthError
 from pullback.losses import TokenBatch
-from pullback.losses.batch.layout import accurate_sum, count_of, count_trained
+from pullback.losses.batch.layout import Packed, accurate_sum, count_of, count_trained
 
 TOKENS = torch.full((6,), -1.0)
 WRONG: tuple[list[int], ...] = ([2, 3], [2, 5], [7, -1], [], [-6])
@@ -43,6 +43,15 @@ def test_lengths_that_are_looked_at_later(lengths: list[int], wrong: bool) -> No
 
 def test_lengths_that_have_been_looked_at() -> None:
     assert TokenBatch.from_packed(TOKENS, [2, 4]).problems() == []
+
+
+def test_sums_of_packed_candidates() -> None:
+    """Of each row, its tokens' candidates together; whether or not a gradient is wanted, or the sums can be looked at."""
+    values = torch.arange(15.0).view(5, 3)
+    layout = Packed(values.shape, torch.tensor([0, 2, 2, 5]))
+    expected = [15.0, 0.0, 90.0]
+    for given in (values, values.clone().requires_grad_(), values.as_subclass(Elsewhere)):
+        assert layout.row_sums(given).tolist() == expected
 
 
 MANY = 16 * 1024  # from here on, numbers are added in strips
