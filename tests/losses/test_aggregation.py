@@ -115,3 +115,10 @@ def test_a_total_is_at_least_that_of_the_call(case: Case, name: str) -> None:
         ConfigError, match=re.escape(f"counts['{denominator}'] is {count / 2:g}, but this call alone has")
     ):
         loss.evaluate(batch, {denominator: count / 2})
+
+
+def test_either_half_of_an_aggregation_keeps_groups_whole() -> None:
+    """A token's share of its group, or groups that are counted."""
+    assert [name for name, known in AGGREGATIONS.items() if known.by_group] == ["group_mean_token_mean"]
+    assert Aggregation("shares", "group", "tokens").by_group
+    assert Aggregation("counts", "one", "groups").by_group
