@@ -297,5 +297,4 @@ def test_labels_below_none_are_refused_before_the_forward() -> None:
 
 
 def test_labels_are_looked_at_only_where_that_is_free() -> None:
-    """Not on a device, whose answer would be waited for; one without memory has none."""
-    _require_ids(edited(-1).to("meta"), 64)
+    _require_ids(edited(-1).to("meta"), 64)  # of a device the answer would be waited for; this one has none
