@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, final
@@ -71,12 +72,12 @@ class Detached(TorchFunctionMode):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        apply = torch.autograd.Function.apply
+        apply = inspect.getattr_static(torch.autograd.Function, "apply")  # Python's until torch 2.13, C's since
 
         def inside(cls: Any, *args: Any, **kwargs: Any) -> Any:
             self._inside += 1
             try:
-                return apply.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+                return apply.__get__(None, cls)(*args, **kwargs)
             finally:
                 self._inside -= 1
 
