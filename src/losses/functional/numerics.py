@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..batch.selection import readable
 
-__all__ = ["EXPONENT_LIMIT", "bounded_exp", "bounded_expm1", "constant", "log1mexp", "surely_above", "surely_below"]
+__all__ = [
+    "EXPONENT_LIMIT",
+    "bounded_exp",
+    "bounded_expm1",
+    "capped",
+    "constant",
+    "log1mexp",
+    "surely_above",
+    "surely_below",
+]
 
 EXPONENT_LIMIT: Final = 20.0
 
@@ -23,14 +32,14 @@ def bounded_exp(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     """
     if surely_below(x, limit):
         return x.exp()
-    return x.clamp(max=limit).exp() * (1.0 + (x - limit).relu())
+    return capped(x, limit).exp() * (1.0 + (x - limit).relu())
 
 
 def bounded_expm1(x: Tensor, limit: float = EXPONENT_LIMIT) -> Tensor:
     """Return ``exp(x) - 1`` without cancellation near 0, continued by its tangent beyond ``limit``."""
     if surely_below(x, limit):
         return x.expm1()
-    return x.clamp(max=limit).expm1() + math.exp(limit) * (x - limit).relu()
+    return capped(x, limit).expm1() + math.exp(limit) * (x - limit).relu()
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -43,6 +52,11 @@ def log1mexp(x: Tensor) -> Tensor:
     safe_near = torch.where(near, x, torch.full_like(x, -0.5))
     safe_far = torch.where(near, torch.full_like(x, -1.0), x)
     return torch.where(near, torch.log(-torch.expm1(safe_near)), torch.log1p(-torch.exp(safe_far)))
+
+
+def capped(x: Tensor, limit: float) -> Tensor:
+    """Return ``min(x, limit)``, whose slope at the limit is 1; that of a clamp is 0 there since torch 2.14, and was 1."""
+    return torch.where(x > limit, limit, x)
 
 
 def constant(x: Tensor | float) -> Tensor | float:

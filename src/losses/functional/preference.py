@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from .closed_form import closed_form, pair_form
 from .likelihood import nll
+from .numerics import capped
 
 __all__ = ["chosen_nll", "dpo", "kto", "log_odds", "log_odds_ratio", "odds_ratio", "reference_point", "simpo"]
 
@@ -82,7 +83,7 @@ def log_odds(logprob: Tensor, max_prob: float) -> Tensor:
         Log odds, shape of ``logprob``.
     """
     limit = math.log(max_prob)
-    inside = logprob.clamp(max=limit)
+    inside = capped(logprob, limit)
     # Exact to the last digits of the result: where log(1 - p) loses its own, logprob itself is large.
     return inside - inside.expm1().neg().log() + (logprob - limit).relu() / (1.0 - max_prob)
 
