@@ -50,7 +50,7 @@ def token_sum(
         with torch.no_grad():
             total, slope = _weighted(closed(x.detach(), *args), factors, mask)
             total, slope = scaled(total, coefficient), slope * coefficient
-        attached: Tensor = _Attach.apply(x, total, slope, mask)  # type: ignore[no-untyped-call]
+        attached: Tensor = _Attach.apply(x, total, slope)  # type: ignore[no-untyped-call]
         return attached
     result: Tensor = _TokenSum.apply(x, definition, args, factors, mask, coefficient)  # type: ignore[no-untyped-call]
     return result
@@ -133,14 +133,17 @@ def _times(slope: Tensor, g: Tensor | float, mask: Tensor | None) -> Tensor:
 
 @final
 class _Attach(Function):
-    """A total, as a function of ``x`` whose derivative is ``slope`` where something is trained."""
+    """A total, as a function of ``x`` whose derivative is ``slope``.
+
+    An infinite cotangent gives NaN where nothing is trained: to select once more makes the compiler's kernels twice as slow.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor, slope: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(slope, mask)
+    def forward(ctx: Any, x: Tensor, total: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        slope, mask = ctx.saved_tensors
-        return _times(slope, gradients[0], mask), None, None, None
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0], None, None

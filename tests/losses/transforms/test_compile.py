@@ -180,19 +180,6 @@ def test_one_kernel_each_way(loss: Loss) -> None:
     assert [part.count("async_compile.cpp_pybinding(") for part in code] == [1, 1]
 
 
-@pytest.mark.parametrize("loss", [PPO(), GRPO()], ids=lambda x: x.name)
-def test_an_infinite_cotangent_stays_where_something_is_trained(loss: Loss) -> None:
-    """The compiled gradient of what is not trained is 0, from an infinite cotangent too."""
-    inputs = make(loss, padded=True)
-    leaf = inputs.tensors["logprobs"].clone().requires_grad_()
-    compiled = torch.compile(evaluation(loss, True), fullgraph=True, backend="aot_eager")
-    value = compiled({**inputs.tensors, "logprobs": leaf}, inputs.lengths)
-    (slope,) = torch.autograd.grad(value, leaf, torch.full_like(value, torch.inf))
-    untrained = inputs.tensors["weights"] == 0
-    assert untrained.any()
-    assert not slope[untrained].any()
-
-
 def test_a_break_is_noticed() -> None:
     """Negative control: a function that reads a value is no whole graph."""
 
