@@ -22,10 +22,10 @@ TRAINERS ?= accelerate trl lightning verl torchtitan ray
 demo: $(STAMP)  ## train the four losses on a real model (DEMO="--model tiny" for a minute)
 	$(BIN)/pullback demo $(DEMO)
 
-test: $(STAMP)  ## the quick tier: every promise by a sample, at most 5 minutes on two cores
+test: $(STAMP)  ## the quick tier: every promise by a sample, 7 minutes on two cores
 	PULLBACK_TIER=quick $(PYTEST) $(TESTS)
 
-test-all: $(STAMP)  ## everything but the long proofs, at most 30 minutes on two cores
+test-all: $(STAMP)  ## everything but the long proofs, 30 minutes on two cores
 	PULLBACK_TIER=all $(PYTEST) $(TESTS)
 
 soak: $(STAMP)  ## the long proofs, whole
