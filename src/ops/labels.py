@@ -143,16 +143,7 @@ def _hidden_states(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> tup
     require_causal(causal)
     _require_no_auxiliary_loss(causal, inputs)
     head, layer = Head.of(causal), causal.get_output_embeddings()
-    if head.weight.is_meta and not input_ids.is_meta:
-        raise UnsupportedError(
-            "the head's weight is on the device meta: not loaded, or kept elsewhere by accelerate until its forward; load it, "
-            "or leave the head out of what is offloaded"
-        )
-    if inputs.get("adapter_names") is not None and hasattr(layer, "active_adapters"):
-        raise UnsupportedError(
-            "adapter_names chooses an adapter for each row, but the head, which has adapters, is one for all rows: call "
-            "logprobs_of for the rows of one adapter at a time, after set_adapter"
-        )
+    _require_usable(head, layer, input_ids, inputs)
     scale = _compared_scale(causal, layer, head)
     known = scale is not None
     answered: list[Tensor] = []
@@ -182,6 +173,24 @@ def _compared_scale(causal: nn.Module, layer: nn.Module, head: Head) -> float | 
     if found is None or found.layer() is not layer or (found.named_scale, found.softcap) != (head.scale, head.softcap):
         return None
     return found.scale
+
+
+def _require_usable(head: Head, layer: nn.Module, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+    """Check that a head is here, and is one and the same for all rows of the call.
+
+    Raises:
+        UnsupportedError: its weight is on the device meta, or the call chooses an adapter of it for each row.
+    """
+    if head.weight.is_meta and not input_ids.is_meta:
+        raise UnsupportedError(
+            "the head's weight is on the device meta: not loaded, or kept elsewhere by accelerate until its forward; load it, "
+            "or leave the head out of what is offloaded"
+        )
+    if inputs.get("adapter_names") is not None and hasattr(layer, "active_adapters"):
+        raise UnsupportedError(
+            "adapter_names chooses an adapter for each row, but the head, which has adapters, is one for all rows: call "
+            "logprobs_of for the rows of one adapter at a time, after set_adapter"
+        )
 
 
 class _Through(torch.autograd.Function):

@@ -14,9 +14,9 @@ from ..aggregation import Aggregation
 from ..batch.selection import readable, transformed
 from ..batch.sums import row_cotangent, scaled, scaled_total
 from ..batch.token_batch import TokenBatch
-from ..checks import number, require
+from ..checks import require
 from ..functional.closed_form import pair_form_of
-from .terms import Summand, check_definition, check_name
+from .terms import Summand, check_definition
 
 __all__ = ["PairTerm", "Responses", "known_positive_weights", "numerators"]
 
@@ -80,11 +80,9 @@ class PairTerm(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         check_definition(self.definition)
         require(isinstance(self.responses, Responses), "responses of a term", "a Responses", self.responses)
-        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "pair"))
-        number("scale of a term", self.scale)
+        self._check("pair")
 
     def counting(self, where: Tensor | None) -> PairTerm:
         return replace(self, where=where)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..aggregation import Aggregation
 from ..batch.token_batch import TokenBatch
-from ..checks import number
-from .terms import Summand, check_definition, check_name
+from .terms import Summand, check_definition
 from .token_sum import token_sum, token_values
 
 __all__ = ["SequenceTerm"]
@@ -47,10 +46,8 @@ class SequenceTerm(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         check_definition(self.definition)
-        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "sequence"))
-        number("scale of a term", self.scale)
+        self._check("sequence")
 
     def counting(self, where: Tensor | None) -> SequenceTerm:
         return replace(self, where=where)

@@ -19,16 +19,7 @@ from ..checks import choice, number, require
 from ..functional.likelihood import nll
 from .token_sum import token_sum, token_values
 
-__all__ = ["Summand", "Term", "TokenTerm", "check_definition", "check_name"]
-
-
-def check_name(name: object) -> None:
-    """Check the name of a term.
-
-    Raises:
-        ConfigError: it is no string.
-    """
-    require(isinstance(name, str), "name of a term", "a string", name)
+__all__ = ["Summand", "Term", "TokenTerm", "check_definition"]
 
 
 def check_definition(definition: object) -> None:
@@ -54,6 +45,16 @@ class Summand(abc.ABC):
     aggregation: Aggregation
     scale: float
     where: Tensor | None
+
+    def _check(self, unit: Unit) -> None:
+        """Check the fields of every summand, and look its aggregation up.
+
+        Raises:
+            ConfigError: the name is no string, the aggregation does not fit the unit, or the scale is no finite number.
+        """
+        require(isinstance(self.name, str), "name of a term", "a string", self.name)
+        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, unit))
+        number("scale of a term", self.scale)
 
     @abc.abstractmethod
     def counting(self, where: Tensor | None) -> Summand:
@@ -105,10 +106,8 @@ class TokenTerm(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         check_definition(self.definition)
-        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, "token"))
-        number("scale of a term", self.scale)
+        self._check("token")
 
     def counting(self, where: Tensor | None) -> TokenTerm:
         return replace(self, where=where)
@@ -168,11 +167,9 @@ class Term(Summand):
     where: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         require(isinstance(self.unreduced, Tensor), "unreduced values of a term", "a tensor", self.unreduced)
         choice("unit of a term", self.unit, get_args(Unit))
-        object.__setattr__(self, "aggregation", Aggregation.of(self.aggregation, self.unit))
-        number("scale of a term", self.scale)
+        self._check(self.unit)
 
     def counting(self, where: Tensor | None) -> Term:
         return replace(self, where=where)

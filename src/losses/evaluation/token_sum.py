@@ -110,14 +110,15 @@ class _TokenSum(Function):
         assert closed is not None
         total, slope = _weighted(closed(x, *args), factors, mask)
         ctx.save_for_backward(x, slope)
-        ctx.rest, ctx.coefficient = (definition, args, factors, mask, coefficient), coefficient
+        ctx.rest = definition, args, factors, mask, coefficient
         return total if coefficient == 1.0 else scaled_total(total, coefficient, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, slope) = gradients, ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return _times(slope, scaled_number(g, ctx.coefficient), ctx.rest[3]), None, None, None, None, None
+            *_, mask, coefficient = ctx.rest
+            return _times(slope, scaled_number(g, coefficient), mask), None, None, None, None, None
         # A second derivative is wanted: that of the definition itself.
         again = _plain(x, *ctx.rest)
         if not again.requires_grad:

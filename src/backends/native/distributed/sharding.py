@@ -113,9 +113,8 @@ def _as_masters(module: nn.Module, kept: Set[nn.Parameter]) -> MixedPrecisionPol
             f"trained weights in bfloat16 beside others ({', '.join(sorted(map(str, every)))}) cannot be sharded together; "
             "load the model in one dtype, or train an adapter"
         )
-    for (
-        p
-    ) in module.parameters():  # buffers, like what is kept, are never gathered: they stay what the model computes with
+    # Buffers, like what is kept, are never gathered: they stay what the model computes with.
+    for p in module.parameters():
         if p not in kept:
             p.data = p.data.float()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

@@ -52,7 +52,8 @@ class Liveness:
 
     def gone(self) -> bool:
         """Ask it something; return whether it has left all questions unanswered for a while; idle seconds are none."""
-        return self.silence() > 0.0 and self._asked is not None and time.monotonic() - self._asked >= _DEAD
+        self.silence()
+        return self._asked is not None and time.monotonic() - self._asked >= _DEAD
 
     def wait(self, request: Any, until: float | None) -> Any:
         """Return the answer to an SDK's request, or raise its error.
