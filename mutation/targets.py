@@ -64,7 +64,7 @@ TARGETS: Final = {
         ),
         _LOSSES,
         {
-            "losses/batch/sums.py": ("row_sum", "weighted_sum", "scaled_sum", "_weight_times"),
+            "losses/batch/sums.py": ("row_sum", "weighted_sum", "scaled_sum", "row_cotangent", "times"),
             "losses/evaluation/token_sum.py": ("token_sum", "token_values", "_plain"),
             "losses/batch/selection.py": ("wide", "select"),
             "losses/parts/sequence_ratio.py": ("mean_log_ratio",),

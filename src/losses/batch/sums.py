@@ -17,7 +17,7 @@ from torch.autograd import Function
 from .layout import Layout, accurate_sum
 from .selection import finite, readable, select, select_, transformed
 
-__all__ = ["row_cotangent", "row_sum", "scaled", "scaled_number", "scaled_sum", "scaled_total", "weighted_sum"]
+__all__ = ["row_cotangent", "row_sum", "scaled", "scaled_number", "scaled_sum", "scaled_total", "times", "weighted_sum"]
 
 
 def row_sum(x: Tensor, minus: Tensor | None, mask: Tensor | None, scale: Tensor | None, layout: Layout) -> Tensor:
@@ -82,11 +82,10 @@ class _WeightedSum(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mask, scale = ctx.saved_tensors
+        if mask is None:
+            return (gradients[0] * ctx.coefficient).expand(ctx.shape), None, None, None
         g = scaled_number(gradients[0], ctx.coefficient)
-        if mask is None or isinstance(g, Tensor) or not math.isfinite(g):
-            g = gradients[0] * ctx.coefficient
-            return _weight_times(g, mask, scale, bounded=False).expand(ctx.shape), None, None, None
-        return (mask if scale is None else scale) * g, None, None, None
+        return times(mask if scale is None else scale, g, mask), None, None, None
 
 
 @final
@@ -139,21 +138,14 @@ def row_cotangent(g: Tensor, mask: Tensor | None, scale: Tensor | None, layout: 
     per_token = layout.spread(g, len(layout.shape))
     if mask is None:
         return per_token.expand(layout.shape)
-    return _weight_times(per_token, mask, scale, bounded=bounded)
-
-
-def _weight_times(g: Tensor, mask: Tensor | None, scale: Tensor | None, *, bounded: bool) -> Tensor:
-    """Return ``w g``, exactly 0 where nothing is trained.
-
-    Args:
-        g: a cotangent that broadcasts to the mask.
-        mask, scale: as of `row_sum`; a mask that is no scale holds ones and zeros.
-        bounded: ``g`` is known to be finite, so that its product with 0 is 0.
-    """
-    if mask is None:
-        return g
-    product = g * (mask if scale is None else scale)
+    product = per_token * (mask if scale is None else scale)
     return product if bounded else select(product, mask)
+
+
+def times(slope: Tensor, g: Tensor | float, mask: Tensor | None) -> Tensor:
+    """Return ``slope * g``, exactly 0 where nothing is trained, from an infinite ``g`` too."""
+    product = slope * g
+    return product if isinstance(g, float) and math.isfinite(g) else select(product, mask)
 
 
 def scaled_number(g: Tensor, coefficient: float) -> Tensor | float:

@@ -6,7 +6,6 @@ for the compiler or the transform to see through.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..batch.selection import finite, readable, select, select_
-from ..batch.sums import scaled, scaled_number, scaled_sum, scaled_total
+from ..batch.sums import scaled, scaled_number, scaled_sum, scaled_total, times
 from ..functional.closed_form import closed_form_of
 
 __all__ = ["Definition", "token_sum", "token_values"]
@@ -118,18 +117,12 @@ class _TokenSum(Function):
         (g,), (x, slope) = gradients, ctx.saved_tensors
         if not torch.is_grad_enabled():
             *_, mask, coefficient = ctx.rest
-            return _times(slope, scaled_number(g, coefficient), mask), None, None, None, None, None
+            return times(slope, scaled_number(g, coefficient), mask), None, None, None, None, None
         # A second derivative is wanted: that of the definition itself.
         again = _plain(x, *ctx.rest)
         if not again.requires_grad:
             return torch.zeros_like(x), None, None, None, None, None
         return torch.autograd.grad(again, x, g, create_graph=True)[0], None, None, None, None, None
-
-
-def _times(slope: Tensor, g: Tensor | float, mask: Tensor | None) -> Tensor:
-    """Return ``slope * g``, exactly 0 where nothing is trained, from an infinite ``g`` too."""
-    product = slope * g
-    return product if isinstance(g, float) and math.isfinite(g) else select(product, mask)
 
 
 @final
